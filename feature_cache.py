@@ -1,0 +1,366 @@
+"""Every image through the frozen encoder once in its life: a memory-mapped store of its features.
+
+One folder per encoder, weights and transform, in it one per image directory:
+
+    feature_cache/efficientnet_lite0-57934424-squash224/Images-1a2b3c4d/
+        grid.000.f16, grid.001.f16, ...   float16 rows (49, C), ROWS_PER_FILE to a file
+        grid.jsonl                        a line per row: whose features, of which version of the file, checksum
+        mean.000.f16, mean.jsonl          the grids' means (C,), which is all the `lstm` decoder wants
+
+Rows are appended and synced to the disk before the index names them: whatever interrupts an encoding pass
+costs the images of one flush. A changed image is encoded again; a damaged row is found by its checksum.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from caption_data import UnreadableImage, load_pixels
+from caption_models import Encoder, EncoderSpec
+from safe_io import UserError, format_bytes, make_directory, require_free_space
+
+ROWS_PER_FILE = 4096  # half a gigabyte of EfficientNet-Lite0 grids
+ENCODE_BATCH = 32
+BATCHES_AHEAD = 3
+FLUSH_IMAGES = 512  # images between two syncs: a dozen seconds of work on two cores
+
+
+class Features(Protocol):
+    """Where a batch's image features come from."""
+
+    unreadable: dict[int, str]  # image position -> why it could not be read
+
+    def gather(self, images: np.ndarray) -> torch.Tensor:
+        """Features of the images at these positions, float (I, 49, C) or (I, C), on the CPU."""
+
+
+class Entry(NamedTuple):
+    """One line of an index: whose features a row holds, of which version of the image, and their CRC-32."""
+
+    row: int
+    size: int
+    mtime_ns: int
+    checksum: int
+
+
+class FeatureFile:
+    """Append-only rows of one kind ('grid' or 'mean') with their index."""
+
+    def __init__(self, directory: Path, kind: str, row_shape: tuple[int, ...]):
+        self.directory, self.kind, self.row_shape = directory, kind, row_shape
+        self.row_bytes = 2 * int(np.prod(row_shape))
+        self.index_path = directory / f"{kind}.jsonl"
+        self.entries: dict[str, Entry] = {}  # by image name
+        self.rows = 0  # rows named by the index, whether or not a later version replaced them
+        self.index_bytes = 0  # length of the index up to its last whole line
+        self.read_index()
+
+    def read_index(self) -> None:
+        """Read what other processes and earlier runs have finished; a torn or impossible line ends it."""
+        if not self.index_path.is_file():
+            return
+        on_disk = sum(path.stat().st_size // self.row_bytes for path in self.directory.glob(f"{self.kind}.*.f16"))
+        with open(self.index_path, "rb") as lines:
+            for line in lines:
+                try:
+                    name, *numbers = json.loads(line)
+                    entry = Entry(*map(int, numbers))
+                except (ValueError, TypeError):
+                    break
+                if not line.endswith(b"\n") or entry.row >= on_disk:
+                    break
+                self.entries[str(name)] = entry
+                self.rows = max(self.rows, entry.row + 1)
+                self.index_bytes += len(line)
+
+    def file(self, number: int) -> Path:
+        return self.directory / f"{self.kind}.{number:03d}.f16"
+
+    def holds(self, name: str, version: tuple[int, int]) -> bool:
+        """Whether the features of this very version (size, modification time) of an image are here."""
+        entry = self.entries.get(name)
+        return entry is not None and (entry.size, entry.mtime_ns) == version
+
+    def append(self, names: Sequence[str], versions: Sequence[tuple[int, int]], rows: np.ndarray) -> None:
+        """Write float16 rows (n, *row_shape), sync them to the disk, then name them in the index."""
+        written = 0
+        while written < len(rows):
+            number, offset = divmod(self.rows + written, ROWS_PER_FILE)
+            part = rows[written : written + ROWS_PER_FILE - offset]
+            write_synced(self.file(number), offset * self.row_bytes, np.ascontiguousarray(part).data)
+            written += len(part)
+        lines = []
+        for name, version, row in zip(names, versions, rows, strict=True):
+            entry = Entry(self.rows, *version, zlib.crc32(np.ascontiguousarray(row).data))
+            lines.append(json.dumps([name, *entry]) + "\n")
+            self.entries[name] = entry
+            self.rows += 1
+        text = "".join(lines).encode("utf-8")
+        write_synced(self.index_path, self.index_bytes, text)
+        self.index_bytes += len(text)
+
+    def forget(self, name: str) -> None:
+        """Have the next run encode this image again."""
+        line = json.dumps([name, *Entry(0, -1, -1, 0)]) + "\n"
+        write_synced(self.index_path, self.index_bytes, line.encode("utf-8"))
+
+    def maps(self) -> list[np.ndarray]:
+        """The files, memory-mapped read-only, each (rows, *row_shape) float16."""
+        counts = [min(ROWS_PER_FILE, self.rows - first) for first in range(0, self.rows, ROWS_PER_FILE)]
+        return [
+            np.memmap(self.file(number), np.float16, "r", shape=(count, *self.row_shape))
+            for number, count in enumerate(counts)
+        ]
+
+
+def write_synced(path: Path, position: int, data: bytes | memoryview) -> None:
+    """Write at a position, cut off what lay behind, and wait for the disk.
+
+    Raises:
+        UserError: the disk is full or gone.
+    """
+    try:
+        with open(path, "r+b" if path.exists() else "w+b") as file:
+            file.seek(position)
+            file.write(data)
+            file.truncate()
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror}. What is encoded so far is kept: mend that and run again"
+        ) from error
+
+
+class CachedFeatures:
+    """Features read from the store by image position. Implements `Features`."""
+
+    def __init__(self, file: FeatureFile, paths: Sequence[Path], unreadable: dict[int, str]):
+        self.file, self.paths, self.unreadable = file, paths, unreadable
+        nothing = Entry(-1, -1, -1, 0)
+        entries = [file.entries.get(path.name, nothing) for path in paths]
+        self.rows = np.array([entry.row for entry in entries], dtype=np.int64)
+        self.checksums = np.array([entry.checksum for entry in entries], dtype=np.int64)
+        self.verified = np.zeros(len(entries), dtype=bool)
+        self.maps = file.maps()
+
+    def gather(self, images: np.ndarray) -> torch.Tensor:
+        """See `Features.gather`; each row's checksum is compared the first time it is used.
+
+        Raises:
+            UserError: a row was damaged since it was written.
+        """
+        out = np.empty((len(images), *self.file.row_shape), dtype=np.float16)
+        for place, image in enumerate(images):
+            number, offset = divmod(int(self.rows[image]), ROWS_PER_FILE)
+            out[place] = self.maps[number][offset]
+            if not self.verified[image]:
+                if zlib.crc32(out[place].data) != self.checksums[image]:
+                    self.file.forget(self.paths[image].name)
+                    raise UserError(
+                        f"the cached features of {self.paths[image].name} in {self.file.directory} are damaged "
+                        "(checksum differs): run the same command again, and that image is encoded anew"
+                    )
+                self.verified[image] = True
+        return torch.from_numpy(out).float()
+
+
+class LiveFeatures:
+    """The plain path (`--feature_cache off`): every batch through the encoder. Implements `Features`."""
+
+    def __init__(self, encoder: Encoder, device: torch.device, paths: Sequence[Path], means: bool, workers: int):
+        self.encode = encoder.fast_form(device)
+        self.paths, self.size, self.means = paths, encoder.spec.image_size, means
+        self.pool = ThreadPoolExecutor(workers)
+        self.unreadable = {}
+        for image, problem in enumerate(self.pool.map(self.problem_of, paths)):
+            if problem:
+                self.unreadable[image] = problem
+
+    def problem_of(self, path: Path) -> str | None:
+        try:
+            load_pixels(path, self.size)
+        except UnreadableImage as error:
+            return str(error)
+        return None
+
+    def gather(self, images: np.ndarray) -> torch.Tensor:
+        pixels = list(self.pool.map(lambda image: load_pixels(self.paths[image], self.size), images))
+        grid = self.encode(np.stack(pixels))
+        return grid.mean(1) if self.means else grid
+
+
+def open_features(
+    cache: Path | None,
+    spec: EncoderSpec,
+    weights_hash: str,
+    build_encoder: Callable[[], Encoder],
+    paths: Sequence[Path],
+    device: torch.device,
+    means: bool,
+    workers: int,
+    quiet: bool = False,
+) -> Features:
+    """Features of all `paths` (which lie in one directory), encoding those that the cache lacks.
+
+    Args:
+        cache: the cache's directory, or None for no cache.
+        build_encoder: called only when something has to be encoded.
+        means: the mean over the 49 regions (the `lstm` decoder) rather than the regions.
+        workers: threads that decode images while the encoder runs.
+
+    Raises:
+        UserError: too many images cannot be read, the disk is too small, or the cache cannot be written.
+    """
+    if cache is None:
+        live = LiveFeatures(build_encoder(), device, paths, means, workers)
+        check_unreadable(live.unreadable, len(paths))
+        return live
+    folder = paths[0].parent.resolve()
+    identity = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
+    directory = cache / f"{spec.name}-{weights_hash[:8]}-squash{spec.image_size}" / f"{folder.name}-{identity}"
+    make_directory(directory, "the feature cache; --feature_cache DIR chooses another place, off does without")
+    with waiting_lock(directory):
+        grid = FeatureFile(directory, "grid", (spec.regions, spec.channels))
+        mean = FeatureFile(directory, "mean", (spec.channels,))
+        wanted = mean if means else grid
+        versions = [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, paths)]
+        todo = [i for i, path in enumerate(paths) if not wanted.holds(path.name, versions[i])]
+        if means and todo:
+            todo = derive_means(grid, mean, paths, versions, todo)
+        unreadable: dict[int, str] = {}
+        if todo:
+            require_free_space(directory, len(todo) * (wanted.row_bytes + 128), "encoding the images")
+            unreadable = encode_images(build_encoder(), device, wanted, paths, versions, todo, workers, quiet)
+    check_unreadable(unreadable, len(paths))
+    return CachedFeatures(wanted, paths, unreadable)
+
+
+def waiting_lock(directory: Path) -> FileLock:
+    """Hold the store; where another process is encoding into it, say so and wait."""
+    lock = FileLock(directory / "lock")
+    try:
+        lock.acquire(timeout=0.1)
+    except Timeout:
+        print(f"Another process is encoding into {directory}; waiting to share its work ...", flush=True)
+        lock.acquire()
+    return lock
+
+
+def derive_means(
+    grid: FeatureFile, mean: FeatureFile, paths: Sequence[Path], versions: list[tuple[int, int]], todo: list[int]
+) -> list[int]:
+    """Fill means from grids that are already there; returns the images that still need the encoder."""
+    have = [i for i in todo if grid.holds(paths[i].name, versions[i])]
+    maps = grid.maps()
+    for start in range(0, len(have), FLUSH_IMAGES):
+        part = have[start : start + FLUSH_IMAGES]
+        numbers = [divmod(grid.entries[paths[i].name].row, ROWS_PER_FILE) for i in part]
+        rows = np.stack([maps[number][offset] for number, offset in numbers])  # (n, 49, C)
+        mean.append([paths[i].name for i in part], [versions[i] for i in part], mean_of(rows))
+    return [i for i in todo if not grid.holds(paths[i].name, versions[i])]
+
+
+def mean_of(grids: np.ndarray) -> np.ndarray:
+    """(n, 49, C) float16 -> (n, C) float16, summed in float32: the same whether the grid was stored or not."""
+    return grids.astype(np.float32).mean(1).astype(np.float16)
+
+
+def encode_images(
+    encoder: Encoder,
+    device: torch.device,
+    file: FeatureFile,
+    paths: Sequence[Path],
+    versions: list[tuple[int, int]],
+    todo: list[int],
+    workers: int,
+    quiet: bool,
+) -> dict[int, str]:
+    """Run the encoder over the images `todo` and append to `file`; returns why some could not be read."""
+    encode = encoder.fast_form(device)
+    unreadable: dict[int, str] = {}
+    names: list[str] = []
+    stamps: list[tuple[int, int]] = []
+    pending: list[np.ndarray] = []
+    left_out = 0
+
+    def flush() -> None:
+        if pending:
+            file.append(names, stamps, np.concatenate(pending))
+            names.clear(), stamps.clear(), pending.clear()
+
+    bar = tqdm(total=len(todo), desc=f"Encoding images ({encoder.spec.name})", unit="image", disable=quiet or None)
+    with bar:
+        for part, pixels in decoded_batches(paths, todo, encoder.spec.image_size, workers, unreadable):
+            if part:
+                grids = encode(pixels).to(torch.float16).cpu().numpy()  # (n, 49, C)
+                pending.append(grids if file.kind == "grid" else mean_of(grids))
+                names += [paths[i].name for i in part]
+                stamps += [versions[i] for i in part]
+                if len(names) >= FLUSH_IMAGES:
+                    flush()
+            bar.update(len(part) + len(unreadable) - left_out)
+            left_out = len(unreadable)
+        flush()
+    return unreadable
+
+
+def decoded_batches(
+    paths: Sequence[Path], todo: list[int], size: int, workers: int, unreadable: dict[int, str]
+) -> Iterator[tuple[list[int], np.ndarray]]:
+    """Yield (images, pixels uint8 (n, size, size, 3)); threads decode a few batches ahead.
+
+    Threads rather than worker processes: Pillow releases the interpreter lock while it decodes and
+    resizes, and nothing has to be pickled, so that Windows and macOS need no special care.
+    """
+    chunks = [todo[start : start + ENCODE_BATCH] for start in range(0, len(todo), ENCODE_BATCH)]
+    with ThreadPoolExecutor(workers) as pool:
+        ahead: deque[list[tuple[int, Future[np.ndarray]]]] = deque()
+        for chunk in [*chunks, *[[]] * BATCHES_AHEAD]:
+            ahead.append([(i, pool.submit(load_pixels, paths[i], size)) for i in chunk])
+            if len(ahead) <= BATCHES_AHEAD:
+                continue
+            images, pixels = [], []
+            for image, future in ahead.popleft():
+                try:
+                    pixels.append(future.result())
+                    images.append(image)
+                except UnreadableImage as error:
+                    unreadable[image] = str(error)
+            yield images, np.stack(pixels) if pixels else np.zeros((0, size, size, 3), np.uint8)
+
+
+def check_unreadable(unreadable: dict[int, str], total: int) -> None:
+    """Name the images that are left out; too many of them mean that something is wrong with the data.
+
+    Raises:
+        UserError: more than 1 % cannot be read.
+    """
+    if not unreadable:
+        return
+    for problem in list(unreadable.values())[:10]:
+        print(f"Cannot read {problem}")
+    if len(unreadable) > 0.01 * total:
+        raise UserError(
+            f"{len(unreadable)} of {total} images cannot be read (more than 1 %): download the data set again "
+            "(`python download_datasets.py --force`), or remove these images' rows from the captions file"
+        )
+    print(f"{len(unreadable)} unreadable image(s) left out.")
+
+
+def cache_size(spec: EncoderSpec, images: int, means: bool) -> str:
+    """What the features of so many images take, for people."""
+    return format_bytes(images * 2 * spec.channels * (1 if means else spec.regions))

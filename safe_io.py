@@ -1,0 +1,119 @@
+"""What every other module shares: how a file is written, and how a user is told what is wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+
+class UserError(Exception):
+    """Something the user can mend. The main scripts print it as one line and exit with code 2."""
+
+
+def write_atomic(path: str | os.PathLike[str], write: Callable[[IO[bytes]], object]) -> None:
+    """Let `write` fill a file that appears under `path` whole or not at all.
+
+    The bytes go to a temporary file beside `path`, are flushed to the disk and renamed over it, so
+    that a crash, a full disk or a second reader never meets half a file.
+
+    Raises:
+        UserError: the file cannot be written; what stood at `path` before is untouched.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        raise UserError(
+            f"cannot write {path}: {error}. Free some space or choose a writable place, then run again; "
+            "what was there before is untouched"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_atomic(path, lambda file: file.write(text.encode("utf-8")))
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Read JSON.
+
+    Raises:
+        UserError: the file is missing, unreadable or not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} as JSON: {error}") from error
+
+
+def publish_copy(source: Path, target: Path) -> None:
+    """Make `target` the same file as `source` without writing its bytes again where links are possible.
+
+    Checkpoints are only ever replaced whole (never written in place), so that a hard link is as safe
+    as a copy and a run keeps `best.pt` and `last.pt` for nothing.
+    """
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        try:
+            os.link(source, temporary)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(source, temporary)
+        os.replace(temporary, target)
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def make_directory(path: Path, purpose: str) -> Path:
+    """Create a directory (and its parents) and make sure that files can be written into it.
+
+    Raises:
+        UserError: it cannot be made or written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".write_test.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write into {path} ({purpose}): {error.strerror}. Choose another directory") from error
+    return path
+
+
+def require_free_space(directory: Path, needed: int, purpose: str) -> int:
+    """Return the free bytes of the disk that holds `directory`, which must exist.
+
+    Raises:
+        UserError: fewer than `needed` bytes are free.
+    """
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise UserError(
+            f"{purpose} needs {format_bytes(needed)}, but {directory} has {format_bytes(free)} free. "
+            "Free some space or choose another disk"
+        )
+    return free
+
+
+def format_bytes(count: float) -> str:
+    """3_600_000 -> '3.6 MB' (decimal units, as disks are sold)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
