@@ -420,3 +420,139 @@ class AttentionDecoder(LSTMDecoder):
             context, weights = context[batch.slots], weights[batch.slots]
         seen = torch.sigmoid(self.gate(hidden)) * context  # (N, E)
         return DecoderOutput(self.logits(self.output(hidden) + self.context(seen) + words), weights)
+
+
+# --------------------------------------------------------------------------------------------------
+# Decoding
+
+
+class Hypothesis(NamedTuple):
+    """One generated caption."""
+
+    ids: list[int]  # words, without <SOS> and <EOS>
+    log_probability: float  # of all its words and, where it ended by itself, of <EOS>
+    score: float  # log_probability / length ** length_penalty, by which hypotheses are ranked
+    attention: np.ndarray | None  # (words, 49), each row sums to one
+
+
+def select_rows(state: DecoderState, rows: torch.Tensor) -> DecoderState:
+    return state._replace(hidden=state.hidden[:, rows], cell=state.cell[:, rows])
+
+
+def select_images(state: DecoderState, images: torch.Tensor) -> DecoderState:
+    if state.regions is None or state.keys is None:
+        return state
+    return state._replace(regions=state.regions[images], keys=state.keys[images])
+
+
+@torch.inference_mode()
+def beam_search(
+    decoder: LSTMDecoder,
+    features: torch.Tensor,
+    beam_size: int,
+    max_length: int,
+    length_penalty: float = 0.7,
+    attention: bool = False,
+) -> list[list[Hypothesis]]:
+    """Caption a whole batch of images at once; beam size 1 is greedy decoding.
+
+    Starts from `<SOS>`, as training does, ends at `<EOS>` and never says `<PAD>`, `<SOS>` or `<UNK>`. An
+    image is finished when `beam_size` hypotheses have ended or no live one can still win, whatever the
+    other images of the batch do, so that results do not depend on who shares a batch. Where nothing ended
+    within `max_length` words, the live hypotheses are what there is.
+
+    Args:
+        features: (I, C) or (I, 49, C).
+        length_penalty: exponent of the length by which a log-probability is divided (Wu et al., 2016, simplified).
+        attention: keep the attention weights of every word.
+
+    Returns:
+        for every image its hypotheses, best first; at least one.
+    """
+    training = decoder.training
+    decoder.eval()
+    device, images = features.device, len(features)
+    found: list[list[Hypothesis]] = [[] for _ in range(images)]
+    alive = np.arange(images)  # which images the rows below belong to
+    state = decoder.begin(features)
+    words = torch.full((images,), SOS, device=device)
+    scores = torch.zeros(images, 1, device=device)  # (I, K) log-probabilities of the live hypotheses
+    history = torch.zeros(images, 1, 0, dtype=torch.long, device=device)  # (I, K, t) their words
+    looks = torch.zeros(images, 1, 0, 0, device=device)  # (I, K, t, 49) and where each word looked
+    longest = float(max_length + 1) ** length_penalty
+    for time in range(max_length + 1):
+        state, output = decoder.step(state, words)
+        log_probabilities = output.logits.float().log_softmax(-1)
+        log_probabilities[:, [PAD, SOS, UNK]] = -math.inf
+        count, beams = scores.shape
+        vocabulary = log_probabilities.shape[1]
+        total = scores.unsqueeze(2) + log_probabilities.view(count, beams, vocabulary)
+        best, index = total.flatten(1).topk(min(2 * beam_size, beams * vocabulary))  # (I, 2B)
+        parent, word = index // vocabulary, index % vocabulary
+        ends = word == EOS
+        if attention and output.attention is not None:
+            now = output.attention.view(count, beams, 1, -1)
+            looks = now if time == 0 else torch.cat([looks, now], 2)
+
+        counts = ends[:, :beam_size] & best[:, :beam_size].isfinite()
+        for i, k in counts.nonzero().tolist():
+            found[alive[i]].append(hypothesis(history, looks, best, i, int(parent[i, k]), k, time + 1, length_penalty))
+        # The first beam_size candidates that go on are the next live hypotheses.
+        order = ends.int().argsort(1, stable=True)[:, :beam_size]
+        parent, word = parent.gather(1, order), word.gather(1, order)
+        scores = best.gather(1, order).masked_fill(ends.gather(1, order), -math.inf)
+        image = torch.arange(count, device=device).unsqueeze(1)
+        history = torch.cat([history[image, parent], word.unsqueeze(2)], 2)
+        looks = looks[image, parent] if looks.shape[-1] else looks
+        state = select_rows(state, (image * beams + parent).flatten())
+
+        bounds = (scores.max(1).values / longest).tolist()
+        going = [
+            i
+            for i, number in enumerate(alive)
+            if len(found[number]) < beam_size
+            and not any(ended.score >= bounds[i] for ended in found[number])
+            and bounds[i] > -math.inf
+        ]
+        if time == max_length:
+            for i in going:
+                if not found[alive[i]]:
+                    found[alive[i]] = [
+                        hypothesis(history[:, :, :-1], looks[:, :, :max_length], scores, i, k, k, max_length, length_penalty)
+                        for k in range(scores.shape[1])
+                        if math.isfinite(scores[i, k])
+                    ]
+            break
+        if not going:
+            break
+        if len(going) < len(alive):
+            kept = torch.tensor(going, device=device)
+            beams = scores.shape[1]
+            rows = (kept.unsqueeze(1) * beams + torch.arange(beams, device=device)).flatten()
+            state = select_images(select_rows(state, rows), kept)
+            scores, history, word, alive = scores[kept], history[kept], word[kept], alive[going]
+            looks = looks[kept] if looks.shape[-1] else looks
+        words = word.flatten()
+    decoder.train(training)
+    return [sorted(hypotheses, key=lambda h: -h.score) for hypotheses in found]
+
+
+def hypothesis(
+    history: torch.Tensor, looks: torch.Tensor, scores: torch.Tensor, image: int, row: int, rank: int,
+    length: int, penalty: float,
+) -> Hypothesis:  # fmt: skip
+    log_probability = float(scores[image, rank])
+    weights = looks[image, row, : history.shape[2]].float().cpu().numpy() if looks.shape[-1] else None
+    return Hypothesis(history[image, row].tolist(), log_probability, log_probability / length**penalty, weights)
+
+
+
+def build_decoder(
+    name: str, vocabulary_size: int, feature_size: int, embed_size: int, hidden_size: int,
+    num_layers: int, drop_prob: float, attention_dim: int,
+) -> LSTMDecoder:  # fmt: skip
+    """The decoder of that name; `attention_dim` is the attention decoder's alone."""
+    sizes = (vocabulary_size, feature_size, embed_size, hidden_size, num_layers, drop_prob)
+    if name == "attention":
+        return AttentionDecoder(*sizes, attention_dim)
+    return LSTMDecoder(*sizes)

@@ -1,0 +1,240 @@
+#!/usr/bin/env bash
+# Installs what the project needs into .venv, beside this script. Runs on Linux and macOS (bash 3.2 and newer).
+# What it does in plain pip:  python3 -m venv .venv && .venv/bin/pip install -r requirements.txt
+set -euo pipefail
+
+usage() {
+    cat <<'END'
+usage: ./setup.sh [demo|test] [--python PATH] [--again]
+
+  ./setup.sh          install the packages of requirements.txt into .venv
+  ./setup.sh demo     install, draw a small data set, train on it, test, and say what to run next
+  ./setup.sh test     install requirements-dev.txt too, then run ruff, mypy and pytest
+
+  --python PATH       the Python to build .venv with, 3.11 or newer (also: the variable PYTHON)
+  --again             demo: train again, even where a finished demo run lies already
+  -h, --help          this text
+
+All of it can be run again: what is there already is used.
+END
+}
+
+TRAINER=flickr_image_caption_with_pytorch_resnet_lstm.py
+DEMO_RUNS=saved_models/demo/efficientnet_lite0_attention
+
+# The demo's commands, to be changed to taste.
+draw_demo_data() {
+    run download_datasets.py --dataset demo
+}
+train_demo() {
+    run "$TRAINER" --dataset_type demo --encoder efficientnet_lite0 --decoder attention \
+        --epochs 20 --batch_size 64 --learning_rate 0.002 \
+        --embed_size 256 --hidden_size 256 --num_layers 1 --attention_dim 256 --freq_threshold 1 \
+        --use_scheduler --scheduler_type one_cycle --warmup_epochs 2 \
+        --save_attention_viz --advanced_attention_viz
+}
+test_demo() { # the run's directory
+    run "$TRAINER" --mode test --model_path "$1"
+}
+
+say() { printf '%s\n' "$*"; }
+fail() { printf 'error: %s\n' "$*" >&2; exit 2; }
+
+# Runs a Python script of the project, and shows the command as one would type it.
+run() {
+    printf '\n$ .venv/bin/python'
+    printf ' %s' "$@"
+    printf '\n'
+    .venv/bin/python "$@"
+}
+
+# "3.12" for an interpreter that runs (a pyenv shim may be there and not run), else nothing.
+version_of() {
+    "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null </dev/null || true
+}
+
+new_enough() { # 3.12
+    [ "${1%%.*}" -gt 3 ] || { [ "${1%%.*}" -eq 3 ] && [ "${1#*.}" -ge 11 ]; }
+}
+
+# Sets `python` to the interpreter that .venv is to be built with.
+find_python() {
+    local candidate version too_old=''
+    if [ -n "$wanted_python" ]; then
+        version=$(version_of "$wanted_python")
+        [ -n "$version" ] || fail "$wanted_python is not a Python that runs; name one that is 3.11 or newer"
+        new_enough "$version" || fail "$wanted_python is Python $version; 3.11 or newer is needed"
+        python=$wanted_python
+        return
+    fi
+    for candidate in python3.13 python3.12 python3.11 python3; do
+        version=$(version_of "$candidate")
+        [ -n "$version" ] || continue
+        if new_enough "$version"; then
+            python=$candidate
+            return
+        fi
+        too_old=" (python3 is $version)"
+    done
+    fail "no Python 3.11 or newer found$too_old; install one, or name it: ./setup.sh --python PATH"
+}
+
+make_venv() {
+    local version
+    if [ -e .venv ] && [ ! -f .venv/pyvenv.cfg ] && [ -n "$(ls -A .venv)" ]; then
+        fail "$PWD/.venv is there but is no virtual environment; move it out of the way"
+    fi
+    if [ -f .venv/pyvenv.cfg ]; then
+        version=$(version_of .venv/bin/python)
+        if [ -n "$version" ]; then
+            new_enough "$version" || fail ".venv is Python $version; remove it (rm -r .venv) and start again"
+            if [ "$python_typed" = yes ]; then
+                say "Using the .venv that is there (Python $version); to build it with another Python, rm -r .venv first."
+            fi
+            # An interrupted build, or uv's, has no pip yet.
+            if .venv/bin/python -m pip --version >/dev/null 2>&1 ||
+                .venv/bin/python -m ensurepip >/dev/null 2>&1; then
+                return
+            fi
+            say ".venv has no pip that works; building it again."
+        else
+            say ".venv is broken (its Python does not run any more); building it again."
+        fi
+    fi
+    find_python
+    version=$(version_of "$python")
+    "$python" -c 'import ensurepip, venv' >/dev/null 2>&1 ||
+        fail "$python lacks the venv module; on Debian and Ubuntu: sudo apt-get install python$version-venv"
+    require_disk_space
+    say "Building .venv with $python (Python $version)."
+    "$python" -m venv --clear .venv || fail "$python could not build .venv; what it said stands above"
+}
+
+require_disk_space() {
+    local need=8 free_kb
+    if [ "$(uname -s)" = Darwin ]; then need=3; fi # torch without CUDA
+    free_kb=$(df -Pk . | awk 'NR == 2 { print $4 }')
+    [ "$free_kb" -ge $((need * 1024 * 1024)) ] ||
+        fail "$((free_kb / 1024 / 1024)) GB are free in $PWD; installing needs $need GB"
+}
+
+checksum() { cat requirements.txt "$1" | cksum; }
+
+# Installs a requirements file unless the stamp in .venv says that this was done with these very files.
+install() { # requirements file
+    local file=$1 stamp=.venv/installed-$1 log=.venv/pip.log sum
+    sum=$(checksum "$file")
+    if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$sum" ]; then return; fi
+    rm -f .venv/installed-* # so that an interrupted install is done again
+    if .venv/bin/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' 2>/dev/null; then
+        say "Installing what has changed in $file ..."
+    else
+        require_disk_space
+        say "Installing the packages of $file (about 6 GB on Linux, once; this takes minutes) ..."
+    fi
+    if ! PIP_USER=0 .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-input \
+        -r "$file" >"$log" 2>&1 </dev/null; then
+        cat "$log" >&2
+        if grep -q 'No matching distribution' "$log"; then
+            say "hint: a package may not be made for Python $(version_of .venv/bin/python) yet: rm -r .venv, then ./setup.sh --python python3.12" >&2
+        fi
+        say "error: pip could not install $file; what it said stands above and in .venv/pip.log. Run ./setup.sh again to go on." >&2
+        exit 1
+    fi
+    checksum requirements.txt >.venv/installed-requirements.txt # requirements-dev.txt includes it
+    printf '%s\n' "$sum" >"$stamp"
+}
+
+# Prints the newest finished demo run's directory, or nothing.
+newest_demo_run() {
+    local summary newest=''
+    for summary in "$DEMO_RUNS"/*/run_summary.txt; do
+        [ -f "$summary" ] && [ -f "${summary%/*}/best.pt" ] || continue
+        if [ -z "$newest" ] || [ "$summary" -nt "$newest" ]; then newest=$summary; fi
+    done
+    if [ -n "$newest" ]; then printf '%s\n' "${newest%/*}"; fi
+}
+
+demo() {
+    local run_directory
+    draw_demo_data
+    run_directory=$(newest_demo_run)
+    if [ -n "$run_directory" ] && [ "$again" = no ]; then
+        printf '\n%s\n' "Using the demo run that is there; ./setup.sh demo --again trains another."
+    else
+        train_demo
+        run_directory=$(newest_demo_run)
+        [ -n "$run_directory" ] || { say "error: training left no finished run in $DEMO_RUNS" >&2; exit 1; }
+    fi
+    test_demo "$run_directory"
+    cat <<END
+
+What next
+
+  Where it all lies:    $run_directory
+  Attention pictures:   $run_directory/*attention_viz_sample_*.png
+  Scores and captions:  $run_directory/test_metrics.json, test_captions.json
+  The drawn images:     data/demo
+
+  The same on photographs, Flickr8k (about 1.1 GB to download):
+    source .venv/bin/activate
+    python download_datasets.py --dataset flickr8k
+    python $TRAINER --dataset_type flickr8k --decoder attention \\
+        --epochs 15 --batch_size 64 --learning_rate 0.001 --use_scheduler --scheduler_type cosine --scheduler_t_max 15 \\
+        --save_attention_viz
+END
+}
+
+checks() {
+    local failed=''
+    say "ruff check ." && .venv/bin/python -m ruff check . || failed="$failed ruff"
+    say "mypy" && .venv/bin/python -m mypy || failed="$failed mypy"
+    say "pytest" && .venv/bin/python -m pytest || failed="$failed pytest"
+    if [ -n "$failed" ]; then
+        say "error: failed:$failed" >&2
+        exit 1
+    fi
+}
+
+task=install
+again=no
+wanted_python=${PYTHON:-}
+python_typed=no
+python=
+while [ $# -gt 0 ]; do
+    case $1 in
+        demo | test)
+            if [ "$task" != install ]; then usage >&2; exit 2; fi
+            task=$1
+            ;;
+        --python=?*) wanted_python=${1#--python=} python_typed=yes ;;
+        --python)
+            if [ -z "${2:-}" ]; then usage >&2; fail "--python wants the path of a Python"; fi
+            wanted_python=$2 python_typed=yes
+            shift
+            ;;
+        --again) again=yes ;;
+        -h | --help) usage; exit 0 ;;
+        *) usage >&2; fail "unknown word: $1" ;;
+    esac
+    shift
+done
+if [ "$again" = yes ] && [ "$task" != demo ]; then usage >&2; fail "--again goes with demo"; fi
+case $wanted_python in
+    /*) ;;
+    */*) wanted_python=$PWD/$wanted_python ;; # relative to where the user stands, not to this script
+esac
+CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
+
+make_venv
+install requirements.txt
+case $task in
+    install)
+        say "Everything is installed. Now: source .venv/bin/activate, or ./setup.sh demo"
+        ;;
+    demo) demo ;;
+    test)
+        install requirements-dev.txt
+        checks
+        ;;
+esac

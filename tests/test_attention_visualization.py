@@ -1,0 +1,208 @@
+"""Attention pictures are tested by what their axes hold and by where the numbers lie, not by pixels."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import attention_visualization as attention
+
+SIZES = {"landscape": (500, 375), "portrait": (333, 500), "panorama": (900, 90), "tower": (40, 600)}
+
+
+def photo(shape: str = "landscape") -> Image.Image:
+    return Image.new("RGB", SIZES[shape], "teal")
+
+
+def maps(words: int) -> np.ndarray:
+    """A different distribution for each word."""
+    weights = np.random.default_rng(words).random((words, 49)) ** 4
+    return weights / weights.sum(1, keepdims=True)
+
+
+def caption(words: int) -> list[str]:
+    return [f"word{number}" for number in range(words)]
+
+
+def one_hot(*cells: int) -> np.ndarray:
+    return np.eye(49)[list(cells)]
+
+
+def labels(figure) -> Counter:
+    return Counter(axes.get_label() for axes in figure.axes)
+
+
+def headings(figure, label: str) -> list[str]:
+    return [axes.get_title(loc="left") for axes in figure.axes if axes.get_label() == label]
+
+
+# Numbers
+
+
+@pytest.mark.parametrize("cell", [0, 6, 10, 24, 42, 48])
+@pytest.mark.parametrize("size", [(500, 375), (333, 500), (77, 77)])
+def test_upsampled_peak_falls_into_its_cell(cell, size):
+    width, height = size
+    smooth = attention.upsample(one_hot(cell)[0], height, width)
+    assert smooth.shape == (height, width)
+    row, column = divmod(cell, 7)
+    y, x = np.unravel_index(smooth.argmax(), smooth.shape)
+    assert int(y / height * 7) == row and int(x / width * 7) == column
+    assert smooth[int((row + 0.5) * height / 7), int((column + 0.5) * width / 7)] == pytest.approx(1, abs=0.02)
+
+
+def test_upsampled_map_has_each_cells_weight_in_the_cells_middle():
+    weights = maps(1)[0]
+    smooth = attention.upsample(weights.reshape(7, 7), 7 * 31, 7 * 31)  # odd cells have a pixel in their middle
+    np.testing.assert_allclose(smooth[15::31, 15::31], weights.reshape(7, 7), atol=1e-6)
+    assert smooth.min() >= 0 and smooth.max() <= weights.max() + 1e-6
+    assert np.abs(np.diff(smooth, axis=1)).max() < 0.1 * weights.max(), "steps instead of a smooth map"
+
+
+def test_upsampling_keeps_a_flat_map_flat():
+    np.testing.assert_allclose(attention.upsample(np.full(49, 1 / 49), 50, 80), 1 / 49, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(48,), (49, 1), (1, 49), (14, 14), ()])
+def test_upsampling_refuses_other_shapes(shape):
+    with pytest.raises(ValueError, match=r"\(49,\) or \(7, 7\)"):
+        attention.upsample(np.zeros(shape), 10, 10)
+
+
+def test_upsampling_refuses_an_empty_picture():
+    with pytest.raises(ValueError):
+        attention.upsample(np.zeros(49), 0, 10)
+
+
+def test_entropy_of_known_distributions():
+    pair = np.zeros(49)
+    pair[[3, 30]] = 0.5
+    bits = attention.entropy(np.stack([np.full(49, 1 / 49), one_hot(5)[0], pair]))
+    np.testing.assert_allclose(bits, [math.log2(49), 0, 1], atol=1e-12)
+    assert not np.signbit(bits).any(), "a one-hot row must not print as -0.0"
+
+
+def test_peak_is_the_middle_of_the_strongest_cell_as_x_and_y():
+    points = attention.peak(one_hot(0, 6, 24, 42))
+    np.testing.assert_allclose(points * 14, [[1, 1], [13, 1], [7, 7], [1, 13]])
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        np.zeros((0, 49)),
+        np.full(49, 1 / 49),
+        np.full((2, 48), 1 / 48),
+        np.full((2, 7, 7), 1 / 49),
+        np.full((2, 49), 1.002 / 49),
+        np.full((2, 49), np.nan),
+        one_hot(0) * 2 - one_hot(1),
+    ],
+    ids=["no words", "one row", "48 cells", "grids", "sums to 1.002", "nan", "negative"],
+)
+def test_weights_that_are_no_distributions_raise(weights):
+    for function in (attention.entropy, attention.peak):
+        with pytest.raises(ValueError):
+            function(weights)
+    for build in (attention.attention_figure, attention.advanced_attention_figure):
+        with pytest.raises(ValueError):
+            build(photo(), caption(len(weights)), weights)
+
+
+def test_half_precision_weights_are_good_enough():
+    assert attention.entropy(maps(3).astype(np.float16)).shape == (3,)
+
+
+def test_words_and_weights_must_be_as_many():
+    for draw in (attention.attention_figure, attention.advanced_attention_figure):
+        with pytest.raises(ValueError, match="4 words, but attention weights for 3"):
+            draw(photo(), caption(4), maps(3))
+
+
+# Pictures
+
+
+@pytest.mark.parametrize("words", [1, 3, 20])
+@pytest.mark.parametrize("shape", ["landscape", "portrait"])
+def test_basic_picture_has_the_photo_and_every_word(words, shape):
+    figure = attention.attention_figure(photo(shape), caption(words), maps(words))
+    assert labels(figure) == {"photo": 1, "word": words, "scale": 1}
+    assert headings(figure, "word") == [f"{number + 1} word{number}" for number in range(words)]
+    assert any("own scale" in text.get_text() for text in figure.texts)
+
+
+@pytest.mark.parametrize("words", [1, 3, 20])
+@pytest.mark.parametrize("shape", ["landscape", "portrait"])
+def test_advanced_picture_has_every_view(words, shape):
+    figure = attention.advanced_attention_figure(photo(shape), caption(words), maps(words))
+    assert labels(figure) == {"path": 1, "mean": 1, "entropy": 1, "word": words, "scale": 1}
+    (bars,) = [axes for axes in figure.axes if axes.get_label() == "entropy"]
+    np.testing.assert_allclose([bar.get_width() for bar in bars.patches], attention.entropy(maps(words)))
+    assert [line.get_xdata()[0] for line in bars.lines] == [math.log2(49)]
+
+
+@pytest.mark.parametrize("build", [attention.attention_figure, attention.advanced_attention_figure])
+@pytest.mark.parametrize(("words", "shape"), [(1, "tower"), (8, "portrait"), (12, "panorama"), (40, "landscape")])
+def test_panels_neither_overlap_nor_leave_the_page(build, words, shape):
+    boxes = [axes.get_position() for axes in build(photo(shape), caption(words), maps(words)).axes]
+    corners = np.array([(box.x0, box.y0, box.x1, box.y1) for box in boxes])
+    assert corners.min() >= 0 and corners.max() <= 1
+    left, bottom, right, top = corners.T
+    crossing = (left[:, None] < right) & (left < right[:, None])
+    crossing &= (bottom[:, None] < top) & (bottom < top[:, None])
+    assert crossing.sum() == len(boxes), "a panel crosses another than itself"
+
+
+def test_a_map_is_drawn_over_the_whole_photo_and_scaled_to_its_peak():
+    weights = maps(2)
+    figure = attention.attention_figure(photo(), caption(2), weights)
+    panels = [axes for axes in figure.axes if axes.get_label() == "word"]
+    for axes, row in zip(panels, weights, strict=True):
+        below, above = axes.images
+        assert list(below.get_extent()) == list(above.get_extent()) == [0, 500, 375, 0]
+        assert above.get_clim() == (0, row.max())
+
+
+def test_path_gathers_words_of_one_cell_and_draws_a_move_only_between_cells():
+    from matplotlib.patches import FancyArrowPatch
+
+    figure = attention.advanced_attention_figure(photo(), caption(6), one_hot(0, 0, 0, 24, 0, 48))
+    (axes,) = [axes for axes in figure.axes if axes.get_label() == "path"]
+    places = {text.get_text().replace("\n", " "): text.get_position() for text in axes.texts}
+    assert places["1–3, 5"] == pytest.approx((500 / 14, 375 / 14))
+    assert places["4"] == pytest.approx((250, 187.5))
+    assert places["6"] == pytest.approx((500 * 13 / 14, 375 * 13 / 14))
+    boxes = {text.get_text(): text.get_bbox_patch() for text in axes.texts if text.get_bbox_patch()}
+    assert len({box.get_facecolor() for box in boxes.values()}) == 3, "start, end and between look different"
+    assert sum(isinstance(patch, FancyArrowPatch) for patch in axes.patches) == 3
+
+
+def test_title_caption_and_odd_words_are_written_as_they_are(tmp_path):
+    words = ["$5$", "<UNK>", "\\alpha", "incomprehensibilities" * 3]
+    figure = attention.attention_figure(photo(), words, maps(4), title="dog.jpg")
+    written = " ".join(text.get_text().replace("\n", " ") for text in figure.texts)
+    assert "$5$ <UNK> \\alpha incompre" in written and "dog.jpg" in written
+    attention.draw_attention_advanced(photo(), words, maps(4), tmp_path / "odd.png", title="$ _ ^ {")
+    assert (tmp_path / "odd.png").exists()
+
+
+@pytest.mark.parametrize("draw", [attention.draw_attention, attention.draw_attention_advanced])
+@pytest.mark.parametrize(("words", "shape"), [(1, "portrait"), (20, "landscape"), (60, "tower")])
+def test_files_are_whole_png_of_bounded_size_and_nothing_else_stays(tmp_path, draw, words, shape):
+    path = tmp_path / "attention_viz_sample_1.png"
+    draw(photo(shape), caption(words), maps(words), path, title="sample")
+    with Image.open(path) as picture:
+        assert picture.format == "PNG" and max(picture.size) <= 2400
+        picture.load()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_photo_given_is_not_changed():
+    image = photo()
+    before = image.tobytes()
+    attention.advanced_attention_figure(image, caption(2), maps(2))
+    assert image.size == SIZES["landscape"] and image.tobytes() == before
