@@ -382,7 +382,9 @@ def csv_rows(path: Path, text: str) -> Iterator[tuple[int, str, str]]:
     reader = csv.reader(io.StringIO(text), strict=True)
     try:
         header = [name.strip().lower() for name in next(reader, [])]
-        image = next((header.index(name) for name in ("image", "image_name", "filename", "file_name") if name in header), None)
+        image = next(
+            (header.index(name) for name in ("image", "image_name", "filename", "file_name") if name in header), None
+        )
         caption = next((header.index(name) for name in ("caption", "comment", "text") if name in header), None)
         if image is None or caption is None:
             raise UserError(
@@ -401,7 +403,7 @@ def csv_rows(path: Path, text: str) -> Iterator[tuple[int, str, str]]:
             words = ",".join(row[caption:]) if caption == len(header) - 1 else row[caption]
             yield reader.line_num, row[image].strip(), words
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: {error}; quote captions as in \"a \"\"big\"\" dog\"") from error
+        raise UserError(f'{path}, line {reader.line_num}: {error}; quote captions as in "a ""big"" dog"') from error
 
 
 # --------------------------------------------------------------------------------------------------
@@ -511,7 +513,9 @@ def karpathy_split(place: Path) -> tuple[dict[str, list[str]], str] | None:
                     split = {"restval": "train"}.get(image["split"], image["split"])
                     lists[split].append(image["filename"])
             except (KeyError, TypeError) as error:
-                raise UserError(f"{place / file} is not a Karpathy caption file: no images, split or filename") from error
+                raise UserError(
+                    f"{place / file} is not a Karpathy caption file: no images, split or filename"
+                ) from error
             return lists, f"Karpathy's {file} in {place}"
     return None
 
@@ -519,7 +523,9 @@ def karpathy_split(place: Path) -> tuple[dict[str, list[str]], str] | None:
 def require_splits(splits: dict[str, np.ndarray], source: str) -> None:
     for split, images in splits.items():
         if len(images) == 0:
-            raise UserError(f"the {split} split has no images ({source}): training needs at least one image in each split")
+            raise UserError(
+                f"the {split} split has no images ({source}): training needs at least one image in each split"
+            )
 
 
 # --------------------------------------------------------------------------------------------------

@@ -66,6 +66,8 @@ class Encoder(nn.Module):
     def __init__(self, spec: EncoderSpec, backbone: nn.Module):
         super().__init__()
         self.spec, self.backbone = spec, backbone
+        self.mean: torch.Tensor
+        self.deviation: torch.Tensor
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, 3, 1, 1))
         self.register_buffer("deviation", torch.tensor(spec.deviation).view(1, 3, 1, 1))
         self.requires_grad_(False)
@@ -87,7 +89,7 @@ class Encoder(nn.Module):
         Returns float (B, 49, C) on `device`. On the CPU the graph is traced and frozen, which folds
         BatchNorm into the convolutions; everywhere the pixels stay channels-last, as Pillow delivers them.
         """
-        self.to(device, memory_format=torch.channels_last)
+        self.to(device).to(memory_format=torch.channels_last)
         run: Callable[[torch.Tensor], torch.Tensor] = self
         if device.type == "cpu":
             example = torch.zeros(2, 3, self.spec.image_size, self.spec.image_size, dtype=torch.uint8)
@@ -127,7 +129,9 @@ def find_weights(name: str, resnet_weights: str | None) -> tuple[Path | None, st
     if resnet_weights:
         path = Path(resnet_weights)
         if not path.is_file():
-            raise UserError(f"--resnet_weights {path} is not there; leave the flag out to have torchvision download them")
+            raise UserError(
+                f"--resnet_weights {path} is not there; leave the flag out to have torchvision download them"
+            )
     else:
         hub = Path(torch.hub.get_dir()) / "checkpoints"
         places = [folder / file for folder in (*RESNET50_PLACES, hub) for file in RESNET50_FILES]
@@ -498,7 +502,7 @@ def beam_search(
         for i, k in counts.nonzero().tolist():
             found[alive[i]].append(hypothesis(history, looks, best, i, int(parent[i, k]), k, time + 1, length_penalty))
         # The first beam_size candidates that go on are the next live hypotheses.
-        order = ends.int().argsort(1, stable=True)[:, :beam_size]
+        order = ends.int().argsort(dim=1, stable=True)[:, :beam_size]
         parent, word = parent.gather(1, order), word.gather(1, order)
         scores = best.gather(1, order).masked_fill(ends.gather(1, order), -math.inf)
         image = torch.arange(count, device=device).unsqueeze(1)
@@ -518,7 +522,9 @@ def beam_search(
             for i in going:
                 if not found[alive[i]]:
                     found[alive[i]] = [
-                        hypothesis(history[:, :, :-1], looks[:, :, :max_length], scores, i, k, k, max_length, length_penalty)
+                        hypothesis(
+                            history[:, :, :-1], looks[:, :, :max_length], scores, i, k, k, max_length, length_penalty
+                        )
                         for k in range(scores.shape[1])
                         if math.isfinite(scores[i, k])
                     ]
@@ -544,7 +550,6 @@ def hypothesis(
     log_probability = float(scores[image, rank])
     weights = looks[image, row, : history.shape[2]].float().cpu().numpy() if looks.shape[-1] else None
     return Hypothesis(history[image, row].tolist(), log_probability, log_probability / length**penalty, weights)
-
 
 
 def build_decoder(

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from caption_data import UnreadableImage, load_pixels
 from caption_models import Encoder, EncoderSpec
-from safe_io import UserError, format_bytes, make_directory, require_free_space
+from safe_io import UserError, make_directory, require_free_space
 
 ROWS_PER_FILE = 4096  # half a gigabyte of EfficientNet-Lite0 grids
 ENCODE_BATCH = 32
@@ -181,12 +181,16 @@ class CachedFeatures:
 class LiveFeatures:
     """The plain path (`--feature_cache off`): every batch through the encoder. Implements `Features`."""
 
-    def __init__(self, encoder: Encoder, device: torch.device, paths: Sequence[Path], means: bool, workers: int):
+    def __init__(
+        self, encoder: Encoder, device: torch.device, paths: Sequence[Path], needed: np.ndarray, means: bool, workers: int,
+    ):  # fmt: skip
         self.encode = encoder.fast_form(device)
         self.paths, self.size, self.means = paths, encoder.spec.image_size, means
         self.pool = ThreadPoolExecutor(workers)
         self.unreadable = {}
-        for image, problem in enumerate(self.pool.map(self.problem_of, paths)):
+        for image, problem in zip(
+            needed.tolist(), self.pool.map(self.problem_of, [paths[i] for i in needed]), strict=True
+        ):
             if problem:
                 self.unreadable[image] = problem
 
@@ -209,16 +213,18 @@ def open_features(
     weights_hash: str,
     build_encoder: Callable[[], Encoder],
     paths: Sequence[Path],
+    needed: np.ndarray,
     device: torch.device,
     means: bool,
     workers: int,
-    quiet: bool = False,
 ) -> Features:
-    """Features of all `paths` (which lie in one directory), encoding those that the cache lacks.
+    """Features of images, encoding those that the cache lacks.
 
     Args:
         cache: the cache's directory, or None for no cache.
         build_encoder: called only when something has to be encoded.
+        paths: of all images of the caption set, which lie in one directory.
+        needed: positions of the images that are wanted; the others are left alone.
         means: the mean over the 49 regions (the `lstm` decoder) rather than the regions.
         workers: threads that decode images while the encoder runs.
 
@@ -226,8 +232,8 @@ def open_features(
         UserError: too many images cannot be read, the disk is too small, or the cache cannot be written.
     """
     if cache is None:
-        live = LiveFeatures(build_encoder(), device, paths, means, workers)
-        check_unreadable(live.unreadable, len(paths))
+        live = LiveFeatures(build_encoder(), device, paths, needed, means, workers)
+        check_unreadable(live.unreadable, len(needed))
         return live
     folder = paths[0].parent.resolve()
     identity = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
@@ -237,16 +243,22 @@ def open_features(
         grid = FeatureFile(directory, "grid", (spec.regions, spec.channels))
         mean = FeatureFile(directory, "mean", (spec.channels,))
         wanted = mean if means else grid
-        versions = [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, paths)]
-        todo = [i for i, path in enumerate(paths) if not wanted.holds(path.name, versions[i])]
+        versions = {i: version_of(paths[i]) for i in needed.tolist()}
+        todo = [i for i, version in versions.items() if not wanted.holds(paths[i].name, version)]
         if means and todo:
             todo = derive_means(grid, mean, paths, versions, todo)
         unreadable: dict[int, str] = {}
         if todo:
             require_free_space(directory, len(todo) * (wanted.row_bytes + 128), "encoding the images")
-            unreadable = encode_images(build_encoder(), device, wanted, paths, versions, todo, workers, quiet)
-    check_unreadable(unreadable, len(paths))
+            unreadable = encode_images(build_encoder(), device, wanted, paths, versions, todo, workers)
+    check_unreadable(unreadable, len(needed))
     return CachedFeatures(wanted, paths, unreadable)
+
+
+def version_of(path: Path) -> tuple[int, int]:
+    """Size and modification time: what tells that an image has changed."""
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
 def waiting_lock(directory: Path) -> FileLock:
@@ -261,7 +273,7 @@ def waiting_lock(directory: Path) -> FileLock:
 
 
 def derive_means(
-    grid: FeatureFile, mean: FeatureFile, paths: Sequence[Path], versions: list[tuple[int, int]], todo: list[int]
+    grid: FeatureFile, mean: FeatureFile, paths: Sequence[Path], versions: dict[int, tuple[int, int]], todo: list[int]
 ) -> list[int]:
     """Fill means from grids that are already there; returns the images that still need the encoder."""
     have = [i for i in todo if grid.holds(paths[i].name, versions[i])]
@@ -284,10 +296,9 @@ def encode_images(
     device: torch.device,
     file: FeatureFile,
     paths: Sequence[Path],
-    versions: list[tuple[int, int]],
+    versions: dict[int, tuple[int, int]],
     todo: list[int],
     workers: int,
-    quiet: bool,
 ) -> dict[int, str]:
     """Run the encoder over the images `todo` and append to `file`; returns why some could not be read."""
     encode = encoder.fast_form(device)
@@ -300,9 +311,10 @@ def encode_images(
     def flush() -> None:
         if pending:
             file.append(names, stamps, np.concatenate(pending))
-            names.clear(), stamps.clear(), pending.clear()
+            for done in (names, stamps, pending):
+                done.clear()
 
-    bar = tqdm(total=len(todo), desc=f"Encoding images ({encoder.spec.name})", unit="image", disable=quiet or None)
+    bar = tqdm(total=len(todo), desc=f"Encoding images ({encoder.spec.name})", unit="image", disable=None)
     with bar:
         for part, pixels in decoded_batches(paths, todo, encoder.spec.image_size, workers, unreadable):
             if part:
@@ -359,8 +371,3 @@ def check_unreadable(unreadable: dict[int, str], total: int) -> None:
             "(`python download_datasets.py --force`), or remove these images' rows from the captions file"
         )
     print(f"{len(unreadable)} unreadable image(s) left out.")
-
-
-def cache_size(spec: EncoderSpec, images: int, means: bool) -> str:
-    """What the features of so many images take, for people."""
-    return format_bytes(images * 2 * spec.channels * (1 if means else spec.regions))

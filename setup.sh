@@ -136,7 +136,7 @@ install() { # requirements file
         -r "$file" >"$log" 2>&1 </dev/null; then
         cat "$log" >&2
         if grep -q 'No matching distribution' "$log"; then
-            say "hint: a package may not be made for Python $(version_of .venv/bin/python) yet: rm -r .venv, then ./setup.sh --python python3.12" >&2
+            say "hint: no network, or a package is not made for Python $(version_of .venv/bin/python); to try another: rm -r .venv; ./setup.sh --python PATH" >&2
         fi
         say "error: pip could not install $file; what it said stands above and in .venv/pip.log. Run ./setup.sh again to go on." >&2
         exit 1

@@ -106,9 +106,7 @@ def test_boxes_lie_inside_the_picture_around_their_shape(demo):
 
 
 def test_splits_are_disjoint_and_cover_all(demo):
-    splits = [
-        (demo / f"Flickr_8k.{split}Images.txt").read_text().split() for split in ("train", "dev", "test")
-    ]
+    splits = [(demo / f"Flickr_8k.{split}Images.txt").read_text().split() for split in ("train", "dev", "test")]
     assert [len(split) for split in splits] == [24, 3, 3]
     assert len(set().union(*splits)) == SCENES
 

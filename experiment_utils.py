@@ -1,0 +1,120 @@
+"""Run directories, what is written into them, and how a `--model_path` finds its checkpoint."""
+
+from __future__ import annotations
+
+import shlex
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from safe_io import UserError, make_directory, write_atomic, write_json
+
+SCRIPT = "flickr_image_caption_with_pytorch_resnet_lstm.py"
+DRY_RUN = "dry_run_"  # begins the names of runs that are no results
+CONFIG_NAMES = {"decoder": "decoder_type"}  # our flags under the names that the original's run_config.json has
+
+
+def rate_text(rate: float) -> str:
+    """5e-4 -> '5e-04', 1.5e-4 -> '1.5e-04': as many digits as it takes to be the same number again."""
+    return next(text for digits in range(18) if float(text := f"{rate:.{digits}e}") == rate)
+
+
+def run_name(flags: dict[str, Any], timestamp: str) -> str:
+    """`{dataset}_{decoder}_ep{E}_bs{B}_lr{lr}[_{scheduler_type}][_att]_{timestamp}`."""
+    parts = [
+        flags["dataset_type"], flags["decoder"], f"ep{flags['epochs']}", f"bs{flags['batch_size']}",
+        f"lr{rate_text(flags['learning_rate'])}",
+    ]  # fmt: skip
+    if flags["use_scheduler"]:
+        parts.append(flags["scheduler_type"])
+    if flags["save_attention_viz"]:
+        parts.append("att")
+    prefix = DRY_RUN if flags.get("dry_run") else ""
+    return prefix + "_".join([*parts, timestamp])
+
+
+def create_run_directory(base: Path, flags: dict[str, Any], encoder_family: str, now: datetime | None = None) -> Path:
+    """Make the run's own directory under `base/<dataset>/<encoder family>_<decoder>/`; never one that exists.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    timestamp = (now or datetime.now()).strftime("%Y%m%d_%H%M%S")
+    parent = base / flags["dataset_type"] / f"{encoder_family}_{flags['decoder']}"
+    make_directory(parent, "--model_save_dir")
+    name, number = run_name(flags, timestamp), 1
+    while True:
+        directory = parent / (name if number == 1 else f"{name}_{number}")
+        try:
+            directory.mkdir()
+            return directory
+        except FileExistsError:  # another run of the same second
+            number += 1
+        except OSError as error:
+            raise UserError(f"cannot make the run directory {directory}: {error.strerror}") from error
+
+
+def reproducing_command(typed: list[str]) -> str:
+    """The command line again, quoted for a shell."""
+    return shlex.join(["python", SCRIPT, *typed])
+
+
+def write_run_config(directory: Path, flags: dict[str, Any]) -> None:
+    """`run_config.json`: every flag under the original's names; `--config` reads it back."""
+    timestamp = datetime.now().strftime("%Y%m%d_%H%M%S")
+    write_json(
+        directory / "run_config.json", {CONFIG_NAMES.get(k, k): v for k, v in flags.items()} | {"timestamp": timestamp}
+    )
+
+
+def write_run_summary(directory: Path, flags: dict[str, Any], command: str, facts: dict[str, Any]) -> None:
+    """`run_summary.txt`: parameters and results for people, with the command that reproduces the run."""
+    labels = {
+        "Dataset": "dataset_type", "Decoder": "decoder", "Encoder": "encoder", "Epochs": "epochs",
+        "Batch Size": "batch_size", "Learning Rate": "learning_rate", "Embed Size": "embed_size",
+        "Hidden Size": "hidden_size", "Num Layers": "num_layers", "Attention Dim": "attention_dim",
+        "Dropout": "drop_prob", "Num Workers": "num_workers", "Seed": "seed",
+    }  # fmt: skip
+    lines = ["Training Run Summary", "===================", "", f"Run Directory: {directory.name}"]
+    lines += [f"Timestamp: {datetime.now().strftime('%Y%m%d_%H%M%S')}", ""]
+    lines += [f"{label}: {flags[key]}" for label, key in labels.items()]
+    if flags["use_scheduler"]:
+        lines += ["", f"Learning Rate Scheduler: {flags['scheduler_type']}"]
+        used = {
+            "reduce_lr_on_plateau": {"Patience": "scheduler_patience", "Factor": "scheduler_factor"},
+            "step": {"Step size": "scheduler_step_size", "Gamma": "scheduler_gamma"},
+            "cosine": {"T_max": "scheduler_t_max"},
+            "exponential": {"Gamma": "scheduler_gamma"},
+            "one_cycle": {"Warmup epochs": "warmup_epochs"},
+        }[flags["scheduler_type"]]
+        lines += [f"  {label}: {flags[key]}" for label, key in (used | {"Min LR": "min_lr"}).items()]
+    if flags["save_attention_viz"]:
+        lines += ["", "Attention Visualization: Enabled", f"  Samples: {flags['attention_viz_samples']}"]
+        lines += [f"  Advanced: {flags['advanced_attention_viz']}"]
+    lines += ["", *[f"{name}: {value}" for name, value in facts.items()]]
+    lines += ["", "Reproduce with:", f"  {command}", "", "Full configuration saved to: run_config.json"]
+    write_atomic(directory / "run_summary.txt", lambda file: file.write(("\n".join(lines) + "\n").encode()))
+
+
+def find_checkpoint(model_path: Path) -> Path:
+    """What `--model_path` means: a checkpoint, a run directory, or a path as the original README writes it.
+
+    Where the named file is not there itself, the newest run below its folder that has it is used.
+
+    Raises:
+        UserError: nothing fits.
+    """
+    if model_path.is_file():
+        return model_path
+    folder, name = (model_path, "best.pt") if model_path.is_dir() else (model_path.parent, model_path.name)
+    if (folder / name).is_file():
+        return folder / name
+    runs = [path for path in folder.glob(f"**/{name}") if not path.parent.name.startswith(DRY_RUN)]
+    if not runs:
+        raise UserError(
+            f"--model_path {model_path} is not there, and no run below {folder} has a {name}: "
+            "give a checkpoint (.pt), a run directory, or a folder of runs"
+        )
+    newest = max(runs, key=lambda path: (path.parent.name[-15:], path.stat().st_mtime_ns))
+    print(f"Using {newest} (the newest run below {folder} that has {name})")
+    return newest
