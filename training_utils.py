@@ -83,7 +83,7 @@ class Schedule:
         rising = s.warmup_epochs * s.steps_per_epoch
         position = done * s.steps_per_epoch + step
         if position < rising:  # Smith and Topin (2018): up from a 25th, then down
-            return cosine(s.learning_rate / 25, s.learning_rate, position / rising)
+            return cosine(max(s.learning_rate / 25, s.min_lr), s.learning_rate, position / rising)
         return cosine(s.learning_rate, s.min_lr, min((position - rising) / max(1, total - rising), 1.0))
 
     def epoch_ended(self, validation_loss: float) -> None:

@@ -1,0 +1,122 @@
+"""Layouts, splits by image, vocabulary and batches; runs under pytest and as a script."""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import pytest
+
+from caption_data import EOS, SOS, BatchMaker, build_vocabulary, load_caption_set, read_captions, tokenize
+from safe_io import UserError
+
+
+def test_tokens_are_lower_case_without_punctuation():
+    words, ids, offsets = tokenize(["A dog's shirt, red.", "None of it!"])
+    first, second = ([words[i] for i in ids[a:b]] for a, b in zip(offsets, offsets[1:], strict=False))
+    assert first == ["a", "dog", "'s", "shirt", "red"] and second == ["none", "of", "it"]
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("captions.txt", 'image,caption\na.jpg,"A dog, big"\nb.jpg,A cat\n'),
+        ("captions.txt", "image,caption\r\na.jpg,A dog, big\r\nb.jpg,A cat\r\n"),
+        ("Flickr8k.token.txt", "a.jpg#0\tA dog, big\nb.jpg.1#0\tA cat\n"),
+        ("results.csv", "image_name| comment_number| comment\na.jpg| 0| A dog, big\nb.jpg| 4   A cat\n"),
+        ("results_20130124.token", "a.jpg#0\tA dog, big\nb.jpg#0\tA cat\n"),
+        (
+            "dataset.json",
+            json.dumps(
+                {
+                    "images": [
+                        {"filename": f, "split": "train", "sentences": [{"raw": c}]}
+                        for f, c in (("a.jpg", "A dog, big"), ("b.jpg", "A cat"))
+                    ]
+                }
+            ),
+        ),
+    ],
+)
+def test_layouts(tmp_path, name, text):
+    (tmp_path / name).write_bytes(text.encode())
+    captions, _ = read_captions(tmp_path / name)
+    assert {k: [c.strip() for c in v] for k, v in captions.items()} == {"a.jpg": ["A dog, big"], "b.jpg": ["A cat"]}
+
+
+def test_a_malformed_row_is_named_with_its_line(tmp_path):
+    path = tmp_path / "captions.txt"
+    path.write_text("image,caption\na.jpg,fine\nb.jpg\n")
+    with pytest.raises(UserError, match="line 3"):
+        read_captions(path)
+    path.write_text("image,caption\n../a.jpg,fine\n")
+    with pytest.raises(UserError, match="not a plain file name"):
+        read_captions(path)
+
+
+def test_none_is_a_word(tmp_path):
+    (tmp_path / "captions.txt").write_text("image,caption\na.jpg,None\nb.jpg,NA\n")
+    assert read_captions(tmp_path / "captions.txt")[0] == {"a.jpg": ["None"], "b.jpg": ["NA"]}
+
+
+def test_split_is_by_image_and_seeded(tiny):
+    data = load_caption_set(tiny, seed=3)
+    parts = [set(images.tolist()) for images in data.splits.values()]
+    assert [len(part) for part in parts] == [16, 2, 2] and len(set.union(*parts)) == 20
+    again = load_caption_set(tiny, seed=3)
+    assert all((data.splits[s] == again.splits[s]).all() for s in data.splits)
+    assert any((data.splits[s] != load_caption_set(tiny, seed=4).splits[s]).any() for s in ("val", "test"))
+
+
+def test_a_split_kept_in_a_checkpoint_wins(tiny):
+    data = load_caption_set(tiny, saved_split={"val": ["p00.jpg"], "test": ["p01.jpg", "p02.jpg"]})
+    assert data.splits["val"].tolist() == [0] and data.splits["test"].tolist() == [1, 2]
+
+
+def test_an_image_in_two_splits_is_refused(tiny):
+    for name, images in (("train", "p00.jpg\np01.jpg"), ("val", "p02.jpg"), ("test", "p01.jpg")):
+        (tiny / f"{name}.txt").write_text(images)
+    with pytest.raises(UserError, match="p01.jpg is in both train and test"):
+        load_caption_set(tiny)
+
+
+def test_vocabulary_is_from_training_captions_only(tiny):
+    for name, images in (("train", "p00.jpg\np04.jpg"), ("val", "p01.jpg"), ("test", "p02.jpg")):
+        (tiny / f"{name}.txt").write_text(images)
+    words = build_vocabulary(load_caption_set(tiny), 1).words
+    assert words[:4] == ["<PAD>", "<SOS>", "<EOS>", "<UNK>"] and "red" in words and "green" not in words
+
+
+def test_references_are_the_images_own(tiny):
+    data = load_caption_set(tiny)
+    for position, name in enumerate(data.names):
+        color = ("red", "green", "blue", "yellow")[int(name[1:3]) % 4]
+        assert data.references(position) == [f"a {color} picture number one", f"a {color} picture number two"]
+
+
+def test_batches_hold_whole_images_and_no_padding(tiny):
+    data = load_caption_set(tiny)
+    vocabulary = build_vocabulary(data, 1)
+    batches = BatchMaker(data, vocabulary, max_length=40)
+    plan = batches.plan(data.splits["train"], 5)
+    assert all(len(captions) <= 5 for captions in plan) and sum(map(len, plan)) == 32
+    batch = batches.make(plan[0])
+    sizes = batch.batch_sizes.tolist()
+    assert sum(sizes) == len(batch.inputs) == len(batch.targets) and sizes == sorted(sizes, reverse=True)
+    assert (batch.inputs[: sizes[0]] == SOS).all() and (batch.targets == EOS).sum() == sizes[0]
+    assert len(np.unique(batch.slots)) == len(batch.slots)
+    row = [int(t) for t, r in zip(batch.targets, batch.token_row, strict=True) if r == 0]
+    image = int(batch.images[batch.row_image[0]])
+    assert " ".join(vocabulary.decode(row)) in data.references(image)
+
+
+def test_missing_images_are_an_error_or_a_note(tiny):
+    (tiny / "Images" / "p03.jpg").unlink()
+    with pytest.raises(UserError, match=r"1 of the 20 images .* missing"):
+        load_caption_set(tiny)
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, "-v"]))

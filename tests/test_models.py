@@ -1,0 +1,182 @@
+"""Decoders, encoders and beam search: among them the original's defects 1, 2, 6 and 10."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch.nn.utils.rnn import PackedSequence
+
+from caption_data import BatchMaker, build_vocabulary, load_caption_set
+from caption_models import ENCODERS, beam_search, build_decoder, build_encoder, find_weights
+from safe_io import UserError
+
+KINDS = ("lstm", "attention")
+
+
+def tiny_decoder(kind, words=30, layers=2, drop=0.0):
+    torch.manual_seed(0)
+    return build_decoder(kind, words, 8, 24, 32, layers, drop, 16)
+
+
+def features_for(kind, images):
+    grid = torch.randn(images, 49, 8, generator=torch.Generator().manual_seed(1))
+    return grid if kind == "attention" else grid.mean(1)
+
+
+@pytest.fixture
+def batch(tiny):
+    data = load_caption_set(tiny)
+    vocabulary = build_vocabulary(data, 1)
+    batches = BatchMaker(data, vocabulary, 40)
+    return vocabulary, batches.make(np.arange(32)), data
+
+
+def test_the_packed_lstm_is_pytorchs():
+    decoder = tiny_decoder("lstm").double()
+    sizes = torch.tensor([5, 5, 4, 2, 1])
+    inputs = [torch.randn(shape, dtype=torch.double, requires_grad=True) for shape in ((17, 24), (2, 5, 32), (2, 5, 32))]
+    weight = torch.randn(17, 32, dtype=torch.double)
+    ours = decoder.run_lstm(inputs[0], sizes, inputs[1], inputs[2])
+    theirs = decoder.lstm(PackedSequence(inputs[0], sizes), (inputs[1], inputs[2]))[0].data
+    wanted = [*inputs, *decoder.lstm.parameters()]
+    torch.testing.assert_close(ours, theirs)
+    for a, b in zip(
+        torch.autograd.grad((ours * weight).sum(), wanted), torch.autograd.grad((theirs * weight).sum(), wanted), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_thirty_two_memorised_captions_all_come_back(kind, tmp_path):
+    """Defect 1: decoding is what training trained."""
+    (tmp_path / "Images").mkdir()
+    rows = ["image,caption"]
+    for number in range(40):
+        (tmp_path / "Images" / f"{number:02d}.jpg").touch()
+        rows.append(f"{number:02d}.jpg,a w{number % 7} b{number % 5} c{number % 3} near w{number}" + " end" * (number % 4))
+    (tmp_path / "captions.txt").write_text("\n".join(rows))
+    data = load_caption_set(tmp_path)
+    images = data.splits["train"]
+    assert len(images) == 32
+    vocabulary = build_vocabulary(data, 1)
+    decoder, features = tiny_decoder(kind, len(vocabulary), 1), features_for(kind, 40)
+    batches = BatchMaker(data, vocabulary, 40)
+    (captions,) = batches.plan(images, 64)
+    batch = batches.make(captions)
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=0.01)
+    for _ in range(250):
+        loss = F.cross_entropy(decoder(features[batch.images], batch).logits, batch.targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for beam in (1, 3):
+        found = beam_search(decoder, features[images], beam, 40)
+        said = [" ".join(vocabulary.decode(hypotheses[0].ids)) for hypotheses in found]
+        assert said == [data.references(image)[0] for image in images]
+
+
+def test_attention_sums_to_one_differs_and_has_gradients(batch):
+    """Defect 2."""
+    vocabulary, made, _ = batch
+    decoder = tiny_decoder("attention", len(vocabulary))
+    output = decoder(features_for("attention", 20)[made.images], made)
+    torch.testing.assert_close(output.attention.sum(1), torch.ones(len(made.targets)))
+    assert output.attention.std() > 0
+    F.cross_entropy(output.logits, made.targets).backward()
+    assert decoder.key.weight.grad.abs().max() > 0 and decoder.query.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_teacher_forcing_is_the_step_by_step_decoder(kind, batch):
+    vocabulary, made, _ = batch
+    decoder = tiny_decoder(kind, len(vocabulary)).eval()
+    features = features_for(kind, 20)[made.images]
+    together = decoder(features, made).logits
+    row = 3
+    image = int(made.row_image[row])
+    state = decoder.begin(features[image : image + 1])
+    for token in (made.token_row == row).nonzero().flatten():
+        state, output = decoder.step(state, made.inputs[token : token + 1])
+        torch.testing.assert_close(output.logits[0], together[token], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("beam", (1, 3))
+def test_a_batch_is_captioned_as_one_by_one(kind, beam):
+    decoder, features = tiny_decoder(kind), features_for(kind, 9)
+    batched = beam_search(decoder, features, beam, 12)
+    single = [beam_search(decoder, features[i : i + 1], beam, 12)[0] for i in range(9)]
+    assert [[h.ids for h in found] for found in batched] == [[h.ids for h in found] for found in single]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_beam_one_is_greedy_and_never_says_a_special_token(kind):
+    decoder, features = tiny_decoder(kind), features_for(kind, 6)
+    for found, feature in zip(beam_search(decoder, features, 1, 12), features, strict=True):
+        state, word, said = decoder.eval().begin(feature.unsqueeze(0)), 1, []
+        for _ in range(12):
+            state, output = decoder.step(state, torch.tensor([word]))
+            output.logits[:, [0, 1, 3]] = -torch.inf
+            word = int(output.logits.argmax())
+            if word == 2:
+                break
+            said.append(word)
+        assert found[0].ids == said
+
+
+def test_beam_attention_belongs_to_its_words():
+    decoder, features = tiny_decoder("attention"), features_for("attention", 4)
+    for found, feature in zip(beam_search(decoder, features, 3, 8, attention=True), features, strict=True):
+        best = found[0]
+        assert best.attention.shape == (len(best.ids), 49)
+        state, word = decoder.eval().begin(feature.unsqueeze(0)), 1
+        for said, weights in zip(best.ids, best.attention, strict=True):
+            state, output = decoder.step(state, torch.tensor([word]))
+            np.testing.assert_allclose(output.attention[0].detach(), weights, atol=1e-5)
+            word = said
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_layers_and_sizes_are_in_force(kind, batch):
+    """Defect 10."""
+    vocabulary, made, _ = batch
+    features = features_for(kind, 20)[made.images]
+    dropping = tiny_decoder(kind, len(vocabulary), drop=0.5).train()
+    assert not torch.equal(dropping(features, made).logits, dropping(features, made).logits)
+    dropping.eval()
+    assert torch.equal(dropping(features, made).logits, dropping(features, made).logits)
+    assert tiny_decoder(kind, layers=3).lstm.num_layers == 3
+    assert build_decoder("attention", 30, 8, 24, 32, 1, 0.0, 10).query.out_features == 10
+
+
+def test_the_encoder_is_frozen_in_eval_mode_for_ever():
+    """Defects 6 and 11."""
+    encoder = build_encoder("efficientnet_lite0", find_weights("efficientnet_lite0", None)[0])
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    encoder.train()
+    pixels = np.random.default_rng(0).integers(0, 255, (2, 224, 224, 3), dtype=np.uint8)
+    plain = encoder(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+    assert plain.shape == (2, 49, 1280) and not encoder.training and not plain.requires_grad
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+    fast = encoder.fast_form(torch.device("cpu"))(pixels)
+    torch.testing.assert_close(fast.half().float(), plain, atol=5e-3, rtol=5e-3)
+
+
+def test_resnet50_weights_come_from_a_file(tmp_path):
+    torch.manual_seed(1)
+    network = torchvision.models.resnet50(weights=None)
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    path, digest = find_weights("resnet50", str(tmp_path / "weights.pth"))
+    encoder = build_encoder("resnet50", path)
+    pixels = torch.full((1, 3, 224, 224), 100, dtype=torch.uint8)
+    spec = ENCODERS["resnet50"]
+    normal = (pixels.float() - torch.tensor(spec.mean).view(1, 3, 1, 1)) / torch.tensor(spec.deviation).view(1, 3, 1, 1)
+    whole = network.eval().avgpool(torch.nn.Sequential(*list(network.children())[:-2])(normal)).flatten(1)
+    torch.testing.assert_close(encoder(pixels).mean(1), whole, atol=1e-4, rtol=1e-4)
+    assert len(digest) == 16
+    (tmp_path / "resnet50-0676ba61.pth").write_bytes((tmp_path / "weights.pth").read_bytes())
+    with pytest.raises(UserError, match="damaged"):
+        find_weights("resnet50", str(tmp_path / "resnet50-0676ba61.pth"))
+    with pytest.raises(UserError, match="not there"):
+        find_weights("resnet50", str(tmp_path / "absent.pth"))
