@@ -9,7 +9,9 @@ REFERENCES = [["a dog runs over the grass", "the dog is running"], ["two men sit
 
 def test_a_perfect_caption_is_perfect():
     scores = score_captions([known[0] for known in REFERENCES], REFERENCES)
-    assert scores["wer"] == 0 and scores["rouge"] == 1 and scores["bleu4"] == pytest.approx(1) and scores["rouge_l"] == 1
+    assert (
+        scores["wer"] == 0 and scores["rouge"] == 1 and scores["bleu4"] == pytest.approx(1) and scores["rouge_l"] == 1
+    )
 
 
 def test_word_errors_are_against_the_nearest_reference():

@@ -20,8 +20,8 @@ def tiny_decoder(kind, words=30, layers=2, drop=0.0):
 
 
 def features_for(kind, images):
-    grid = torch.randn(images, 49, 8, generator=torch.Generator().manual_seed(1))
-    return grid if kind == "attention" else grid.mean(1)
+    shape = (images, 49, 8) if kind == "attention" else (images, 8)
+    return 2 * torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture
@@ -35,14 +35,18 @@ def batch(tiny):
 def test_the_packed_lstm_is_pytorchs():
     decoder = tiny_decoder("lstm").double()
     sizes = torch.tensor([5, 5, 4, 2, 1])
-    inputs = [torch.randn(shape, dtype=torch.double, requires_grad=True) for shape in ((17, 24), (2, 5, 32), (2, 5, 32))]
+    inputs = [
+        torch.randn(shape, dtype=torch.double, requires_grad=True) for shape in ((17, 24), (2, 5, 32), (2, 5, 32))
+    ]
     weight = torch.randn(17, 32, dtype=torch.double)
     ours = decoder.run_lstm(inputs[0], sizes, inputs[1], inputs[2])
     theirs = decoder.lstm(PackedSequence(inputs[0], sizes), (inputs[1], inputs[2]))[0].data
     wanted = [*inputs, *decoder.lstm.parameters()]
     torch.testing.assert_close(ours, theirs)
     for a, b in zip(
-        torch.autograd.grad((ours * weight).sum(), wanted), torch.autograd.grad((theirs * weight).sum(), wanted), strict=True
+        torch.autograd.grad((ours * weight).sum(), wanted),
+        torch.autograd.grad((theirs * weight).sum(), wanted),
+        strict=True,
     ):
         torch.testing.assert_close(a, b)
 
@@ -54,7 +58,7 @@ def test_thirty_two_memorised_captions_all_come_back(kind, tmp_path):
     rows = ["image,caption"]
     for number in range(40):
         (tmp_path / "Images" / f"{number:02d}.jpg").touch()
-        rows.append(f"{number:02d}.jpg,a w{number % 7} b{number % 5} c{number % 3} near w{number}" + " end" * (number % 4))
+        rows.append(f"{number:02d}.jpg,a w{number} near b{number % 5}" + " end" * (number % 4))
     (tmp_path / "captions.txt").write_text("\n".join(rows))
     data = load_caption_set(tmp_path)
     images = data.splits["train"]
@@ -65,7 +69,7 @@ def test_thirty_two_memorised_captions_all_come_back(kind, tmp_path):
     (captions,) = batches.plan(images, 64)
     batch = batches.make(captions)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=0.01)
-    for _ in range(250):
+    for _ in range(500):
         loss = F.cross_entropy(decoder(features[batch.images], batch).logits, batch.targets)
         optimizer.zero_grad()
         loss.backward()
