@@ -8,9 +8,20 @@ import torch
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 
-SMALL = (
-    "--encoder efficientnet_lite0 --embed_size 16 --hidden_size 16 --num_layers 1 --freq_threshold 1 --epochs 2".split()
-)
+SMALL = [
+    "--encoder",
+    "efficientnet_lite0",
+    "--embed_size",
+    "16",
+    "--hidden_size",
+    "16",
+    "--num_layers",
+    "1",
+    "--freq_threshold",
+    "1",
+    "--epochs",
+    "2",
+]
 
 
 def run(tiny: Path, *flags: str) -> int:

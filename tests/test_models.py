@@ -20,8 +20,10 @@ def tiny_decoder(kind, words=30, layers=2, drop=0.0):
 
 
 def features_for(kind, images):
-    shape = (images, 49, 8) if kind == "attention" else (images, 8)
-    return 2 * torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    """Images that differ as a whole, and whose regions differ from each other."""
+    generator = torch.Generator().manual_seed(1)
+    means = 2 * torch.randn(images, 8, generator=generator)
+    return means if kind == "lstm" else means.unsqueeze(1) + torch.randn(images, 49, 8, generator=generator)
 
 
 @pytest.fixture
