@@ -461,7 +461,7 @@ def beam_search(
     """Caption a whole batch of images at once; beam size 1 is greedy decoding.
 
     Starts from `<SOS>`, as training does, ends at `<EOS>` and never says `<PAD>`, `<SOS>` or `<UNK>`. An
-    image is finished when `beam_size` hypotheses have ended or no live one can still win, whatever the
+    image is finished when no live hypothesis can still beat its best ended one, whatever the
     other images of the batch do, so that results do not depend on who shares a batch. Where nothing ended
     within `max_length` words, the live hypotheses are what there is.
 
@@ -514,7 +514,7 @@ def beam_search(
         going = [
             i
             for i, number in enumerate(alive)
-            if len(found[number]) < beam_size
+            if not (beam_size == 1 and found[number])  # greedy decoding ends with its first <EOS>
             and not any(ended.score >= bounds[i] for ended in found[number])
             and bounds[i] > -math.inf
         ]
