@@ -8,7 +8,15 @@ import torchvision
 from torch.nn.utils.rnn import PackedSequence
 
 from caption_data import BatchMaker, build_vocabulary, load_caption_set
-from caption_models import ENCODERS, beam_search, build_decoder, build_encoder, find_weights
+from caption_models import (
+    ENCODERS,
+    DecoderOutput,
+    DecoderState,
+    beam_search,
+    build_decoder,
+    build_encoder,
+    find_weights,
+)
 from safe_io import UserError
 
 KINDS = ("lstm", "attention")
@@ -129,6 +137,26 @@ def test_beam_one_is_greedy_and_never_says_a_special_token(kind):
                 break
             said.append(word)
         assert found[0].ids == said
+
+
+def test_a_longer_more_probable_caption_beats_those_that_ended_before_it():
+    """Three hypotheses end early here; the live one still wins, and stopping at three would lose it."""
+
+    class Scripted(torch.nn.Module):
+        def begin(self, features):
+            return DecoderState(torch.zeros(1, len(features), 1), torch.zeros(1, len(features), 1), None, None)
+
+        def step(self, state, words):
+            logits = torch.full((len(words), 6), -30.0)
+            steps = state.hidden[0, :, 0]
+            for row, (word, done) in enumerate(zip(words.tolist(), steps.tolist(), strict=True)):
+                goes_on = word in (1, 4) and done < 6
+                logits[row, 4 if goes_on else 2] = 3.5
+                logits[row, 2 if goes_on else 4] = 0.0
+            return state._replace(hidden=state.hidden + 1), DecoderOutput(logits, None)
+
+    (found,) = beam_search(Scripted(), torch.zeros(1, 1), 3, 12, length_penalty=0.0)
+    assert found[0].ids == [4] * 6 and len(found) > 3
 
 
 def test_beam_attention_belongs_to_its_words():
