@@ -265,7 +265,8 @@ def make_shape(rng: random.Random, shape: str, color: str, size: str, x: float, 
 
 
 def word_captions(rng: random.Random, templates: tuple[str, ...], words: dict[str, str]) -> tuple[str, ...]:
-    return tuple(f"{template.format(**words)} ." for template in rng.sample(templates, 5))
+    captions = (f"{template.format(**words)} ." for template in rng.sample(templates, 5))
+    return tuple(caption.replace("a orange", "an orange") for caption in captions)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ class Server:
                 outer.routes.get(self.path, lambda handler: handler.send_error(404))(self)
 
             def log_message(self, format: str, *args: object) -> None:
-                pass
+                """Quiet: the requests are recorded above."""
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()

@@ -1,0 +1,103 @@
+"""The feature cache: once per image, whatever happens in between; defect 13 of the original."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from caption_models import ENCODERS, Encoder, EncoderSpec
+from feature_cache import open_features
+from safe_io import UserError
+
+SPEC = EncoderSpec("toy", 6, (0.0,) * 3, (255.0,) * 3, image_size=28)
+
+
+class Counting:
+    """Builds a toy encoder and counts how often it had to."""
+
+    def __init__(self):
+        self.built = 0
+
+    def __call__(self):
+        self.built += 1
+        torch.manual_seed(0)
+        return Encoder(SPEC, torch.nn.Conv2d(3, 6, 4, 4))
+
+
+@pytest.fixture
+def paths(tmp_path):
+    folder = tmp_path / "Images"
+    folder.mkdir()
+    for number in range(6):
+        pixels = np.random.default_rng(number).integers(0, 255, (28, 28, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return sorted(folder.iterdir())
+
+
+def features(tmp_path, paths, build, means=False, cache="cache", needed=None):
+    place = None if cache is None else tmp_path / cache
+    wanted = np.arange(len(paths)) if needed is None else np.array(needed)
+    return open_features(place, SPEC, "0123456789abcdef", build, paths, wanted, torch.device("cpu"), means, 2)
+
+
+def test_an_image_is_encoded_once(tmp_path, paths):
+    build = Counting()
+    first = features(tmp_path, paths, build).gather(np.array([4, 1]))
+    again = features(tmp_path, paths, build).gather(np.array([4, 1]))
+    assert build.built == 1 and torch.equal(first, again) and first.shape == (2, 49, 6)
+    plain = features(tmp_path, paths, build, cache=None).gather(np.array([4, 1]))
+    torch.testing.assert_close(first, plain, atol=1e-3, rtol=1e-3)
+
+
+def test_means_come_from_grids_or_alone_and_are_the_same(tmp_path, paths):
+    build = Counting()
+    everything = np.arange(6)
+    features(tmp_path, paths, build)
+    derived = features(tmp_path, paths, build, means=True).gather(everything)
+    assert build.built == 1
+    alone = features(tmp_path, paths, build, means=True, cache="other").gather(everything)
+    assert torch.equal(derived, alone) and derived.shape == (6, 6)
+    assert not list((tmp_path / "other").rglob("grid.*"))
+
+
+def test_a_changed_image_is_encoded_again_and_only_that(tmp_path, paths):
+    build = Counting()
+    before = features(tmp_path, paths, build).gather(np.arange(6))
+    Image.new("RGB", (40, 30), "red").save(paths[2])
+    after = features(tmp_path, paths, build).gather(np.arange(6))
+    same = [bool(torch.equal(a, b)) for a, b in zip(before, after, strict=True)]
+    assert build.built == 2 and same == [True, True, False, True, True, True]
+
+
+def test_a_torn_index_costs_only_what_it_did_not_name(tmp_path, paths):
+    build = Counting()
+    whole = features(tmp_path, paths, build).gather(np.arange(6))
+    (index,) = (tmp_path / "cache").rglob("grid.jsonl")
+    index.write_bytes(index.read_bytes()[:-20])
+    assert torch.equal(features(tmp_path, paths, build).gather(np.arange(6)), whole)
+    assert build.built == 2 and len(index.read_text().splitlines()) == 6
+
+
+def test_a_damaged_row_is_found_and_encoded_again(tmp_path, paths):
+    build = Counting()
+    whole = features(tmp_path, paths, build).gather(np.arange(6))
+    (data,) = (tmp_path / "cache").rglob("grid.000.f16")
+    raw = bytearray(data.read_bytes())
+    raw[3 * 49 * 6 * 2 + 5] ^= 1
+    data.write_bytes(raw)
+    with pytest.raises(UserError, match=r"3\.png .*damaged"):
+        features(tmp_path, paths, build).gather(np.arange(6))
+    assert torch.equal(features(tmp_path, paths, build).gather(np.arange(6)), whole)
+
+
+def test_only_what_is_needed_is_encoded(tmp_path, paths):
+    features(tmp_path, paths, Counting(), needed=[1, 3])
+    (index,) = (tmp_path / "cache").rglob("grid.jsonl")
+    assert [line.split('"')[1] for line in index.read_text().splitlines()] == ["1.png", "3.png"]
+
+
+def test_the_encoders_say_what_they_are():
+    assert {name: (spec.family, spec.regions) for name, spec in ENCODERS.items()} == {
+        "resnet50": ("resnet", 49),
+        "efficientnet_lite0": ("efficientnet_lite0", 49),
+    }
