@@ -214,8 +214,8 @@ class DecoderState(NamedTuple):
 
     hidden: torch.Tensor  # (L, rows, H)
     cell: torch.Tensor  # (L, rows, H)
-    regions: torch.Tensor | None  # (I, 49, E), per image, never repeated per beam
-    keys: torch.Tensor | None  # (I, 49, A)
+    regions: torch.Tensor  # (I, 49, E), or (I, 1, E) for the image as a whole; never repeated per beam
+    keys: torch.Tensor | None  # (I, 49, A), None without attention
 
 
 class PackedLSTMLayer(torch.autograd.Function):
@@ -280,7 +280,9 @@ class PackedLSTMLayer(torch.autograd.Function):
 class LSTMDecoder(nn.Module):
     """Show and Tell (Vinyals et al., 2015): the image is the first input of an LSTM, then come the words.
 
-    The output layer is tied to the word embeddings (Press and Wolf, 2017) behind a projection.
+    Image and last word also join the hidden state in the output layer (the deep output of Xu et al., 2015),
+    since an LSTM that sees the image once soon forgets it; that layer is tied to the word embeddings (Press
+    and Wolf, 2017).
     """
 
     uses_grid = False
@@ -304,6 +306,8 @@ class LSTMDecoder(nn.Module):
         nn.init.uniform_(self.embed.weight, -0.1, 0.1)
         with torch.no_grad():
             self.embed.weight[PAD].zero_()
+            for *_, bias, _ in self.lstm.all_weights:
+                bias[hidden_size : 2 * hidden_size] += 1  # remember at first (Jozefowicz et al., 2015): the image
 
     def set_word_frequencies(self, counts: torch.Tensor) -> None:
         """Start the output bias at the log frequency of each word, which saves the first hundred steps.
@@ -315,9 +319,9 @@ class LSTMDecoder(nn.Module):
 
     def begin(self, features: torch.Tensor) -> DecoderState:
         """Read the image. Args: features: (I, C). Returns the state of I rows."""
-        image = self.dropout(self.image(features))  # (I, E)
+        image = self.image(features)  # (I, E)
         _, (hidden, cell) = self.lstm(image.unsqueeze(0))
-        return DecoderState(hidden, cell, None, None)
+        return DecoderState(hidden, cell, image.unsqueeze(1), None)
 
     def forward(self, features: torch.Tensor, batch: Batch) -> DecoderOutput:
         """Teacher forcing over a batch of whole images.
@@ -361,7 +365,12 @@ class LSTMDecoder(nn.Module):
         self, hidden: torch.Tensor, words: torch.Tensor, state: DecoderState, batch: Batch | None
     ) -> DecoderOutput:
         """From the LSTM's output (N, H) and the embedded last words (N, E) to the next words."""
-        return DecoderOutput(self.logits(self.output(self.dropout(hidden))), None)
+        image = state.regions[:, 0]  # (I, E)
+        if batch is None:  # decoding: beams of an image lie together
+            image = image.repeat_interleave(len(hidden) // len(image), 0)
+        else:
+            image = image[batch.row_image[batch.token_row]]
+        return DecoderOutput(self.logits(self.output(self.dropout(hidden)) + words + image), None)
 
     def logits(self, code: torch.Tensor) -> torch.Tensor:
         """(N, E) -> (N, V) through the tied embeddings."""
@@ -407,7 +416,7 @@ class AttentionDecoder(LSTMDecoder):
         self, hidden: torch.Tensor, words: torch.Tensor, state: DecoderState, batch: Batch | None
     ) -> DecoderOutput:
         """See `LSTMDecoder.predict`; the attention weights are of the word that is being predicted."""
-        assert state.regions is not None and state.keys is not None
+        assert state.keys is not None
         hidden = self.dropout(hidden)
         query = self.query(hidden)  # (N, A)
         images = len(state.keys)
@@ -444,9 +453,7 @@ def select_rows(state: DecoderState, rows: torch.Tensor) -> DecoderState:
 
 
 def select_images(state: DecoderState, images: torch.Tensor) -> DecoderState:
-    if state.regions is None or state.keys is None:
-        return state
-    return state._replace(regions=state.regions[images], keys=state.keys[images])
+    return state._replace(regions=state.regions[images], keys=None if state.keys is None else state.keys[images])
 
 
 @torch.inference_mode()

@@ -144,7 +144,8 @@ def test_a_longer_more_probable_caption_beats_those_that_ended_before_it():
 
     class Scripted(torch.nn.Module):
         def begin(self, features):
-            return DecoderState(torch.zeros(1, len(features), 1), torch.zeros(1, len(features), 1), None, None)
+            blank = torch.zeros(1, len(features), 1)
+            return DecoderState(blank, blank, features.unsqueeze(1), None)
 
         def step(self, state, words):
             logits = torch.full((len(words), 6), -30.0)
