@@ -1,0 +1,123 @@
+"""What a user can get wrong, and the demo set in miniature from drawing to scores."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from test_main import SMALL, newest, run
+
+import flickr_image_caption_with_pytorch_resnet_lstm as trainer
+from demo_dataset import draw_demo_dataset
+from safe_io import UserError, write_atomic
+from training_utils import load_checkpoint
+
+
+@pytest.fixture
+def trained(tiny, monkeypatch):
+    monkeypatch.chdir(tiny.parent)
+    assert run(tiny, "--decoder", "attention") == 0
+    return newest()
+
+
+def test_checkpoints_that_cannot_be_used(trained, tmp_path, capsys):
+    whole = (trained / "best.pt").read_bytes()
+    (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.pt")
+    checkpoint = torch.load(trained / "best.pt", weights_only=True)
+    torch.save(checkpoint | {"schema": 99}, tmp_path / "future.pt")
+    torch.save(checkpoint | {"flags": checkpoint["flags"] | {"hidden_size": 24}}, tmp_path / "other.pt")
+    for name, message in (
+        ("half.pt", "cannot be read as a checkpoint"),
+        ("foreign.pt", "not a checkpoint of this program"),
+        ("future.pt", "schema 99"),
+        ("other.pt", "another architecture"),
+    ):
+        assert trainer.main(["--mode", "test", "--model_path", str(tmp_path / name)]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_pickled_class_is_not_executed(tmp_path):
+    """Defect 14."""
+
+    class Bomb:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "exploded",)
+
+    torch.save({"decoder": Bomb()}, tmp_path / "bomb.pt")
+    with pytest.raises(UserError):
+        load_checkpoint(tmp_path / "bomb.pt")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_only_a_typed_flag_can_contradict_a_checkpoint(trained, capsys):
+    """Defect 7."""
+    assert trainer.main(["--model_path", str(trained), "--decoder", "lstm"]) == 2
+    assert "--decoder lstm contradicts" in capsys.readouterr().err
+    assert trainer.main(["--mode", "test", "--model_path", str(trained), "--hidden_size", "99"]) == 2
+
+
+def test_a_second_test_adds_and_overwrites_nothing(trained):
+    assert trainer.main(["--mode", "test", "--model_path", str(trained)]) == 0
+    before = {path.name: path.read_bytes() for path in trained.glob("test_captions*.json")}
+    assert trainer.main(["--mode", "test", "--model_path", str(trained), "--split", "val", "--beam_size", "2"]) == 0
+    assert all((trained / name).read_bytes() == content for name, content in before.items())
+    results = json.loads((trained / "test_metrics.json").read_text())
+    assert [(entry["split"], entry["beam_size"]) for entry in results] == [
+        ("test", 1), ("test", 3), ("val", 1), ("val", 2),
+    ]  # fmt: skip
+
+
+def test_a_run_config_is_read_back_and_the_command_line_wins(trained, capsys):
+    config = str(trained / "run_config.json")
+    args, _ = trainer.parse_flags(["--config", config, "--epochs", "7"])
+    assert (args.decoder, args.hidden_size, args.epochs, args.dataset_type) == ("attention", 16, 7, "custom")
+    Path("bad.yaml").write_text("epochz: 3\n")
+    with pytest.raises(SystemExit):
+        trainer.parse_flags(["--config", "bad.yaml"])
+    assert "unknown flag 'epochz'" in capsys.readouterr().err
+
+
+def test_keep_checkpoints_keeps_best_and_last(tiny, monkeypatch):
+    monkeypatch.chdir(tiny.parent)
+    assert run(tiny, "--epochs", "4", "--keep_checkpoints", "1") == 0
+    assert {path.name for path in newest().glob("*.pt")} == {"best.pt", "last.pt", "model_epoch_4.pt"}
+    assert load_checkpoint(newest() / "last.pt")["epoch"] == 4
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    target = tmp_path / "best.pt"
+    target.write_bytes(b"good")
+
+    def full_disk(file):
+        file.write(b"ba")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match="No space left"):
+        write_atomic(target, full_disk)
+    assert target.read_bytes() == b"good" and [path.name for path in tmp_path.iterdir()] == ["best.pt"]
+
+
+def test_a_save_directory_that_is_a_file(tiny, monkeypatch, capsys):
+    monkeypatch.chdir(tiny.parent)
+    Path("taken").write_text("mine")
+    assert run(tiny, "--model_save_dir", "taken") == 2
+    assert "cannot write into" in capsys.readouterr().err and Path("taken").read_text() == "mine"
+
+
+def test_early_stopping(tiny, monkeypatch, capsys):
+    monkeypatch.chdir(tiny.parent)
+    flags = ["--epochs", "9", "--early_stopping", "1", "--best_metric", "val_loss", "--learning_rate", "50"]
+    assert run(tiny, *flags) == 0
+    assert "Stopped early: no better val_loss in 1 epochs" in capsys.readouterr().out
+    assert not (newest() / "model_epoch_9.pt").exists()
+
+
+def test_the_demo_in_miniature(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    draw_demo_dataset(Path("data/demo"), scenes=30)
+    flags = ["--dataset_type", "demo", "--decoder", "attention", *SMALL, "--save_attention_viz", "--epochs", "1"]
+    assert trainer.main(flags) == 0
+    assert trainer.main(["--mode", "test", "--model_path", "saved_models/demo/efficientnet_lite0_attention"]) == 0
+    out = capsys.readouterr().out
+    assert "train 24, val 3, test 3" in out and "Epoch 1 completed (1/1):" in out and "CIDEr" in out
