@@ -64,6 +64,7 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf, above: bo
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
+        usage="%(prog)s [flags]; --help explains them all",  # a mistyped flag's message is not buried
         description="Train and test an image captioner on Flickr8k, Flickr30k or your own photos.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
