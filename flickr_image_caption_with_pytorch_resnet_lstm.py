@@ -370,6 +370,9 @@ def build_schedule(
         "scheduler_t_max": "t_max", "warmup_epochs": "warmup_epochs",
     }  # fmt: skip
     if not args.use_scheduler and saved is None:
+        idle = [name for name in SCHEDULER_FLAGS if name in typed]
+        if idle:
+            raise UserError(f"--{idle[0]} has no effect: the checkpoint has no schedule; add --use_scheduler")
         return None
     if saved is not None and (not args.use_scheduler or args.scheduler_type == saved.settings.type):
         kind = saved.settings.type

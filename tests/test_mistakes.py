@@ -57,6 +57,11 @@ def test_only_a_typed_flag_can_contradict_a_checkpoint(trained, capsys):
     assert trainer.main(["--mode", "test", "--model_path", str(trained), "--hidden_size", "99"]) == 2
 
 
+def test_a_schedule_flag_needs_a_schedule(trained, capsys):
+    assert trainer.main(["--model_path", str(trained), "--min_lr", "1e-5"]) == 2
+    assert "--min_lr has no effect: the checkpoint has no schedule" in capsys.readouterr().err
+
+
 def test_a_second_test_adds_and_overwrites_nothing(trained):
     assert trainer.main(["--mode", "test", "--model_path", str(trained)]) == 0
     before = {path.name: path.read_bytes() for path in trained.glob("test_captions*.json")}
