@@ -14,7 +14,8 @@ import itertools
 import json
 import os
 import re
-import zipfile
+import struct
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,12 +25,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from safe_io import UserError, read_json, write_atomic
+from safe_io import CONTROL_CHARACTERS, UserError, read_json, write_atomic
 
 PAD, SOS, EOS, UNK = range(4)
 SPECIAL_TOKENS = ["<PAD>", "<SOS>", "<EOS>", "<UNK>"]
 SPLITS = ("train", "val", "test")
 IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
+# Pillow looks at the content, not at the ending, and would hand PostScript called .jpg to Ghostscript.
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF")
 
 # Where the known data sets keep their parts, relative to the data directory; the first that is there is used.
 IMAGE_DIRECTORIES = (
@@ -45,6 +48,7 @@ SPLIT_LISTS = (
     ("flickr30k_train.txt", "flickr30k_val.txt", "flickr30k_test.txt"),
     ("train.txt", "val.txt", "test.txt"),
 )
+LONG_CAPTION = 100  # words; nothing is wrong with more, but one caption per row is what people mean
 KARPATHY_FILES = ("dataset_flickr8k.json", "dataset_flickr30k.json", "dataset.json")
 
 
@@ -87,20 +91,43 @@ def tokenize_cached(texts: Sequence[str], cache_directory: Path | None) -> Token
         return tokenize(texts)
     version = importlib.metadata.version("spacy")
     digest = hashlib.sha256("\n".join([version, *texts]).encode("utf-8", "surrogatepass")).hexdigest()
-    path = cache_directory / f"tokens-{digest[:16]}.npz"
-    try:
-        with np.load(path, allow_pickle=False) as saved:
-            tokens = Tokens(str(saved["words"]).split("\n"), saved["ids"], saved["offsets"])
-        if len(tokens.offsets) == len(texts) + 1 and tokens.offsets[-1] == len(tokens.ids):
-            return tokens
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-        path.unlink(missing_ok=True)  # absent or damaged: made again below
+    path = cache_directory / f"tokens-{digest[:16]}.bin"
+    if path.is_file() and (saved := unpack_tokens(path.read_bytes(), len(texts))) is not None:
+        return saved
     tokens = tokenize(texts)
-    buffer = io.BytesIO()
-    np.savez(buffer, words=np.array("\n".join(tokens.words)), ids=tokens.ids, offsets=tokens.offsets)
     cache_directory.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, lambda file: file.write(buffer.getbuffer()))
+    write_atomic(path, lambda file: file.write(pack_tokens(tokens)))
     return tokens
+
+
+# Of a token cache: bytes of words, number of ids, number of texts, CRC-32 of all that follows.
+TOKEN_HEADER = struct.Struct("<QQQI")
+
+
+def pack_tokens(tokens: Tokens) -> bytes:
+    """Tokens as one block: header, words in UTF-8 with a line each, ids, offsets."""
+    words = "\n".join(tokens.words).encode("utf-8")
+    body = words + tokens.ids.astype("<i4").tobytes() + tokens.offsets.astype("<i8").tobytes()
+    return TOKEN_HEADER.pack(len(words), len(tokens.ids), len(tokens.offsets) - 1, zlib.crc32(body)) + body
+
+
+def unpack_tokens(raw: bytes, texts: int) -> Tokens | None:
+    """Undo `pack_tokens`; None for anything else than a whole block of `texts` texts, whoever wrote it."""
+    if len(raw) < TOKEN_HEADER.size:
+        return None
+    word_bytes, id_count, text_count, checksum = TOKEN_HEADER.unpack_from(raw)
+    body = raw[TOKEN_HEADER.size :]
+    if text_count != texts or len(body) != word_bytes + 4 * id_count + 8 * (texts + 1) or zlib.crc32(body) != checksum:
+        return None
+    ids = np.frombuffer(body, "<i4", id_count, word_bytes).astype(np.int32)
+    offsets = np.frombuffer(body, "<i8", texts + 1, word_bytes + 4 * id_count).astype(np.int64)
+    try:
+        words = body[:word_bytes].decode("utf-8").split("\n") if word_bytes else []
+    except UnicodeDecodeError:
+        return None
+    ids_fit = not len(ids) or (ids.min() >= 0 and ids.max() < len(words))
+    offsets_fit = offsets[0] == 0 and offsets[-1] == len(ids) and (offsets[1:] >= offsets[:-1]).all()
+    return Tokens(words, ids, offsets) if ids_fit and offsets_fit and len(set(words)) == len(words) else None
 
 
 class Vocabulary:
@@ -249,8 +276,14 @@ def load_caption_set(
     if uncaptioned:
         notes.append(f"{uncaptioned} image(s) without captions, left out")
 
+    duplicates = sum(len(known) - len(set(known)) for known in captions.values())
+    if duplicates:  # people do say the same: Flickr8k itself has some, and published scores count them
+        notes.append(f"{duplicates} caption(s) that their image has already, kept")
     tokens = tokenize_cached([caption for name in names for caption in captions[name]], token_cache)
     first_caption = np.concatenate([[0], np.cumsum([len(captions[name]) for name in names])]).astype(np.int64)
+    long = int((np.diff(tokens.offsets) > LONG_CAPTION).sum())
+    if long:
+        notes.append(f"{long} caption(s) of more than {LONG_CAPTION} words: training reads --max_length words of each")
     search = [place for place in (data_dir, captions_path.parent) if place is not None]
     splits, source = find_splits(search, names, seed, saved_split, notes)
     return CaptionSet(directory, names, first_caption, tokens, splits, source, captions_path, notes)
@@ -300,25 +333,34 @@ def read_captions(path: Path) -> tuple[dict[str, list[str]], list[str]]:
     else:
         text = read_text(path)
         header = text[:200].split("\n", 1)[0].strip().lower()
-        if path.suffix == ".token" or re.match(r"[^\t]+#\d+\t", text):
+        if path.suffix == ".token" or re.match(r"[^\t\n]+#\d+\t", text):
             rows = token_file_rows(path, text)
         elif header.startswith("image_name|"):
             rows = bar_rows(path, text)
         else:
             rows = csv_rows(path, text)
     captions: dict[str, list[str]] = {}
-    empty = 0
+    empty = cleaned = 0
     for line, name, caption in rows:
         if not name:
             raise UserError(f"{path}, line {line}: a row without an image name")
         if os.path.basename(name.replace("\\", "/")) != name or name in (".", ".."):
-            raise UserError(f"{path}, line {line}: {name!r} is not a plain file name; images lie in one folder")
+            raise UserError(f"{path}, line {line}: {name[:80]!r} is not a plain file name; images lie in one folder")
+        if CONTROL_CHARACTERS.search(name) or len(name.encode()) > 255:
+            raise UserError(
+                f"{path}, line {line}: the image name {name[:80]!r} has a line break or another control character, or "
+                "is longer than file systems allow: rename the image"
+            )
         known = captions.setdefault(name, [])
+        caption, controls = CONTROL_CHARACTERS.subn(" ", caption)
+        cleaned += controls > 0
         if not any(map(str.isalnum, caption)):
             empty += 1
         else:
             known.append(caption)
     notes = []
+    if cleaned:
+        notes.append(f"{cleaned} caption(s) with line breaks or other control characters, which became spaces")
     if empty:
         notes.append(f"{empty} empty caption(s), left out")
     wordless = [name for name, known in captions.items() if not known]
@@ -331,18 +373,29 @@ def read_captions(path: Path) -> tuple[dict[str, list[str]], list[str]]:
 
 
 def read_text(path: Path) -> str:
+    """A text file in UTF-8, or in UTF-16 with its mark, with whatever line ends.
+
+    Raises:
+        UserError: unreadable, or in another encoding (the message says how to convert it).
+    """
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read the captions file {path}: {error.strerror}") from error
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
     encoding = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
-        return raw.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
+        text = raw.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise UserError(
             f"{path}, line {line}: not {encoding} text; convert it, e.g. `iconv -f latin1 -t utf-8 {path.name}`"
         ) from error
+    if "\0" in text:
+        raise UserError(
+            f"{path} holds NUL characters: UTF-16 without its mark, UTF-32, or no text at all; "
+            f"convert it, e.g. `iconv -f utf-16le -t utf-8 {path.name}`"
+        )
+    return text
 
 
 def karpathy_rows(path: Path) -> Iterator[tuple[int, str, str]]:
@@ -350,7 +403,9 @@ def karpathy_rows(path: Path) -> Iterator[tuple[int, str, str]]:
     try:
         for number, image in enumerate(read_json(path)["images"], start=1):
             for sentence in image["sentences"]:
-                yield number, str(image["filename"]), str(sentence["raw"])
+                if not isinstance(image["filename"], str) or not isinstance(sentence["raw"], str):
+                    raise TypeError("filename and raw are texts")
+                yield number, image["filename"], sentence["raw"]
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is not a Karpathy caption file (images / filename / sentences / raw)") from error
 
@@ -371,15 +426,17 @@ def bar_rows(path: Path, text: str) -> Iterator[tuple[int, str, str]]:
     for line, row in enumerate(text.split("\n"), start=1):
         if line == 1 or not row.strip():
             continue
-        match = re.fullmatch(r"\s*([^|]+?)\s*\|\s*\d+\s*(?:\|\s*|\s+)(.*)", row)
+        name, _, rest = row.partition("|")
+        match = re.fullmatch(r"\s*\d+\s*(?:\|\s*|\s+)(.*)", rest)
         if not match:
             raise UserError(f"{path}, line {line}: expected `image| number| caption`, found {row[:60]!r}")
-        yield line, match[1], match[2]
+        yield line, name.strip(), match[1]
 
 
 def csv_rows(path: Path, text: str) -> Iterator[tuple[int, str, str]]:
     """`image,caption` with a header, or the columns image_name, comment_number, comment."""
     reader = csv.reader(io.StringIO(text), strict=True)
+    line = 1  # where a row begins: a quoted caption may go over several lines
     try:
         header = [name.strip().lower() for name in next(reader, [])]
         image = next(
@@ -391,19 +448,21 @@ def csv_rows(path: Path, text: str) -> Iterator[tuple[int, str, str]]:
                 f"{path}, line 1: expected the header `image,caption`, found {','.join(header)[:60]!r} "
                 "(see 'Your own photos' in README.md)"
             )
+        line = reader.line_num + 1
         for row in reader:
-            if not row or row == [""]:
-                continue
-            if len(row) < len(header):
-                raise UserError(
-                    f"{path}, line {reader.line_num}: expected {len(header)} comma-separated fields "
-                    f"({','.join(header)}), found {len(row)}: {','.join(row)[:60]!r}"
-                )
             # A comma that nobody quoted belongs to the caption when that is the last column.
-            words = ",".join(row[caption:]) if caption == len(header) - 1 else row[caption]
-            yield reader.line_num, row[image].strip(), words
+            last = caption == len(header) - 1
+            blank = not "".join(row).strip() and len(row) < len(header)
+            if not blank and (len(row) < len(header) or (len(row) > len(header) and not last)):
+                raise UserError(
+                    f"{path}, line {line}: expected {len(header)} comma-separated fields "
+                    f"({','.join(header)[:60]!r}), found {len(row)}: {','.join(row)[:60]!r}"
+                )
+            if not blank:
+                yield line, row[image].strip(), ",".join(row[caption:]) if last else row[caption]
+            line = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(f'{path}, line {reader.line_num}: {error}; quote captions as in "a ""big"" dog"') from error
+        raise UserError(f'{path}, line {line}: {error}; quote captions as in "a ""big"" dog"') from error
 
 
 # --------------------------------------------------------------------------------------------------
@@ -415,7 +474,7 @@ class UnreadableImage(Exception):
 
 
 def open_image(path: Path, at_least: int | None = None) -> Image.Image:
-    """Any picture that Pillow opens, upright (EXIF), as RGB, transparency on white, the first frame of several.
+    """A picture in one of `IMAGE_FORMATS`, upright (EXIF), as RGB, transparency on white, the first frame of several.
 
     Args:
         at_least: let the JPEG decoder work at a reduced scale that keeps both sides at least this long.
@@ -424,7 +483,7 @@ def open_image(path: Path, at_least: int | None = None) -> Image.Image:
         UnreadableImage: truncated, no image at all, or more pixels than Pillow's bomb limit allows.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
             if at_least:
                 image.draft("RGB", (at_least, at_least))
             image.load()
@@ -478,7 +537,9 @@ def find_splits(
     for split in SPLITS:
         for name in lists[split]:
             if owner.setdefault(name, split) != split:
-                raise UserError(f"{source}: {name} is in both {owner[name]} and {split}; an image belongs to one split")
+                raise UserError(
+                    f"{source}: {name!r} is in both {owner[name]} and {split}; an image belongs to one split"
+                )
     splits = {
         split: np.array(sorted(position[name] for name in set(lists[split]) if name in position), dtype=np.int64)
         for split in SPLITS
@@ -510,7 +571,9 @@ def karpathy_split(place: Path) -> tuple[dict[str, list[str]], str] | None:
             lists: dict[str, list[str]] = {split: [] for split in SPLITS}
             try:
                 for image in read_json(place / file)["images"]:
-                    split = {"restval": "train"}.get(image["split"], image["split"])
+                    split = "train" if image["split"] == "restval" else image["split"]
+                    if not isinstance(image["filename"], str):
+                        raise TypeError("a filename is a text")
                     lists[split].append(image["filename"])
             except (KeyError, TypeError) as error:
                 raise UserError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 from caption_data import EOS, PAD, SOS, UNK, Batch
-from safe_io import UserError
+from safe_io import UserError, check_tensor_zip, first_line
 
 # --------------------------------------------------------------------------------------------------
 # Encoders
@@ -190,11 +191,18 @@ def build_encoder(name: str, weights: Path | None) -> Encoder:
 
 
 def load_weights(network: nn.Module, path: Path) -> None:
+    """Fill an encoder without executing anything in the file.
+
+    Raises:
+        UserError: no file of weights, a damaged one, or another network's.
+    """
     try:
+        if zipfile.is_zipfile(path):  # files of before PyTorch 1.6 are none, among them the offline encoder's
+            check_tensor_zip(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
         missing, unexpected = network.load_state_dict(state, strict=False)
     except Exception as error:  # unpickling, zip and shape errors all mean the same to the user
-        raise UserError(f"{path} cannot be read as {type(network).__name__} weights: {str(error)[:200]}") from error
+        raise UserError(f"{path} cannot be read as {type(network).__name__} weights: {first_line(error)}") from error
     missing = [key for key in missing if not key.endswith("num_batches_tracked")]  # older files lack these counters
     if missing or unexpected:
         raise UserError(f"{path} is not a {type(network).__name__}: {(missing + unexpected)[0]} is missing or unknown")

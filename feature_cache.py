@@ -35,6 +35,7 @@ from safe_io import UserError, make_directory, require_free_space
 ROWS_PER_FILE = 4096  # half a gigabyte of EfficientNet-Lite0 grids
 ENCODE_BATCH = 32
 BATCHES_AHEAD = 3
+INDEX_LINE = 4096  # bytes; a file name has 255 at most, which JSON writes in six times as many
 FLUSH_IMAGES = 512  # images between two syncs: a dozen seconds of work on two cores
 
 
@@ -72,19 +73,30 @@ class FeatureFile:
         """Read what other processes and earlier runs have finished; a torn or impossible line ends it."""
         if not self.index_path.is_file():
             return
-        on_disk = sum(path.stat().st_size // self.row_bytes for path in self.directory.glob(f"{self.kind}.*.f16"))
+        on_disk = self.count_rows()
         with open(self.index_path, "rb") as lines:
-            for line in lines:
+            while line := lines.readline(INDEX_LINE):
                 try:
                     name, *numbers = json.loads(line)
-                    entry = Entry(*map(int, numbers))
-                except (ValueError, TypeError):
+                    entry = Entry(*numbers)
+                except (ValueError, TypeError, RecursionError):
                     break
-                if not line.endswith(b"\n") or entry.row >= on_disk:
+                whole = type(name) is str and all(type(number) is int for number in entry)
+                if not whole or not line.endswith(b"\n") or not 0 <= entry.row < on_disk or entry.checksum >> 32:
                     break
-                self.entries[str(name)] = entry
+                self.entries[name] = entry
                 self.rows = max(self.rows, entry.row + 1)
                 self.index_bytes += len(line)
+
+    def count_rows(self) -> int:
+        """Rows that lie on the disk without a gap, whatever the index says: those that `maps` can map."""
+        rows = 0
+        while rows % ROWS_PER_FILE == 0 and self.file(rows // ROWS_PER_FILE).is_file():
+            size = self.file(rows // ROWS_PER_FILE).stat().st_size
+            if size < self.row_bytes:
+                break
+            rows += min(size // self.row_bytes, ROWS_PER_FILE)
+        return rows
 
     def file(self, number: int) -> Path:
         return self.directory / f"{self.kind}.{number:03d}.f16"

@@ -5,10 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
+
+# What has no place in a name or a caption: it would break a message's line, a terminal or a UTF-8 file.
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class UserError(Exception):
@@ -55,8 +60,34 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path} as JSON: {error}") from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says, short enough for one line of ours."""
+    return str(error).strip().split("\n")[0][:200] or type(error).__name__
+
+
+def check_tensor_zip(path: Path) -> None:
+    """Compare what a file of PyTorch says of itself with what it is, before memory is taken for its tensors.
+
+    PyTorch stores its records uncompressed, so that records cannot be larger than the file they are in, and
+    with checksums, which it does not compare itself.
+
+    Raises:
+        zipfile.BadZipFile: compressed, larger inside than outside, a record twice, or damaged.
+    """
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+            raise zipfile.BadZipFile("its records are compressed, which PyTorch's never are")
+        if sum(record.file_size for record in records) > path.stat().st_size:
+            raise zipfile.BadZipFile("its records claim to be larger than the file")
+        if len({record.filename for record in records}) < len(records):
+            raise zipfile.BadZipFile("it has a record twice")
+        if (damaged := archive.testzip()) is not None:
+            raise zipfile.BadZipFile(f"its record {damaged} is damaged (checksum differs)")
 
 
 def publish_copy(source: Path, target: Path) -> None:

@@ -78,7 +78,7 @@ def test_a_split_kept_in_a_checkpoint_wins(tiny):
 def test_an_image_in_two_splits_is_refused(tiny):
     for name, images in (("train", "p00.jpg\np01.jpg"), ("val", "p02.jpg"), ("test", "p01.jpg")):
         (tiny / f"{name}.txt").write_text(images)
-    with pytest.raises(UserError, match="p01.jpg is in both train and test"):
+    with pytest.raises(UserError, match="'p01.jpg' is in both train and test"):
         load_caption_set(tiny)
 
 
