@@ -12,31 +12,39 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import fnmatch
+import gzip
 import io
 import os
 import shutil
 import stat
+import struct
 import sys
 import tarfile
 import time
+import unicodedata
 import urllib.parse
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from safe_io import UserError, format_bytes, make_directory, require_free_space
 
 if TYPE_CHECKING:
     import requests
+    from filelock import AcquireReturnProxy
 
 CHUNK = 1 << 20  # bytes moved at a time
 ATTEMPTS = 5  # broken-off transfers in a row, none of which brought CHUNK bytes or more
 BACKOFF = 1.0  # seconds before the second attempt, doubled before each further one
 TIMEOUT = (15, 60)  # seconds to connect, and without a byte arriving
+MAX_MEMBERS = 200_000  # of an archive: files of no bytes at all fill a disk too
+MAX_PASSED_OVER = 1 << 30  # bytes of a tar that nobody wants, and that have to be decompressed all the same
+MAX_READ = 8 * CHUNK  # of a tar at once; its headers may claim any length, and are read in one go
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 LICENCE_NOTE = "note: Flickr's images are for non-commercial research and education only"
 TRAINING_SCRIPT = "flickr_image_caption_with_pytorch_resnet_lstm.py"
@@ -183,7 +191,10 @@ def make_session() -> requests.Session:
 
     def check_redirect(response: requests.Response, **_: Any) -> None:
         if response.is_redirect:
-            require_safe_url(urllib.parse.urljoin(response.url, response.headers["location"]))
+            target = urllib.parse.urljoin(response.url, response.headers["location"])
+            require_safe_url(target)
+            if response.url.startswith("https:") and not target.startswith("https:"):
+                raise DownloadError("the server redirects from https to http")
 
     session = requests.Session()
     session.hooks["response"].append(check_redirect)
@@ -195,14 +206,21 @@ def make_session() -> requests.Session:
 class ResumingDownloader:
     """A downloader for pooch that keeps what has arrived in `part` and asks only for the rest.
 
+    The server is asked for the rest of the very file that `part` began with (If-Range): where it has another
+    one meanwhile, it sends that whole.
+
     Args:
         part: where the bytes are collected; it outlives failures, Ctrl-C and this process.
         limit: bytes; a server that announces or sends more is given up.
+        checked: whether a hash is compared in the end. Without one, only a rest that the server vouches for
+            is glued on.
     """
 
-    def __init__(self, part: Path, limit: int):
+    def __init__(self, part: Path, limit: int, checked: bool):
         self.part = part
+        self.version = part.with_name(part.name + ".version")  # the server's name for what `part` began with
         self.limit = limit
+        self.checked = checked
 
     def __call__(self, url: str, output_file: str, pooch: Any, check_only: bool = False) -> bool:
         """Fetch `url` into `output_file` (pooch's temporary file, which it compares with the known hash).
@@ -222,37 +240,44 @@ class ResumingDownloader:
                 print(f"  {reason}; trying again", file=sys.stderr)
                 time.sleep(BACKOFF * 2 ** (failures - 1))
         os.replace(self.part, output_file)
+        self.version.unlink(missing_ok=True)
         return True
 
     def have(self) -> int:
         return self.part.stat().st_size if self.part.exists() else 0
 
+    def discard(self) -> None:
+        self.part.unlink(missing_ok=True)
+        self.version.unlink(missing_ok=True)
+
     def transfer(self, session: requests.Session, url: str) -> str | None:
         """One request. Returns None when the file is whole, else why it is not (worth another attempt)."""
         import requests
 
+        version = self.version.read_text() if self.version.exists() else ""
+        if not version and not self.checked:
+            self.discard()
         have = self.have()
+        headers = {"Range": f"bytes={have}-", **({"If-Range": version} if version else {})} if have else {}
         try:
-            with session.get(
-                url, stream=True, timeout=TIMEOUT, headers={"Range": f"bytes={have}-"} if have else {}
-            ) as response:
+            with session.get(url, stream=True, timeout=TIMEOUT, headers=headers) as response:
                 if response.status_code == 416 and have:
                     return self.judge_unsatisfiable(response, have)
                 if response.status_code == 429 or response.status_code >= 500:
                     return f"the server answered {response.status_code} {response.reason}"
                 if response.status_code not in (200, 206):
                     raise DownloadError(f"the server answered {response.status_code} {response.reason}")
-                return self.receive(response, have)
+                return self.receive(response, have, version)
         except requests.RequestException as error:
             return f"the connection failed ({type(error).__name__}) after {format_bytes(self.have())}"
 
     def judge_unsatisfiable(self, response: requests.Response, have: int) -> str | None:
         if response.headers.get("Content-Range", "").strip() == f"bytes */{have}":
             return None  # everything had arrived already; only the renaming was missing
-        self.part.unlink()
+        self.discard()
         return "what had arrived does not fit the server's file; starting anew"
 
-    def receive(self, response: requests.Response, have: int) -> str | None:
+    def receive(self, response: requests.Response, have: int, version: str) -> str | None:
         from tqdm import tqdm
 
         length = response.headers.get("Content-Length", "")
@@ -260,13 +285,19 @@ class ResumingDownloader:
         if response.status_code == 206:
             span, _, whole = response.headers.get("Content-Range", "").removeprefix("bytes ").partition("/")
             if span.split("-")[0].strip() != str(have):
-                self.part.unlink(missing_ok=True)
+                self.discard()
                 return f"the server sent another range ({span or 'unnamed'}) than asked for; starting anew"
+            if version and file_version(response) not in ("", version):
+                self.discard()
+                return "the server's file has changed since the transfer began; starting anew"
             total = int(whole) if whole.isdigit() else total
-        elif have:  # a server that knows no ranges sends all of it again
+        else:  # the first request, or the file has changed, or a server that knows no ranges sends all of it again
             total, have = (total - have if total is not None else None), 0
+            self.discard()
         if total is not None and total > self.limit:
             raise DownloadError(f"the server announces {format_bytes(total)}, more than {format_bytes(self.limit)}")
+        if not have:
+            self.version.write_text(file_version(response))
         # urllib3 would throw the last, short chunk of a broken transfer away; the size is compared below instead.
         response.raw.enforce_content_length = False
         with (
@@ -283,11 +314,17 @@ class ResumingDownloader:
                 file.write(chunk)
                 bar.update(len(chunk))
         if have > self.limit:
-            self.part.unlink()
+            self.discard()
             raise DownloadError(f"the server sends more than the {format_bytes(self.limit)} that can be right; deleted")
         if total is not None and have < total:
             return f"the transfer broke off at {format_bytes(have)} of {format_bytes(total)}"
         return None
+
+
+def file_version(response: requests.Response) -> str:
+    """What If-Range may hold: a strong ETag, else the date of the last change, else nothing."""
+    etag = response.headers.get("ETag", "")
+    return etag if etag.startswith('"') else response.headers.get("Last-Modified", "")
 
 
 def download(mirror: Mirror, directory: Path) -> Path:
@@ -315,7 +352,8 @@ def download(mirror: Mirror, directory: Path) -> Path:
         # Named after the host too: half a file of one mirror is not continued with another's bytes.
         part = directory / f"{name}.{urllib.parse.urlsplit(url).hostname}.part"
         try:
-            pooch.retrieve(url, known_hash, name, directory, downloader=ResumingDownloader(part, 2 * mirror.size))
+            downloader = ResumingDownloader(part, 2 * mirror.size, checked=known_hash is not None)
+            pooch.retrieve(url, known_hash, name, directory, downloader=downloader)
         except ValueError as error:  # how pooch reports a hash that differs, after deleting the file
             raise DownloadError(f"wrong bytes ({mirror.known_hash} expected); the file was deleted") from error
         except OSError as error:
@@ -345,6 +383,15 @@ class BadArchive(UserError):
     """An archive that is damaged or that nobody should unpack."""
 
 
+# What zipfile, tarfile and gzip raise over bytes that are none of theirs, encryption and unknown compressions.
+DAMAGE = (
+    zipfile.BadZipFile, tarfile.TarError, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError,
+    ValueError,
+)  # fmt: skip
+# Names that no file can have, or that another member has taken; gzip.BadGzipFile is an OSError without a number.
+BAD_NAMES = (None, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)
+
+
 class Member(NamedTuple):
     name: str
     kind: str  # "file", "directory", or what is refused: "link", "device"
@@ -359,7 +406,7 @@ def extract_archive(archive: Path, target: Path, max_bytes: int, members: Sequen
         members: patterns of the file names (without folders) that are wanted; None for all.
 
     Raises:
-        BadArchive: damaged, or with absolute paths, `..`, links, devices, a name twice, or too many bytes.
+        BadArchive: damaged, or with absolute paths, `..`, links, devices, a name twice, too many files or bytes.
         UserError: `target` is there already or cannot be written.
     """
     if target.exists():
@@ -367,22 +414,26 @@ def extract_archive(archive: Path, target: Path, max_bytes: int, members: Sequen
     temporary = target.with_name(f".{target.name}.{os.getpid()}.unpacking")
     try:
         temporary.mkdir(parents=True)
-        left = max_bytes
+        left, passed_over = max_bytes, 0
         seen: set[str] = set()
         with contextlib.ExitStack() as stack:
             opened = open_archive(archive, stack)
-            for member in list_members(opened):
+            for number, member in enumerate(list_members(opened)):
+                if number == MAX_MEMBERS:
+                    raise BadArchive(f"{archive} holds more than {MAX_MEMBERS} files: refused")
                 path = check_member(member, archive, seen)
                 if not wanted(path, member, members):
+                    if isinstance(member.entry, tarfile.TarInfo):
+                        passed_over += member.entry.size
+                        require_room(MAX_PASSED_OVER - passed_over, path, archive)
                     continue
                 with open_member(opened, member) as source:
                     left -= write_member(source, temporary / path, left, archive)
         os.replace(temporary, target)
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        # gzip and zipfile report encryption and unknown compressions as the last two
+    except DAMAGE as error:
         raise BadArchive(f"{archive} is damaged or no archive: {error}") from error
     except OSError as error:
-        if error.errno is None:  # gzip.BadGzipFile is an OSError without a number
+        if error.errno in BAD_NAMES:
             raise BadArchive(f"{archive} is damaged or no archive: {error}") from error
         raise UserError(
             f"cannot unpack {archive} into {target.parent}: {error}. Free some space, or choose another --data_dir"
@@ -397,8 +448,17 @@ def open_archive(archive: Path, stack: contextlib.ExitStack) -> zipfile.ZipFile 
     if beginning == b"PK":
         return stack.enter_context(zipfile.ZipFile(archive))
     if beginning == b"\x1f\x8b":
-        return stack.enter_context(tarfile.open(archive, "r:gz", errorlevel=2))
+        return stack.enter_context(tarfile.open(fileobj=stack.enter_context(BoundedGzip(archive)), errorlevel=2))
     raise BadArchive(f"{archive} is neither a zip nor a tar.gz file (it begins with {beginning!r})")
+
+
+class BoundedGzip(gzip.GzipFile):
+    """A gzip file that refuses to read much at once: a long name of a tar may claim to be gigabytes."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= MAX_READ:
+            raise BadArchive(f"{self.name} holds a header of {size} bytes: refused")
+        return super().read(size)
 
 
 def open_member(opened: zipfile.ZipFile | tarfile.TarFile, member: Member) -> IO[bytes]:
@@ -417,6 +477,8 @@ def list_members(opened: zipfile.ZipFile | tarfile.TarFile) -> Iterator[Member]:
                 kind = "directory"
             elif stat.S_ISLNK(mode):
                 kind = "link"
+            elif info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                kind = "file of an unusual compression"
             else:
                 kind = "file" if stat.S_IFMT(mode) in (0, stat.S_IFREG) else "device"
             yield Member(info.filename, kind, info)
@@ -424,6 +486,7 @@ def list_members(opened: zipfile.ZipFile | tarfile.TarFile) -> Iterator[Member]:
     for entry in opened:  # one pass: going back in a gzip stream means unpacking it again
         kind = "link" if entry.issym() or entry.islnk() else "device"
         kind = "file" if entry.isfile() else "directory" if entry.isdir() else kind
+        kind = kind if entry.size >= 0 else "file of negative size"  # which leads tarfile in circles
         yield Member(entry.name, kind, entry)
 
 
@@ -436,7 +499,8 @@ def check_member(member: Member, archive: Path, seen: set[str]) -> PurePosixPath
     if member.kind not in ("file", "directory"):
         raise BadArchive(f"{archive} holds {member.name!r}, a {member.kind}: refused")
     if member.kind == "file":
-        key = str(path).casefold()  # many file systems do not tell A from a
+        # Many file systems do not tell A from a, some not one way to write an umlaut from the other.
+        key = unicodedata.normalize("NFC", str(path)).casefold()
         if key in seen:
             raise BadArchive(f"{archive} holds {member.name!r} twice: refused")
         seen.add(key)
@@ -450,6 +514,11 @@ def wanted(path: PurePosixPath, member: Member, patterns: Sequence[str] | None) 
     return patterns is None or any(fnmatch.fnmatchcase(path.name, pattern) for pattern in patterns)
 
 
+def require_room(left: int, path: PurePath, archive: Path) -> None:
+    if left < 0:
+        raise BadArchive(f"{archive} unpacks to more than it should (stopped at {path.name}): refused")
+
+
 def write_member(source: IO[bytes], path: Path, left: int, archive: Path) -> int:
     """Write one member, at most `left` bytes; returns how many."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -457,8 +526,7 @@ def write_member(source: IO[bytes], path: Path, left: int, archive: Path) -> int
     with open(path, "xb") as file:
         while chunk := source.read(CHUNK):
             written += len(chunk)
-            if written > left:
-                raise BadArchive(f"{archive} unpacks to more than it should (stopped at {path.name}): refused")
+            require_room(left - written, path, archive)
             file.write(chunk)
     return written
 
@@ -716,15 +784,32 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.verify_only:
         return verify(names, data_dir)
     make_directory(data_dir, "the data sets")
-    if arguments.dataset == "demo":
+    with waiting_lock(data_dir):
+        return bring(names, data_dir, arguments.force)
+
+
+def waiting_lock(data_dir: Path) -> AcquireReturnProxy:
+    """Have the data sets to oneself; where another process is bringing one, say so and wait."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(data_dir / ".download.lock")
+    try:
+        return lock.acquire(timeout=0.1)
+    except Timeout:
+        print(f"Another download into {data_dir} is under way; waiting for it ...", flush=True)
+        return lock.acquire()
+
+
+def bring(names: Sequence[str], data_dir: Path, force: bool) -> int:
+    if names == ["demo"]:
         from demo_dataset import draw_demo_dataset
 
-        draw_demo_dataset(data_dir / "demo", redraw=arguments.force)
+        draw_demo_dataset(data_dir / "demo", redraw=force)
         print(f"demo: complete, 800 drawn scenes and their captions are in {data_dir / 'demo'}")
     else:
         print(LICENCE_NOTE)
         for name in names:
-            fetch(name, data_dir, arguments.force)
+            fetch(name, data_dir, force)
     elsewhere = "" if data_dir == Path("data") else f" --data_dir {data_dir / names[0]}"
     print(f"Next: python {TRAINING_SCRIPT} --dataset_type {names[0]}{elsewhere}")
     return 0

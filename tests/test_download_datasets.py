@@ -14,6 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import requests
+from filelock import FileLock
 from PIL import Image
 
 import download_datasets
@@ -35,6 +37,8 @@ class Server:
             def do_GET(self) -> None:
                 outer.requests.append((self.path, self.headers.get("Range")))
                 outer.routes.get(self.path, lambda handler: handler.send_error(404))(self)
+
+            do_CONNECT = do_GET  # what an https request through a proxy begins with
 
             def log_message(self, format: str, *args: object) -> None:
                 """Quiet: the requests are recorded above."""
@@ -68,13 +72,15 @@ def serve(body: bytes, break_at: int | None = None, ranges: bool = True) -> Call
     """A sound server, or one whose first answers stop after `break_at` bytes."""
 
     def respond(handler: BaseHTTPRequestHandler) -> None:
-        match = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", "")) if ranges else None
+        etag = f'"{hashlib.sha256(body).hexdigest()}"'
+        fits = handler.headers.get("If-Range", etag) == etag
+        match = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", "")) if ranges and fits else None
         start = int(match[1]) if match else 0
         if match and start >= len(body):
             return answer(handler, b"", 416, Content_Range=f"bytes */{len(body)}")
         span = {"Content_Range": f"bytes {start}-{len(body) - 1}/{len(body)}"} if match else {}
         sent = body[start:] if break_at is None or match else body[:break_at]
-        answer(handler, sent, 206 if match else 200, Content_Length=str(len(body) - start), **span)
+        answer(handler, sent, 206 if match else 200, Content_Length=str(len(body) - start), ETag=etag, **span)
 
     return respond
 
@@ -128,6 +134,31 @@ def test_server_that_ignores_ranges_sends_all_again(server, tmp_path):
     (tmp_path / "file.bin.127.0.0.1.part").write_bytes(BODY[:5000])
     server.routes["/a"] = serve(BODY, ranges=False)
     assert download(mirror(server.url("/a")), tmp_path).read_bytes() == BODY
+
+
+@pytest.mark.parametrize("polite", [True, False])
+def test_a_file_that_changed_meanwhile_is_not_glued_together(server, tmp_path, polite):
+    """A polite server heeds If-Range; the other one sends the rest of the new file, which its ETag gives away."""
+    old, new = serve(bytes(len(BODY)), break_at=4000), serve(BODY)
+
+    def respond(handler):
+        if len(server.requests) == 1:
+            return old(handler)
+        if not polite:
+            del handler.headers["If-Range"]
+        return new(handler)
+
+    server.routes["/a"] = respond
+    assert download(mirror(server.url("/a"), body=None), tmp_path).read_bytes() == BODY
+    assert server.requests[1] == ("/a", "bytes=4000-")
+    assert [path.name for path in tmp_path.iterdir()] == ["file.bin"]
+
+
+def test_without_hash_and_version_nothing_is_glued_on(server, tmp_path):
+    (tmp_path / "file.bin.127.0.0.1.part").write_bytes(bytes(5000))
+    server.routes["/a"] = serve(BODY)
+    assert download(mirror(server.url("/a"), body=None), tmp_path).read_bytes() == BODY
+    assert server.requests == [("/a", None)]
 
 
 def test_wrong_range_is_not_glued_on(server, tmp_path):
@@ -209,6 +240,22 @@ def test_only_https_also_after_a_redirect(server, tmp_path):
     server.routes["/a"] = lambda handler: answer(handler, b"", 302, Location="http://example.invalid/a")
     with pytest.raises(DownloadError, match=r"http://example\.invalid is not https"):
         download(mirror(server.url("/a")), tmp_path)
+
+
+def test_https_does_not_become_http_of_this_machine(server):
+    response = requests.Response()
+    response.status_code, response.url = 302, "https://example.invalid/a"
+    response.headers["location"] = server.url("/a")
+    (hook,) = download_datasets.make_session().hooks["response"]
+    with pytest.raises(DownloadError, match="from https to http"):
+        hook(response)
+
+
+def test_the_environments_proxy_is_asked(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("HTTPS_PROXY", server.url(""))
+    with pytest.raises(DownloadError, match="given up"):
+        download(mirror("https://example.invalid/a"), tmp_path)
+    assert ("example.invalid:443", None) in server.requests
 
 
 def test_the_table_has_only_https_and_plain_names():
@@ -312,6 +359,53 @@ def test_bomb_whose_header_lies(tmp_path):
 
 def test_tar_bomb(tmp_path):
     refused(make_tar(tmp_path / "x", tar_entry("zeros"), content=bytes(5_000_000)), "more than it should")
+
+
+def test_tar_bomb_among_what_is_not_wanted(tmp_path, monkeypatch):
+    monkeypatch.setattr(download_datasets, "MAX_PASSED_OVER", 1_000_000)
+    archive = make_tar(tmp_path / "x", tar_entry("zeros"), content=bytes(5_000_000))
+    with pytest.raises(BadArchive, match="more than it should"):
+        extract_archive(archive, tmp_path / "out", 10_000, ["*.jpg"])
+
+
+def test_a_tar_header_that_is_a_bomb_is_not_read(tmp_path):
+    """A name may be as long as its header says: tarfile would read it whole."""
+    name = make_tar(tmp_path / "x", tar_entry("n" * 20_000_000))
+    refused(name, "holds a header of 200.* bytes")
+
+
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_a_negative_size_does_not_go_round_in_circles(tmp_path, kind):
+    """CVE-2025-8194: tarfile reads the same headers for ever."""
+    header = tar_entry("a", kind).tobuf(tarfile.GNU_FORMAT)
+    raw = header[:124] + tarfile.itn(-512, 12, tarfile.GNU_FORMAT) + header[136:148] + b" " * 8 + header[156:]
+    raw = raw[:148] + b"%06o\0 " % tarfile.calc_chksums(raw)[0] + raw[156:]
+    first = tar_entry("first", tarfile.DIRTYPE).tobuf(tarfile.GNU_FORMAT)
+    (tmp_path / "x").write_bytes(gzip.compress(first + raw + bytes(1024)))
+    refused(tmp_path / "x", "negative size|header of")
+
+
+def test_too_many_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(download_datasets, "MAX_MEMBERS", 5)
+    refused(make_zip(tmp_path / "x", {str(number): b"" for number in range(6)}), "more than 5 files")
+
+
+@pytest.mark.parametrize("names", [("a", "a/b"), ("a/b", "a"), ("ü", "u\u0308"), ("n" * 300,), ("a/.",)])
+@pytest.mark.parametrize("make", ["zip", "tar"])
+def test_names_that_no_folder_can_hold(tmp_path, make, names):
+    if make == "zip":
+        archive = make_zip(tmp_path / "x", dict.fromkeys(names, b"1"))
+    else:
+        archive = make_tar(tmp_path / "x", *map(tar_entry, names))
+    if names == ("a/.",):  # the same as a
+        return extract_archive(archive, tmp_path / "out", 100)
+    refused(archive, "damaged|twice")
+
+
+def test_an_unusual_compression(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x", "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("a", b"1")
+    refused(tmp_path / "x", "unusual compression")
 
 
 @pytest.mark.parametrize("keep", [0, 1, 30, 0.5, 0.95])
@@ -418,7 +512,7 @@ def test_end_to_end(tiny, tmp_path, capsys):
     assert said.count("non-commercial") == 1
     assert "flickr8k: complete, 10 images" in said
     assert "python flickr_image_caption_with_pytorch_resnet_lstm.py --dataset_type flickr8k" in said
-    assert [path.name for path in data.iterdir()] == ["flickr8k"]
+    assert sorted(path.name for path in data.iterdir()) == [".download.lock", "flickr8k"]
     assert {path.name for path in (data / "flickr8k").iterdir()} == {
         "Flicker8k_Dataset", "Flickr8k.token.txt",
         "Flickr_8k.trainImages.txt", "Flickr_8k.devImages.txt", "Flickr_8k.testImages.txt",
@@ -517,6 +611,20 @@ def test_another_image_folder_in_the_way_is_said_before_downloading(tiny, tmp_pa
     assert call(tmp_path) == 2
     assert "another layout" in capsys.readouterr().err
     assert tiny.requests == [] and (tmp_path / "flickr8k" / "Images" / "000.jpg").exists()
+
+
+def test_two_downloads_at_once_take_turns(tiny, tmp_path, capsys):
+    codes: list[int] = []
+    with FileLock(tmp_path / ".download.lock"):
+        threads = [threading.Thread(target=lambda: codes.append(call(tmp_path))) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        while capsys.readouterr().out.count("is under way; waiting") == 0:
+            pass
+        assert tiny.requests == []
+    for thread in threads:
+        thread.join()
+    assert codes == [0, 0] and sorted(path for path, _ in tiny.requests) == ["/images", "/text"]
 
 
 def test_full_disk_is_said_before_downloading(tiny, tmp_path, capsys, monkeypatch):
