@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import os
 import shlex
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from safe_io import UserError, make_directory, write_atomic, write_json
+from safe_io import CONTROL_CHARACTERS, UserError, first_line, make_directory, read_json, write_atomic, write_json
 
 SCRIPT = "flickr_image_caption_with_pytorch_resnet_lstm.py"
 DRY_RUN = "dry_run_"  # begins the names of runs that are no results
@@ -67,6 +69,61 @@ def write_run_config(directory: Path, flags: dict[str, Any]) -> None:
     )
 
 
+def config_flags(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
+    """The flags in a YAML or JSON file, e.g. a `run_config.json`, as `parser` would have them typed.
+
+    What a run is (mode, model_path, timestamp) and flags without a value are passed over.
+
+    Raises:
+        UserError: the file cannot be read.
+        SystemExit: through `parser.error`, over an unknown flag or a value that it does not take.
+    """
+    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
+    ours = {theirs: name for name, theirs in CONFIG_NAMES.items()}
+    flags: dict[str, Any] = {}
+    for key, value in read_config(path).items():
+        name = ours.get(key, key)
+        if name in ("timestamp", "mode", "model_path", "config") or value is None:
+            continue
+        if name not in actions:
+            parser.error(f"{path}: unknown flag {name!r}")
+        action = actions[name]
+        if action.nargs == 0:
+            if type(value) is not bool:
+                parser.error(f"{path}: {name}: expected true or false")
+            flags[name] = value
+            continue
+        try:
+            if type(value) not in (str, int, float) or CONTROL_CHARACTERS.search(str(value)):
+                raise ValueError("expected a number or a text of one line")
+            flags[name] = action.type(str(value)) if callable(action.type) else str(value)
+        except (argparse.ArgumentTypeError, ValueError, OverflowError) as error:
+            parser.error(f"{path}: {name}: {error}")
+        if action.choices and flags[name] not in action.choices:
+            parser.error(f"{path}: {name}: {flags[name]!r} is none of {', '.join(action.choices)}")
+    return flags
+
+
+def read_config(path: Path) -> dict[Any, Any]:
+    """A YAML or JSON mapping.
+
+    Raises:
+        UserError: the file cannot be read, or is something else.
+    """
+    if path.suffix == ".json":
+        values = read_json(path)
+    else:
+        import yaml
+
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        except Exception as error:  # yaml's constructors raise what they meet: `!!bool x` is a KeyError
+            raise UserError(f"cannot read --config {path} as YAML: {first_line(error)}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path} is no mapping of flags: expected lines such as `epochs: 15`")
+    return values
+
+
 def write_run_summary(directory: Path, flags: dict[str, Any], command: str, facts: dict[str, Any]) -> None:
     """`run_summary.txt`: parameters and results for people, with the command that reproduces the run."""
     labels = {
@@ -104,12 +161,14 @@ def find_checkpoint(model_path: Path) -> Path:
     Raises:
         UserError: nothing fits.
     """
-    if model_path.is_file():
+    # os.path rather than Path: it says no to names that no file can have, where Path raises.
+    if os.path.isfile(model_path):
         return model_path
-    folder, name = (model_path, "best.pt") if model_path.is_dir() else (model_path.parent, model_path.name)
-    if (folder / name).is_file():
+    folder, name = (model_path, "best.pt") if os.path.isdir(model_path) else (model_path.parent, model_path.name)
+    if os.path.isfile(folder / name):
         return folder / name
-    runs = [path for path in folder.glob(f"**/{name}") if not path.parent.name.startswith(DRY_RUN)]
+    below = folder.rglob("*") if os.path.isdir(folder) else ()  # names may hold what glob reads as a pattern
+    runs = [p for p in below if p.name == name and p.is_file() and not p.parent.name.startswith(DRY_RUN)]
     if not runs:
         raise UserError(
             f"--model_path {model_path} is not there, and no run below {folder} has a {name}: "
