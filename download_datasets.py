@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from safe_io import UserError, format_bytes, make_directory, require_free_space
+from safe_io import UserError, first_line, format_bytes, make_directory, require_free_space
 
 if TYPE_CHECKING:
     import requests
@@ -431,10 +431,10 @@ def extract_archive(archive: Path, target: Path, max_bytes: int, members: Sequen
                     left -= write_member(source, temporary / path, left, archive)
         os.replace(temporary, target)
     except DAMAGE as error:
-        raise BadArchive(f"{archive} is damaged or no archive: {error}") from error
+        raise BadArchive(f"{archive} is damaged or no archive: {first_line(error)}") from error
     except OSError as error:
         if error.errno in BAD_NAMES:
-            raise BadArchive(f"{archive} is damaged or no archive: {error}") from error
+            raise BadArchive(f"{archive} is damaged or no archive: {first_line(error)}") from error
         raise UserError(
             f"cannot unpack {archive} into {target.parent}: {error}. Free some space, or choose another --data_dir"
         ) from error
@@ -448,7 +448,9 @@ def open_archive(archive: Path, stack: contextlib.ExitStack) -> zipfile.ZipFile 
     if beginning == b"PK":
         return stack.enter_context(zipfile.ZipFile(archive))
     if beginning == b"\x1f\x8b":
-        return stack.enter_context(tarfile.open(fileobj=stack.enter_context(BoundedGzip(archive)), errorlevel=2))
+        return stack.enter_context(
+            tarfile.open(fileobj=stack.enter_context(BoundedGzip(archive)), mode="r:", errorlevel=2)
+        )
     raise BadArchive(f"{archive} is neither a zip nor a tar.gz file (it begins with {beginning!r})")
 
 

@@ -19,6 +19,12 @@ CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
 class UserError(Exception):
     """Something the user can mend. The main scripts print it as one line and exit with code 2."""
 
+    def __str__(self) -> str:
+        """The message; names in it that came from a stranger's file cannot command the terminal."""
+        return CONTROL_CHARACTERS.sub(
+            lambda found: found[0] if found[0] == "\n" else ascii(found[0])[1:-1], super().__str__()
+        )
+
 
 def write_atomic(path: str | os.PathLike[str], write: Callable[[IO[bytes]], object]) -> None:
     """Let `write` fill a file that appears under `path` whole or not at all.

@@ -1,0 +1,18 @@
+"""Strangers' files: nothing but our own error comes out of a reader, and no file outside its directory.
+
+The same inputs in each run; `python benchmarks/fuzz.py` tries more, and others.
+"""
+
+import pytest
+from fuzz_targets import TARGETS, tried
+from hypothesis import HealthCheck, given, settings
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_nothing_but_our_own_error(name):
+    @settings(derandomize=True, deadline=None, max_examples=80, database=None, suppress_health_check=list(HealthCheck))
+    @given(TARGETS[name].inputs)
+    def one(value):
+        tried(TARGETS[name], value)
+
+    one()
