@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 from caption_data import EOS, PAD, SOS, UNK, Batch
+from decoder_kernels import Dropout, PackedLSTMLayer, projected_cross_entropy
 from safe_io import UserError, check_tensor_zip, first_line
 
 # --------------------------------------------------------------------------------------------------
@@ -54,6 +55,7 @@ ENCODERS = {
         EncoderSpec("efficientnet_lite0", 1280, (127.0,) * 3, (128.0,) * 3),
     )
 }
+COMPILED_BATCH = 32  # images in a batch of the compiled encoder
 RESNET50_FILES = ("resnet50-0676ba61.pth", "resnet50-19c8e357.pth", "resnet50-11ad3fa6.pth")
 RESNET50_PLACES = (Path("resources/models"), Path("../../resources/models"))
 
@@ -84,16 +86,28 @@ class Encoder(nn.Module):
         grid = self.backbone((pixels.float() - self.mean) / self.deviation)  # (B, C, 7, 7)
         return grid.flatten(2).transpose(1, 2)
 
-    def fast_form(self, device: torch.device) -> Callable[[np.ndarray], torch.Tensor]:
+    def fast_form(self, device: torch.device, compiled: bool = False) -> Callable[[np.ndarray], torch.Tensor]:
         """The same function of uint8 arrays (B, 224, 224, 3), in the form that runs fastest on `device`.
 
-        Returns float (B, 49, C) on `device`. On the CPU the graph is traced and frozen, which folds
-        BatchNorm into the convolutions; everywhere the pixels stay channels-last, as Pillow delivers them.
+        Everywhere the pixels stay channels-last, as Pillow delivers them. On the CPU the graph is traced and
+        frozen, which folds BatchNorm into the convolutions; on a GPU it runs in float16, which is what is kept.
+
+        Args:
+            compiled: `torch.compile` instead, which takes some 15 s at first and needs a C++ compiler on the
+                CPU; where that fails, it is said and the other form serves. Every batch should be as large as
+                the first, or each new size is compiled anew.
+
+        Returns:
+            a function that gives float (B, 49, C) on `device`.
         """
         self.to(device).to(memory_format=torch.channels_last)
         run: Callable[[torch.Tensor], torch.Tensor] = self
-        if device.type == "cpu":
-            example = torch.zeros(2, 3, self.spec.image_size, self.spec.image_size, dtype=torch.uint8)
+        size = self.spec.image_size
+        if compiled:
+            example = torch.zeros(COMPILED_BATCH, 3, size, size, dtype=torch.uint8, device=device)
+            run = self.compile_for(example.to(memory_format=torch.channels_last)) or self
+        if run is self and device.type == "cpu":
+            example = torch.zeros(2, 3, size, size, dtype=torch.uint8)
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")  # tracing is deprecated, and still the fastest form without a compiler
                 traced = torch.jit.trace(self, example.to(memory_format=torch.channels_last), check_trace=False)
@@ -101,11 +115,30 @@ class Encoder(nn.Module):
 
         @torch.inference_mode()
         def encode(pixels: np.ndarray) -> torch.Tensor:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), torch.autocast("cuda", torch.float16, enabled=device.type == "cuda"):
                 warnings.simplefilter("ignore")
-                return run(torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2))
+                batch = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2)
+                if compiled and len(pixels) < COMPILED_BATCH:  # the last batch; one shape is compiled
+                    batch = F.pad(batch, (0, 0, 0, 0, 0, 0, 0, COMPILED_BATCH - len(pixels)))
+                    batch = batch.contiguous(memory_format=torch.channels_last)
+                return run(batch)[: len(pixels)]
 
         return encode
+
+    def compile_for(self, example: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """Compile for batches like `example`; None, and a note, where that cannot be done."""
+        import torch._inductor.config as inductor
+
+        print(f"Compiling {self.spec.name} for its encoding pass ...", flush=True)
+        try:
+            with inductor.patch(freezing=True), warnings.catch_warnings(), torch.inference_mode():
+                warnings.simplefilter("ignore")
+                run = torch.compile(self)
+                run(example)
+        except Exception as error:  # no compiler, no Triton, a platform without inductor: each raises its own
+            print(f"Cannot compile the encoder here ({str(error).strip().splitlines()[-1][:120]}); it runs without")
+            return None
+        return run
 
 
 def find_weights(name: str, resnet_weights: str | None) -> tuple[Path | None, str]:
@@ -213,7 +246,7 @@ def load_weights(network: nn.Module, path: Path) -> None:
 
 
 class DecoderOutput(NamedTuple):
-    logits: torch.Tensor  # (N, V), a row per token
+    code: torch.Tensor  # (N, E), a row per token; `logits` or `cross_entropy` project it to the vocabulary
     attention: torch.Tensor | None  # (N, 49) weights that sum to one, None without attention
 
 
@@ -224,65 +257,6 @@ class DecoderState(NamedTuple):
     cell: torch.Tensor  # (L, rows, H)
     regions: torch.Tensor  # (I, 49, E), or (I, 1, E) for the image as a whole; never repeated per beam
     keys: torch.Tensor | None  # (I, 49, A), None without attention
-
-
-class PackedLSTMLayer(torch.autograd.Function):
-    """One LSTM layer over a packed sequence, for the CPU.
-
-    PyTorch's own packed CPU path slices its input at every step, and the gradient of each slice fills a
-    tensor of the whole input's size with zeros: half of a training step. Here a step of the forward loop is
-    one matrix product and four element-wise passes, the backward loop reuses its buffers, and the gradient
-    of the recurrent weights is a single product over all tokens. Same equations as `torch.nn.LSTM`.
-    """
-
-    @staticmethod
-    def forward(ctx, gates, weight, hidden, cell, sizes):  # type: ignore[no-untyped-def]
-        """Args: gates: (N, 4H) input part, overwritten; weight: (4H, H); hidden, cell: (R, H); sizes: [rows per step]."""
-        size = weight.shape[1]
-        outputs, cells = gates.new_empty(len(gates), size), gates.new_empty(len(gates), size)
-        previous = gates.new_empty(len(gates), size)  # the hidden state that each token started from
-        h, c, start = hidden, cell, 0
-        for n in sizes:
-            step = slice(start, start + n)
-            previous[step] = h[:n]
-            gate = gates[step].addmm_(h[:n], weight.t())
-            gate[:, : 2 * size].sigmoid_()  # input, forget
-            gate[:, 2 * size : 3 * size].tanh_()  # candidate
-            gate[:, 3 * size :].sigmoid_()  # output
-            i, f, g, o = gate.chunk(4, 1)
-            c = torch.mul(f, c[:n], out=cells[step]).addcmul_(i, g)
-            h = torch.mul(o, c.tanh(), out=outputs[step])
-            start += n
-        ctx.mark_dirty(gates)
-        ctx.save_for_backward(gates, weight, cell, cells, previous)
-        ctx.sizes = sizes
-        return gates, outputs
-
-    @staticmethod
-    def backward(ctx, _, d_outputs):  # type: ignore[no-untyped-def]
-        gates, weight, cell, cells, previous = ctx.saved_tensors
-        size, end, later = weight.shape[1], len(gates), 0
-        d_gates = torch.empty_like(gates)
-        d_h = d_c = gates.new_zeros(0, size)
-        for t in range(len(ctx.sizes) - 1, -1, -1):
-            n = ctx.sizes[t]
-            step = slice(end - n, end)
-            c_before = cells[end - n - ctx.sizes[t - 1] :][:n] if t else cell
-            i, f, g, o = gates[step].chunk(4, 1)
-            d_i, d_f, d_g, d_o = d_gates[step].chunk(4, 1)
-            squashed = cells[step].tanh()
-            total = d_outputs[step].clone()
-            total[:later] += d_h
-            torch.mul(total, squashed, out=d_o).mul_(o).mul_(1 - o)
-            carried = total.mul_(o).mul_(squashed.square_().neg_().add_(1))
-            carried[:later] += d_c
-            torch.mul(carried, g, out=d_i).mul_(i).mul_(1 - i)
-            torch.mul(carried, c_before, out=d_f).mul_(f).mul_(1 - f)
-            torch.mul(carried, i, out=d_g).mul_(1 - g.square())
-            d_c = carried.mul_(f)
-            d_h = d_gates[step] @ weight
-            end, later = end - n, n
-        return d_gates, d_gates.t() @ previous, d_h, d_c, None
 
 
 class LSTMDecoder(nn.Module):
@@ -310,7 +284,7 @@ class LSTMDecoder(nn.Module):
         self.lstm = nn.LSTM(embed_size, hidden_size, num_layers, dropout=drop_prob if num_layers > 1 else 0.0)
         self.output = nn.Linear(hidden_size, embed_size)
         self.output_bias = nn.Parameter(torch.zeros(vocabulary_size))
-        self.dropout = nn.Dropout(drop_prob)
+        self.dropout = Dropout(drop_prob)
         nn.init.uniform_(self.embed.weight, -0.1, 0.1)
         with torch.no_grad():
             self.embed.weight[PAD].zero_()
@@ -328,8 +302,28 @@ class LSTMDecoder(nn.Module):
     def begin(self, features: torch.Tensor) -> DecoderState:
         """Read the image. Args: features: (I, C). Returns the state of I rows."""
         image = self.image(features)  # (I, E)
-        _, (hidden, cell) = self.lstm(image.unsqueeze(0))
+        hidden, cell = self.read_image(image)
         return DecoderState(hidden, cell, image.unsqueeze(1), None)
+
+    def read_image(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The LSTM's first step, whose input is the image (I, E). Returns hidden and cell (L, I, H)."""
+        nothing = image.new_zeros(self.lstm.num_layers, len(image), self.lstm.hidden_size)
+        return self.lstm_step(image, nothing, nothing)[1:]
+
+    def lstm_step(
+        self, inputs: torch.Tensor, hidden: torch.Tensor, cell: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """All layers, one step of every row: the output (rows, H), and hidden and cell (L, rows, H).
+
+        Layer by layer, since `nn.LSTM` copies its weights into another layout at every call on the CPU.
+        """
+        states = []
+        for layer, weights in enumerate(self.lstm.all_weights):
+            if layer:
+                inputs = self.dropout(inputs)
+            inputs, memory = torch.lstm_cell(inputs, (hidden[layer], cell[layer]), *weights)
+            states.append((inputs, memory))
+        return inputs, torch.stack([h for h, _ in states]), torch.stack([c for _, c in states])
 
     def forward(self, features: torch.Tensor, batch: Batch) -> DecoderOutput:
         """Teacher forcing over a batch of whole images.
@@ -338,7 +332,7 @@ class LSTMDecoder(nn.Module):
             features: (I, C), or (I, 49, C) for the attention decoder; one per image, not per caption.
 
         Returns:
-            logits (N, V) and attention (N, 49) of the real tokens, in the batch's packed order.
+            code (N, E) and attention (N, 49) of the real tokens, in the batch's packed order.
         """
         state = self.begin(features)
         words = self.embed(batch.inputs)  # (N, E)
@@ -356,17 +350,17 @@ class LSTMDecoder(nn.Module):
         layers, steps = self.lstm.num_layers, sizes.tolist()
         for layer in range(layers):
             from_input, recurrent, bias, recurrent_bias = self.lstm.all_weights[layer]
-            gates = F.linear(packed, from_input, bias + recurrent_bias)
+            gates = F.linear(packed, from_input, bias + recurrent_bias).to(recurrent.dtype)
             _, packed = PackedLSTMLayer.apply(gates, recurrent, hidden[layer], cell[layer], steps)
             if layer < layers - 1:
-                packed = F.dropout(packed, self.lstm.dropout, self.training)
+                packed = self.dropout(packed)
         return packed
 
     def step(self, state: DecoderState, words: torch.Tensor) -> tuple[DecoderState, DecoderOutput]:
         """Say one word more in every row. Args: words: (rows,) the last word of each."""
         embedded = self.embed(words)  # (rows, E)
-        out, (hidden, cell) = self.lstm(self.dropout(embedded).unsqueeze(0), (state.hidden, state.cell))
-        output = self.predict(out[0], embedded, state, None)
+        out, hidden, cell = self.lstm_step(self.dropout(embedded), state.hidden, state.cell)
+        output = self.predict(out, embedded, state, None)
         return state._replace(hidden=hidden, cell=cell), output
 
     def predict(
@@ -378,11 +372,26 @@ class LSTMDecoder(nn.Module):
             image = image.repeat_interleave(len(hidden) // len(image), 0)
         else:
             image = image[batch.row_image[batch.token_row]]
-        return DecoderOutput(self.logits(self.output(self.dropout(hidden)) + words + image), None)
+        return DecoderOutput(self.squash(self.output(self.dropout(hidden)) + words + image), None)
+
+    def squash(self, code: torch.Tensor) -> torch.Tensor:
+        return self.dropout(torch.tanh(code))
 
     def logits(self, code: torch.Tensor) -> torch.Tensor:
         """(N, E) -> (N, V) through the tied embeddings."""
-        return F.linear(self.dropout(torch.tanh(code)), self.embed.weight, self.output_bias)
+        return F.linear(code, self.embed.weight, self.output_bias)
+
+    def cross_entropy(
+        self,
+        code: torch.Tensor,
+        targets: torch.Tensor,
+        label_smoothing: float = 0.0,
+        token_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Sum over tokens of the loss of `logits(code)` against `targets` (N,): see `projected_cross_entropy`."""
+        return projected_cross_entropy(
+            code, self.embed.weight, self.output_bias, targets, label_smoothing, token_weights
+        )
 
 
 class AttentionDecoder(LSTMDecoder):
@@ -417,7 +426,7 @@ class AttentionDecoder(LSTMDecoder):
     def begin(self, features: torch.Tensor) -> DecoderState:
         """Read the image. Args: features: (I, 49, C). Returns the state of I rows."""
         regions = self.dropout(self.image(features) + self.positions)  # (I, 49, E)
-        _, (hidden, cell) = self.lstm(regions.mean(1).unsqueeze(0))
+        hidden, cell = self.read_image(regions.mean(1))
         return DecoderState(hidden, cell, regions, self.key(regions))
 
     def predict(
@@ -440,7 +449,7 @@ class AttentionDecoder(LSTMDecoder):
         if batch is not None:
             context, weights = context[batch.slots], weights[batch.slots]
         seen = torch.sigmoid(self.gate(hidden)) * context  # (N, E)
-        return DecoderOutput(self.logits(self.output(hidden) + self.context(seen) + words), weights)
+        return DecoderOutput(self.squash(self.output(hidden) + self.context(seen) + words), weights)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -501,7 +510,7 @@ def beam_search(
     longest = float(max_length + 1) ** length_penalty
     for time in range(max_length + 1):
         state, output = decoder.step(state, words)
-        log_probabilities = output.logits.float().log_softmax(-1)
+        log_probabilities = decoder.logits(output.code).float().log_softmax(-1)
         log_probabilities[:, [PAD, SOS, UNK]] = -math.inf
         count, beams = scores.shape
         vocabulary = log_probabilities.shape[1]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+from filelock import BaseFileLock, FileLock, Timeout
 
 from safe_io import CONTROL_CHARACTERS, UserError, first_line, make_directory, read_json, write_atomic, write_json
 
@@ -61,12 +64,27 @@ def reproducing_command(typed: list[str]) -> str:
     return shlex.join(["python", SCRIPT, *typed])
 
 
-def write_run_config(directory: Path, flags: dict[str, Any]) -> None:
-    """`run_config.json`: every flag under the original's names; `--config` reads it back."""
+def write_run_config(directory: Path, flags: dict[str, Any], command: str) -> None:
+    """`run_config.json`: every flag under the original's names; `--config` and `--resume` read it back."""
     timestamp = datetime.now().strftime("%Y%m%d_%H%M%S")
-    write_json(
-        directory / "run_config.json", {CONFIG_NAMES.get(k, k): v for k, v in flags.items()} | {"timestamp": timestamp}
-    )
+    config = {CONFIG_NAMES.get(name, name): value for name, value in flags.items()}
+    write_json(directory / "run_config.json", config | {"timestamp": timestamp, "command": command})
+
+
+def lock_run_directory(directory: Path) -> BaseFileLock:
+    """Keep other processes from training in this run directory for as long as the lock is referred to.
+
+    Raises:
+        UserError: it is not there, or another process trains in it.
+    """
+    if not directory.is_dir():
+        raise UserError(f"--resume {directory} is not there: give the directory of the run that was interrupted")
+    lock = FileLock(directory / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"another process is training in {directory}: wait for it, or stop it first") from None
+    return lock
 
 
 def config_flags(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
@@ -83,7 +101,7 @@ def config_flags(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
     flags: dict[str, Any] = {}
     for key, value in read_config(path).items():
         name = ours.get(key, key)
-        if name in ("timestamp", "mode", "model_path", "config") or value is None:
+        if name in ("timestamp", "command", "mode", "model_path", "config", "resume") or value is None:
             continue
         if name not in actions:
             parser.error(f"{path}: unknown flag {name!r}")
@@ -177,3 +195,15 @@ def find_checkpoint(model_path: Path) -> Path:
     newest = max(runs, key=lambda path: (path.parent.name[-15:], path.stat().st_mtime_ns))
     print(f"Using {newest} (the newest run below {folder} that has {name})")
     return newest
+
+
+def save_test_captions(directory: Path, content: list[dict[str, str]]) -> str:
+    """Write captions under the first free `test_captions[_N].json`; a file that already says the same serves again."""
+    number = 1
+    while True:
+        path = directory / ("test_captions.json" if number == 1 else f"test_captions_{number}.json")
+        if not path.exists():
+            write_json(path, content)
+        if json.loads(path.read_text(encoding="utf-8")) == content:
+            return path.name
+        number += 1

@@ -29,12 +29,13 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from caption_data import UnreadableImage, load_pixels
-from caption_models import Encoder, EncoderSpec
+from caption_models import COMPILED_BATCH, Encoder, EncoderSpec
 from safe_io import UserError, make_directory, require_free_space
 
 ROWS_PER_FILE = 4096  # half a gigabyte of EfficientNet-Lite0 grids
-ENCODE_BATCH = 32
+ENCODE_BATCH = COMPILED_BATCH
 BATCHES_AHEAD = 3
+COMPILE_FROM = 4096  # images, from which on compiling the encoder pays for itself (docs/benchmarks.md)
 INDEX_LINE = 4096  # bytes; a file name has 255 at most, which JSON writes in six times as many
 FLUSH_IMAGES = 512  # images between two syncs: a dozen seconds of work on two cores
 
@@ -45,7 +46,7 @@ class Features(Protocol):
     unreadable: dict[int, str]  # image position -> why it could not be read
 
     def gather(self, images: np.ndarray) -> torch.Tensor:
-        """Features of the images at these positions, float (I, 49, C) or (I, C), on the CPU."""
+        """Features of the images at these positions, float (I, 49, C) or (I, C), on the device where they are kept."""
 
 
 class Entry(NamedTuple):
@@ -190,13 +191,34 @@ class CachedFeatures:
         return torch.from_numpy(out).float()
 
 
+class DeviceFeatures:
+    """A copy of cached features in a device's memory, so that a batch is one gather there. Implements `Features`."""
+
+    def __init__(self, cached: CachedFeatures, images: np.ndarray, device: torch.device):
+        self.unreadable = cached.unreadable
+        self.place = np.full(len(cached.paths), -1, dtype=np.int64)
+        self.place[images] = np.arange(len(images))
+        self.rows = torch.empty(len(images), *cached.file.row_shape, dtype=torch.float16, device=device)
+        for start in range(0, len(images), ENCODE_BATCH):
+            self.rows[start : start + ENCODE_BATCH] = cached.gather(images[start : start + ENCODE_BATCH]).to(device)
+
+    def gather(self, images: np.ndarray) -> torch.Tensor:
+        return self.rows[torch.from_numpy(self.place[images]).to(self.rows.device)].float()
+
+
+def fits_on(device: torch.device, size: int) -> bool:
+    """Whether `size` bytes are at most half of a GPU's free memory."""
+    return device.type == "cuda" and size <= torch.cuda.mem_get_info(device)[0] // 2
+
+
 class LiveFeatures:
     """The plain path (`--feature_cache off`): every batch through the encoder. Implements `Features`."""
 
     def __init__(
         self, encoder: Encoder, device: torch.device, paths: Sequence[Path], needed: np.ndarray, means: bool, workers: int,
+        compiled: bool,
     ):  # fmt: skip
-        self.encode = encoder.fast_form(device)
+        self.encode = encoder.fast_form(device, compiled)
         self.paths, self.size, self.means = paths, encoder.spec.image_size, means
         self.pool = ThreadPoolExecutor(workers)
         self.unreadable = {}
@@ -229,6 +251,8 @@ def open_features(
     device: torch.device,
     means: bool,
     workers: int,
+    compile_encoder: str = "off",
+    keep_on_device: str = "off",
 ) -> Features:
     """Features of images, encoding those that the cache lacks.
 
@@ -239,12 +263,14 @@ def open_features(
         needed: positions of the images that are wanted; the others are left alone.
         means: the mean over the 49 regions (the `lstm` decoder) rather than the regions.
         workers: threads that decode images while the encoder runs.
+        compile_encoder: auto, on or off, see `Encoder.fast_form`.
+        keep_on_device: auto, on or off: a copy of the features in the memory of a GPU.
 
     Raises:
         UserError: too many images cannot be read, the disk is too small, or the cache cannot be written.
     """
     if cache is None:
-        live = LiveFeatures(build_encoder(), device, paths, needed, means, workers)
+        live = LiveFeatures(build_encoder(), device, paths, needed, means, workers, compile_encoder == "on")
         check_unreadable(live.unreadable, len(needed))
         return live
     folder = paths[0].parent.resolve()
@@ -262,9 +288,14 @@ def open_features(
         unreadable: dict[int, str] = {}
         if todo:
             require_free_space(directory, len(todo) * (wanted.row_bytes + 128), "encoding the images")
-            unreadable = encode_images(build_encoder(), device, wanted, paths, versions, todo, workers)
+            compiled = compile_encoder == "on" or (compile_encoder == "auto" and len(todo) >= COMPILE_FROM)
+            unreadable = encode_images(build_encoder(), device, wanted, paths, versions, todo, workers, compiled)
     check_unreadable(unreadable, len(needed))
-    return CachedFeatures(wanted, paths, unreadable)
+    cached = CachedFeatures(wanted, paths, unreadable)
+    good = np.array([image for image in needed if image not in unreadable], dtype=np.int64)
+    if keep_on_device == "on" or (keep_on_device == "auto" and fits_on(device, len(good) * wanted.row_bytes)):
+        return DeviceFeatures(cached, good, device)
+    return cached
 
 
 def version_of(path: Path) -> tuple[int, int]:
@@ -311,9 +342,10 @@ def encode_images(
     versions: dict[int, tuple[int, int]],
     todo: list[int],
     workers: int,
+    compiled: bool = False,
 ) -> dict[int, str]:
     """Run the encoder over the images `todo` and append to `file`; returns why some could not be read."""
-    encode = encoder.fast_form(device)
+    encode = encoder.fast_form(device, compiled)
     unreadable: dict[int, str] = {}
     names: list[str] = []
     stamps: list[tuple[int, int]] = []

@@ -18,7 +18,7 @@ The way of the data: flags -> images, captions, split -> vocabulary -> features,
 from __future__ import annotations
 
 import argparse
-import json
+import dataclasses
 import math
 import os
 import sys
@@ -26,6 +26,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+from experiment_utils import (
+    config_flags,
+    create_run_directory,
+    find_checkpoint,
+    lock_run_directory,
+    reproducing_command,
+    save_test_captions,
+    write_run_config,
+    write_run_summary,
+)
 from safe_io import UserError, format_bytes, publish_copy, read_json, require_free_space, write_atomic, write_json
 
 SCHEDULERS = ("reduce_lr_on_plateau", "step", "cosine", "exponential", "one_cycle")
@@ -37,6 +47,11 @@ SCHEDULER_FLAGS = (
 ARCHITECTURE_FLAGS = (
     "decoder", "encoder", "dataset_type", "embed_size", "hidden_size", "num_layers", "attention_dim",
     "freq_threshold", "max_length",
+)  # fmt: skip
+# What may be typed beside --resume: where things are and where they run, not what is trained.
+RESUME_FLAGS = (
+    "resume", "device", "num_workers", "compile", "features_on_device", "feature_cache", "checkpoint_minutes",
+    "data_dir", "image_dir", "captions_file", "resnet_weights",
 )  # fmt: skip
 
 
@@ -77,6 +92,7 @@ def get_parser() -> argparse.ArgumentParser:
         type=Path,
         help="checkpoint, run directory or folder of runs: to test, or to go on training from",
     )
+    add("--resume", type=Path, metavar="RUN_DIR", help="go on with an interrupted run in its own directory")
     add("--config", type=Path, help="YAML or JSON file of flags, e.g. a run's run_config.json; the command line wins")
     add("--dry_run", action="store_true", help="go through everything on a handful of images in seconds")
 
@@ -115,6 +131,12 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("training").add_argument
     add("--seed", type=number(int, 0), default=0, help="of the split that is drawn, weights, order and dropout")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where the networks run")
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+        help="of the products in training; auto is bf16 where the device is made for it, else fp32")  # fmt: skip
+    add("--compile", choices=("auto", "on", "off"), default="auto",
+        help="compile the encoder; auto does where a compiler is at hand and images are many")  # fmt: skip
+    add("--features_on_device", choices=("auto", "on", "off"), default="auto",
+        help="keep all image features in the GPU's memory; auto does if they take at most half of what is free")  # fmt: skip
     add("--grad_clip", type=number(float, 0), default=5.0, help="largest gradient norm; 0 does not clip")
     add("--label_smoothing", type=number(float, 0, 0.9), default=0.0, help="of the training loss; 0.1 helps long runs")
     add("--attention_reg", type=number(float, 0), default=0.0,
@@ -155,6 +177,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--advanced_attention_viz", action="store_true", help="also the picture with several views")
 
     add = parser.add_argument_group("output").add_argument
+    add("--checkpoint_minutes", type=positive, default=10, help="minutes between two saves of last.pt within an epoch")
     add("--model_save_dir", type=Path, default=Path("saved_models"), help="where run directories are made")
     add("--keep_checkpoints", type=number(int, 0), default=0, help="keep the newest N epochs (and best, last); 0 all")
     return parser
@@ -163,47 +186,25 @@ def get_parser() -> argparse.ArgumentParser:
 def parse_flags(argv: list[str]) -> tuple[argparse.Namespace, set[str]]:
     """Flags with their values, and the names of those that were typed on the command line."""
     parser = get_parser()
-    actions = {action.dest: action for action in parser._actions}
     typed_only = get_parser()
     for action in typed_only._actions:
         action.default = argparse.SUPPRESS
     typed = set(vars(typed_only.parse_args(argv)))
-    config = parser.parse_args(argv).config
+    args = parser.parse_args(argv)
+    config = args.config
+    if args.resume is not None:
+        fixed = typed - set(RESUME_FLAGS)
+        if fixed:
+            parser.error(
+                f"--{fixed.pop()} has no effect with --resume: an interrupted run goes on as it was begun. "
+                f"To train longer or otherwise: --model_path {args.resume} --epochs N"
+            )
+        config = args.resume / "run_config.json"
     if config is not None:
-        values = {}
-        for name, value in read_config(config).items():
-            name = {"decoder_type": "decoder"}.get(name, name)
-            if name in ("timestamp", "mode", "model_path", "config") or value is None:
-                continue
-            if name not in actions:
-                parser.error(f"{config}: unknown flag {name!r}")
-            action = actions[name]
-            try:
-                values[name] = bool(value) if action.nargs == 0 else action.type(str(value)) if action.type else value  # type: ignore[operator]
-            except argparse.ArgumentTypeError as error:
-                parser.error(f"{config}: {name}: {error}")
-            if action.choices and values[name] not in action.choices:
-                parser.error(f"{config}: {name}: {value!r} is none of {', '.join(action.choices)}")
-        parser.set_defaults(**values)
+        parser.set_defaults(**config_flags(parser, config))
     args = parser.parse_args(argv)
     check_flags(args, typed, parser)
     return args, typed
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """A YAML or JSON mapping of flags."""
-    if path.suffix == ".json":
-        values = read_json(path)
-    else:
-        import yaml
-
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise UserError(f"cannot read --config {path}: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"--config {path} is no mapping of flags: expected lines such as `epochs: 15`")
-    return values
 
 
 def check_flags(args: argparse.Namespace, typed: set[str], parser: argparse.ArgumentParser) -> None:
@@ -237,7 +238,6 @@ if __name__ == "__main__":  # --help and a mistyped flag are answered before tor
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import attention_visualization
@@ -264,24 +264,83 @@ from caption_models import (
     build_encoder,
     find_weights,
 )
-from experiment_utils import (
-    create_run_directory,
-    find_checkpoint,
-    reproducing_command,
-    write_run_config,
-    write_run_summary,
-)
 from feature_cache import Features, open_features
 from metrics_utils import METRIC_NAMES, has_java, score_captions
 from training_utils import (
+    Precision,
     Schedule,
-    ScheduleSettings,
+    Stopped,
+    StopRequest,
+    carry_best,
+    choose_schedule,
     load_checkpoint,
     load_weights,
     pick_device,
+    prune_checkpoints,
     save_checkpoint,
     seed_step,
 )
+
+MAX_BAD_BATCHES = 10  # in an epoch, whose loss or gradient is no finite number
+
+
+@dataclasses.dataclass
+class Task:
+    """What training, testing and captioning work with."""
+
+    args: argparse.Namespace
+    device: torch.device
+    data: CaptionSet
+    features: Features
+    vocabulary: Vocabulary
+    decoder: LSTMDecoder
+
+
+@dataclasses.dataclass
+class Training(Task):
+    """And what training has on top: everything that a checkpoint brings back."""
+
+    batches: BatchMaker
+    optimizer: torch.optim.Optimizer
+    precision: Precision
+    schedule: Schedule | None
+    directory: Path
+    weights_hash: str  # of the encoder
+    flags: dict[str, Any]  # as run_config.json has them
+    first_epoch: int  # epochs that were trained before this run
+    epoch: int  # finished epochs
+    step: int  # finished steps of the epoch in hand
+    loss_sum: torch.Tensor  # float64, over the tokens of these steps, on the device
+    tokens: int
+    curve: dict[str, list[Any]]
+    history: list[dict[str, Any]]
+    best: dict[str, Any]
+    lock: Any = None  # on the run directory, held as long as this object lives
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint: whoever has it can go on from this very step, or caption."""
+        save_checkpoint(
+            path,
+            {
+                "epoch": self.epoch, "decoder_type": self.args.decoder, "decoder": self.decoder.state_dict(),
+                "encoder": {"name": self.args.encoder, "weights_hash": self.weights_hash, "transform": "squash224"},
+                "optimizer": self.optimizer.state_dict(), "scaler": self.precision.scaler.state_dict(),
+                "schedule": self.schedule.state() if self.schedule else None,
+                "vocabulary": self.vocabulary.words, "flags": self.flags, "split": saved_split_of(self.data),
+                "progress": {"first_epoch": self.first_epoch, "step": self.step, "loss_sum": float(self.loss_sum),
+                             "tokens": self.tokens},
+                "loss_curve": self.curve, "metrics_history": self.history, "best": self.best,
+            },
+        )  # fmt: skip
+
+    @property
+    def last_epoch(self) -> int:
+        return self.first_epoch + int(self.args.epochs)
+
+    def stopped_early(self) -> bool:
+        patience = self.args.early_stopping
+        return bool(patience) and self.epoch - max(self.best["epoch"], self.first_epoch) >= patience
+
 
 # --------------------------------------------------------------------------------------------------
 # Building
@@ -305,7 +364,15 @@ def apply_checkpoint(args: argparse.Namespace, typed: set[str], checkpoint: dict
         raise UserError(f"--save_attention_viz has no effect: {path} is an lstm decoder, which has no attention")
     follow = ["data_dir", "image_dir", "captions_file", "resnet_weights", "feature_cache", "seed"]
     if args.mode == "train":
-        follow += ["batch_size", "drop_prob", "grad_clip", "label_smoothing", "attention_reg", "best_metric"]
+        follow += [
+            "batch_size",
+            "drop_prob",
+            "grad_clip",
+            "label_smoothing",
+            "attention_reg",
+            "best_metric",
+            "precision",
+        ]
         if not args.use_scheduler and "learning_rate" not in typed:
             follow.append("learning_rate")
     for name in follow:
@@ -352,61 +419,10 @@ def build_features(
     features = open_features(
         None if args.feature_cache == "off" else Path(args.feature_cache), ENCODERS[args.encoder], digest,
         lambda: build_encoder(args.encoder, weights), data.paths(), needed, pick_device(args.device),
-        means=args.decoder == "lstm", workers=workers,
+        means=args.decoder == "lstm", workers=workers, compile_encoder=args.compile, keep_on_device=args.features_on_device,
     )  # fmt: skip
     data.drop_images(set(features.unreadable))
     return features, digest
-
-
-def build_schedule(
-    args: argparse.Namespace, typed: set[str], checkpoint: dict[str, Any] | None, steps: int
-) -> Schedule | None:
-    """The learning-rate schedule of this run, by the table under 'Resume' in the README."""
-    first = checkpoint["epoch"] if checkpoint else 0
-    saved = Schedule.from_state(checkpoint["schedule"]) if checkpoint and checkpoint["schedule"] else None
-    names = {
-        "learning_rate": "learning_rate", "min_lr": "min_lr", "scheduler_patience": "patience",
-        "scheduler_factor": "factor", "scheduler_step_size": "step_size", "scheduler_gamma": "gamma",
-        "scheduler_t_max": "t_max", "warmup_epochs": "warmup_epochs",
-    }  # fmt: skip
-    if not args.use_scheduler and saved is None:
-        idle = [name for name in SCHEDULER_FLAGS if name in typed]
-        if idle:
-            raise UserError(f"--{idle[0]} has no effect: the checkpoint has no schedule; add --use_scheduler")
-        return None
-    if saved is not None and (not args.use_scheduler or args.scheduler_type == saved.settings.type):
-        kind = saved.settings.type
-        new_cycle = saved.finished(first) and (kind == "one_cycle" or "scheduler_t_max" in typed)
-        for flag, name in names.items():
-            if flag in typed:
-                setattr(saved.settings, name, getattr(args, flag))
-        if "learning_rate" in typed:
-            saved.plateau["rate"] = args.learning_rate
-            print(f"The new base learning rate is {args.learning_rate:g}")
-        if new_cycle:
-            saved.settings.first_epoch, saved.settings.epochs = first, args.epochs
-            print(f"The checkpoint's {kind} cycle is finished: a new one begins")
-        elif saved.finished(first):
-            print(
-                f"Warning: cosine has reached its T_max and stays at min_lr {saved.settings.min_lr:g}; "
-                f"add --use_scheduler --scheduler_type cosine --scheduler_t_max {args.epochs} to start a new cycle"
-            )
-        else:
-            print(f"The checkpoint's schedule goes on: {saved.describe()}")
-        saved.settings.steps_per_epoch = steps
-        return saved
-    gamma = args.scheduler_gamma
-    if args.scheduler_type == "exponential" and "scheduler_gamma" not in typed and not args.config:
-        args.scheduler_gamma = gamma = args.scheduler_gamma ** (1 / args.epochs)
-    if checkpoint:
-        before = saved.settings.type if saved else "no schedule"
-        print(f"The checkpoint has {before}: a fresh {args.scheduler_type} over {args.epochs} epochs begins")
-    return Schedule(
-        ScheduleSettings(
-            args.scheduler_type, args.learning_rate, args.min_lr, args.scheduler_patience, args.scheduler_factor,
-            args.scheduler_step_size, gamma, args.scheduler_t_max, args.warmup_epochs, first, args.epochs, steps,
-        )
-    )  # fmt: skip
 
 
 def build_model(args: argparse.Namespace, vocabulary: Vocabulary) -> LSTMDecoder:
@@ -430,108 +446,112 @@ def word_counts(batches: BatchMaker, data: CaptionSet, size: int) -> torch.Tenso
 # Training and evaluation
 
 
-def train_one_epoch(
-    decoder: LSTMDecoder, optimizer: torch.optim.Optimizer, batches: BatchMaker, features: Features,
-    images: np.ndarray, schedule: Schedule | None, epoch: int, args: argparse.Namespace, device: torch.device,
-) -> float:  # fmt: skip
-    """One pass over the training images in an order of (seed, epoch); returns the loss per token.
+def train_one_epoch(run: Training, stop: StopRequest) -> float:
+    """The rest of an epoch over the training images in an order of (seed, epoch); returns the loss per token.
 
     Raises:
-        UserError: the loss is not a finite number.
+        Stopped: a signal asked for it; `last.pt` is written.
+        UserError: too many batches gave a loss or gradient that is not a finite number.
     """
-    decoder.train()
-    order = np.random.default_rng([args.seed, epoch]).permutation(images)
-    plan = batches.plan(order, args.batch_size)
-    total = torch.zeros((), device=device)
-    tokens = 0
-    bar = tqdm(plan, desc=f"Epoch {epoch + 1}", unit="batch", disable=None, leave=False)
-    for step, captions in enumerate(bar):
-        seed_step(args.seed, epoch, step)
-        if schedule is not None:
-            for group in optimizer.param_groups:
-                group["lr"] = schedule.rate(epoch, step)
-        batch = batches.make(captions)
-        image_features = features.gather(batch.images).to(device)  # (I, 49, C) or (I, C)
+    args, decoder, device = run.args, run.decoder.train(), run.device
+    order = np.random.default_rng([args.seed, run.epoch]).permutation(run.data.splits["train"])
+    plan = run.batches.plan(order, args.batch_size)
+    saved = time.monotonic()
+    fine: list[torch.Tensor] = []  # for the steps since the last look, which makes the device wait
+    bad = 0
+    bar = tqdm(plan, f"Epoch {run.epoch + 1}", initial=run.step, unit="batch", disable=None, leave=False)
+    for captions in plan[run.step :]:
+        seed_step(args.seed, run.epoch, run.step)
+        if run.schedule is not None:
+            for group in run.optimizer.param_groups:
+                group["lr"] = run.schedule.rate(run.epoch, run.step)
+        batch = run.batches.make(captions)
+        features = run.features.gather(batch.images).to(device, non_blocking=True)  # (I, 49, C) or (I, C)
         batch = batch.to(device)
-        output = decoder(image_features, batch)
-        loss = F.cross_entropy(output.logits, batch.targets, label_smoothing=args.label_smoothing)
-        total += loss.detach() * len(batch.targets)
-        tokens += len(batch.targets)
-        if args.attention_reg and output.attention is not None:
-            # Doubly stochastic attention (Xu et al., 2015, section 4.2.1): every region is looked at once in all.
-            looked = output.attention.new_zeros(len(batch.row_image), output.attention.shape[1])
-            looked = looked.index_add(0, batch.token_row, output.attention)  # (R, 49)
-            loss = loss + args.attention_reg * ((1 - looked) ** 2).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if args.grad_clip:
-            torch.nn.utils.clip_grad_norm_(decoder.parameters(), args.grad_clip)
-        optimizer.step()
-    mean = float(total) / tokens
-    if not math.isfinite(mean):
+        with run.precision.autocast():
+            output = decoder(features, batch)
+            loss = decoder.cross_entropy(output.code, batch.targets, args.label_smoothing) / len(batch.targets)
+            token_loss = loss.detach().double() * len(batch.targets)
+            if args.attention_reg and output.attention is not None:
+                # Doubly stochastic attention (Xu et al., 2015, section 4.2.1): every region is looked at once in all.
+                looked = output.attention.new_zeros(len(batch.row_image), output.attention.shape[1])
+                looked = looked.index_add(0, batch.token_row, output.attention)  # (R, 49)
+                loss = loss + args.attention_reg * ((1 - looked) ** 2).mean()
+        norm = run.precision.step(loss, run.optimizer, args.grad_clip)
+        finite = token_loss.isfinite() & (norm.isfinite() | run.precision.scaler.is_enabled())  # fp16 may overflow
+        fine.append(finite)
+        run.loss_sum += torch.where(finite, token_loss, 0.0)
+        run.tokens += len(batch.targets)
+        run.step += 1
+        bar.update()
+        if device.type == "cpu" or len(fine) == 100 or run.step == len(plan) or stop.signal:
+            looked_at = range(run.step - len(fine), run.step)
+            for number in (n for n, good in zip(looked_at, torch.stack(fine).tolist(), strict=True) if not good):
+                bad += 1
+                report_bad_batch(run, number, plan[number], bad)
+            fine.clear()
+        if stop.signal or time.monotonic() - saved > 60 * args.checkpoint_minutes:
+            run.save(run.directory / "last.pt")
+            saved = time.monotonic()
+        if stop.signal:
+            raise Stopped(stop.signal, run.directory)
+    return float(run.loss_sum) / run.tokens
+
+
+def report_bad_batch(run: Training, number: int, captions: np.ndarray, bad: int) -> None:
+    """Name a batch that was skipped.
+
+    Raises:
+        UserError: it is one too many.
+    """
+    images = [run.data.names[i] for i in run.batches.make(captions).images[:3]]
+    where = f"batch {number + 1} of epoch {run.epoch + 1} ({', '.join(images)}, ...)"
+    if bad > MAX_BAD_BATCHES:
         raise UserError(
-            f"the training loss of epoch {epoch + 1} is not a finite number: lower --learning_rate "
-            f"(now {args.learning_rate:g}) or --grad_clip, and go on from the last checkpoint with --model_path"
+            f"{where} is the {bad}th of this epoch whose loss or gradient is not a finite number. The weights in "
+            f"{run.directory} are good: train on from them with a lower --learning_rate (now {run.args.learning_rate:g}) "
+            f"or a smaller --grad_clip, e.g. --model_path {run.directory / 'last.pt'} --learning_rate {run.args.learning_rate / 10:g}"
         )
-    return mean
+    print(f"\nSkipped {where}: its loss or gradient is not a finite number ({bad} of at most {MAX_BAD_BATCHES})")
 
 
 @torch.inference_mode()
-def validation_loss(
-    decoder: LSTMDecoder,
-    batches: BatchMaker,
-    features: Features,
-    images: np.ndarray,
-    batch_size: int,
-    device: torch.device,
-) -> float:
+def validation_loss(run: Training) -> float:
     """Plain cross-entropy per token, whatever the training loss adds."""
-    decoder.eval()
+    decoder = run.decoder.eval()
     total, tokens = 0.0, 0
-    for captions in batches.plan(images, max(batch_size, 64)):
-        batch = batches.make(captions)
-        output = decoder(features.gather(batch.images).to(device), batch.to(device))
-        total += float(F.cross_entropy(output.logits, batch.targets.to(device), reduction="sum"))
+    for captions in run.batches.plan(run.data.splits["val"], max(run.args.batch_size, 64)):
+        batch = run.batches.make(captions)
+        output = decoder(run.features.gather(batch.images).to(run.device), batch.to(run.device))
+        total += float(decoder.cross_entropy(output.code, batch.targets.to(run.device)))
         tokens += len(batch.targets)
     return total / tokens
 
 
-def generate(
-    decoder: LSTMDecoder, features: Features, images: np.ndarray, beam: int, args: argparse.Namespace,
-    device: torch.device, attention: bool = False,
-) -> list[Hypothesis]:  # fmt: skip
+def generate(task: Task, images: np.ndarray, beam: int, attention: bool = False) -> list[Hypothesis]:
     """The best caption of each image, decoded freely, many images at a time."""
     best: list[Hypothesis] = []
     chunk = max(1, 384 // beam)
-    for start in tqdm(range(0, len(images), chunk), desc="Captioning", unit="batch", disable=None, leave=False):
-        some = features.gather(images[start : start + chunk]).to(device)
-        best += [
-            found[0] for found in beam_search(decoder, some, beam, args.max_length, args.length_penalty, attention)
-        ]
+    for start in tqdm(range(0, len(images), chunk), "Captioning", unit="batch", disable=None, leave=False):
+        features = task.features.gather(images[start : start + chunk]).to(task.device)
+        found = beam_search(task.decoder, features, beam, task.args.max_length, task.args.length_penalty, attention)
+        best += [hypotheses[0] for hypotheses in found]
     return best
 
 
-def evaluate(
-    decoder: LSTMDecoder, features: Features, data: CaptionSet, vocabulary: Vocabulary, images: np.ndarray, beam: int,
-    args: argparse.Namespace, device: torch.device, meteor: bool = False,
-) -> tuple[dict[str, float], list[str]]:  # fmt: skip
+def evaluate(task: Task, images: np.ndarray, beam: int, meteor: bool = False) -> tuple[dict[str, float], list[str]]:
     """Caption the images and score them against all their references."""
-    found = generate(decoder, features, images, beam, args, device)
-    captions = [" ".join(vocabulary.decode(hypothesis.ids)) for hypothesis in found]
-    return score_captions(captions, [data.references(image) for image in images], meteor), captions
+    captions = [" ".join(task.vocabulary.decode(found.ids)) for found in generate(task, images, beam)]
+    return score_captions(captions, [task.data.references(image) for image in images], meteor), captions
 
 
-def save_attention_pictures(
-    decoder: LSTMDecoder, features: Features, data: CaptionSet, vocabulary: Vocabulary, directory: Path,
-    args: argparse.Namespace, device: torch.device,
-) -> None:  # fmt: skip
+def save_attention_pictures(task: Task, directory: Path) -> None:
     """`attention_viz_sample_N.png` (and the advanced ones) for a seeded choice of test images."""
-    test = data.splits["test"]
-    chosen = np.random.default_rng(args.seed).permutation(test)[: args.attention_viz_samples]
-    for n, (image, found) in enumerate(
-        zip(chosen, generate(decoder, features, chosen, args.beam_size, args, device, attention=True), strict=True), 1
-    ):
-        words = vocabulary.decode(found.ids)
+    args, data = task.args, task.data
+    chosen = np.random.default_rng(args.seed).permutation(data.splits["test"])[: args.attention_viz_samples]
+    hypotheses = generate(task, chosen, args.beam_size, attention=True)
+    for n, (image, found) in enumerate(zip(chosen, hypotheses, strict=True), 1):
+        words = task.vocabulary.decode(found.ids)
         if not words or found.attention is None:
             print(f"No attention picture of {data.names[image]}: the model said nothing")
             continue
@@ -546,19 +566,25 @@ def save_attention_pictures(
     print(f"Attention pictures of {len(chosen)} test images: {directory / 'attention_viz_sample_*.png'}")
 
 
-def train(args: argparse.Namespace, typed: set[str], argv: list[str]) -> Path:
-    """Train from nothing or from a checkpoint; returns the run directory."""
-    started = time.time()
+def start_training(args: argparse.Namespace, typed: set[str], argv: list[str]) -> Training:
+    """Build everything, from nothing, from `--model_path` (a new run) or from `--resume` (the same run)."""
     checkpoint, path = None, None
-    if args.model_path is not None:
+    if args.resume is not None:
+        path = args.resume / "last.pt"
+        lock = lock_run_directory(args.resume)
+        checkpoint = load_checkpoint(path)
+    elif args.model_path is not None:
         path = find_checkpoint(args.model_path)
         checkpoint = load_checkpoint(path)
+    if checkpoint and path:
         apply_checkpoint(args, typed, checkpoint, path)
     if args.dry_run:
         args.epochs = 1
         args.warmup_epochs = 0
     device = pick_device(args.device)
-    print(f"Device: {device}")
+    precision = Precision(args.precision, device)
+    args.precision = precision.name
+    print(f"Device: {device}, matrix products of training in {precision.name}")
     data = build_data(args, checkpoint["split"] if checkpoint else None)
     needed = np.concatenate(list(data.splits.values()))
     features, weights_hash = build_features(
@@ -572,120 +598,124 @@ def train(args: argparse.Namespace, typed: set[str], argv: list[str]) -> Path:
     else:
         decoder.set_word_frequencies(word_counts(batches, data, len(vocabulary)))
     decoder.to(device)
-    steps = len(batches.plan(data.splits["train"], args.batch_size))
-    schedule = build_schedule(args, typed, checkpoint, steps)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=args.learning_rate, fused=True)
+    parameters = sum(parameter.numel() for parameter in decoder.parameters())
+    print(f"Vocabulary: {len(vocabulary)} words. Decoder: {args.decoder}, {parameters:,} parameters")
+    run = Training(
+        args, device, data, features, vocabulary, decoder, batches, optimizer, precision, None, Path(), weights_hash,
+        {}, 0, 0, 0, torch.zeros((), dtype=torch.float64), 0,
+        {"epochs": [], "training_losses": [], "validation_losses": [], "learning_rates": []}, [],
+        {"score": -math.inf, "epoch": 0, "metric": args.best_metric},
+    )  # fmt: skip
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate
-    first = checkpoint["epoch"] if checkpoint else 0
-    last = first + args.epochs
-    parameters = sum(parameter.numel() for parameter in decoder.parameters())
-    print(f"Vocabulary: {len(vocabulary)} words. Decoder: {args.decoder}, {parameters:,} parameters")
+        if precision.scaler.is_enabled():
+            precision.scaler.load_state_dict(checkpoint["scaler"])
+        run.epoch = run.first_epoch = checkpoint["epoch"]
+        run.curve, run.history = checkpoint["loss_curve"], checkpoint["metrics_history"]
+    if args.resume is not None and checkpoint:
+        progress = checkpoint["progress"]
+        run.first_epoch, run.step, run.tokens = progress["first_epoch"], progress["step"], progress["tokens"]
+        run.loss_sum += progress["loss_sum"]
+        run.schedule = Schedule.from_state(checkpoint["schedule"]) if checkpoint["schedule"] else None
+        run.best, run.flags, run.directory = checkpoint["best"], checkpoint["flags"], args.resume
+        print(f"Resuming {run.directory} after {run.epoch} epochs and {run.step} steps")
+    else:
+        steps = len(batches.plan(data.splits["train"], args.batch_size))
+        run.schedule = choose_schedule(args, typed, checkpoint, steps)
+        run.directory = create_run_directory(args.model_save_dir, vars(args), ENCODERS[args.encoder].family)
+        lock = lock_run_directory(run.directory)
+        run.flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+        if checkpoint and path and checkpoint["best"]["metric"] == args.best_metric:
+            run.best = carry_best(checkpoint, path, run.directory) or run.best
+        write_run_config(run.directory, run.flags, reproducing_command(argv))
+        write_atomic(run.directory / "split.json", lambda file: file.write(dump_split(data).encode()))
+    run.lock = lock
+    run.loss_sum = run.loss_sum.to(device) if device.type != "mps" else run.loss_sum
+    left = run.last_epoch - run.epoch
+    files = min(left, args.keep_checkpoints + 1) if args.keep_checkpoints else left
+    space = (files + 2) * 3 * 4 * parameters + 20_000_000  # weights and Adam's two moments, last.pt twice; pictures
+    free = require_free_space(run.directory, space, "this run")
+    print(f"Run directory: {run.directory} (will take up to {format_bytes(space)}; {format_bytes(free)} are free)")
+    if args.resume is None:
+        run.save(run.directory / "last.pt")  # from here on the run can be resumed
+    return run
 
-    directory = create_run_directory(args.model_save_dir, vars(args), ENCODERS[args.encoder].family)
-    kept = args.epochs if not args.keep_checkpoints else min(args.epochs, args.keep_checkpoints + 2)
-    space = kept * 3 * 4 * parameters + 20_000_000  # weights and Adam's two moments; pictures
-    free = require_free_space(directory, space, "this run")
-    print(f"Run directory: {directory} (will take up to {format_bytes(space)}; {format_bytes(free)} are free)")
-    flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    command = reproducing_command(argv)
-    write_run_config(directory, flags)
-    write_atomic(directory / "split.json", lambda file: file.write(dump_split(data).encode()))
 
-    curve = checkpoint["loss_curve"] if checkpoint else {
-        "epochs": [], "training_losses": [], "validation_losses": [], "learning_rates": []
-    }  # fmt: skip
-    history = checkpoint["metrics_history"] if checkpoint else []
-    best = {"score": -math.inf, "epoch": 0, "metric": args.best_metric}
-    if checkpoint and path and checkpoint["best"]["metric"] == args.best_metric:
-        best = carry_best(checkpoint, path, directory) or best
-    for epoch in range(first, last):
-        rate = schedule.rate(epoch) if schedule else args.learning_rate
-        training = train_one_epoch(
-            decoder, optimizer, batches, features, data.splits["train"], schedule, epoch, args, device
-        )
-        validation = validation_loss(decoder, batches, features, data.splits["val"], args.batch_size, device)
-        scores, captions = evaluate(decoder, features, data, vocabulary, data.splits["val"], 1, args, device)
-        if schedule is not None:
-            schedule.epoch_ended(validation)
-        for key, value in zip(curve, (epoch + 1, training, validation, rate), strict=True):
-            curve[key].append(value)
-        history.append({"epoch": epoch + 1, "split": "val", "beam_size": 1, "images": len(captions), **scores})
-        score = -validation if args.best_metric == "val_loss" else scores[args.best_metric]
-        is_best = score > best["score"]
-        if is_best:
-            best = {"score": score, "epoch": epoch + 1, "metric": args.best_metric}
-        saved = directory / f"model_epoch_{epoch + 1}.pt"
-        save_checkpoint(
-            saved,
-            {
-                "epoch": epoch + 1, "decoder_type": args.decoder, "decoder": decoder.state_dict(),
-                "encoder": {"name": args.encoder, "weights_hash": weights_hash, "transform": "squash224"},
-                "optimizer": optimizer.state_dict(), "schedule": schedule.state() if schedule else None,
-                "vocabulary": vocabulary.words, "flags": flags | {"learning_rate": args.learning_rate},
-                "split": saved_split_of(data), "loss_curve": curve, "metrics_history": history, "best": best,
-            },
-        )  # fmt: skip
-        publish_copy(saved, directory / "last.pt")
-        if is_best:
-            publish_copy(saved, directory / "best.pt")
-        prune_checkpoints(directory, args.keep_checkpoints)
-        write_json(directory / "loss_curve.json", curve)
-        write_json(directory / "metrics_history.json", history)
-        plots.plot_losses(curve, directory / "training_losses.png", best["epoch"])
-        plots.plot_learning_rate(curve, directory / "learning_rate.png")
-        print(f"\nEpoch {epoch + 1} completed ({epoch + 1}/{last}):")
-        print(f"  Training Loss: {training:.5f}")
-        print(f"  Validation Loss: {validation:.5f}")
-        print(f"  Learning Rate: {rate:.6f}" if rate >= 1e-4 else f"  Learning Rate: {rate:.3e}")
-        print(f"  Scheduler: {schedule.describe() if schedule else 'none'}")
-        shown = (("cider", "CIDEr"), ("bleu4", "BLEU-4"), ("rouge", "ROUGE F1"), ("wer", "WER"))
-        print("  Greedy captions: " + ", ".join(f"{name} {100 * scores[key]:.1f}" for key, name in shown))
-        print(f"  Model checkpoint saved (best: {is_best})", flush=True)
-        if args.early_stopping and epoch + 1 - best["epoch"] >= args.early_stopping:
-            print(f"Stopped early: no better {args.best_metric} in {args.early_stopping} epochs")
-            break
+def finish_epoch(run: Training, training: float) -> None:
+    """Score the epoch, save its checkpoint and say how it went."""
+    rate = run.schedule.rate(run.epoch) if run.schedule else run.args.learning_rate
+    validation = validation_loss(run)
+    scores, captions = evaluate(run, run.data.splits["val"], 1)
+    if run.schedule is not None:
+        run.schedule.epoch_ended(validation)
+    run.epoch, run.step, run.tokens = run.epoch + 1, 0, 0
+    run.loss_sum.zero_()
+    for key, value in zip(run.curve, (run.epoch, training, validation, rate), strict=True):
+        run.curve[key].append(value)
+    run.history.append({"epoch": run.epoch, "split": "val", "beam_size": 1, "images": len(captions), **scores})
+    metric = run.args.best_metric
+    score = -validation if metric == "val_loss" else scores[metric]
+    if score > run.best["score"]:
+        run.best = {"score": score, "epoch": run.epoch, "metric": metric}
+    run.save(run.directory / f"model_epoch_{run.epoch}.pt")
+    publish_epoch(run)
+    print(f"\nEpoch {run.epoch} completed ({run.epoch}/{run.last_epoch}):")
+    print(f"  Training Loss: {training:.5f}")
+    print(f"  Validation Loss: {validation:.5f}")
+    print(f"  Learning Rate: {rate:.6f}" if rate >= 1e-4 else f"  Learning Rate: {rate:.3e}")
+    print(f"  Scheduler: {run.schedule.describe() if run.schedule else 'none'}")
+    shown = (("cider", "CIDEr"), ("bleu4", "BLEU-4"), ("rouge", "ROUGE F1"), ("wer", "WER"))
+    print("  Greedy captions: " + ", ".join(f"{name} {100 * scores[key]:.1f}" for key, name in shown))
+    print(f"  Model checkpoint saved (best: {run.best['epoch'] == run.epoch})", flush=True)
 
-    best_path = directory / "best.pt"
-    load_weights(decoder, load_checkpoint(best_path)["decoder"], best_path)
+
+def publish_epoch(run: Training) -> None:
+    """What follows from a finished epoch's checkpoint; done again on resuming, if a crash came in between."""
+    saved = run.directory / f"model_epoch_{run.epoch}.pt"
+    if saved.is_file():
+        if run.best["epoch"] == run.epoch:
+            publish_copy(saved, run.directory / "best.pt")
+        publish_copy(saved, run.directory / "last.pt")
+    prune_checkpoints(run.directory, run.args.keep_checkpoints)
+    write_json(run.directory / "loss_curve.json", run.curve)
+    write_json(run.directory / "metrics_history.json", run.history)
+    plots.plot_losses(run.curve, run.directory / "training_losses.png", run.best["epoch"])
+    plots.plot_learning_rate(run.curve, run.directory / "learning_rate.png")
+
+
+def train(args: argparse.Namespace, typed: set[str], argv: list[str]) -> Path:
+    """Train from nothing or from a checkpoint; returns the run directory."""
+    started = time.time()
+    run = start_training(args, typed, argv)
+    if args.resume is not None and run.step == 0 and run.curve["epochs"]:
+        publish_epoch(run)
+    with StopRequest() as stop:
+        while run.epoch < run.last_epoch and not run.stopped_early():
+            finish_epoch(run, train_one_epoch(run, stop))
+            if stop.signal:
+                raise Stopped(stop.signal, run.directory)
+    if run.stopped_early():
+        print(f"Stopped early: no better {args.best_metric} in {args.early_stopping} epochs")
+    best_path = run.directory / "best.pt"
+    load_weights(run.decoder, load_checkpoint(best_path)["decoder"], best_path)
     if args.save_attention_viz:
-        save_attention_pictures(decoder, features, data, vocabulary, directory, args, device)
+        save_attention_pictures(run, run.directory)
     facts = {
-        "Images": ", ".join(f"{split} {len(images)}" for split, images in data.splits.items()),
-        "Split": data.split_source,
-        "Vocabulary": len(vocabulary),
-        "Best Epoch": f"{best['epoch']} (validation {args.best_metric} {abs(best['score']):.4f})",
-        "Minutes": f"{(time.time() - started) / 60:.1f}",
-        **({"Resumed From": path} if path else {}),
+        "Images": ", ".join(f"{split} {len(images)}" for split, images in run.data.splits.items()),
+        "Split": run.data.split_source,
+        "Vocabulary": len(run.vocabulary),
+        "Best Epoch": f"{run.best['epoch']} (validation {args.best_metric} {abs(run.best['score']):.4f})",
+        "Minutes": f"{(time.time() - started) / 60:.1f}" + (" since it was resumed" if args.resume else ""),
+        **({"Resumed From": run.flags["model_path"]} if run.flags.get("model_path") else {}),
     }
-    write_run_summary(directory, flags, command, facts)
-    print(f"\nBest epoch: {best['epoch']} by {args.best_metric}. Everything is in {directory}")
-    print(f"Score it on the test images: {reproducing_command(['--mode', 'test', '--model_path', str(directory)])}")
-    return directory
-
-
-def carry_best(checkpoint: dict[str, Any], path: Path, directory: Path) -> dict[str, Any] | None:
-    """Take the old run's best checkpoint along, so that the new run has a best.pt even if it gets no better."""
-    best = checkpoint["best"]
-    candidates = [path.parent / f"model_epoch_{best['epoch']}.pt", path.parent / "best.pt"]
-    if best["epoch"] == checkpoint["epoch"]:
-        candidates.insert(0, path)
-    for candidate in candidates:
-        if candidate.is_file() and load_checkpoint(candidate)["epoch"] == best["epoch"]:
-            publish_copy(candidate, directory / "best.pt")
-            return dict(best)
-    print(f"The old run's best checkpoint (epoch {best['epoch']}) is gone: this run finds its own best")
-    return None
-
-
-def prune_checkpoints(directory: Path, keep: int) -> None:
-    """Delete all but the newest `keep` epoch files; best.pt and last.pt are files of their own."""
-    if keep:
-        epochs = sorted(directory.glob("model_epoch_*.pt"), key=lambda path: int(path.stem.rpartition("_")[2]))
-        for old in epochs[:-keep]:
-            old.unlink()
+    command = read_json(run.directory / "run_config.json").get("command", reproducing_command(argv))
+    write_run_summary(run.directory, run.flags, command, facts)
+    print(f"\nBest epoch: {run.best['epoch']} by {args.best_metric}. Everything is in {run.directory}")
+    print(f"Score it on the test images: {reproducing_command(['--mode', 'test', '--model_path', str(run.directory)])}")
+    return run.directory
 
 
 def test(args: argparse.Namespace, typed: set[str]) -> None:
@@ -694,24 +724,25 @@ def test(args: argparse.Namespace, typed: set[str]) -> None:
     checkpoint = load_checkpoint(path)
     apply_checkpoint(args, typed, checkpoint, path)
     device = pick_device(args.device)
-    print(
-        f"Model: {path} (epoch {checkpoint['epoch']}, {args.decoder} on {args.encoder}, {args.dataset_type}). Device: {device}"
-    )
+    model = f"{path} (epoch {checkpoint['epoch']}, {args.decoder} on {args.encoder}, {args.dataset_type})"
+    print(f"Model: {model}. Device: {device}")
     data = build_data(args, checkpoint["split"])
-    needed = np.concatenate([data.splits[split] for split in args.split.split("+")])
-    features, _ = build_features(args, data, needed, checkpoint["encoder"]["weights_hash"])
-    images = np.concatenate([data.splits[split] for split in args.split.split("+")])
+    splits = args.split.split("+")
+    features, _ = build_features(
+        args, data, np.concatenate([data.splits[split] for split in splits]), checkpoint["encoder"]["weights_hash"]
+    )
+    images = np.concatenate([data.splits[split] for split in splits])
     vocabulary = Vocabulary(checkpoint["vocabulary"])
     decoder = build_model(args, vocabulary)
     load_weights(decoder, checkpoint["decoder"], path)
-    decoder.to(device)
+    task = Task(args, device, data, features, vocabulary, decoder.to(device))
     directory = path.parent
     metrics_path = directory / "test_metrics.json"
     results = read_json(metrics_path) if metrics_path.is_file() else []
     rows: list[tuple[str, dict[str, float]]] = []
     captions: list[str] = []
     for beam in dict.fromkeys((1, args.beam_size)):
-        scores, captions = evaluate(decoder, features, data, vocabulary, images, beam, args, device, meteor=True)
+        scores, captions = evaluate(task, images, beam, meteor=True)
         header = {
             "checkpoint": path.name, "epoch": checkpoint["epoch"], "dataset": args.dataset_type, "split": args.split,
             "images": len(images), "beam_size": beam, "length_penalty": args.length_penalty if beam > 1 else None,
@@ -735,20 +766,8 @@ def test(args: argparse.Namespace, typed: set[str]) -> None:
     save_gallery(data, images, captions, directory, args)
     if args.save_attention_viz:
         data.splits["test"] = images
-        save_attention_pictures(decoder, features, data, vocabulary, directory, args, device)
+        save_attention_pictures(task, directory)
     print(f"Scores: {metrics_path}. Captions: {directory / results[-1]['captions_file']}")
-
-
-def save_test_captions(directory: Path, content: list[dict[str, str]]) -> str:
-    """Write captions under the first free `test_captions[_N].json`; a file that already says the same serves again."""
-    number = 1
-    while True:
-        path = directory / ("test_captions.json" if number == 1 else f"test_captions_{number}.json")
-        if not path.exists():
-            write_json(path, content)
-        if json.loads(path.read_text(encoding="utf-8")) == content:
-            return path.name
-        number += 1
 
 
 def save_gallery(
@@ -768,7 +787,7 @@ def save_gallery(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the program; returns the exit code (2 for a user's mistake, 130 for Ctrl-C)."""
+    """Run the program; returns the exit code (2 for a user's mistake, 130 or 143 after SIGINT or SIGTERM)."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         args, typed = parse_flags(argv)
@@ -782,8 +801,14 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        print(
+            f"\nStopped. Go on where it stands: {reproducing_command(['--resume', str(stopped.directory)])}",
+            file=sys.stderr,
+        )
+        return 128 + stopped.signal
     except KeyboardInterrupt:
-        print("\nStopped. Finished epochs are kept; go on from the newest with --model_path.", file=sys.stderr)
+        print("\nStopped. What is saved stays: go on with --resume RUN_DIR.", file=sys.stderr)
         return 130
     return 0
 

@@ -1,19 +1,22 @@
-"""Learning-rate schedules, checkpoints, and random numbers that a resumed run draws again."""
+"""Precision, stopping, learning-rate schedules, checkpoints, and random numbers that a resumed run draws again."""
 
 from __future__ import annotations
 
+import argparse
 import math
+import signal
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 
-from safe_io import CONTROL_CHARACTERS, UserError, check_tensor_zip, first_line, write_atomic
+from safe_io import CONTROL_CHARACTERS, UserError, check_tensor_zip, first_line, publish_copy, write_atomic
 
-SCHEMA = 1  # of the checkpoint; a reader refuses what it does not know
+SCHEMA = 2  # of the checkpoint; a reader refuses what it does not know
 
 
 def seed_step(seed: int, epoch: int, step: int) -> None:
@@ -33,6 +36,82 @@ def pick_device(name: str) -> torch.device:
     if not has[name]:
         raise UserError(f"--device {name}: this PyTorch sees no such device here; use --device auto or cpu")
     return torch.device(name)
+
+
+class Precision:
+    """The type that matrix products run in (`fp32`, `bf16` or `fp16`); weights and the optimizer stay float32.
+
+    `auto` is bf16 where the device multiplies it faster than float32 (CUDA from Ampere on, CPUs with
+    AVX512-BF16 or AMX), else fp32. fp16's small range is covered by scaling the loss.
+    """
+
+    def __init__(self, name: str, device: torch.device):
+        if name == "auto":
+            name = "bf16" if multiplies_bf16(device) else "fp32"
+        self.name, self.device = name, device
+        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
+
+    def autocast(self) -> torch.autocast:
+        """Around the forward pass."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.name != "fp32")
+
+    def step(self, loss: torch.Tensor, optimizer: torch.optim.Optimizer, grad_clip: float) -> torch.Tensor:
+        """Backward pass, clipping and update; returns the gradient's norm, on the device.
+
+        Where the norm is not a finite number the weights stay as they are: the fused optimizer is told so
+        on the device, without waiting for it.
+        """
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self.scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
+        if self.scaler.is_enabled():
+            self.scaler.step(optimizer)
+            self.scaler.update()
+        else:
+            optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+            optimizer.step()
+        return norm
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+class Stopped(Exception):
+    """Training was stopped by a signal, after saving where it stood."""
+
+    def __init__(self, number: signal.Signals, directory: Path):
+        super().__init__(number.name)
+        self.signal, self.directory = number, directory
+
+
+class StopRequest:
+    """Remembers the first SIGINT or SIGTERM while training runs, so that the step in hand is finished and saved.
+
+    A second SIGINT stops at once. Used as a context manager, which puts the old handlers back.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+    def __enter__(self) -> StopRequest:
+        self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def handle(self, number: int, _: FrameType | None) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)
+        print(f"\n{self.signal.name}: saving after this step; a second time stops at once", flush=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -130,6 +209,57 @@ def cosine(start: float, end: float, part: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * part)) / 2
 
 
+def choose_schedule(
+    args: argparse.Namespace, typed: set[str], checkpoint: dict[str, Any] | None, steps: int
+) -> Schedule | None:
+    """The learning-rate schedule of this run, by the table under 'Resume' in the README."""
+    first = checkpoint["epoch"] if checkpoint else 0
+    saved = Schedule.from_state(checkpoint["schedule"]) if checkpoint and checkpoint["schedule"] else None
+    names = {
+        "min_lr": "min_lr", "scheduler_patience": "patience",
+        "scheduler_factor": "factor", "scheduler_step_size": "step_size", "scheduler_gamma": "gamma",
+        "scheduler_t_max": "t_max", "warmup_epochs": "warmup_epochs",
+    }  # fmt: skip
+    if not args.use_scheduler and saved is None:
+        idle = sorted(name for name in typed if name in names or name == "scheduler_type")
+        if idle:
+            raise UserError(f"--{idle[0]} has no effect: the checkpoint has no schedule; add --use_scheduler")
+        return None
+    if saved is not None and (not args.use_scheduler or args.scheduler_type == saved.settings.type):
+        kind = saved.settings.type
+        new_cycle = saved.finished(first) and (kind == "one_cycle" or "scheduler_t_max" in typed)
+        for flag, name in names.items():
+            if flag in typed:
+                setattr(saved.settings, name, getattr(args, flag))
+        if "learning_rate" in typed:
+            saved.settings.learning_rate = saved.plateau["rate"] = args.learning_rate
+            print(f"The new base learning rate is {args.learning_rate:g}")
+        if new_cycle:
+            saved.settings.first_epoch, saved.settings.epochs = first, args.epochs
+            print(f"The checkpoint's {kind} cycle is finished: a new one begins")
+        elif saved.finished(first):
+            print(
+                f"Warning: cosine has reached its T_max and stays at min_lr {saved.settings.min_lr:g}; "
+                f"add --use_scheduler --scheduler_type cosine --scheduler_t_max {args.epochs} to start a new cycle"
+            )
+        else:
+            print(f"The checkpoint's schedule goes on: {saved.describe()}")
+        saved.settings.steps_per_epoch = steps
+        return saved
+    gamma = args.scheduler_gamma
+    if args.scheduler_type == "exponential" and "scheduler_gamma" not in typed and not args.config:
+        args.scheduler_gamma = gamma = args.scheduler_gamma ** (1 / args.epochs)
+    if checkpoint:
+        before = saved.settings.type if saved else "no schedule"
+        print(f"The checkpoint has {before}: a fresh {args.scheduler_type} over {args.epochs} epochs begins")
+    return Schedule(
+        ScheduleSettings(
+            args.scheduler_type, args.learning_rate, args.min_lr, args.scheduler_patience, args.scheduler_factor,
+            args.scheduler_step_size, gamma, args.scheduler_t_max, args.warmup_epochs, first, args.epochs, steps,
+        )
+    )  # fmt: skip
+
+
 # --------------------------------------------------------------------------------------------------
 # Checkpoints
 
@@ -162,12 +292,22 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} is not a checkpoint of this program: give a model_epoch_N.pt, best.pt or a run directory"
         )
     require_form(checkpoint, {"schema": whole()}, path)
-    if checkpoint["schema"] != SCHEMA:
-        raise UserError(f"{path} has checkpoint schema {checkpoint['schema']}, this program reads {SCHEMA}")
+    if checkpoint["schema"] == 1:
+        upgrade_from_1(checkpoint)
+    elif checkpoint["schema"] != SCHEMA:
+        raise UserError(f"{path} has checkpoint schema {checkpoint['schema']}, this program reads 1 and {SCHEMA}")
     require_form(checkpoint, CHECKPOINT, path)
     check_architecture(checkpoint, path)
     check_optimizer(checkpoint["optimizer"], list(checkpoint["decoder"].values()), path)
     return checkpoint
+
+
+def upgrade_from_1(checkpoint: dict[str, Any]) -> None:
+    """Schema 1 knew neither precision nor a place within an epoch."""
+    checkpoint["scaler"] = {}
+    checkpoint["progress"] = {"first_epoch": checkpoint["epoch"], "step": 0, "loss_sum": 0.0, "tokens": 0}
+    if isinstance(checkpoint["flags"], dict):
+        checkpoint["flags"].setdefault("precision", "fp32")
 
 
 class Rule(NamedTuple):
@@ -255,10 +395,13 @@ CHECKPOINT: dict[str, Any] = {
         "freq_threshold": whole(1), "max_length": whole(1), "batch_size": whole(1), "seed": whole(),
         "drop_prob": real(0, 0.95), "grad_clip": real(0, 1e30), "label_smoothing": real(0, 0.9),
         "attention_reg": real(0, 1e30), "learning_rate": real(0, 1e30), "feature_cache": TEXT,
-        "best_metric": one_of("cider", "bleu4", "val_loss"), "data_dir": OrNone(TEXT), "image_dir": OrNone(TEXT),
+        "best_metric": one_of("cider", "bleu4", "val_loss"), "precision": one_of("fp32", "bf16", "fp16"),
+        "data_dir": OrNone(TEXT), "image_dir": OrNone(TEXT),
         "captions_file": OrNone(TEXT), "resnet_weights": OrNone(TEXT),
     },
     "optimizer": Rule(lambda value: isinstance(value, dict), "the state of an optimizer"),
+    "scaler": Rule(lambda value: is_table(value, is_scalar), "the state of a loss scaler"),
+    "progress": {"first_epoch": whole(), "step": whole(), "loss_sum": real(0, 1e300), "tokens": whole()},
     "schedule": OrNone(SCHEDULE),
     "split": OrNone({"val": NAMES, "test": NAMES}),
     "loss_curve": dict.fromkeys(("epochs", "training_losses", "validation_losses", "learning_rates"), NUMBERS),
@@ -358,3 +501,25 @@ def load_weights(module: torch.nn.Module, weights: dict[str, torch.Tensor], path
         module.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(f"{path} holds another architecture: {str(error).splitlines()[-1].strip()[:200]}") from error
+
+
+def carry_best(checkpoint: dict[str, Any], path: Path, directory: Path) -> dict[str, Any] | None:
+    """Take the old run's best checkpoint along, so that the new run has a best.pt even if it gets no better."""
+    best = checkpoint["best"]
+    candidates = [path.parent / f"model_epoch_{best['epoch']}.pt", path.parent / "best.pt"]
+    if best["epoch"] == checkpoint["epoch"]:
+        candidates.insert(0, path)
+    for candidate in candidates:
+        if candidate.is_file() and load_checkpoint(candidate)["epoch"] == best["epoch"]:
+            publish_copy(candidate, directory / "best.pt")
+            return dict(best)
+    print(f"The old run's best checkpoint (epoch {best['epoch']}) is gone: this run finds its own best")
+    return None
+
+
+def prune_checkpoints(directory: Path, keep: int) -> None:
+    """Delete all but the newest `keep` epoch files; best.pt and last.pt are files of their own."""
+    if keep:
+        epochs = sorted(directory.glob("model_epoch_*.pt"), key=lambda path: int(path.stem.rpartition("_")[2]))
+        for old in epochs[:-keep]:
+            old.unlink()

@@ -80,7 +80,7 @@ def test_thirty_two_memorised_captions_all_come_back(kind, tmp_path):
     batch = batches.make(captions)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=0.002)
     for _ in range(1200):
-        loss = F.cross_entropy(decoder(features[batch.images], batch).logits, batch.targets)
+        loss = decoder.cross_entropy(decoder(features[batch.images], batch).code, batch.targets) / len(batch.targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -97,7 +97,7 @@ def test_attention_sums_to_one_differs_and_has_gradients(batch):
     output = decoder(features_for("attention", 20)[made.images], made)
     torch.testing.assert_close(output.attention.sum(1), torch.ones(len(made.targets)))
     assert output.attention.std() > 0
-    F.cross_entropy(output.logits, made.targets).backward()
+    decoder.cross_entropy(output.code, made.targets).backward()
     assert decoder.key.weight.grad.abs().max() > 0 and decoder.query.weight.grad.abs().max() > 0
 
 
@@ -106,13 +106,13 @@ def test_teacher_forcing_is_the_step_by_step_decoder(kind, batch):
     vocabulary, made, _ = batch
     decoder = tiny_decoder(kind, len(vocabulary)).eval()
     features = features_for(kind, 20)[made.images]
-    together = decoder(features, made).logits
+    together = decoder(features, made).code
     row = 3
     image = int(made.row_image[row])
     state = decoder.begin(features[image : image + 1])
     for token in (made.token_row == row).nonzero().flatten():
         state, output = decoder.step(state, made.inputs[token : token + 1])
-        torch.testing.assert_close(output.logits[0], together[token], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(output.code[0], together[token], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -131,8 +131,9 @@ def test_beam_one_is_greedy_and_never_says_a_special_token(kind):
         state, word, said = decoder.eval().begin(feature.unsqueeze(0)), 1, []
         for _ in range(12):
             state, output = decoder.step(state, torch.tensor([word]))
-            output.logits[:, [0, 1, 3]] = -torch.inf
-            word = int(output.logits.argmax())
+            logits = decoder.logits(output.code)
+            logits[:, [0, 1, 3]] = -torch.inf
+            word = int(logits.argmax())
             if word == 2:
                 break
             said.append(word)
@@ -156,6 +157,9 @@ def test_a_longer_more_probable_caption_beats_those_that_ended_before_it():
                 logits[row, 2 if goes_on else 4] = 0.0
             return state._replace(hidden=state.hidden + 1), DecoderOutput(logits, None)
 
+        def logits(self, code):
+            return code
+
     (found,) = beam_search(Scripted(), torch.zeros(1, 1), 3, 12, length_penalty=0.0)
     assert found[0].ids == [4] * 6 and len(found) > 3
 
@@ -178,9 +182,9 @@ def test_dropout_layers_and_sizes_are_in_force(kind, batch):
     vocabulary, made, _ = batch
     features = features_for(kind, 20)[made.images]
     dropping = tiny_decoder(kind, len(vocabulary), drop=0.5).train()
-    assert not torch.equal(dropping(features, made).logits, dropping(features, made).logits)
+    assert not torch.equal(dropping(features, made).code, dropping(features, made).code)
     dropping.eval()
-    assert torch.equal(dropping(features, made).logits, dropping(features, made).logits)
+    assert torch.equal(dropping(features, made).code, dropping(features, made).code)
     assert tiny_decoder(kind, layers=3).lstm.num_layers == 3
     assert build_decoder("attention", 30, 8, 24, 32, 1, 0.0, 10).query.out_features == 10
 

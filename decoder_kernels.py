@@ -1,0 +1,192 @@
+"""The parts of a training step that PyTorch's own operators do slowly: each gives what the plain one gives.
+
+`PackedLSTMLayer` is `torch.nn.LSTM` over a packed sequence, `ProjectedCrossEntropy` is
+`F.cross_entropy(F.linear(...))`, `Dropout` is `torch.nn.Dropout`. The tests hold them against those.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+ROWS_AT_A_TIME = 1024  # of the logits: what is computed of them next still lies in the processor's cache
+
+
+def matmul_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """The type that matrix products of this tensor run in: autocast's where it is on, else its own."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
+
+
+class PackedLSTMLayer(torch.autograd.Function):
+    """One LSTM layer over a packed sequence, for the CPU.
+
+    PyTorch's own packed CPU path slices its input at every step, and the gradient of each slice fills a
+    tensor of the whole input's size with zeros: half of a training step. Here a step of the forward loop is
+    one matrix product and four element-wise passes, the backward loop reuses its buffers, and the gradient
+    of the recurrent weights is a single product over all tokens. Same equations as `torch.nn.LSTM`; under
+    autocast the matrix products run in its type, all else in float32.
+    """
+
+    @staticmethod
+    def forward(ctx, gates, weight, hidden, cell, sizes):  # type: ignore[no-untyped-def]
+        """Args: gates: (N, 4H) input part, overwritten; weight: (4H, H); hidden, cell: (R, H); sizes: [rows per step]."""
+        size = weight.shape[1]
+        weight = weight.to(matmul_dtype(weight))
+        outputs, cells = gates.new_empty(len(gates), size), gates.new_empty(len(gates), size)
+        previous = weight.new_empty(len(gates), size)  # the hidden state that each token started from
+        h, c, start = hidden, cell, 0
+        for n in sizes:
+            step = slice(start, start + n)
+            previous[step] = h[:n]
+            gate = gates[step]
+            if weight.dtype == gates.dtype:
+                gate.addmm_(previous[step], weight.t())
+            else:
+                gate.add_(previous[step] @ weight.t())
+            gate[:, : 2 * size].sigmoid_()  # input, forget
+            gate[:, 2 * size : 3 * size].tanh_()  # candidate
+            gate[:, 3 * size :].sigmoid_()  # output
+            i, f, g, o = gate.chunk(4, 1)
+            c = torch.mul(f, c[:n], out=cells[step]).addcmul_(i, g)
+            h = torch.mul(o, c.tanh(), out=outputs[step])
+            start += n
+        ctx.mark_dirty(gates)
+        ctx.save_for_backward(gates, weight, cell, cells, previous)
+        ctx.sizes = sizes
+        return gates, outputs
+
+    @staticmethod
+    def backward(ctx, _, d_outputs):  # type: ignore[no-untyped-def]
+        gates, weight, cell, cells, previous = ctx.saved_tensors
+        size, end, later = weight.shape[1], len(gates), 0
+        d_gates = torch.empty_like(gates)
+        d_h = d_c = gates.new_zeros(0, size)
+        for t in range(len(ctx.sizes) - 1, -1, -1):
+            n = ctx.sizes[t]
+            step = slice(end - n, end)
+            c_before = cells[end - n - ctx.sizes[t - 1] :][:n] if t else cell
+            i, f, g, o = gates[step].chunk(4, 1)
+            d_i, d_f, d_g, d_o = d_gates[step].chunk(4, 1)
+            squashed = cells[step].tanh()
+            total = d_outputs[step].clone()
+            total[:later] += d_h
+            torch.mul(total, squashed, out=d_o).mul_(o).mul_(1 - o)
+            carried = total.mul_(o).mul_(squashed.square_().neg_().add_(1))
+            carried[:later] += d_c
+            torch.mul(carried, g, out=d_i).mul_(i).mul_(1 - i)
+            torch.mul(carried, c_before, out=d_f).mul_(f).mul_(1 - f)
+            torch.mul(carried, i, out=d_g).mul_(1 - g.square())
+            d_c = carried.mul_(f)
+            d_h = (d_gates[step].to(weight.dtype) @ weight).to(gates.dtype)
+            end, later = end - n, n
+        d_weight = (d_gates.to(weight.dtype).t() @ previous).to(gates.dtype)
+        return d_gates, d_weight, d_h, d_c, None
+
+
+class ProjectedCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of a vocabulary projection, without the (N, V) logits ever standing in memory.
+
+    The gradient of a softmax is known as soon as the softmax is, so it is taken in the forward pass, a few
+    rows at a time, while they are in the cache: one exponential per logit instead of three passes over
+    all of them.
+    """
+
+    @staticmethod
+    def forward(ctx, code, weight, bias, targets, token_weights, label_smoothing):  # type: ignore[no-untyped-def]
+        """Args: code: (N, E); weight: (V, E); bias: (V,); targets: int64 (N,); token_weights: (N,) or None.
+
+        Returns the sum over tokens of weight * loss, float32.
+        """
+        dtype, words = matmul_dtype(code), len(weight)
+        low_code, low_weight = code.detach().to(dtype), weight.detach().to(dtype)
+        wanted = any(ctx.needs_input_grad)
+        total = torch.zeros((), dtype=bias.dtype, device=code.device)
+        if wanted:
+            d_code = torch.empty_like(code, dtype=bias.dtype)
+            d_weight, d_bias = torch.zeros_like(weight), torch.zeros_like(bias)
+        for start in range(0, len(code), ROWS_AT_A_TIME):
+            rows = slice(start, start + ROWS_AT_A_TIME)
+            target = targets[rows].unsqueeze(1)  # (n, 1)
+            logits = (low_code[rows] @ low_weight.t()).to(bias.dtype).add_(bias)  # (n, V)
+            logits -= logits.max(1, keepdim=True).values
+            right = logits.gather(1, target).squeeze(1)
+            mean = logits.mean(1) if label_smoothing else right
+            normalizer = logits.exp_().sum(1)
+            loss = normalizer.log() - (1 - label_smoothing) * right - label_smoothing * mean
+            total += loss.sum() if token_weights is None else (loss * token_weights[rows]).sum()
+            if wanted:
+                gradient = logits.div_(normalizer.unsqueeze(1))
+                gradient -= label_smoothing / words
+                gradient.scatter_add_(1, target, gradient.new_full(target.shape, label_smoothing - 1))
+                if token_weights is not None:
+                    gradient *= token_weights[rows].unsqueeze(1)
+                d_bias += gradient.sum(0)
+                gradient = gradient.to(dtype)
+                d_code[rows] = gradient @ low_weight
+                d_weight += gradient.t() @ low_code[rows]
+        if wanted:
+            ctx.save_for_backward(d_code, d_weight, d_bias)
+            ctx.code_dtype = code.dtype
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, scale):  # type: ignore[no-untyped-def]
+        d_code, d_weight, d_bias = ctx.saved_tensors
+        return (d_code * scale).to(ctx.code_dtype), d_weight * scale, d_bias * scale, None, None, None
+
+
+def dropout(values: torch.Tensor, probability: float) -> torch.Tensor:
+    """Set a random part of the values to zero and scale the others up, so that the mean stays.
+
+    PyTorch draws its masks on the CPU one number after another, which is a fifteenth of a training step;
+    NumPy's SFC64 gives four 16-bit draws at once. It is seeded from PyTorch's generator, so that
+    `torch.manual_seed` governs it too. The probability is rounded to a 65,536th.
+    """
+    if values.device.type != "cpu":
+        return F.dropout(values, probability)
+    threshold = round(probability * 65536)
+    seed = int(torch.randint(2**62, ()))
+    draws = np.random.SFC64(seed).random_raw(-(-values.numel() // 4)).view(np.uint16)[: values.numel()]
+    kept = torch.from_numpy(draws >= threshold).view(values.shape)
+    return values * kept * (65536 / (65536 - threshold))
+
+
+class Dropout(nn.Module):
+    """`dropout` in training, nothing in eval mode."""
+
+    def __init__(self, probability: float):
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return dropout(values, self.probability) if self.training and self.probability else values
+
+    def extra_repr(self) -> str:
+        return f"p={self.probability}"
+
+
+def projected_cross_entropy(
+    code: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    targets: torch.Tensor,
+    label_smoothing: float = 0.0,
+    token_weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Sum over tokens of the cross-entropy of `F.linear(code, weight, bias)` against `targets`.
+
+    Args:
+        code: (N, E).
+        weight: (V, E); bias: (V,), float32 under autocast too.
+        targets: int64 (N,).
+        label_smoothing: as in `F.cross_entropy`.
+        token_weights: (N,) factors of the tokens' losses, or None for ones.
+    """
+    result: Any = ProjectedCrossEntropy.apply(code, weight, bias, targets, token_weights, label_smoothing)
+    return result

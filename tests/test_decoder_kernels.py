@@ -1,0 +1,68 @@
+"""What runs fast gives what the plain operators give: losses, gradients, and dropout's statistics."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from decoder_kernels import ROWS_AT_A_TIME, Dropout, dropout, projected_cross_entropy
+
+
+@pytest.mark.parametrize("smoothing", (0.0, 0.1))
+@pytest.mark.parametrize("weighted", (False, True))
+def test_projected_cross_entropy_is_cross_entropy_of_the_projection(smoothing, weighted):
+    torch.manual_seed(0)
+    tokens, size, words = ROWS_AT_A_TIME + 37, 12, 50  # more than one piece
+    code, weight, bias = (
+        torch.randn(shape, dtype=torch.double, requires_grad=True) for shape in ((tokens, size), (words, size), (words,))
+    )
+    targets = torch.randint(words, (tokens,))
+    factors = torch.randn(tokens, dtype=torch.double) if weighted else None
+    ours = projected_cross_entropy(code, weight, bias, targets, smoothing, factors)
+    each = F.cross_entropy(F.linear(code, weight, bias), targets, label_smoothing=smoothing, reduction="none")
+    theirs = (each * factors).sum() if weighted else each.sum()
+    torch.testing.assert_close(ours, theirs)
+    for a, b in zip(
+        torch.autograd.grad(3 * ours, (code, weight, bias)),
+        torch.autograd.grad(3 * theirs, (code, weight, bias)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+    with torch.no_grad():
+        torch.testing.assert_close(projected_cross_entropy(code, weight, bias, targets, smoothing, factors), theirs)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_under_autocast_the_loss_is_that_of_float32_within_its_rounding(dtype):
+    torch.manual_seed(0)
+    code, weight, bias = torch.randn(300, 32), torch.randn(80, 32) / 6, torch.randn(80)
+    targets = torch.randint(80, (300,))
+    wanted = [value.requires_grad_() for value in (code, weight, bias)]
+    plain = projected_cross_entropy(*wanted, targets)
+    with torch.autocast("cpu", dtype):
+        low = projected_cross_entropy(*wanted, targets)
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low, plain, rtol=2e-3, atol=0)
+    for a, b in zip(torch.autograd.grad(low, wanted), torch.autograd.grad(plain, wanted), strict=True):
+        assert a.dtype == torch.float32 and float((a - b).norm() / b.norm()) < 0.01
+
+
+def test_dropout_keeps_the_mean_drops_its_share_and_follows_the_seed():
+    torch.manual_seed(3)
+    values = torch.ones(1000, 301, requires_grad=True)
+    out = dropout(values, 0.3)
+    assert abs(float((out == 0).double().mean()) - 0.3) < 0.005 and abs(float(out.detach().mean()) - 1) < 0.01
+    assert set(out.unique().tolist()) == {0.0, float(out.max())}
+    (gradient,) = torch.autograd.grad(out.sum(), values)
+    assert torch.equal(gradient, out)
+    torch.manual_seed(3)
+    assert torch.equal(dropout(values, 0.3), out)
+    assert not torch.equal(dropout(values, 0.3), out)
+    rows = out.detach() == 0
+    assert abs(float((rows[1:] & rows[:-1]).double().mean()) - 0.09) < 0.005  # neighbours fall independently
+
+
+def test_dropout_in_eval_mode_is_nothing():
+    values = torch.randn(3, 4)
+    module = Dropout(0.5)
+    assert module.eval()(values) is values and not torch.equal(module.train()(values), values)
+    assert Dropout(0.0)(values) is values
