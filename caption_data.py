@@ -382,20 +382,20 @@ def read_text(path: Path) -> str:
         raw = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    encoding = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    marked = raw[:2] in (b"\xff\xfe", b"\xfe\xff") and raw[2:4] != b"\0\0"  # UTF-32's mark begins like UTF-16's
+    encoding = "utf-16" if marked else "utf-8-sig"
+    if not marked and b"\0" in raw:
+        raise UserError(
+            f"{path} holds NUL characters: UTF-16 without its mark, UTF-32, or no text at all; "
+            f"convert it, e.g. `iconv -f utf-16le -t utf-8 {path.name}`"
+        )
     try:
-        text = raw.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
+        return raw.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise UserError(
             f"{path}, line {line}: not {encoding} text; convert it, e.g. `iconv -f latin1 -t utf-8 {path.name}`"
         ) from error
-    if "\0" in text:
-        raise UserError(
-            f"{path} holds NUL characters: UTF-16 without its mark, UTF-32, or no text at all; "
-            f"convert it, e.g. `iconv -f utf-16le -t utf-8 {path.name}`"
-        )
-    return text
 
 
 def karpathy_rows(path: Path) -> Iterator[tuple[int, str, str]]:

@@ -475,7 +475,7 @@ def list_members(opened: zipfile.ZipFile | tarfile.TarFile) -> Iterator[Member]:
     if isinstance(opened, zipfile.ZipFile):
         for info in opened.infolist():
             mode = info.external_attr >> 16
-            if info.is_dir():
+            if info.filename.endswith("/"):  # ZipInfo.is_dir trips over an empty name
                 kind = "directory"
             elif stat.S_ISLNK(mode):
                 kind = "link"
@@ -518,7 +518,7 @@ def wanted(path: PurePosixPath, member: Member, patterns: Sequence[str] | None) 
 
 def require_room(left: int, path: PurePath, archive: Path) -> None:
     if left < 0:
-        raise BadArchive(f"{archive} unpacks to more than it should (stopped at {path.name}): refused")
+        raise BadArchive(f"{archive} unpacks to more than it should (stopped at {path.name!r}): refused")
 
 
 def write_member(source: IO[bytes], path: Path, left: int, archive: Path) -> int:

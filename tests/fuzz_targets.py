@@ -47,7 +47,7 @@ from download_datasets import extract_archive
 from experiment_utils import config_flags, find_checkpoint
 from feature_cache import FeatureFile
 from safe_io import CONTROL_CHARACTERS, UserError
-from training_utils import Schedule, ScheduleSettings, load_checkpoint, load_weights, save_checkpoint
+from training_utils import SCHEMA, Schedule, ScheduleSettings, load_checkpoint, load_weights, save_checkpoint
 
 
 class Target(NamedTuple):
@@ -350,8 +350,9 @@ def archive(value: bytes, folder: Path) -> bool:
 def sound_checkpoint(name: str = "attention") -> dict[str, Any]:
     """A small checkpoint as training writes it, after one step of AdamW."""
     torch.manual_seed(0)
-    flags = vars(trainer.get_parser().parse_args([])) | {
+    flags = usual_flags() | {
         "decoder": name, "embed_size": 3, "hidden_size": 2, "num_layers": 1, "attention_dim": 2, "epochs": 1,
+        "precision": "fp32",
     }  # fmt: skip
     words = ["<PAD>", "<SOS>", "<EOS>", "<UNK>", "a", "dog"]
     decoder = build_decoder(name, len(words), 4, 3, 2, 1, 0.3, 2)
@@ -361,11 +362,12 @@ def sound_checkpoint(name: str = "attention") -> dict[str, Any]:
     optimizer.step()
     schedule = Schedule(ScheduleSettings("cosine", 1e-3, 1e-7, 3, 0.5, 7, 0.1, 10, 0, 0, 1, 5))
     return {
-        "schema": 1, "epoch": 1, "decoder_type": name, "decoder": dict(decoder.state_dict()),
+        "schema": SCHEMA, "epoch": 1, "decoder_type": name, "decoder": dict(decoder.state_dict()),
         "encoder": {"name": "resnet50", "weights_hash": "0676ba61", "transform": "squash224"},
         "optimizer": optimizer.state_dict(), "schedule": schedule.state(), "vocabulary": words,
         "flags": {key: str(value) if isinstance(value, Path) else value for key, value in flags.items()},
-        "split": {"val": ["a.jpg"], "test": ["b.jpg"]},
+        "split": {"val": ["a.jpg"], "test": ["b.jpg"]}, "scaler": {},
+        "progress": {"first_epoch": 0, "step": 0, "loss_sum": 0.0, "tokens": 0},
         "loss_curve": {
             "epochs": [1], "training_losses": [2.0], "validation_losses": [2.0], "learning_rates": [1e-3],
         },
@@ -514,9 +516,14 @@ def run_directory(value: tuple[list[list[str]], list[str]], folder: Path) -> boo
     return found is not None
 
 
+@cache
+def usual_flags() -> dict[str, Any]:
+    return vars(trainer.get_parser().parse_args([]))
+
+
 @st.composite
 def config_files(draw: st.DrawFn) -> tuple[str, bytes]:
-    usual = vars(trainer.get_parser().parse_args([]))
+    usual = usual_flags()
     known = st.sampled_from([*usual, "decoder_type", "timestamp", "help"])
     flags = draw(st.dictionaries(known if draw(st.integers(0, 3)) else names, values, max_size=2))
     flags |= {name: usual[name] for name in draw(st.lists(st.sampled_from(list(usual)), max_size=5))}

@@ -385,6 +385,18 @@ def test_a_negative_size_does_not_go_round_in_circles(tmp_path, kind):
     refused(tmp_path / "x", "negative size|header of")
 
 
+def test_a_zip_member_without_a_name(tmp_path):
+    """Found by fuzzing."""
+    archive = make_zip(tmp_path / "x", {"X": b"1"})
+    archive.write_bytes(archive.read_bytes().replace(b"X", b"\0"))
+    refused(archive, "damaged")
+
+
+def test_a_name_with_a_line_break_stays_in_its_line(tmp_path):
+    """Found by fuzzing."""
+    refused(make_zip(tmp_path / "x", {"a\nb.jpg": bytes(50_000)}), r"stopped at 'a\\nb.jpg'")
+
+
 def test_too_many_files(tmp_path, monkeypatch):
     monkeypatch.setattr(download_datasets, "MAX_MEMBERS", 5)
     refused(make_zip(tmp_path / "x", {str(number): b"" for number in range(6)}), "more than 5 files")
@@ -619,8 +631,8 @@ def test_two_downloads_at_once_take_turns(tiny, tmp_path, capsys):
         threads = [threading.Thread(target=lambda: codes.append(call(tmp_path))) for _ in range(2)]
         for thread in threads:
             thread.start()
-        while capsys.readouterr().out.count("is under way; waiting") == 0:
-            pass
+            while "is under way; waiting" not in capsys.readouterr().out:
+                assert thread.is_alive()
         assert tiny.requests == []
     for thread in threads:
         thread.join()

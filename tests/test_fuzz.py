@@ -8,9 +8,10 @@ from fuzz_targets import TARGETS, tried
 from hypothesis import HealthCheck, given, settings
 
 
+@pytest.mark.filterwarnings("ignore")  # Pillow and PyTorch warn of files that are odd, which these are
 @pytest.mark.parametrize("name", TARGETS)
 def test_nothing_but_our_own_error(name):
-    @settings(derandomize=True, deadline=None, max_examples=80, database=None, suppress_health_check=list(HealthCheck))
+    @settings(derandomize=True, deadline=None, max_examples=150, database=None, suppress_health_check=list(HealthCheck))
     @given(TARGETS[name].inputs)
     def one(value):
         tried(TARGETS[name], value)

@@ -1,0 +1,410 @@
+"""Bad data and strangers' files, one oddity at a time; `test_fuzz.py` mixes them."""
+
+import io
+import json
+import pickle
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fuzz_targets import checkpoint_records, encoded, sound_checkpoint, zipped
+from PIL import Image
+
+import caption_data
+from caption_data import (
+    UnreadableImage,
+    find_splits,
+    load_caption_set,
+    open_image,
+    pack_tokens,
+    read_captions,
+    tokenize,
+    tokenize_cached,
+    unpack_tokens,
+)
+from caption_models import load_weights
+from experiment_utils import config_flags, find_checkpoint
+from feature_cache import FeatureFile
+from flickr_image_caption_with_pytorch_resnet_lstm import get_parser
+from safe_io import UserError, read_json
+from training_utils import load_checkpoint
+
+
+def captions(folder: Path, text: str | bytes, name: str = "captions.txt") -> tuple[dict[str, list[str]], list[str]]:
+    (folder / name).write_bytes(text.encode() if isinstance(text, str) else text)
+    return read_captions(folder / name)
+
+
+# --------------------------------------------------------------------------------------------------
+# Captions
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_encodings_and_line_ends(tmp_path, encoding, end):
+    text = end.join(["image,caption", "ü.jpg,Ein Hund", "\U0001f415.jpg,日本語", ""])
+    assert captions(tmp_path, text.encode(encoding))[0] == {"ü.jpg": ["Ein Hund"], "\U0001f415.jpg": ["日本語"]}
+
+
+@pytest.mark.parametrize(
+    "encoding, message",
+    [("latin-1", "line 3: not utf-8.*iconv -f latin1"), ("utf-16-le", "NUL.*iconv"), ("utf-32", "NUL.*iconv")],
+)
+def test_other_encodings_are_refused_with_the_way_out(tmp_path, encoding, message):
+    with pytest.raises(UserError, match=message):
+        captions(tmp_path, "image,caption\na.jpg,dog\nb.jpg,ein süßer Hund\n".encode(encoding))
+
+
+@pytest.mark.parametrize(
+    "row, name, caption",
+    [
+        ('a.jpg,"a ""big"" dog"', "a.jpg", 'a "big" dog'),
+        ('a.jpg,a "big" dog', "a.jpg", 'a "big" dog'),
+        ("a.jpg,'a dog'", "a.jpg", "'a dog'"),
+        ('"a.jpg","a dog, big"', "a.jpg", "a dog, big"),
+        ("a.jpg,a dog, big", "a.jpg", "a dog, big"),
+        ('"a, ""b"" \'c\'.jpg",dog', "a, \"b\" 'c'.jpg", "dog"),
+        (" a b.jpg , dog ", "a b.jpg", " dog "),
+        ("..a.jpg,dog", "..a.jpg", "dog"),
+        ("a.jpg,dog", "a.jpg", "dog"),
+    ],
+)
+def test_quoting_and_names_of_all_kinds(tmp_path, row, name, caption):
+    assert captions(tmp_path, f"image,caption\n{row}\n\n")[0] == {name: [caption]}
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('image,caption\na.jpg,fine\nb.jpg,"a dog\nc.jpg,cat\n', "line 3: unexpected end of data"),
+        ('image,caption\na.jpg,"a\ndog" runs\n', "line 2: .*expected after"),
+        ("caption,image\na dog, big,a.jpg\n", "line 2: expected 2 comma-separated fields"),
+        ("image,caption\n../a.jpg,dog\n", "line 2: '../a.jpg' is not a plain file name"),
+        ("image,caption\n..,dog\n", "line 2: '..' is not a plain file name"),
+        ("image,caption\n,dog\n", "line 2: a row without an image name"),
+        ('image,caption\n"a\nb.jpg",dog\n', "line 2: the image name 'a.nb.jpg' has a line break"),
+        ("image,caption\na\x1b[2Jb.jpg,dog\n", "line 2: the image name .* control character"),
+        (f"image,caption\n{'n' * 256},dog\n", "longer than file systems allow"),
+        ("", "line 1: expected the header"),
+        ("image,caption\n", "holds no captions"),
+        ("image,caption\na.jpg,...\nb.jpg,\n", "holds no captions"),
+        ('image,caption\na.jpg,"' + "x" * 140_000 + '"\n', "line 2: field larger than field limit"),
+    ],
+)
+def test_what_is_refused_is_refused_in_one_line(tmp_path, text, message):
+    with pytest.raises(UserError, match=message) as refused:
+        captions(tmp_path, text)
+    assert "\n" not in str(refused.value) and "\x1b" not in str(refused.value)
+
+
+def test_control_characters_become_spaces_and_are_counted(tmp_path):
+    found, notes = captions(
+        tmp_path, 'image,caption\na.jpg,"a\ndog"\na.jpg,a\x1b[31m dog\x07\na.jpg,dog\nb.jpg,\nb.jpg,x\n'
+    )
+    assert found == {"a.jpg": ["a dog", "a [31m dog ", "dog"], "b.jpg": ["x"]}
+    assert [note.split()[0] for note in notes] == ["2", "1"] and "control" in notes[0] and "empty" in notes[1]
+
+
+def test_surrogates_of_json_do_not_reach_a_file(tmp_path):
+    document = {"images": [{"filename": "a.jpg", "split": "train", "sentences": [{"raw": "a \ud800 dog\0"}]}]}
+    assert captions(tmp_path, json.dumps(document), "dataset.json")[0] == {"a.jpg": ["a   dog "]}
+
+
+@pytest.mark.parametrize(
+    "document",
+    ["[" * 100_000, "[]", "3", '{"images": 3}', '{"images": [3]}', '{"images": [{"filename": ["a"], "sentences": [{"raw": "a"}]}]}'],
+)  # fmt: skip
+def test_karpathy_files_of_another_shape(tmp_path, document):
+    with pytest.raises(UserError):
+        captions(tmp_path, document, "dataset.json")
+
+
+def test_a_row_of_blanks_takes_no_time(tmp_path):
+    """The pattern that read these rows went through them in the third power of their length."""
+    with pytest.raises(UserError, match="line 2"):
+        captions(tmp_path, "image_name| n| comment\n" + " " * 50_000 + "x\n", "results.csv")
+
+
+def test_a_comma_file_that_mentions_a_tab_is_no_token_file(tmp_path):
+    assert captions(tmp_path, "image,caption\na.jpg,dog #1\truns\n")[0] == {"a.jpg": ["dog #1 runs"]}
+
+
+def test_duplicates_and_long_captions_are_counted(tiny):
+    with open(tiny / "captions.txt", "a") as file:
+        file.write("p00.jpg,A red picture number one .\np00.jpg,dog\np01.jpg," + "word " * 10_000 + "\n")
+    data = load_caption_set(tiny)
+    assert "1 caption(s) that their image has already, kept" in data.notes
+    assert any(note.startswith("1 caption(s) of more than 100 words") for note in data.notes)
+    assert len(data.references(0)) == 4 and len(data.references(1)[2].split()) == 10_000
+
+
+@pytest.mark.parametrize("filename", [["a.jpg"], None, 3, {}])
+def test_karpathy_splits_of_another_shape(tmp_path, filename):
+    (tmp_path / "dataset.json").write_text(json.dumps({"images": [{"filename": filename, "split": "train"}]}))
+    with pytest.raises(UserError, match="not a Karpathy caption file"):
+        find_splits([tmp_path], ["a.jpg"], 0, None, [])
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def bomb() -> bytes:
+    """A PNG that says it has 60,000 x 60,000 pixels."""
+    header = struct.pack(">II5B", 60_000, 60_000, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + header
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk)) + b"\0\0\0\0IDAT"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"a text", bomb(), encoded(Image.new("RGB", (64, 64)), "JPEG")[:-200], b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+    ],
+    ids=["empty", "text", "bomb", "truncated", "postscript"],
+)  # fmt: skip
+def test_pictures_that_are_none(tmp_path, content):
+    (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises(UnreadableImage, match="a.jpg"):
+        open_image(tmp_path / "a.jpg", at_least=8)
+
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoints and weights
+
+
+def refused(tmp_path, content: bytes, message: str) -> None:
+    (tmp_path / "best.pt").write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        load_checkpoint(tmp_path / "best.pt")
+    assert "\n" not in str(error.value)
+
+
+def saved(value: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def test_a_sound_checkpoint_is_read(tmp_path):
+    (tmp_path / "best.pt").write_bytes(saved(sound_checkpoint()))
+    assert load_checkpoint(tmp_path / "best.pt")["epoch"] == 1
+
+
+def test_files_that_are_no_checkpoints(tmp_path):
+    refused(tmp_path, b"", "cannot be read")
+    refused(tmp_path, pickle.dumps(sound_checkpoint()), "not a zip file")
+    refused(tmp_path, zipped(checkpoint_records(), zipfile.ZIP_DEFLATED), "records are compressed")
+    old_form = io.BytesIO()
+    torch.save(sound_checkpoint(), old_form, _use_new_zipfile_serialization=False)
+    refused(tmp_path, old_form.getvalue(), "not a zip file")
+
+
+def test_a_record_that_claims_to_be_larger_than_its_file(tmp_path):
+    raw = zipped({"archive/data.pkl": b"abc"})
+    claim = raw.replace(struct.pack("<II", 3, 3), struct.pack("<II", 2_000_000_000, 2_000_000_000))
+    refused(tmp_path, claim, "claim to be larger")
+
+
+def test_a_flipped_bit_in_a_weight_is_noticed(tmp_path):
+    """PyTorch writes checksums, and does not compare them."""
+    records = checkpoint_records()
+    weights = next(content for name, content in records.items() if name.endswith("data/2"))
+    raw = bytearray(zipped(records))
+    raw[bytes(raw).index(weights)] ^= 1
+    refused(tmp_path, bytes(raw), "damaged")
+
+
+def test_a_storage_that_claims_more_than_its_record(tmp_path):
+    records = checkpoint_records()
+    name = next(name for name in records if name.endswith("data/0"))
+    refused(tmp_path, zipped(records | {name: records[name][:8]}), "cannot be read")
+
+
+EXPANDED = torch.zeros(()).expand(10**6, 10**6)
+
+
+@pytest.mark.parametrize(
+    "place, value, message",
+    [
+        ("epoch", "1", "epoch is a str where a whole number"),
+        ("epoch", True, "epoch is a bool"),
+        ("schema", torch.zeros(3), "schema is a Tensor"),
+        ("decoder_type", "gpt", "one of lstm, attention"),
+        ("vocabulary", ["<PAD>", "a"], "begins with <PAD>"),
+        ("vocabulary", ["<PAD>", "<SOS>", "<EOS>", "<UNK>", "a", "a"], "different words"),
+        ("vocabulary", ["<PAD>", "<SOS>", "<EOS>", "<UNK>", "a", "\x1b[2J"], "vocabulary is a list"),
+        ("vocabulary", ["<PAD>", "<SOS>", "<EOS>", "<UNK>", "a"], "5 words for 6 embeddings"),
+        ("decoder", {"embed.weight": [1.0]}, "a table of float32 tensors"),
+        ("decoder.embed.weight", torch.zeros(6, 3, dtype=torch.float64), "float32"),
+        ("decoder.embed.weight", torch.full((6, 3), torch.nan), "finite"),
+        ("decoder.embed.weight", EXPANDED, "a table of float32 tensors"),
+        ("decoder.embed.weight", torch.zeros(6, 3, device="meta"), "a table of float32 tensors"),
+        ("flags.hidden_size", 10**9, "another architecture: hidden_size is 1000000000, its weights have 2"),
+        ("flags.num_layers", 10**9, "another architecture"),
+        ("flags.dataset_type", "../../elsewhere", "flags.dataset_type is a str where one of flickr8k"),
+        ("flags.data_dir", 3, "flags.data_dir is a int"),
+        ("flags.max_length", -1, "at least 1"),
+        ("flags", [], "flags lacks"),
+        ("encoder", {"name": "resnet50"}, "encoder lacks"),
+        ("encoder.name", "efficientnet_lite0", "another decoder or encoder"),
+        ("split", {"val": "a.jpg", "test": []}, "split.val is a str where a list of image names"),
+        ("schedule.settings.t_max", 0, "schedule.settings.t_max"),
+        ("schedule.settings.more", 0, "fields that are none"),
+        ("schedule.plateau", {}, "schedule.plateau lacks"),
+        ("loss_curve.epochs", [], "not equally long"),
+        ("metrics_history", [3], "metrics_history"),
+        ("best.score", float("nan"), "best.score is a float where a number"),
+        ("optimizer.state", {0: {}}, "does not fit its parameter"),
+        ("optimizer.state", {99: {}}, "names a parameter that is not there"),
+        ("optimizer.param_groups", [], "no single group"),
+        ("optimizer.param_groups", [{"params": [0]}], "not that of this program"),
+    ],
+)
+def test_malformed_checkpoints_are_refused_when_they_are_read(tmp_path, place, value, message):
+    checkpoint = sound_checkpoint()
+    first, _, rest = place.partition(".")
+    if first == "decoder" and rest:
+        changed = {"decoder": checkpoint["decoder"] | {rest: value}}
+    elif rest:
+        parts = rest.split(".")
+        inner = checkpoint[first] | {
+            parts[0]: value if len(parts) == 1 else checkpoint[first][parts[0]] | {parts[1]: value}
+        }
+        changed = {first: inner}
+    else:
+        changed = {first: value}
+    refused(tmp_path, saved(checkpoint | changed), message)
+
+
+def test_encoder_weights_are_read_as_warily(tmp_path):
+    network = torch.nn.Linear(2, 2)
+    for name, content, message in (
+        ("text", b"hello", "cannot be read as Linear weights"),
+        ("deflated", zipped({"archive/data.pkl": bytes(10**6)}, zipfile.ZIP_DEFLATED), "records are compressed"),
+        ("other", saved({"weight": torch.zeros(2, 2)}), "bias is missing"),
+        ("list", saved([1, 2]), "cannot be read"),
+        ("shape", saved({"weight": torch.zeros(3, 2), "bias": torch.zeros(3)}), "cannot be read"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=message) as error:
+            load_weights(network, tmp_path / name)
+        assert "\n" not in str(error.value)
+
+
+# --------------------------------------------------------------------------------------------------
+# Caches
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '["b.jpg", -1, 1, 1, 1]', '["b.jpg", 2, 1, 1, 1]', '["b.jpg", 1.0, 1, 1, 1]', '["b.jpg", "1", 1, 1, 1]',
+        '["b.jpg", true, 1, 1, 1]', '["b.jpg", Infinity, 1, 1, 1]', '["b.jpg", NaN, 1, 1, 1]', '["b.jpg", 1, 1, 1]',
+        '["b.jpg", 1, 1, 1, 4294967296]', '["b.jpg", 1, 1, 1, -1]', '[["b.jpg"], 1, 1, 1, 1]', "null", "{}", "[]",
+        "[" * 3000, '["' + "b" * 5000 + '", 1, 1, 1, 1]', '["b.jpg", 1' + "0" * 30 + ", 1, 1, 1]",
+    ],
+)  # fmt: skip
+def test_an_impossible_line_ends_the_index(tmp_path, line):
+    (tmp_path / "mean.jsonl").write_text(f'["a.jpg", 0, 1, 1, 1]\n{line}\n["c.jpg", 1, 1, 1, 1]\n')
+    (tmp_path / "mean.000.f16").write_bytes(bytes(12))  # two rows
+    file = FeatureFile(tmp_path, "mean", (3,))
+    assert list(file.entries) == ["a.jpg"] and file.rows == 1 and len(file.maps()[0]) == 1
+
+
+def test_rows_behind_a_gap_are_none(tmp_path):
+    """Their number was the size of all files together, of which only the first can be mapped."""
+    (tmp_path / "mean.jsonl").write_text('["a.jpg", 3, 1, 1, 1]\n')
+    (tmp_path / "mean.000.f16").write_bytes(bytes(12))
+    (tmp_path / "mean.007.f16").write_bytes(bytes(600))
+    assert FeatureFile(tmp_path, "mean", (3,)).entries == {}
+
+
+def block(words: bytes, ids: list[int], offsets: list[int]) -> bytes:
+    body = words + np.array(ids, "<i4").tobytes() + np.array(offsets, "<i8").tobytes()
+    return caption_data.TOKEN_HEADER.pack(len(words), len(ids), len(offsets) - 1, zlib.crc32(body)) + body
+
+
+def test_a_token_cache_that_lies_is_made_again(tmp_path):
+    texts = ["a dog", "a cat"]
+    tokens = tokenize_cached(texts, tmp_path)
+    (path,) = tmp_path.iterdir()
+    sound = path.read_bytes()
+    assert sound == block(b"a\ndog\ncat", [0, 1, 0, 2], [0, 2, 4])
+    for lie in (
+        b"", sound[:-1], sound + b"\0", sound[:30] + b"\xff" + sound[31:],
+        block(b"a\ndog\ncat", [0, 1, 0, 3], [0, 2, 4]), block(b"a\ndog\ncat", [0, -1, 0, 2], [0, 2, 4]),
+        block(b"a\ndog\ncat", [0, 1, 0, 2], [0, 5, 4]), block(b"a\ndog\ncat", [0, 1, 0, 2], [1, 2, 4]),
+        block(b"a\ndog\ncat", [0, 1, 0, 2], [0, 4]), block(b"a\ndog\n\xff\xff\xff", [0, 1, 0, 2], [0, 2, 4]),
+        block(b"a\ndog\ndog", [0, 1, 0, 2], [0, 2, 4]), struct.pack("<QQQI", 2**63, 2**62, 2, 0),
+    ):  # fmt: skip
+        path.write_bytes(lie)
+        again = tokenize_cached(texts, tmp_path)
+        assert again.words == tokens.words and path.read_bytes() == sound
+
+
+def test_no_words_at_all_are_kept_too():
+    packed = pack_tokens(tokenize(["...", ""]))
+    assert unpack_tokens(packed, 2) is not None and unpack_tokens(packed, 3) is None
+
+
+# --------------------------------------------------------------------------------------------------
+# JSON, --config, --model_path
+
+
+@pytest.mark.parametrize("text", [b"[" * 100_000, b"\xff", b"{", b"9" * 5000])
+def test_json_that_is_none(tmp_path, text):
+    (tmp_path / "x.json").write_bytes(text)
+    with pytest.raises(UserError, match="as JSON"):
+        read_json(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 5000, "a: [", "epochs: !!bool x", "epochs: !!timestamp x", "- 3", "epochs: !!python/name:os.system x"],
+)
+def test_yaml_that_is_no_config(tmp_path, text):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(UserError, match="--config") as error:
+        config_flags(get_parser(), tmp_path / "x.yaml")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("feature_cache: [a]", "feature_cache: expected a number or a text"),
+        ("use_scheduler: 'no'", "use_scheduler: expected true or false"),
+        ("data_dir: {a: 1}", "data_dir: expected a number or a text"),
+        ("epochs: true", "epochs: expected a number or a text"),
+        ("epochs: " + "9" * 400, "epochs: "),
+        ("seed: 0x" + "f" * 6000, "seed: "),
+        ("a: &a [x, x]\nb: [*a, *a]", "unknown flag 'a'"),
+        ("help: true", "unknown flag 'help'"),
+    ],
+)
+def test_values_that_no_flag_takes(tmp_path, capsys, text, message):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(SystemExit) as stopped:
+        config_flags(get_parser(), tmp_path / "x.yaml")
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_config_values_become_what_the_flag_takes(tmp_path):
+    (tmp_path / "x.yaml").write_text("decoder_type: attention\nfeature_cache: 5\nuse_scheduler: true\ndata_dir:\n")
+    flags = config_flags(get_parser(), tmp_path / "x.yaml")
+    assert flags == {"decoder": "attention", "feature_cache": "5", "use_scheduler": True}
+
+
+@pytest.mark.parametrize("name", ["a**", "**", "[", "n" * 300, "a\0b", "\ud800", "n" * 300 + "/best.pt"])
+def test_model_paths_that_no_file_can_have(tmp_path, name):
+    with pytest.raises(UserError, match="is not there"):
+        find_checkpoint(tmp_path / name)
+
+
+def test_a_message_cannot_command_the_terminal():
+    assert str(UserError("a\x1b[2J\ud800b\n- c")) == "a\\x1b[2J\\ud800b\n- c"
