@@ -9,6 +9,9 @@ from __future__ import annotations
 import shutil
 import statistics
 from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
 
 # What each figure is, for tables and reports. All are fractions; CIDEr may exceed 1.
 METRIC_NAMES = {
@@ -115,3 +118,34 @@ def score_captions(
         "rouge": rouge_f1(hypotheses, references),
         "wer": word_error_rate(hypotheses, references),
     }
+
+
+def cider_of_each(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
+    """Every image's CIDEr (n,), whose mean is the score; document frequencies are those of all the references."""
+    from pycocoevalcap.cider.cider import Cider
+
+    generated = {image: [hypothesis] for image, hypothesis in enumerate(hypotheses)}
+    each: np.ndarray = Cider().compute_score(dict(enumerate(map(list, references))), generated)[1]
+    return each
+
+
+class Difference(NamedTuple):
+    """How much better the second of two systems is on the same images, with the interval of 95 %."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def paired_bootstrap(first: np.ndarray, second: np.ndarray, samples: int = 10_000, seed: int = 0) -> Difference:
+    """Draw the same images with replacement for both (Koehn, 2004) and see how the difference of means varies.
+
+    The interval covers the choice of images, not the seeds of training.
+
+    Args:
+        first, second: a score for each image (n,), in the same order.
+    """
+    differences = second - first
+    drawn = np.random.default_rng(seed).integers(len(differences), size=(samples, len(differences)))
+    low, high = np.quantile(differences[drawn].mean(1), (0.025, 0.975))
+    return Difference(float(differences.mean()), float(low), float(high))

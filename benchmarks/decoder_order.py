@@ -1,0 +1,129 @@
+"""Attention after the LSTM against input feeding, at equal parameters: captions, speed, and a paired bootstrap.
+
+    python benchmarks/decoder_order.py --data_dir data/flickr8k [--epochs 8] [--flags ...]
+
+Both are trained by the main program with the same flags; only the decoder's class differs. The scores are of
+the validation and test images together, so give a data set whose test images may be looked at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import flickr_image_caption_with_pytorch_resnet_lstm as trainer
+from caption_data import Batch, build_vocabulary, load_caption_set
+from caption_models import AttentionDecoder, DecoderOutput, DecoderState
+from experiment_utils import find_checkpoint
+from metrics_utils import cider_of_each, paired_bootstrap
+
+
+class InputFeedingDecoder(AttentionDecoder):
+    """Show, Attend and Tell's order (Xu et al., 2015): attend with the last hidden state, feed the context to the LSTM."""
+
+    def __init__(self, words: int, channels: int, embed: int, hidden: int, layers: int, drop: float, attention: int):
+        assert layers == 1
+        super().__init__(words, channels, embed, hidden, layers, drop, attention)
+        self.lstm = nn.LSTM(2 * embed, hidden)
+        self.score = nn.Linear(attention, 1, bias=False)
+        self.first_hidden, self.first_cell = nn.Linear(embed, hidden), nn.Linear(embed, hidden)
+
+    def begin(self, features: torch.Tensor) -> DecoderState:
+        regions = self.dropout(self.image(features) + self.positions)  # (I, 49, E)
+        mean = regions.mean(1)
+        hidden, cell = torch.tanh(self.first_hidden(mean)), self.first_cell(mean)
+        return DecoderState(hidden.unsqueeze(0), cell.unsqueeze(0), regions, self.key(regions))
+
+    def attend_and_step(
+        self, words: torch.Tensor, hidden: torch.Tensor, cell: torch.Tensor, regions: torch.Tensor, keys: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One time step of every row: words (R, E), hidden and cell (1, R, H), regions (R, 49, E), keys (R, 49, A)."""
+        weights = self.score(torch.tanh(keys + self.query(hidden[0]).unsqueeze(1))).squeeze(2).softmax(1)  # (R, 49)
+        seen = torch.sigmoid(self.gate(hidden[0])) * (weights.unsqueeze(1) @ regions).squeeze(1)  # (R, E)
+        out, hidden, cell = self.lstm_step(torch.cat([self.dropout(words), seen], 1), hidden, cell)
+        code = self.squash(self.output(self.dropout(out)) + self.context(seen) + words)
+        return code, weights, hidden, cell
+
+    def forward(self, features: torch.Tensor, batch: Batch) -> DecoderOutput:
+        state = self.begin(features)
+        assert state.keys is not None
+        hidden, cell = state.hidden[:, batch.row_image], state.cell[:, batch.row_image]
+        regions, keys = state.regions[batch.row_image], state.keys[batch.row_image]
+        words, start = self.embed(batch.inputs), 0
+        codes, looks = [], []
+        for n in batch.batch_sizes.tolist():
+            code, weights, hidden, cell = self.attend_and_step(
+                words[start : start + n], hidden[:, :n], cell[:, :n], regions[:n], keys[:n]
+            )
+            codes.append(code)
+            looks.append(weights)
+            start += n
+        return DecoderOutput(torch.cat(codes), torch.cat(looks))
+
+    def step(self, state: DecoderState, words: torch.Tensor) -> tuple[DecoderState, DecoderOutput]:
+        assert state.keys is not None
+        beams = len(words) // len(state.regions)
+        code, weights, hidden, cell = self.attend_and_step(
+            self.embed(words), state.hidden, state.cell,
+            state.regions.repeat_interleave(beams, 0), state.keys.repeat_interleave(beams, 0),
+        )  # fmt: skip
+        return state._replace(hidden=hidden, cell=cell), DecoderOutput(code, weights)
+
+
+def parameters(decoder: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in decoder.parameters())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", type=Path, required=True)
+    parser.add_argument("--feature_cache", default="feature_cache")
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--output", type=Path, default=Path("benchmark_results/decoder_order"))
+    parser.add_argument("flags", nargs="*", help="further flags of the main program, after --")
+    args = parser.parse_args()
+    data = load_caption_set(args.data_dir)
+    words, plain_build = len(build_vocabulary(data, 3)), trainer.build_decoder
+    sizes = (words, 1280, 300, 512, 1, 0.5, 512)
+    wanted = parameters(AttentionDecoder(*sizes))
+    # The LSTM of input feeding has a wider input: as many hidden units as make up for it.
+    fewer = min(range(256, 513), key=lambda h: abs(parameters(InputFeedingDecoder(*sizes[:3], h, *sizes[4:])) - wanted))
+    scores, beams = {}, ("greedy", "beam 3")
+    for name, hidden in (("after", 512), ("feeding", fewer)):
+        trainer.build_decoder = plain_build if name == "after" else lambda _, *rest: InputFeedingDecoder(*rest)
+        output = args.output / name
+        flags = [
+            "--dataset_type", "custom", "--data_dir", str(args.data_dir), "--feature_cache", args.feature_cache,
+            "--encoder", "efficientnet_lite0", "--decoder", "attention", "--epochs", str(args.epochs),
+            "--batch_size", "320", "--learning_rate", "0.002", "--embed_size", "300", "--hidden_size", str(hidden),
+            "--num_layers", "1", "--drop_prob", "0.5", "--label_smoothing", "0.1", "--use_scheduler",
+            "--scheduler_type", "one_cycle", "--warmup_epochs", "1", "--model_save_dir", str(output), *args.flags,
+        ]  # fmt: skip
+        start = time.perf_counter()
+        if trainer.main(flags) or trainer.main(["--mode", "test", "--split", "val+test", "--model_path", str(output)]):
+            sys.exit(1)
+        minutes = (time.perf_counter() - start) / 60
+        run = find_checkpoint(output).parent
+        results = json.loads((run / "test_metrics.json").read_text())
+        for beam, result in zip(beams, results, strict=True):
+            captions = json.loads((run / result["captions_file"]).read_text())
+            known = [data.references(data.names.index(entry["image_id"])) for entry in captions]
+            scores[name, beam] = cider_of_each([entry["caption"] for entry in captions], known)
+            print(f"{name}, {beam}: CIDEr {100 * scores[name, beam].mean():.1f}, {minutes:.1f} minutes with testing")
+    for beam in beams:
+        mean, low, high = (100 * value for value in paired_bootstrap(scores["feeding", beam], scores["after", beam]))
+        print(
+            f"{beam}: after the LSTM is {mean:+.1f} CIDEr better than input feeding (95 %: {low:+.1f} to {high:+.1f})"
+        )
+
+
+if __name__ == "__main__":
+    main()
