@@ -47,7 +47,7 @@ from download_datasets import extract_archive
 from experiment_utils import config_flags, find_checkpoint
 from feature_cache import FeatureFile
 from safe_io import CONTROL_CHARACTERS, UserError
-from training_utils import SCHEMA, Schedule, ScheduleSettings, load_checkpoint, load_weights, save_checkpoint
+from training_utils import SCHEMA, Schedule, ScheduleSettings, is_tensor, load_checkpoint, load_weights, save_checkpoint
 
 
 class Target(NamedTuple):
@@ -147,7 +147,7 @@ def alter_once(draw: st.DrawFn, value: Any) -> Any:
         else:
             changed[key] = alter_once(draw, value[key])
         return changed
-    if isinstance(value, torch.Tensor) and draw(st.booleans()):
+    if is_tensor(value) and draw(st.booleans()):  # not one that has become odd already
         return draw(st.sampled_from([odd(value) for odd in ODD_TENSORS]))
     if isinstance(value, dict) and draw(st.booleans()):
         return value | {draw(names | numbers): draw(values)}
