@@ -572,6 +572,9 @@ def start_training(args: argparse.Namespace, typed: set[str], argv: list[str]) -
     if args.resume is not None:
         path = args.resume / "last.pt"
         lock = lock_run_directory(args.resume)
+        if not path.is_file():
+            command = read_json(args.resume / "run_config.json").get("command", "its command")
+            raise UserError(f"{path} is not there: nothing of this run was saved yet. Start it again: {command}")
         checkpoint = load_checkpoint(path)
     elif args.model_path is not None:
         path = find_checkpoint(args.model_path)

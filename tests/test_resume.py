@@ -1,0 +1,195 @@
+"""Training that was interrupted ends with the weights of training that was not, bit for bit."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+import feature_cache
+import flickr_image_caption_with_pytorch_resnet_lstm as trainer
+from experiment_utils import lock_run_directory
+from training_utils import Precision
+
+FLAGS = [
+    "--encoder", "efficientnet_lite0", "--embed_size", "16", "--hidden_size", "16", "--freq_threshold", "1",
+    "--epochs", "3", "--batch_size", "8", "--label_smoothing", "0.1", "--drop_prob", "0.4",
+]  # fmt: skip
+CASES = [
+    ("lstm", ["--num_layers", "2"]),
+    ("attention", ["--num_layers", "1", "--attention_reg", "0.5", "--early_stopping", "2"]),
+    *(
+        ("attention", ["--num_layers", "1", "--learning_rate", "0.01", "--use_scheduler", "--scheduler_type", kind])
+        for kind in trainer.SCHEDULERS
+    ),
+]
+
+
+class Crash(BaseException):
+    """Nothing in the program catches this, as nothing catches kill -9."""
+
+
+@pytest.fixture
+def here(tiny, monkeypatch):
+    monkeypatch.chdir(tiny.parent)
+    return tiny
+
+
+def run(tiny: Path, place: str, decoder: str, *flags: str) -> int:
+    where = ["--dataset_type", "custom", "--data_dir", str(tiny), "--model_save_dir", place]
+    return trainer.main([*where, "--decoder", decoder, *FLAGS, *flags])
+
+
+def only_run(place: str) -> Path:
+    (directory,) = Path(place).glob("custom/*/*")
+    return directory
+
+
+def at_step(monkeypatch, number: int, act) -> None:
+    """Have `act` called once, after the given optimizer step of this process."""
+    plain, count = Precision.step, [0]
+
+    def step(self, *args):
+        norm = plain(self, *args)
+        count[0] += 1
+        if count[0] == number:
+            act()
+        return norm
+
+    monkeypatch.setattr(Precision, "step", step)
+
+
+def assert_same(first: Path, second: Path) -> None:
+    for file in ("last.pt", "best.pt", "model_epoch_3.pt"):
+        a, b = (torch.load(path / file, weights_only=True) for path in (first, second))
+        assert a["epoch"] == b["epoch"] and a["loss_curve"] == b["loss_curve"] and a["best"] == b["best"]
+        assert all(torch.equal(a["decoder"][name], b["decoder"][name]) for name in a["decoder"])
+        for number, moments in a["optimizer"]["state"].items():
+            assert all(torch.equal(value, b["optimizer"]["state"][number][key]) for key, value in moments.items())
+    for file in ("loss_curve.json", "metrics_history.json"):
+        assert (first / file).read_text() == (second / file).read_text()
+    assert {p.name for p in first.iterdir()} == {p.name for p in second.iterdir()}
+
+
+@pytest.mark.parametrize("decoder, flags", CASES, ids=lambda value: value if isinstance(value, str) else value[-1])
+def test_a_signal_in_mid_epoch_loses_nothing(here, monkeypatch, capsys, decoder, flags):
+    assert run(here, "whole", decoder, *flags) == 0
+    with monkeypatch.context() as patch:
+        at_step(patch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))  # the second of the second epoch
+        assert run(here, "parts", decoder, *flags) == 143
+    parts = only_run("parts")
+    saved = torch.load(parts / "last.pt", weights_only=True)
+    assert (saved["epoch"], saved["progress"]["step"]) == (1, 2)
+    assert f"--resume {parts}" in capsys.readouterr().err
+    assert trainer.main(["--resume", str(parts)]) == 0
+    assert_same(only_run("whole"), parts)
+
+
+def test_a_crash_loses_at_most_the_minutes_since_the_last_save(here, monkeypatch):
+    def crash():
+        raise Crash
+
+    assert run(here, "whole", "attention") == 0
+    for number, minutes in ((1, "100"), (7, "100"), (7, "0.0000001"), (12, "0.0000001")):
+        place = f"parts{number}{minutes}"
+        with monkeypatch.context() as patch:
+            at_step(patch, number, crash)
+            with pytest.raises(Crash):
+                run(here, place, "attention", "--checkpoint_minutes", minutes)
+        assert trainer.main(["--resume", str(only_run(place))]) == 0
+        assert_same(only_run("whole"), only_run(place))
+
+
+@pytest.mark.parametrize("function", ("publish_copy", "write_json", "prune_checkpoints", "evaluate", "load_weights"))
+def test_a_crash_after_an_epoch(here, monkeypatch, function):
+    assert run(here, "whole", "lstm") == 0
+    plain, calls = getattr(trainer, function), [0]
+
+    def crash(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == 2 or function == "load_weights":
+            raise Crash
+        return plain(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, function, crash)
+        with pytest.raises(Crash):
+            run(here, "parts", "lstm")
+    assert trainer.main(["--resume", str(only_run("parts"))]) == 0
+    assert_same(only_run("whole"), only_run("parts"))
+
+
+def test_resuming_a_finished_run_changes_nothing(here):
+    assert run(here, "once", "lstm") == 0
+    before = {p.name: p.read_bytes() for p in only_run("once").glob("*.json")}
+    assert trainer.main(["--resume", str(only_run("once"))]) == 0
+    assert before == {p.name: p.read_bytes() for p in only_run("once").glob("*.json")}
+
+
+def test_what_resume_refuses(here, capsys):
+    assert run(here, "once", "lstm") == 0
+    directory = only_run("once")
+    with pytest.raises(SystemExit):
+        trainer.main(["--resume", str(directory), "--epochs", "9"])
+    assert "--model_path" in capsys.readouterr().err
+    lock = lock_run_directory(directory)
+    assert trainer.main(["--resume", str(directory)]) == 2
+    assert "another process is training" in capsys.readouterr().err
+    lock.release()
+    assert trainer.main(["--resume", "nowhere"]) == 2
+    assert "nowhere" in capsys.readouterr().err
+    (directory / "last.pt").unlink()
+    assert trainer.main(["--resume", str(directory)]) == 2
+    assert "Start it again: python flickr" in capsys.readouterr().err
+
+
+def poison(monkeypatch, images: set[int]) -> None:
+    plain = feature_cache.CachedFeatures.gather
+
+    def gather(self, wanted):
+        features = plain(self, wanted)
+        features[[int(image) in images for image in wanted]] = torch.nan
+        return features
+
+    monkeypatch.setattr(feature_cache.CachedFeatures, "gather", gather)
+
+
+def test_a_batch_without_a_finite_loss_is_named_and_skipped(here, monkeypatch, capsys):
+    poison(monkeypatch, {next(iter(json_split(here)))})
+    assert run(here, "bad", "lstm") == 0
+    out = capsys.readouterr().out
+    assert out.count("Skipped batch") == 3 and "of at most 10" in out  # once in each epoch
+    saved = torch.load(only_run("bad") / "last.pt", weights_only=True)
+    assert all(value.isfinite().all() for value in saved["decoder"].values())
+    assert all(loss == loss for loss in saved["loss_curve"]["training_losses"])
+
+
+def test_too_many_such_batches_end_training_with_good_weights(here, monkeypatch, capsys):
+    poison(monkeypatch, set(range(20)))
+    monkeypatch.setattr(trainer, "MAX_BAD_BATCHES", 2)
+    assert run(here, "bad", "lstm") == 2
+    assert "lower --learning_rate" in capsys.readouterr().err
+    saved = torch.load(only_run("bad") / "last.pt", weights_only=True)
+    assert all(value.isfinite().all() for value in saved["decoder"].values())
+
+
+def json_split(tiny: Path) -> set[int]:
+    """Positions of the training images of the split that is drawn for the tiny set."""
+    from caption_data import load_caption_set
+
+    return set(load_caption_set(tiny).splits["train"].tolist())
+
+
+@pytest.mark.parametrize("precision", ("bf16", "fp16"))
+def test_reduced_precision_trains_and_resumes(here, monkeypatch, precision):
+    flags = ["--precision", precision, "--learning_rate", "0.01"]
+    assert run(here, "whole", "attention", *flags) == 0
+    curve = json.loads((only_run("whole") / "loss_curve.json").read_text())["training_losses"]
+    assert curve[2] < curve[0]
+    with monkeypatch.context() as patch:
+        at_step(patch, 6, lambda: os.kill(os.getpid(), signal.SIGINT))
+        assert run(here, "parts", "attention", *flags) == 130
+    assert trainer.main(["--resume", str(only_run("parts"))]) == 0
+    assert_same(only_run("whole"), only_run("parts"))
