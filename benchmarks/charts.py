@@ -1,0 +1,128 @@
+"""Draw the charts of docs/benchmarks.md from a result of run.py.
+
+python benchmarks/charts.py benchmark_results/DATE.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure as Picture
+
+OURS, OTHER = "#1f6fb4", "#b8b8b8"
+
+
+def bars(figures: list[dict[str, Any]], title: str, unit: str) -> Picture:
+    """A pair of horizontal bars per figure, ours and its baseline, with the ratio; the longer bar may be either."""
+    picture, axes = plt.subplots(figsize=(8, 0.8 + 0.62 * len(figures)))
+    for place, figure in enumerate(reversed(figures)):
+        axes.barh(place + 0.18, figure["value"], 0.34, color=OURS)
+        axes.barh(place - 0.18, figure["baseline"], 0.34, color=OTHER)
+        axes.text(
+            figure["value"], place + 0.18, f" {figure['value']:.3g} ({figure['ratio']:.3g}x)", va="center", fontsize=8
+        )
+        axes.text(
+            figure["baseline"], place - 0.18, f" {figure['baseline']:.3g}: {figure['against']}", va="center", fontsize=8
+        )
+    axes.set_yticks(range(len(figures)), [figure["name"] for figure in reversed(figures)], fontsize=8)
+    axes.set_xlim(0, 1.6 * max(max(figure["value"], figure["baseline"]) for figure in figures))
+    axes.set_xlabel(unit)
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    return picture
+
+
+def speed(result: dict[str, Any]) -> Picture | None:
+    """Images/s of encoding and decoding."""
+    figures = [f for f in result["figures"] if f["part"] in ("encoding", "decoding") and f["unit"] == "images/s"]
+    return bars(figures, "Images per second, ours (blue) and the baseline", "images/s") if figures else None
+
+
+def epochs(result: dict[str, Any]) -> Picture | None:
+    """Epoch times on a logarithmic axis: original, cached, ours."""
+    groups: dict[str, dict[str, float]] = {}
+    for figure in result["figures"]:
+        if figure["part"] == "epoch" and ": epoch / " in figure["name"]:
+            name, _, way = figure["name"].partition(": epoch / ")
+            groups.setdefault(name, {})[way] = figure["baseline"]
+            groups[name]["ours"] = figure["value"]
+    if not groups:
+        return None
+    picture, axes = plt.subplots(figsize=(8, 1 + 0.75 * len(groups)))
+    shades = {"the original's way": OTHER, "cached features": "#85b4d9", "ours": OURS}
+    for place, group in enumerate(reversed(list(groups.values()))):
+        for step, (way, color) in enumerate(shades.items()):
+            axes.barh(place + 0.25 * (1 - step), group[way], 0.23, color=color, label=way if place == 0 else None)
+            axes.text(group[way], place + 0.25 * (1 - step), f" {group[way]:.3g} s", va="center", fontsize=7)
+    axes.set_yticks(range(len(groups)), list(reversed(groups)), fontsize=8)
+    axes.set_xscale("log")
+    axes.set_xlabel("seconds of an epoch (logarithmic)")
+    axes.set_title("An epoch after the first, ResNet50's features, batches of 128 captions", fontsize=10, loc="left")
+    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0.55, 1.0 + 0.35 / len(groups)), ncols=3)
+    axes.spines[["top", "right"]].set_visible(False)
+    return picture
+
+
+def memory(result: dict[str, Any]) -> Picture | None:
+    """Peak memory and time per image over the number of images."""
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for figure in result["figures"]:
+        if figure["part"] == "memory":
+            size, _, what = figure["name"].partition(" images, ")
+            lines.setdefault(f"{what} ({figure['unit']})", []).append((int(size.replace(",", "")), figure["value"]))
+    if not lines:
+        return None
+    kinds = ("peak anonymous memory", "building the data", "training")
+    picture, panels = plt.subplots(1, len(kinds), figsize=(10, 3))
+    for panel, kind in zip(panels, kinds, strict=True):
+        for name, points in lines.items():
+            if kind in name:
+                panel.plot(*zip(*points, strict=True), marker="o", label=name.partition(" run")[0] + " run")
+                panel.set_title(f"{kind} {name[name.rindex('(') :]}", fontsize=9, loc="left")
+        panel.set_xscale("log")
+        panel.set_ylim(bottom=0)
+        panel.set_xlabel("images")
+        panel.legend(fontsize=8, frameon=False)
+        panel.spines[["top", "right"]].set_visible(False)
+    return picture
+
+
+def main(argv: list[str] | None = None) -> list[Path]:
+    """Draw what the result has figures of; returns the files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("result", type=Path, help="JSON written by run.py")
+    parser.add_argument("--directory", type=Path, default=Path(__file__).resolve().parent.parent / "docs")
+    args = parser.parse_args(argv)
+    result = json.loads(args.result.read_text(encoding="utf-8"))
+    facts = result["machine"]
+    where = f"{facts['gpu'] or facts['cpu']}, {facts['cores']} cores, torch {facts['torch']}, {result['date'][:10]}"
+    drawn = []
+    for draw in (speed, epochs, memory):
+        if picture := draw(result):
+            picture.text(0.99, 0.005, where, ha="right", va="bottom", fontsize=6, color="gray")
+            drawn.append(args.directory / f"benchmark_{draw.__name__}.png")
+            save(picture, drawn[-1])
+    return drawn
+
+
+def save(picture: Picture, path: Path) -> None:
+    """A PNG of few colours, which keeps the repository small."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    picture.savefig(buffer, dpi=110, bbox_inches="tight")
+    plt.close(picture)
+    Image.open(buffer).convert("RGB").quantize(64).save(path, optimize=True)
+    print(f"{path}: {path.stat().st_size // 1000} kB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Images per second of the encoding pass."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from baselines import naive_pass
+from generated import draw_pictures
+from measure import Bench, Figure, faster, interleaved
+
+from caption_data import load_caption_set, load_pixels
+from caption_models import Encoder, build_encoder, find_weights
+from feature_cache import ENCODE_BATCH, FeatureFile, encode_images, version_of
+
+PART = "encoding"
+# The bare forward against eager and contiguous: with a C++ compiler, and without one.
+TARGETS = {"efficientnet_lite0": (2.5, 1.8), "resnet50": (1.7, 1.7)}
+
+
+def measure(bench: Bench) -> list[Figure]:
+    if bench.data_dir:
+        paths = load_caption_set(bench.data_dir).paths()[: max(bench.scale.encoded.values())]
+    else:
+        paths = draw_pictures(bench.directory / "encoding", max(bench.scale.encoded.values()))
+    return [figure for name in bench.scale.encoded for figure in measure_encoder(bench, name, paths)]
+
+
+def measure_encoder(bench: Bench, name: str, paths: list[Path]) -> list[Figure]:
+    scale, device = bench.scale, bench.device
+    paths = paths[: scale.encoded[name]]
+    count, batch = len(paths), min(ENCODE_BATCH, len(paths))
+    weights, _ = find_weights(name, "random" if name == "resnet50" else None)
+    eager, fast = (build_encoder(name, weights).to(device) for _ in range(2))
+    pixels = np.stack([load_pixels(path, fast.spec.image_size) for path in paths[:batch]])
+    tensor = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).contiguous()
+    forms = {"frozen graph" if device.type == "cpu" else "float16": fast.fast_form(device)}
+    if scale.compiled and (compiled := compiled_form(build_encoder(name, weights), device)):
+        forms["compiled"] = compiled
+    best = forms[list(forms)[-1]]
+
+    def many(run: Callable[[], torch.Tensor]) -> Callable[[], None]:
+        def repeat() -> None:
+            for _ in range(max(1, count // batch)):
+                run().cpu()
+
+        return repeat
+
+    ways: dict[str, Callable[[], object]] = {
+        "pass": lambda: encoding_pass(fast, best, device, paths),
+        "naive": lambda: naive_pass(eager, paths[: scale.naive], 1, device),
+        "eager": torch.inference_mode()(lambda: eager(tensor).cpu()),
+        **{form: many(lambda run=run: run(pixels)) for form, run in forms.items()},  # type: ignore[misc]
+    }
+    seconds = interleaved(ways, scale.repeats, device)
+    rate = {form: max(1, count // batch) * batch / seconds[form] for form in forms}
+    whole, plain = count / seconds["pass"], batch / seconds["eager"]
+    naive = min(scale.naive, count) / seconds["naive"]
+    best_name = list(forms)[-1]
+    note = f"{count} images; {(len(forms) > 1 and 'compiled') or 'not compiled'}"
+    figures = [
+        faster(PART, f"{name}: encoding pass / bare forward", whole, f"bare forward, {best_name}", rate[best_name], note=note).must(">=", 0.85),
+        faster(PART, f"{name}: encoding pass / naive loop", whole, "Pillow, DataLoader, eager, one by one", naive, note=f"naive: {scale.naive} images"),
+    ]  # fmt: skip
+    for form in forms:
+        figure = faster(
+            PART, f"{name}: bare forward, {form}", rate[form], f"eager, contiguous, batches of {batch}", plain
+        )
+        with_compiler, without = TARGETS[name]
+        figures.append(figure.must(">=", with_compiler if form == "compiled" else without))
+    return figures
+
+
+def compiled_form(encoder: Encoder, device: torch.device) -> Callable[[np.ndarray], torch.Tensor] | None:
+    """The compiled encoder; None where nothing can be compiled and `fast_form` falls back to the other form."""
+    results = []
+    compile_for = encoder.compile_for
+
+    def watched(example: torch.Tensor) -> object:
+        results.append(compile_for(example))
+        return results[-1]
+
+    encoder.compile_for = watched  # type: ignore[method-assign, assignment]
+    form = encoder.fast_form(device, compiled=True)
+    return form if results[-1] is not None else None
+
+
+def encoding_pass(
+    encoder: Encoder, form: Callable[[np.ndarray], torch.Tensor], device: torch.device, paths: list[Path]
+) -> None:
+    """The project's pass over these images, into a store that is thrown away.
+
+    The encoder's fast form is made beforehand: tracing or compiling it comes once, whatever the number of images.
+    """
+    encoder.fast_form = lambda *_, **__: form  # type: ignore[method-assign]
+    with TemporaryDirectory() as directory:
+        file = FeatureFile(Path(directory), "grid", (encoder.spec.regions, encoder.spec.channels))
+        todo = list(range(len(paths)))
+        encode_images(encoder, device, file, paths, {i: version_of(paths[i]) for i in todo}, todo, os.cpu_count() or 1)

@@ -1,0 +1,81 @@
+"""The benchmarks run, at their tiniest, and their baselines compute what the project computes; nothing is timed here."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import baselines
+import charts
+import generated
+import measure
+import run
+import training
+
+PARTS = ["encoding", "epoch", "decoding", "startup"]
+PARTS += ["memory"] if Path("/proc/self/status").is_file() else []
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> measure.Bench:
+    return measure.Bench(measure.TINY, torch.device("cpu"), tmp_path, None, None, None)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_part_gives_figures_and_charts(tmp_path: Path, part: str) -> None:
+    output = run.main(["--only", part, "--output", str(tmp_path / "result.json")], measure.TINY)
+    figures = json.loads(output.read_text())["figures"]
+    assert figures and all(figure["part"] == part and figure["unit"] and figure["against"] for figure in figures)
+    assert all(figure["value"] > 0 and figure["ratio"] > 0 for figure in figures)
+    assert part == "memory" or any(figure["target"] for figure in figures)
+    drawn = charts.main([str(output), "--directory", str(tmp_path)])
+    assert bool(drawn) == (part != "startup") and all(0 < path.stat().st_size < 60_000 for path in drawn)
+
+
+@pytest.mark.parametrize("decoder", ["lstm", "attention"])
+def test_the_original_way_has_the_same_loss(bench: measure.Bench, decoder: str) -> None:
+    data_dir, _ = training.prepare_data(bench)
+    training.prepare_features(bench, data_dir)
+    flags = [*training.flags_for(bench, data_dir, decoder, "small"), "--hidden_size", "8", "--embed_size", "8"]
+    task = training.start(bench, flags)
+    captions = np.arange(20)
+    batch = task.batches.make(captions)
+    model = task.decoder.eval()
+    with torch.no_grad():
+        loss = model.cross_entropy(model(task.features.gather(batch.images), batch).code, batch.targets)
+        owner = np.searchsorted(task.data.first_caption, captions, side="right") - 1
+        inputs, targets = baselines.padded(task.batches, captions, 37)
+        plain = baselines.padded_loss(model, task.features.gather(owner), inputs, targets)
+    torch.testing.assert_close(plain, loss / len(batch.targets))
+
+
+def test_generated_captions_are_like_flickr8k() -> None:
+    lengths = [len(caption.split()) for caption in generated.Grammar(0).captions(5000)]
+    assert 10 < np.mean(lengths) < 12 and 30 < max(lengths) <= 40
+
+
+def test_an_unknown_part_is_refused() -> None:
+    with pytest.raises(SystemExit):
+        run.main(["--only", "speed"])
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_the_arithmetic_is_what_pytorch_counts(bench: measure.Bench, layers: int) -> None:
+    data_dir, _ = training.prepare_data(bench)
+    training.prepare_features(bench, data_dir)
+    flags = [*training.flags_for(bench, data_dir, "lstm", "small"), "--num_layers", str(layers), "--precision", "fp32"]
+    task = training.start(bench, flags)
+    _, plan = training.restrict(task, 1)
+    in_place = {torch.ops.aten.addmm_.default: addmm_flop}  # which PyTorch's counter does not know
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        training.epoch(task)
+    images = sum(len(task.batches.make(captions).images) for captions in plan)
+    # Left out on purpose: at the image's step the recurrent weights multiply zeros, forward and for their gradient.
+    zeros = 2 * layers * images * 4 * 512 * 512
+    assert counter.get_total_flops() == 2 * (training.multiply_adds(task, plan) + zeros)
