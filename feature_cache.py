@@ -25,7 +25,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from tqdm import tqdm
 
 from caption_data import UnreadableImage, load_pixels
@@ -49,12 +49,21 @@ class Features(Protocol):
         """Features of the images at these positions, float (I, 49, C) or (I, C), on the device where they are kept."""
 
 
+class Version(NamedTuple):
+    """What tells one version of an image file from another."""
+
+    size: int
+    mtime_ns: int
+    content: int  # CRC-32 of its bytes, which a copy or an unpacked archive keeps
+
+
 class Entry(NamedTuple):
-    """One line of an index: whose features a row holds, of which version of the image, and their CRC-32."""
+    """One line of an index: which row holds an image's features, of which version of it, and their CRC-32."""
 
     row: int
     size: int
     mtime_ns: int
+    content: int
     checksum: int
 
 
@@ -102,12 +111,31 @@ class FeatureFile:
     def file(self, number: int) -> Path:
         return self.directory / f"{self.kind}.{number:03d}.f16"
 
-    def holds(self, name: str, version: tuple[int, int]) -> bool:
-        """Whether the features of this very version (size, modification time) of an image are here."""
-        entry = self.entries.get(name)
-        return entry is not None and (entry.size, entry.mtime_ns) == version
+    def holds(self, path: Path) -> bool:
+        """Whether the features of this very version of an image are here; its bytes are read if the time differs."""
+        entry = self.entries.get(path.name)
+        if entry is None:
+            return False
+        stat = path.stat()
+        if (entry.size, entry.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
+            return True
+        return entry.size == stat.st_size and entry.content == zlib.crc32(path.read_bytes())
 
-    def append(self, names: Sequence[str], versions: Sequence[tuple[int, int]], rows: np.ndarray) -> None:
+    def note_times(self, paths: Sequence[Path]) -> None:
+        """Remember the modification times of images that `holds` knew by their bytes."""
+        stale = [path for path in paths if self.entries[path.name].mtime_ns != path.stat().st_mtime_ns]
+        for path in stale:
+            self.entries[path.name] = self.entries[path.name]._replace(mtime_ns=path.stat().st_mtime_ns)
+        if stale:
+            self.add_lines([path.name for path in stale])
+
+    def add_lines(self, names: Sequence[str]) -> None:
+        """Write these images' entries to the index."""
+        text = "".join(json.dumps([name, *self.entries[name]]) + "\n" for name in names).encode("utf-8")
+        write_synced(self.index_path, self.index_bytes, text)
+        self.index_bytes += len(text)
+
+    def append(self, names: Sequence[str], versions: Sequence[Version], rows: np.ndarray) -> None:
         """Write float16 rows (n, *row_shape), sync them to the disk, then name them in the index."""
         written = 0
         while written < len(rows):
@@ -115,20 +143,15 @@ class FeatureFile:
             part = rows[written : written + ROWS_PER_FILE - offset]
             write_synced(self.file(number), offset * self.row_bytes, np.ascontiguousarray(part).data)
             written += len(part)
-        lines = []
         for name, version, row in zip(names, versions, rows, strict=True):
-            entry = Entry(self.rows, *version, zlib.crc32(np.ascontiguousarray(row).data))
-            lines.append(json.dumps([name, *entry]) + "\n")
-            self.entries[name] = entry
+            self.entries[name] = Entry(self.rows, *version, zlib.crc32(np.ascontiguousarray(row).data))
             self.rows += 1
-        text = "".join(lines).encode("utf-8")
-        write_synced(self.index_path, self.index_bytes, text)
-        self.index_bytes += len(text)
+        self.add_lines(names)
 
     def forget(self, name: str) -> None:
         """Have the next run encode this image again."""
-        line = json.dumps([name, *Entry(0, -1, -1, 0)]) + "\n"
-        write_synced(self.index_path, self.index_bytes, line.encode("utf-8"))
+        self.entries[name] = Entry(0, -1, -1, 0, 0)
+        self.add_lines([name])
 
     def maps(self) -> list[np.ndarray]:
         """The files, memory-mapped read-only, each (rows, *row_shape) float16."""
@@ -163,7 +186,7 @@ class CachedFeatures:
 
     def __init__(self, file: FeatureFile, paths: Sequence[Path], unreadable: dict[int, str]):
         self.file, self.paths, self.unreadable = file, paths, unreadable
-        nothing = Entry(-1, -1, -1, 0)
+        nothing = Entry(-1, -1, -1, 0, 0)
         entries = [file.entries.get(path.name, nothing) for path in paths]
         self.rows = np.array([entry.row for entry in entries], dtype=np.int64)
         self.checksums = np.array([entry.checksum for entry in entries], dtype=np.int64)
@@ -281,15 +304,16 @@ def open_features(
         grid = FeatureFile(directory, "grid", (spec.regions, spec.channels))
         mean = FeatureFile(directory, "mean", (spec.channels,))
         wanted = mean if means else grid
-        versions = {i: version_of(paths[i]) for i in needed.tolist()}
-        todo = [i for i, version in versions.items() if not wanted.holds(paths[i].name, version)]
+        held = [wanted.holds(paths[i]) for i in needed]
+        wanted.note_times([paths[i] for i, known in zip(needed, held, strict=True) if known])
+        todo = [int(i) for i, known in zip(needed, held, strict=True) if not known]
         if means and todo:
-            todo = derive_means(grid, mean, paths, versions, todo)
+            todo = derive_means(grid, mean, paths, todo)
         unreadable: dict[int, str] = {}
         if todo:
             require_free_space(directory, len(todo) * (wanted.row_bytes + 128), "encoding the images")
             compiled = compile_encoder == "on" or (compile_encoder == "auto" and len(todo) >= COMPILE_FROM)
-            unreadable = encode_images(build_encoder(), device, wanted, paths, versions, todo, workers, compiled)
+            unreadable = encode_images(build_encoder(), device, wanted, paths, todo, workers, compiled)
     check_unreadable(unreadable, len(needed))
     cached = CachedFeatures(wanted, paths, unreadable)
     good = np.array([image for image in needed if image not in unreadable], dtype=np.int64)
@@ -298,35 +322,33 @@ def open_features(
     return cached
 
 
-def version_of(path: Path) -> tuple[int, int]:
-    """Size and modification time: what tells that an image has changed."""
+def version_of(path: Path) -> Version:
     stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns
+    return Version(stat.st_size, stat.st_mtime_ns, zlib.crc32(path.read_bytes()))
 
 
-def waiting_lock(directory: Path) -> FileLock:
-    """Hold the store; where another process is encoding into it, say so and wait."""
+def waiting_lock(directory: Path) -> AcquireReturnProxy:
+    """Hold the store, until the `with` ends; where another process is encoding into it, say so and wait."""
     lock = FileLock(directory / "lock")
     try:
-        lock.acquire(timeout=0.1)
+        return lock.acquire(timeout=0.1)
     except Timeout:
         print(f"Another process is encoding into {directory}; waiting to share its work ...", flush=True)
-        lock.acquire()
-    return lock
+        return lock.acquire()
 
 
-def derive_means(
-    grid: FeatureFile, mean: FeatureFile, paths: Sequence[Path], versions: dict[int, tuple[int, int]], todo: list[int]
-) -> list[int]:
+def derive_means(grid: FeatureFile, mean: FeatureFile, paths: Sequence[Path], todo: list[int]) -> list[int]:
     """Fill means from grids that are already there; returns the images that still need the encoder."""
-    have = [i for i in todo if grid.holds(paths[i].name, versions[i])]
+    have = [i for i in todo if grid.holds(paths[i])]
     maps = grid.maps()
     for start in range(0, len(have), FLUSH_IMAGES):
-        part = have[start : start + FLUSH_IMAGES]
-        numbers = [divmod(grid.entries[paths[i].name].row, ROWS_PER_FILE) for i in part]
-        rows = np.stack([maps[number][offset] for number, offset in numbers])  # (n, 49, C)
-        mean.append([paths[i].name for i in part], [versions[i] for i in part], mean_of(rows))
-    return [i for i in todo if not grid.holds(paths[i].name, versions[i])]
+        entries = [grid.entries[paths[i].name] for i in have[start : start + FLUSH_IMAGES]]
+        places = [divmod(entry.row, ROWS_PER_FILE) for entry in entries]
+        rows = np.stack([maps[number][offset] for number, offset in places])  # (n, 49, C)
+        versions = [Version(*entry[1:4]) for entry in entries]
+        mean.append([paths[i].name for i in have[start : start + FLUSH_IMAGES]], versions, mean_of(rows))
+    done = set(have)
+    return [i for i in todo if i not in done]
 
 
 def mean_of(grids: np.ndarray) -> np.ndarray:
@@ -339,7 +361,6 @@ def encode_images(
     device: torch.device,
     file: FeatureFile,
     paths: Sequence[Path],
-    versions: dict[int, tuple[int, int]],
     todo: list[int],
     workers: int,
     compiled: bool = False,
@@ -348,7 +369,7 @@ def encode_images(
     encode = encoder.fast_form(device, compiled)
     unreadable: dict[int, str] = {}
     names: list[str] = []
-    stamps: list[tuple[int, int]] = []
+    stamps: list[Version] = []
     pending: list[np.ndarray] = []
     left_out = 0
 
@@ -360,12 +381,12 @@ def encode_images(
 
     bar = tqdm(total=len(todo), desc=f"Encoding images ({encoder.spec.name})", unit="image", disable=None)
     with bar:
-        for part, pixels in decoded_batches(paths, todo, encoder.spec.image_size, workers, unreadable):
+        for part, versions, pixels in decoded_batches(paths, todo, encoder.spec.image_size, workers, unreadable):
             if part:
                 grids = encode(pixels).to(torch.float16).cpu().numpy()  # (n, 49, C)
                 pending.append(grids if file.kind == "grid" else mean_of(grids))
                 names += [paths[i].name for i in part]
-                stamps += [versions[i] for i in part]
+                stamps += versions
                 if len(names) >= FLUSH_IMAGES:
                     flush()
             bar.update(len(part) + len(unreadable) - left_out)
@@ -376,27 +397,34 @@ def encode_images(
 
 def decoded_batches(
     paths: Sequence[Path], todo: list[int], size: int, workers: int, unreadable: dict[int, str]
-) -> Iterator[tuple[list[int], np.ndarray]]:
-    """Yield (images, pixels uint8 (n, size, size, 3)); threads decode a few batches ahead.
+) -> Iterator[tuple[list[int], list[Version], np.ndarray]]:
+    """Yield (images, their versions, pixels uint8 (n, size, size, 3)); threads decode a few batches ahead.
 
     Threads rather than worker processes: Pillow releases the interpreter lock while it decodes and
     resizes, and nothing has to be pickled, so that Windows and macOS need no special care.
     """
+
+    def read(path: Path) -> tuple[Version, np.ndarray]:
+        return version_of(path), load_pixels(path, size)
+
     chunks = [todo[start : start + ENCODE_BATCH] for start in range(0, len(todo), ENCODE_BATCH)]
     with ThreadPoolExecutor(workers) as pool:
-        ahead: deque[list[tuple[int, Future[np.ndarray]]]] = deque()
+        ahead: deque[list[tuple[int, Future[tuple[Version, np.ndarray]]]]] = deque()
         for chunk in [*chunks, *[[]] * BATCHES_AHEAD]:
-            ahead.append([(i, pool.submit(load_pixels, paths[i], size)) for i in chunk])
+            ahead.append([(i, pool.submit(read, paths[i])) for i in chunk])
             if len(ahead) <= BATCHES_AHEAD:
                 continue
-            images, pixels = [], []
+            images, versions, pixels = [], [], []
             for image, future in ahead.popleft():
                 try:
-                    pixels.append(future.result())
-                    images.append(image)
+                    version, decoded = future.result()
                 except UnreadableImage as error:
                     unreadable[image] = str(error)
-            yield images, np.stack(pixels) if pixels else np.zeros((0, size, size, 3), np.uint8)
+                    continue
+                images.append(image)
+                versions.append(version)
+                pixels.append(decoded)
+            yield images, versions, np.stack(pixels) if pixels else np.zeros((0, size, size, 3), np.uint8)
 
 
 def check_unreadable(unreadable: dict[int, str], total: int) -> None:

@@ -65,9 +65,12 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf, above: bo
     def parse(text: str) -> Any:
         try:
             value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number") from None
-        if not math.isfinite(value) or value > high or (value <= low if above else value < low):
+            finite = math.isfinite(value)
+        except (ValueError, OverflowError):
+            raise argparse.ArgumentTypeError(
+                f"{text[:40]!r} is not {'a whole' if kind is int else 'a'} number"
+            ) from None
+        if not finite or value > high or (value <= low if above else value < low):
             bounds = f"{'above' if above else 'at least'} {low:g}" + (
                 f" and at most {high:g}" if high < math.inf else ""
             )
@@ -264,6 +267,7 @@ from caption_models import (
     build_encoder,
     find_weights,
 )
+from checkpoints import carry_best, load_checkpoint, load_weights, prune_checkpoints, save_checkpoint
 from feature_cache import Features, open_features
 from metrics_utils import METRIC_NAMES, has_java, score_captions
 from training_utils import (
@@ -271,13 +275,8 @@ from training_utils import (
     Schedule,
     Stopped,
     StopRequest,
-    carry_best,
     choose_schedule,
-    load_checkpoint,
-    load_weights,
     pick_device,
-    prune_checkpoints,
-    save_checkpoint,
     seed_step,
 )
 
@@ -362,7 +361,9 @@ def apply_checkpoint(args: argparse.Namespace, typed: set[str], checkpoint: dict
         setattr(args, name, saved[name])
     if args.decoder == "lstm" and args.save_attention_viz:
         raise UserError(f"--save_attention_viz has no effect: {path} is an lstm decoder, which has no attention")
-    follow = ["data_dir", "image_dir", "captions_file", "resnet_weights", "feature_cache", "seed"]
+    follow = ["data_dir", "image_dir", "captions_file", "resnet_weights", "seed"]
+    if any(Path(saved["feature_cache"]).glob(f"{args.encoder}-*")):  # a stranger's checkpoint makes no cache elsewhere
+        follow.append("feature_cache")
     if args.mode == "train":
         follow += [
             "batch_size",

@@ -43,11 +43,12 @@ from caption_data import (
     unpack_tokens,
 )
 from caption_models import build_decoder
+from checkpoints import SCHEMA, is_tensor, load_checkpoint, load_weights, save_checkpoint
 from download_datasets import extract_archive
 from experiment_utils import config_flags, find_checkpoint
-from feature_cache import FeatureFile
+from feature_cache import FeatureFile, Version
 from safe_io import CONTROL_CHARACTERS, UserError
-from training_utils import SCHEMA, Schedule, ScheduleSettings, is_tensor, load_checkpoint, load_weights, save_checkpoint
+from training_utils import Schedule, ScheduleSettings
 
 
 class Target(NamedTuple):
@@ -443,11 +444,11 @@ def usable(path: Path) -> bool:
 
 @st.composite
 def cache_indices(draw: st.DrawFn) -> tuple[bytes, list[int]]:
-    sound = [[f"{i}.jpg", i, 100, 10**18, 7] for i in range(draw(st.integers(0, 4)))]
+    sound = [[f"{i}.jpg", i, 100, 10**18, 5, 7] for i in range(draw(st.integers(0, 4)))]
     lines = [draw(altered(line)) if draw(st.integers(0, 2)) == 0 else line for line in sound]
     text = "".join(json.dumps(line) + "\n" for line in lines).encode()
     text += draw(
-        st.sampled_from([b"", b"[" * 3000 + b"\n", b'["a", Infinity, 1, 1, 1]\n', b'["a", NaN, 1, 1, 1]\n', b"null\n"])
+        st.sampled_from([b"", b"[" * 3000 + b"\n", b'["a", Infinity, 1, 1, 1, 1]\n', b'["a", NaN, 1, 1, 1, 1]\n', b"null\n"])
     )
     return draw(mutated(text, 2)), draw(st.lists(st.integers(0, 60), max_size=3))
 
@@ -461,7 +462,7 @@ def cache_index(value: tuple[bytes, list[int]], folder: Path) -> bool:
     known = dict(store.entries)
     for entry in known.values():
         assert store.maps()[0][entry.row].shape == (2, 3) and np.array(entry.checksum, dtype=np.int64) >= 0
-    store.append(["new.jpg"], [(1, 2)], np.ones((1, 2, 3), dtype=np.float16))
+    store.append(["new.jpg"], [Version(1, 2, 3)], np.ones((1, 2, 3), dtype=np.float16))
     again = FeatureFile(folder, "grid", (2, 3))
     assert again.entries == store.entries and (again.maps()[0][again.entries["new.jpg"].row] == 1).all()
     return bool(known)

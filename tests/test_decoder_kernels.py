@@ -13,7 +13,8 @@ def test_projected_cross_entropy_is_cross_entropy_of_the_projection(smoothing, w
     torch.manual_seed(0)
     tokens, size, words = ROWS_AT_A_TIME + 37, 12, 50  # more than one piece
     code, weight, bias = (
-        torch.randn(shape, dtype=torch.double, requires_grad=True) for shape in ((tokens, size), (words, size), (words,))
+        torch.randn(shape, dtype=torch.double, requires_grad=True)
+        for shape in ((tokens, size), (words, size), (words,))
     )
     targets = torch.randint(words, (tokens,))
     factors = torch.randn(tokens, dtype=torch.double) if weighted else None

@@ -1,12 +1,14 @@
 """The feature cache: once per image, whatever happens in between; defect 13 of the original."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from caption_models import ENCODERS, Encoder, EncoderSpec
-from feature_cache import open_features
+from feature_cache import DeviceFeatures, open_features
 from safe_io import UserError
 
 SPEC = EncoderSpec("toy", 6, (0.0,) * 3, (255.0,) * 3, image_size=28)
@@ -67,6 +69,31 @@ def test_a_changed_image_is_encoded_again_and_only_that(tmp_path, paths):
     after = features(tmp_path, paths, build).gather(np.arange(6))
     same = [bool(torch.equal(a, b)) for a, b in zip(before, after, strict=True)]
     assert build.built == 2 and same == [True, True, False, True, True, True]
+
+
+def test_a_touched_or_copied_image_is_known_by_its_bytes(tmp_path, paths):
+    build = Counting()
+    before = features(tmp_path, paths, build).gather(np.arange(6))
+    for number, path in enumerate(paths):
+        os.utime(path, ns=(number, number))
+    assert torch.equal(features(tmp_path, paths, build).gather(np.arange(6)), before)
+    features(tmp_path, paths, build, means=True)
+    assert build.built == 1
+    (index,) = (tmp_path / "cache").rglob("grid.jsonl")
+    size = index.stat().st_size
+    features(tmp_path, paths, build)
+    assert index.stat().st_size == size  # the new times were noted once
+    raw = bytearray(paths[3].read_bytes())
+    raw[-1] ^= 1  # of the same length, and other
+    paths[3].write_bytes(raw)
+    features(tmp_path, paths, build)
+    assert build.built == 2
+
+
+def test_a_copy_on_the_device_gathers_the_same(tmp_path, paths):
+    cached = features(tmp_path, paths, Counting())
+    copy = DeviceFeatures(cached, np.array([5, 0, 3]), torch.device("cpu"))
+    assert torch.equal(copy.gather(np.array([3, 5])), cached.gather(np.array([3, 5])))
 
 
 def test_a_torn_index_costs_only_what_it_did_not_name(tmp_path, paths):

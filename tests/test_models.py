@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 import torchvision
 from torch.nn.utils.rnn import PackedSequence
 

@@ -1,0 +1,275 @@
+"""Checkpoints: written whole or not at all, read without executing anything, and checked field by field."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from safe_io import CONTROL_CHARACTERS, UserError, check_tensor_zip, first_line, publish_copy, write_atomic
+
+SCHEMA = 2  # of the checkpoint; a reader refuses what it does not know
+
+
+def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Write plain types and tensors, atomically, so that `torch.load(weights_only=True)` reads them."""
+    write_atomic(path, lambda file: torch.save({"schema": SCHEMA, **checkpoint}, file))
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint on the CPU without executing anything in it, whoever wrote it.
+
+    What comes back has every field of `CHECKPOINT` with the type that the program counts on, tensors that are
+    finite and of the shapes that the flags and the vocabulary say, and an optimizer state that fits them.
+
+    Raises:
+        UserError: no checkpoint, a truncated, damaged or malformed one, or one of another program or version.
+    """
+    try:
+        check_tensor_zip(path)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling and zip errors of every kind mean the same to the user
+        raise UserError(
+            f"{path} cannot be read as a checkpoint (truncated, or not one of ours): {first_line(error)}. "
+            "Use another model_epoch_N.pt of its run"
+        ) from error
+    wanted = ("decoder", "decoder_type", "vocabulary", "flags", "encoder", "epoch")
+    if not isinstance(checkpoint, dict) or any(key not in checkpoint for key in wanted):
+        raise UserError(
+            f"{path} is not a checkpoint of this program: give a model_epoch_N.pt, best.pt or a run directory"
+        )
+    require_form(checkpoint, {"schema": whole()}, path)
+    if checkpoint["schema"] == 1:
+        upgrade_from_1(checkpoint)
+    elif checkpoint["schema"] != SCHEMA:
+        raise UserError(f"{path} has checkpoint schema {checkpoint['schema']}, this program reads 1 and {SCHEMA}")
+    require_form(checkpoint, CHECKPOINT, path)
+    check_architecture(checkpoint, path)
+    check_optimizer(checkpoint["optimizer"], list(checkpoint["decoder"].values()), path)
+    return checkpoint
+
+
+def upgrade_from_1(checkpoint: dict[str, Any]) -> None:
+    """Schema 1 knew neither precision nor a place within an epoch."""
+    checkpoint["scaler"] = {}
+    checkpoint["progress"] = {"first_epoch": checkpoint["epoch"], "step": 0, "loss_sum": 0.0, "tokens": 0}
+    if isinstance(checkpoint["flags"], dict):
+        checkpoint["flags"].setdefault("precision", "fp32")
+
+
+class Rule(NamedTuple):
+    """What a field of a checkpoint has to be."""
+
+    fits: Callable[[Any], bool]
+    expected: str
+
+
+class OrNone(NamedTuple):
+    """A field that may be None."""
+
+    form: Any
+
+
+def whole(low: int = 0) -> Rule:
+    return Rule(lambda value: type(value) is int and low <= value < 2**63, f"a whole number, at least {low}")
+
+
+def real(low: float = -math.inf, high: float = math.inf) -> Rule:
+    bounds = f" from {low:g} to {high:g}" if (low, high) != (-math.inf, math.inf) else ""
+    return Rule(lambda value: type(value) in (int, float) and low <= value <= high, f"a number{bounds}")
+
+
+def one_of(*choices: str) -> Rule:
+    return Rule(lambda value: type(value) is str and value in choices, f"one of {', '.join(choices)}")
+
+
+def is_text(value: Any) -> bool:
+    return type(value) is str and CONTROL_CHARACTERS.search(value) is None
+
+
+def is_list(value: Any, fits: Callable[[Any], bool]) -> bool:
+    return type(value) is list and all(map(fits, value))
+
+
+def is_table(value: Any, fits: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and all(is_text(key) and fits(entry) for key, entry in value.items())
+
+
+def is_scalar(value: Any) -> bool:
+    return value is None or type(value) in (bool, int, float) or is_text(value)
+
+
+def is_tensor(value: Any) -> bool:
+    """A plain float32 tensor of finite numbers, as large as it says (an expanded one is not contiguous)."""
+    return (
+        type(value) is torch.Tensor
+        and (value.layout, value.device.type, value.dtype) == (torch.strided, "cpu", torch.float32)
+        and value.is_contiguous()
+        and bool(value.isfinite().all())
+    )
+
+
+def is_vocabulary(value: Any) -> bool:
+    return (
+        is_list(value, is_text) and value[:4] == ["<PAD>", "<SOS>", "<EOS>", "<UNK>"] and len(set(value)) == len(value)
+    )
+
+
+TEXT = Rule(is_text, "a text of one line")
+NAMES = Rule(lambda value: is_list(value, is_text), "a list of image names")
+NUMBERS = Rule(lambda value: is_list(value, real().fits), "a list of numbers")
+DECODERS = one_of("lstm", "attention")
+ENCODERS = one_of("resnet50", "efficientnet_lite0")
+SCHEDULE = {
+    "settings": {
+        "type": one_of("reduce_lr_on_plateau", "step", "cosine", "exponential", "one_cycle"),
+        "learning_rate": real(0), "min_lr": real(0), "patience": whole(), "factor": real(0, 1), "step_size": whole(1),
+        "gamma": real(0, 1), "t_max": whole(1), "warmup_epochs": whole(), "first_epoch": whole(), "epochs": whole(1),
+        "steps_per_epoch": whole(1),
+    },
+    "plateau": {"rate": real(0), "best": real(), "bad_epochs": whole()},
+}  # fmt: skip
+# The fields that the program reads, a form for each: a rule, or a table of forms, or one of them or None. Others are left alone.
+CHECKPOINT: dict[str, Any] = {
+    "epoch": whole(),
+    "decoder_type": DECODERS,
+    "decoder": Rule(lambda value: is_table(value, is_tensor), "a table of float32 tensors with finite numbers"),
+    "encoder": {"name": ENCODERS, "weights_hash": TEXT, "transform": one_of("squash224")},
+    "vocabulary": Rule(is_vocabulary, "a list of different words that begins with <PAD>, <SOS>, <EOS>, <UNK>"),
+    "flags": {
+        "decoder": DECODERS, "encoder": ENCODERS, "dataset_type": one_of("flickr8k", "flickr30k", "custom", "demo"),
+        "embed_size": whole(1), "hidden_size": whole(1), "num_layers": whole(1), "attention_dim": whole(1),
+        "freq_threshold": whole(1), "max_length": whole(1), "batch_size": whole(1), "seed": whole(),
+        "drop_prob": real(0, 0.95), "grad_clip": real(0, 1e30), "label_smoothing": real(0, 0.9),
+        "attention_reg": real(0, 1e30), "learning_rate": real(0, 1e30), "feature_cache": TEXT,
+        "best_metric": one_of("cider", "bleu4", "val_loss"), "precision": one_of("fp32", "bf16", "fp16"),
+        "data_dir": OrNone(TEXT), "image_dir": OrNone(TEXT),
+        "captions_file": OrNone(TEXT), "resnet_weights": OrNone(TEXT),
+    },
+    "optimizer": Rule(lambda value: isinstance(value, dict), "the state of an optimizer"),
+    "scaler": Rule(lambda value: is_table(value, is_scalar), "the state of a loss scaler"),
+    "progress": {"first_epoch": whole(), "step": whole(), "loss_sum": real(0, 1e300), "tokens": whole()},
+    "schedule": OrNone(SCHEDULE),
+    "split": OrNone({"val": NAMES, "test": NAMES}),
+    "loss_curve": dict.fromkeys(("epochs", "training_losses", "validation_losses", "learning_rates"), NUMBERS),
+    "metrics_history": Rule(
+        lambda value: is_list(value, lambda entry: is_table(entry, is_scalar)), "a list of tables of scores"
+    ),
+    "best": {"score": real(), "epoch": whole(), "metric": TEXT},
+}  # fmt: skip
+
+
+def require_form(value: Any, form: Any, path: Path, where: str = "") -> None:
+    """Compare a field of a checkpoint with its form.
+
+    Raises:
+        UserError: it differs; the message names the field and what belongs there.
+    """
+    if isinstance(form, OrNone):
+        if value is not None:
+            require_form(value, form.form, path, where)
+    elif isinstance(form, Rule):
+        if not form.fits(value):
+            raise malformed(path, f"{where} is a {type(value).__name__} where {form.expected} belongs")
+    elif not isinstance(value, dict) or not form.keys() <= value.keys():
+        raise malformed(path, f"{where or 'it'} lacks some of {', '.join(form)}")
+    else:
+        for key, part in form.items():
+            require_form(value[key], part, path, f"{where}.{key}".lstrip("."))
+
+
+def malformed(path: Path, problem: str) -> UserError:
+    return UserError(f"{path} is a malformed checkpoint: {problem}. Use another model_epoch_N.pt of its run")
+
+
+def check_architecture(checkpoint: dict[str, Any], path: Path) -> None:
+    """Compare sizes that are told twice, so that no decoder is built that the weights do not fill.
+
+    Raises:
+        UserError: flags, vocabulary and weights tell of different networks, or a table's columns differ.
+    """
+    flags, decoder = checkpoint["flags"], checkpoint["decoder"]
+    if flags["decoder"] != checkpoint["decoder_type"] or flags["encoder"] != checkpoint["encoder"]["name"]:
+        raise malformed(path, "its flags name another decoder or encoder than it holds")
+    places = {"embed_size": ("embed.weight", 1), "hidden_size": ("lstm.weight_hh_l0", 1)}
+    if flags["decoder"] == "attention":
+        places["attention_dim"] = ("key.weight", 0)
+    if any(name not in decoder or decoder[name].dim() != 2 for name, _ in places.values()):
+        raise UserError(f"{path} holds another architecture: no {' or '.join(name for name, _ in places.values())}")
+    found = {flag: decoder[name].shape[axis] for flag, (name, axis) in places.items()}
+    found["num_layers"] = sum(name.startswith("lstm.weight_hh_l") for name in decoder)
+    for flag, size in found.items():
+        if flags[flag] != size:
+            raise UserError(f"{path} holds another architecture: {flag} is {flags[flag]}, its weights have {size}")
+    if len(decoder["embed.weight"]) != len(checkpoint["vocabulary"]):
+        raise malformed(path, f"{len(checkpoint['vocabulary'])} words for {len(decoder['embed.weight'])} embeddings")
+    if checkpoint["schedule"] and len(checkpoint["schedule"]["settings"]) != len(SCHEDULE["settings"]):
+        raise malformed(path, "schedule.settings has fields that are none")
+    if len(set(map(len, (checkpoint["loss_curve"][name] for name in CHECKPOINT["loss_curve"])))) != 1:
+        raise malformed(path, "the lists of loss_curve are not equally long")
+
+
+def check_optimizer(optimizer: dict[str, Any], weights: list[torch.Tensor], path: Path) -> None:
+    """Make sure that AdamW can go on from a saved state.
+
+    Raises:
+        UserError: it belongs to other weights, or asks for what this program never does.
+    """
+    state, groups = optimizer.get("state"), optimizer.get("param_groups")
+    if not isinstance(state, dict) or type(groups) is not list or len(groups) != 1 or not isinstance(groups[0], dict):
+        raise malformed(path, "optimizer has no state and no single group of parameters")
+    for number, moments in state.items():
+        if type(number) is not int or not 0 <= number < len(weights):
+            raise malformed(path, "optimizer.state names a parameter that is not there")
+        shapes = {"step": torch.Size(), "exp_avg": weights[number].shape, "exp_avg_sq": weights[number].shape}
+        if not is_table(moments, is_tensor) or {name: tensor.shape for name, tensor in moments.items()} != shapes:
+            raise malformed(path, f"optimizer.state.{number} does not fit its parameter")
+    group, numbers = groups[0], ("lr", "eps", "weight_decay")
+    switches = ("amsgrad", "maximize", "capturable", "differentiable", "foreach")
+    if (
+        not is_list(group.get("params"), whole().fits)
+        or group["params"] != list(range(len(weights)))
+        or not all(real(0, 1e30).fits(group.get(name)) for name in numbers)
+        or type(group.get("betas")) not in (list, tuple)
+        or len(group["betas"]) != 2
+        or not all(map(real(0, 0.999999).fits, group["betas"]))
+        or any(group.get(name) not in (None, False) for name in switches)
+    ):
+        raise malformed(path, "optimizer.param_groups is not that of this program")
+
+
+def load_weights(module: torch.nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
+    """Fill a decoder.
+
+    Raises:
+        UserError: the weights are of another architecture.
+    """
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{path} holds another architecture: {str(error).splitlines()[-1].strip()[:200]}") from error
+
+
+def carry_best(checkpoint: dict[str, Any], path: Path, directory: Path) -> dict[str, Any] | None:
+    """Take the old run's best checkpoint along, so that the new run has a best.pt even if it gets no better."""
+    best = checkpoint["best"]
+    candidates = [path.parent / f"model_epoch_{best['epoch']}.pt", path.parent / "best.pt"]
+    if best["epoch"] == checkpoint["epoch"]:
+        candidates.insert(0, path)
+    for candidate in candidates:
+        if candidate.is_file() and load_checkpoint(candidate)["epoch"] == best["epoch"]:
+            publish_copy(candidate, directory / "best.pt")
+            return dict(best)
+    print(f"The old run's best checkpoint (epoch {best['epoch']}) is gone: this run finds its own best")
+    return None
+
+
+def prune_checkpoints(directory: Path, keep: int) -> None:
+    """Delete all but the newest `keep` epoch files; best.pt and last.pt are files of their own."""
+    if keep:
+        epochs = sorted(directory.glob("model_epoch_*.pt"), key=lambda path: int(path.stem.rpartition("_")[2]))
+        for old in epochs[:-keep]:
+            old.unlink()
