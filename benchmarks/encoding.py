@@ -15,7 +15,7 @@ from measure import Bench, Figure, faster, interleaved
 
 from caption_data import load_caption_set, load_pixels
 from caption_models import Encoder, build_encoder, find_weights
-from feature_cache import ENCODE_BATCH, FeatureFile, encode_images, version_of
+from feature_cache import ENCODE_BATCH, FeatureFile, encode_images
 
 PART = "encoding"
 # The bare forward against eager and contiguous: with a C++ compiler, and without one.
@@ -100,4 +100,4 @@ def encoding_pass(
     with TemporaryDirectory() as directory:
         file = FeatureFile(Path(directory), "grid", (encoder.spec.regions, encoder.spec.channels))
         todo = list(range(len(paths)))
-        encode_images(encoder, device, file, paths, {i: version_of(paths[i]) for i in todo}, todo, os.cpu_count() or 1)
+        encode_images(encoder, device, file, paths, todo, os.cpu_count() or 1)
