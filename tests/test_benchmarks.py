@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode, addmm_flop
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -15,11 +15,12 @@ import baselines
 import charts
 import generated
 import measure
+import memory
 import run
 import training
 
-PARTS = ["encoding", "epoch", "decoding", "startup"]
-PARTS += ["memory"] if Path("/proc/self/status").is_file() else []
+LINUX = Path("/proc/self/status").is_file()
+PARTS = ["encoding", "epoch", "decoding", "startup", *(["memory"] if LINUX else [])]
 
 
 @pytest.fixture
@@ -28,7 +29,14 @@ def bench(tmp_path: Path) -> measure.Bench:
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_every_part_gives_figures_and_charts(tmp_path: Path, part: str) -> None:
+def test_every_part_gives_figures_and_charts(
+    tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def in_this_process(command: list[str]) -> dict[str, float]:  # rather than importing PyTorch time and again
+        memory.child(Path(command[2]), int(command[3]), command[4])
+        return {**json.loads(capsys.readouterr().out.splitlines()[-1]), "peak": 1.0}
+
+    monkeypatch.setattr(memory, "watch", in_this_process)
     output = run.main(["--only", part, "--output", str(tmp_path / "result.json")], measure.TINY)
     figures = json.loads(output.read_text())["figures"]
     assert figures and all(figure["part"] == part and figure["unit"] and figure["against"] for figure in figures)
@@ -36,6 +44,12 @@ def test_every_part_gives_figures_and_charts(tmp_path: Path, part: str) -> None:
     assert part == "memory" or any(figure["target"] for figure in figures)
     drawn = charts.main([str(output), "--directory", str(tmp_path)])
     assert bool(drawn) == (part != "startup") and all(0 < path.stat().st_size < 60_000 for path in drawn)
+
+
+@pytest.mark.skipif(not LINUX, reason="/proc")
+def test_a_watched_process_has_its_peak() -> None:
+    program = "x = bytearray(b'1') * 100_000_000; import time; time.sleep(0.2); del x; print('{}')"
+    assert 90 < memory.watch([sys.executable, "-c", program])["peak"] < 150
 
 
 @pytest.mark.parametrize("decoder", ["lstm", "attention"])
@@ -65,6 +79,10 @@ def test_an_unknown_part_is_refused() -> None:
         run.main(["--only", "speed"])
 
 
+def in_place_product(_: torch.Size, left: torch.Size, right: torch.Size, **__: object) -> int:
+    return 2 * left[0] * left[1] * right[1]
+
+
 @pytest.mark.parametrize("layers", [1, 3])
 def test_the_arithmetic_is_what_pytorch_counts(bench: measure.Bench, layers: int) -> None:
     data_dir, _ = training.prepare_data(bench)
@@ -72,7 +90,7 @@ def test_the_arithmetic_is_what_pytorch_counts(bench: measure.Bench, layers: int
     flags = [*training.flags_for(bench, data_dir, "lstm", "small"), "--num_layers", str(layers), "--precision", "fp32"]
     task = training.start(bench, flags)
     _, plan = training.restrict(task, 1)
-    in_place = {torch.ops.aten.addmm_.default: addmm_flop}  # which PyTorch's counter does not know
+    in_place = {torch.ops.aten.addmm_: in_place_product}  # which PyTorch's counter does not know
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         training.epoch(task)
     images = sum(len(task.batches.make(captions).images) for captions in plan)
