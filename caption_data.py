@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -158,6 +158,27 @@ class Vocabulary:
 # The caption set
 
 
+class ImagePaths(Sequence[Path]):
+    """Paths made when they are asked for: kept ones would take half a kilobyte each."""
+
+    def __init__(self, directory: Path, names: Sequence[str]):
+        self.directory, self.names = directory, names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @overload
+    def __getitem__(self, index: int) -> Path: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> ImagePaths: ...
+
+    def __getitem__(self, index: int | slice) -> Path | ImagePaths:
+        if isinstance(index, slice):
+            return ImagePaths(self.directory, self.names[index])
+        return self.directory / self.names[index]
+
+
 @dataclass
 class CaptionSet:
     """Images with their tokenized captions and their split."""
@@ -171,9 +192,9 @@ class CaptionSet:
     captions_file: Path
     notes: list[str] = field(default_factory=list)  # what was left out and why, one line each
 
-    def paths(self) -> list[Path]:
+    def paths(self) -> Sequence[Path]:
         """Every image's path, by position."""
-        return [self.image_dir / name for name in self.names]
+        return ImagePaths(self.image_dir, self.names)
 
     def references(self, image: int) -> list[str]:
         """All captions of an image, tokenized and joined with spaces, as the metrics take them."""
@@ -412,7 +433,8 @@ def karpathy_rows(path: Path) -> Iterator[tuple[int, str, str]]:
 
 def token_file_rows(path: Path, text: str) -> Iterator[tuple[int, str, str]]:
     """`name.jpg#0<TAB>caption`, the official Flickr form."""
-    for line, row in enumerate(text.split("\n"), start=1):
+    for line, row in enumerate(io.StringIO(text), start=1):
+        row = row.rstrip("\n")
         if not row.strip():
             continue
         match = re.fullmatch(r"([^\t]+)#\d+\t(.*)", row)
@@ -423,7 +445,8 @@ def token_file_rows(path: Path, text: str) -> Iterator[tuple[int, str, str]]:
 
 def bar_rows(path: Path, text: str) -> Iterator[tuple[int, str, str]]:
     """`image_name| comment_number| comment`, Kaggle's Flickr30k, one row of which lacks its second bar."""
-    for line, row in enumerate(text.split("\n"), start=1):
+    for line, row in enumerate(io.StringIO(text), start=1):
+        row = row.rstrip("\n")
         if line == 1 or not row.strip():
             continue
         name, _, rest = row.partition("|")
@@ -626,8 +649,8 @@ class BatchMaker:
 
     def __init__(self, data: CaptionSet, vocabulary: Vocabulary, max_length: int):
         self.first_caption = data.first_caption
-        lookup = np.array([vocabulary.id_of.get(word, UNK) for word in data.tokens.words], dtype=np.int32)
-        self.ids = lookup[data.tokens.ids] if len(lookup) else data.tokens.ids
+        self.lookup = np.array([vocabulary.id_of.get(word, UNK) for word in data.tokens.words], dtype=np.int32)
+        self.tokens = data.tokens.ids
         self.starts = data.tokens.offsets[:-1]
         self.lengths = np.minimum(np.diff(data.tokens.offsets), max_length)
 
@@ -636,18 +659,18 @@ class BatchMaker:
 
         Returns arrays of caption numbers; an image with more captions than that is spread over several.
         """
-        runs: list[list[int]] = [[]]
-        for image in images:
-            captions = list(range(self.first_caption[image], self.first_caption[image + 1]))
-            if runs[-1] and len(runs[-1]) + len(captions) > batch_size:
-                runs.append([])
-            while captions:
-                free = batch_size - len(runs[-1])
-                runs[-1] += captions[:free]
-                captions = captions[free:]
-                if captions:
-                    runs.append([])
-        return [np.array(run, dtype=np.int64) for run in runs if run]
+        captions = concatenate_ranges(self.first_caption[images], self.first_caption[images + 1])
+        cuts, position, filled = [], 0, 0
+        for count in (self.first_caption[images + 1] - self.first_caption[images]).tolist():
+            if filled and filled + count > batch_size:
+                cuts.append(position)
+                filled = 0
+            position += count
+            filled += count
+            while filled > batch_size:
+                filled -= batch_size
+                cuts.append(position - filled)
+        return np.split(captions, cuts) if len(captions) else []
 
     def make(self, captions: np.ndarray) -> Batch:
         """Pack the given captions (numbers) with their images."""
@@ -659,8 +682,8 @@ class BatchMaker:
         time, row = np.nonzero(running)  # packed order: step by step
         word = self.starts[captions][row] + time
         last = time == steps[row] - 1
-        targets = np.where(last, EOS, self.ids[np.minimum(word, len(self.ids) - 1)])
-        inputs = np.where(time == 0, SOS, self.ids[word - 1])
+        targets = np.where(last, EOS, self.lookup[self.tokens[np.minimum(word, len(self.tokens) - 1)]])
+        inputs = np.where(time == 0, SOS, self.lookup[self.tokens[word - 1]])
         # Where each token lies among its image's tokens: the image's earlier rows, then its own time.
         order = np.argsort(row_image, kind="stable")
         before = np.cumsum(steps[order]) - steps[order]

@@ -35,6 +35,7 @@ class EncoderSpec:
     deviation: tuple[float, float, float]
     image_size: int = 224
     grid: int = 7  # regions along each side
+    compile_from: int | None = None  # images from which on compiling it pays (docs/benchmarks.md), None for never
 
     @property
     def regions(self) -> int:
@@ -52,10 +53,10 @@ ENCODERS = {
     spec.name: spec
     for spec in (
         EncoderSpec("resnet50", 2048, IMAGENET_MEAN, IMAGENET_DEVIATION),
-        EncoderSpec("efficientnet_lite0", 1280, (127.0,) * 3, (128.0,) * 3),
+        EncoderSpec("efficientnet_lite0", 1280, (127.0,) * 3, (128.0,) * 3, compile_from=8192),
     )
 }
-COMPILED_BATCH = 32  # images in a batch of the compiled encoder
+ENCODE_BATCH = 32  # images that go through the encoder together
 RESNET50_FILES = ("resnet50-0676ba61.pth", "resnet50-19c8e357.pth", "resnet50-11ad3fa6.pth")
 RESNET50_PLACES = (Path("resources/models"), Path("../../resources/models"))
 
@@ -94,8 +95,8 @@ class Encoder(nn.Module):
 
         Args:
             compiled: `torch.compile` instead, which takes some 15 s at first and needs a C++ compiler on the
-                CPU; where that fails, it is said and the other form serves. Every batch should be as large as
-                the first, or each new size is compiled anew.
+                CPU; where that fails, it is said and the other form serves. For batches of ENCODE_BATCH
+                images: every other size is compiled anew.
 
         Returns:
             a function that gives float (B, 49, C) on `device`.
@@ -104,8 +105,9 @@ class Encoder(nn.Module):
         run: Callable[[torch.Tensor], torch.Tensor] = self
         size = self.spec.image_size
         if compiled:
-            example = torch.zeros(COMPILED_BATCH, 3, size, size, dtype=torch.uint8, device=device)
-            run = self.compile_for(example.to(memory_format=torch.channels_last)) or self
+            example = torch.zeros(ENCODE_BATCH, 3, size, size, dtype=torch.uint8, device=device)
+            compiled_form = self.compile_for(example.to(memory_format=torch.channels_last))
+            run = self if compiled_form is None else compiled_form
         if run is self and device.type == "cpu":
             example = torch.zeros(2, 3, size, size, dtype=torch.uint8)
             with warnings.catch_warnings(), torch.no_grad():
@@ -118,10 +120,7 @@ class Encoder(nn.Module):
             with warnings.catch_warnings(), torch.autocast("cuda", torch.float16, enabled=device.type == "cuda"):
                 warnings.simplefilter("ignore")
                 batch = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2)
-                if compiled and len(pixels) < COMPILED_BATCH:  # the last batch; one shape is compiled
-                    batch = F.pad(batch, (0, 0, 0, 0, 0, 0, 0, COMPILED_BATCH - len(pixels)))
-                    batch = batch.contiguous(memory_format=torch.channels_last)
-                return run(batch)[: len(pixels)]
+                return run(batch)
 
         return encode
 

@@ -29,13 +29,11 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 from tqdm import tqdm
 
 from caption_data import UnreadableImage, load_pixels
-from caption_models import COMPILED_BATCH, Encoder, EncoderSpec
+from caption_models import ENCODE_BATCH, Encoder, EncoderSpec
 from safe_io import UserError, make_directory, require_free_space
 
 ROWS_PER_FILE = 4096  # half a gigabyte of EfficientNet-Lite0 grids
-ENCODE_BATCH = COMPILED_BATCH
 BATCHES_AHEAD = 3
-COMPILE_FROM = 4096  # images, from which on compiling the encoder pays for itself (docs/benchmarks.md)
 INDEX_LINE = 4096  # bytes; a file name has 255 at most, which JSON writes in six times as many
 FLUSH_IMAGES = 512  # images between two syncs: a dozen seconds of work on two cores
 
@@ -190,6 +188,7 @@ class CachedFeatures:
         entries = [file.entries.get(path.name, nothing) for path in paths]
         self.rows = np.array([entry.row for entry in entries], dtype=np.int64)
         self.checksums = np.array([entry.checksum for entry in entries], dtype=np.int64)
+        file.entries.clear()  # half a kilobyte an image, and not needed any more
         self.verified = np.zeros(len(entries), dtype=bool)
         self.maps = file.maps()
 
@@ -239,9 +238,8 @@ class LiveFeatures:
 
     def __init__(
         self, encoder: Encoder, device: torch.device, paths: Sequence[Path], needed: np.ndarray, means: bool, workers: int,
-        compiled: bool,
     ):  # fmt: skip
-        self.encode = encoder.fast_form(device, compiled)
+        self.encode = encoder.fast_form(device)
         self.paths, self.size, self.means = paths, encoder.spec.image_size, means
         self.pool = ThreadPoolExecutor(workers)
         self.unreadable = {}
@@ -293,7 +291,7 @@ def open_features(
         UserError: too many images cannot be read, the disk is too small, or the cache cannot be written.
     """
     if cache is None:
-        live = LiveFeatures(build_encoder(), device, paths, needed, means, workers, compile_encoder == "on")
+        live = LiveFeatures(build_encoder(), device, paths, needed, means, workers)
         check_unreadable(live.unreadable, len(needed))
         return live
     folder = paths[0].parent.resolve()
@@ -312,7 +310,8 @@ def open_features(
         unreadable: dict[int, str] = {}
         if todo:
             require_free_space(directory, len(todo) * (wanted.row_bytes + 128), "encoding the images")
-            compiled = compile_encoder == "on" or (compile_encoder == "auto" and len(todo) >= COMPILE_FROM)
+            worth_it = spec.compile_from is not None and len(todo) >= spec.compile_from
+            compiled = compile_encoder == "on" or (compile_encoder == "auto" and worth_it)
             unreadable = encode_images(build_encoder(), device, wanted, paths, todo, workers, compiled)
     check_unreadable(unreadable, len(needed))
     cached = CachedFeatures(wanted, paths, unreadable)
@@ -383,7 +382,7 @@ def encode_images(
     with bar:
         for part, versions, pixels in decoded_batches(paths, todo, encoder.spec.image_size, workers, unreadable):
             if part:
-                grids = encode(pixels).to(torch.float16).cpu().numpy()  # (n, 49, C)
+                grids = encode(pixels)[: len(part)].to(torch.float16).cpu().numpy()  # (n, 49, C)
                 pending.append(grids if file.kind == "grid" else mean_of(grids))
                 names += [paths[i].name for i in part]
                 stamps += versions
@@ -398,7 +397,10 @@ def encode_images(
 def decoded_batches(
     paths: Sequence[Path], todo: list[int], size: int, workers: int, unreadable: dict[int, str]
 ) -> Iterator[tuple[list[int], list[Version], np.ndarray]]:
-    """Yield (images, their versions, pixels uint8 (n, size, size, 3)); threads decode a few batches ahead.
+    """Yield (images, their versions, pixels uint8 (ENCODE_BATCH, size, size, 3)); threads decode a few batches ahead.
+
+    The last batch is filled up with black: an image's features are the same, to the bit, whichever images
+    share its batch, and a pass that was interrupted ends as one that was not.
 
     Threads rather than worker processes: Pillow releases the interpreter lock while it decodes and
     resizes, and nothing has to be pickled, so that Windows and macOS need no special care.
@@ -414,17 +416,18 @@ def decoded_batches(
             ahead.append([(i, pool.submit(read, paths[i])) for i in chunk])
             if len(ahead) <= BATCHES_AHEAD:
                 continue
-            images, versions, pixels = [], [], []
+            images: list[int] = []
+            versions: list[Version] = []
+            pixels = np.zeros((ENCODE_BATCH, size, size, 3), np.uint8)
             for image, future in ahead.popleft():
                 try:
-                    version, decoded = future.result()
+                    version, pixels[len(images)] = future.result()
                 except UnreadableImage as error:
                     unreadable[image] = str(error)
                     continue
                 images.append(image)
                 versions.append(version)
-                pixels.append(decoded)
-            yield images, versions, np.stack(pixels) if pixels else np.zeros((0, size, size, 3), np.uint8)
+            yield images, versions, pixels
 
 
 def check_unreadable(unreadable: dict[int, str], total: int) -> None:

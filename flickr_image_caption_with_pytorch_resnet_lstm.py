@@ -137,7 +137,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
         help="of the products in training; auto is bf16 where the device is made for it, else fp32")  # fmt: skip
     add("--compile", choices=("auto", "on", "off"), default="auto",
-        help="compile the encoder; auto does where a compiler is at hand and images are many")  # fmt: skip
+        help="compile the encoder for its pass over the images; auto does where they are many enough to pay")  # fmt: skip
     add("--features_on_device", choices=("auto", "on", "off"), default="auto",
         help="keep all image features in the GPU's memory; auto does if they take at most half of what is free")  # fmt: skip
     add("--grad_clip", type=number(float, 0), default=5.0, help="largest gradient norm; 0 does not clip")
@@ -222,6 +222,10 @@ def check_flags(args: argparse.Namespace, typed: set[str], parser: argparse.Argu
     for name in ("attention_viz_samples", "advanced_attention_viz"):
         if name in typed and not args.save_attention_viz:
             parser.error(f"--{name} has no effect without --save_attention_viz")
+    if args.feature_cache == "off":
+        for name in ("compile", "features_on_device"):
+            if name in typed and getattr(args, name) == "on":
+                parser.error(f"--{name} has no effect with --feature_cache off")
     if args.use_scheduler and args.scheduler_type == "one_cycle" and args.warmup_epochs >= args.epochs:
         parser.error(f"--warmup_epochs {args.warmup_epochs} leaves nothing of the {args.epochs} epochs to come down in")
     if args.mode == "test" and args.model_path is None:

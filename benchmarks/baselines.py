@@ -52,7 +52,7 @@ def padded(batches: BatchMaker, captions: np.ndarray, length: int) -> tuple[torc
     """Inputs and targets (R, length) of these captions, all padded to one length."""
     inputs = np.full((len(captions), length), PAD, dtype=np.int64)
     for row, caption in enumerate(captions):
-        words = batches.ids[batches.starts[caption] :][: batches.lengths[caption]]
+        words = batches.lookup[batches.tokens[batches.starts[caption] :][: batches.lengths[caption]]]
         inputs[row, : len(words) + 1] = [SOS, *words]
     targets = np.concatenate([inputs[:, 1:], np.full((len(captions), 1), PAD)], 1)
     targets[np.arange(len(captions)), batches.lengths[captions]] = EOS

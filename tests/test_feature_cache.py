@@ -71,6 +71,13 @@ def test_a_changed_image_is_encoded_again_and_only_that(tmp_path, paths):
     assert build.built == 2 and same == [True, True, False, True, True, True]
 
 
+def test_features_do_not_depend_on_who_shares_the_batch(tmp_path, paths):
+    together = features(tmp_path, paths, Counting()).gather(np.arange(6))
+    for image in range(6):
+        alone = features(tmp_path, paths, Counting(), cache=f"cache{image}", needed=[image])
+        assert torch.equal(alone.gather(np.array([image]))[0], together[image])
+
+
 def test_a_touched_or_copied_image_is_known_by_its_bytes(tmp_path, paths):
     build = Counting()
     before = features(tmp_path, paths, build).gather(np.arange(6))
