@@ -209,7 +209,7 @@ def cosine(start: float, end: float, part: float) -> float:
 def choose_schedule(
     args: argparse.Namespace, typed: set[str], checkpoint: dict[str, Any] | None, steps: int
 ) -> Schedule | None:
-    """The learning-rate schedule of this run, by the table under 'Resume' in the README."""
+    """The learning-rate schedule of this run, by the table under 'Train longer' in the README."""
     first = checkpoint["epoch"] if checkpoint else 0
     saved = Schedule.from_state(checkpoint["schedule"]) if checkpoint and checkpoint["schedule"] else None
     names = {

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -24,6 +26,7 @@ from caption_data import Batch, build_vocabulary, load_caption_set
 from caption_models import AttentionDecoder, DecoderOutput, DecoderState
 from experiment_utils import find_checkpoint
 from metrics_utils import cider_of_each, paired_bootstrap
+from training_utils import Precision
 
 
 class InputFeedingDecoder(AttentionDecoder):
@@ -82,6 +85,35 @@ def parameters(decoder: nn.Module) -> int:
     return sum(parameter.numel() for parameter in decoder.parameters())
 
 
+def time_steps(sizes: tuple[int, int, int, int, int, float, int], fewer: int) -> None:
+    """Print the milliseconds of a training step of both, taking turns: 320 captions of 64 images, 11 words each."""
+    torch.manual_seed(0)
+    words, channels, embed, hidden, *rest = sizes
+    rows, length = 320, 12
+    batch = Batch(
+        np.arange(64), torch.arange(64).repeat_interleave(5), torch.randint(4, words, (rows * length,)),
+        torch.randint(4, words, (rows * length,)), torch.full((length,), rows), torch.arange(rows).repeat(length),
+        (torch.arange(rows) * length).repeat(length) + torch.arange(length).repeat_interleave(rows), 5 * length,
+    )  # fmt: skip
+    features = torch.randn(64, 49, channels)
+    precision = Precision("auto", torch.device("cpu"))
+    decoders = {
+        "after the LSTM": AttentionDecoder(words, channels, embed, hidden, *rest),
+        "input feeding": InputFeedingDecoder(words, channels, embed, fewer, *rest),
+    }
+    optimizers = {name: torch.optim.AdamW(decoder.parameters(), fused=True) for name, decoder in decoders.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in decoders}
+    for _ in range(8):
+        for name, decoder in decoders.items():
+            start = time.perf_counter()
+            with precision.autocast():
+                loss = decoder.cross_entropy(decoder(features, batch).code, batch.targets) / len(batch.targets)
+            precision.step(loss, optimizers[name], 5.0)
+            seconds[name].append(time.perf_counter() - start)
+    for name, times in seconds.items():
+        print(f"{name}: {1000 * statistics.median(times[2:]):.0f} ms a training step, {precision.name}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", type=Path, required=True)
@@ -107,17 +139,19 @@ def main() -> None:
             "--num_layers", "1", "--drop_prob", "0.5", "--label_smoothing", "0.1", "--use_scheduler",
             "--scheduler_type", "one_cycle", "--warmup_epochs", "1", "--model_save_dir", str(output), *args.flags,
         ]  # fmt: skip
-        start = time.perf_counter()
-        if trainer.main(flags) or trainer.main(["--mode", "test", "--split", "val+test", "--model_path", str(output)]):
+        trained = any(output.rglob("run_summary.txt"))  # by an earlier call
+        if not trained and trainer.main(flags):
             sys.exit(1)
-        minutes = (time.perf_counter() - start) / 60
+        if trainer.main(["--mode", "test", "--split", "val+test", "--model_path", str(output)]):
+            sys.exit(1)
         run = find_checkpoint(output).parent
         results = json.loads((run / "test_metrics.json").read_text())
         for beam, result in zip(beams, results, strict=True):
             captions = json.loads((run / result["captions_file"]).read_text())
             known = [data.references(data.names.index(entry["image_id"])) for entry in captions]
             scores[name, beam] = cider_of_each([entry["caption"] for entry in captions], known)
-            print(f"{name}, {beam}: CIDEr {100 * scores[name, beam].mean():.1f}, {minutes:.1f} minutes with testing")
+            print(f"{name}, {beam}: CIDEr {100 * scores[name, beam].mean():.1f}")
+    time_steps(sizes, fewer)
     for beam in beams:
         mean, low, high = (100 * value for value in paired_bootstrap(scores["feeding", beam], scores["after", beam]))
         print(
