@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import warnings
 import zipfile
@@ -129,6 +130,7 @@ class Encoder(nn.Module):
         import torch._inductor.config as inductor
 
         print(f"Compiling {self.spec.name} for its encoding pass ...", flush=True)
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # warns that there is no CUDA
         try:
             with inductor.patch(freezing=True), warnings.catch_warnings(), torch.inference_mode():
                 warnings.simplefilter("ignore")

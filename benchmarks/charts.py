@@ -20,6 +20,11 @@ from matplotlib.figure import Figure as Picture
 OURS, OTHER = "#1f6fb4", "#b8b8b8"
 
 
+def short(value: float) -> str:
+    """Three digits, without an exponent: 1439.2 -> '1,439', 48.44 -> '48.4'."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def bars(figures: list[dict[str, Any]], title: str, unit: str) -> Picture:
     """A pair of horizontal bars per figure, ours and its baseline, with the ratio; the longer bar may be either."""
     picture, axes = plt.subplots(figsize=(8, 0.8 + 0.62 * len(figures)))
@@ -27,10 +32,18 @@ def bars(figures: list[dict[str, Any]], title: str, unit: str) -> Picture:
         axes.barh(place + 0.18, figure["value"], 0.34, color=OURS)
         axes.barh(place - 0.18, figure["baseline"], 0.34, color=OTHER)
         axes.text(
-            figure["value"], place + 0.18, f" {figure['value']:.3g} ({figure['ratio']:.3g}x)", va="center", fontsize=8
+            figure["value"],
+            place + 0.18,
+            f" {short(figure['value'])} ({figure['ratio']:.3g} times)",
+            va="center",
+            fontsize=8,
         )
         axes.text(
-            figure["baseline"], place - 0.18, f" {figure['baseline']:.3g}: {figure['against']}", va="center", fontsize=8
+            figure["baseline"],
+            place - 0.18,
+            f" {short(figure['baseline'])}: {figure['against']}",
+            va="center",
+            fontsize=8,
         )
     axes.set_yticks(range(len(figures)), [figure["name"] for figure in reversed(figures)], fontsize=8)
     axes.set_xlim(0, 1.6 * max(max(figure["value"], figure["baseline"]) for figure in figures))
@@ -40,10 +53,16 @@ def bars(figures: list[dict[str, Any]], title: str, unit: str) -> Picture:
     return picture
 
 
-def speed(result: dict[str, Any]) -> Picture | None:
-    """Images/s of encoding and decoding."""
-    figures = [f for f in result["figures"] if f["part"] in ("encoding", "decoding") and f["unit"] == "images/s"]
-    return bars(figures, "Images per second, ours (blue) and the baseline", "images/s") if figures else None
+def encoding(result: dict[str, Any]) -> Picture | None:
+    """Images/s that are encoded."""
+    figures = [f for f in result["figures"] if f["part"] == "encoding" and f["unit"] == "images/s"]
+    return bars(figures, "Encoding: ours (blue) and the baseline", "images/s") if figures else None
+
+
+def decoding(result: dict[str, Any]) -> Picture | None:
+    """Images/s that are captioned."""
+    figures = [f for f in result["figures"] if f["part"] == "decoding" and f["unit"] == "images/s"]
+    return bars(figures, "Captioning: many images at once (blue) and one at a time", "images/s") if figures else None
 
 
 def epochs(result: dict[str, Any]) -> Picture | None:
@@ -61,12 +80,12 @@ def epochs(result: dict[str, Any]) -> Picture | None:
     for place, group in enumerate(reversed(list(groups.values()))):
         for step, (way, color) in enumerate(shades.items()):
             axes.barh(place + 0.25 * (1 - step), group[way], 0.23, color=color, label=way if place == 0 else None)
-            axes.text(group[way], place + 0.25 * (1 - step), f" {group[way]:.3g} s", va="center", fontsize=7)
+            axes.text(group[way], place + 0.25 * (1 - step), f" {short(group[way])} s", va="center", fontsize=7)
     axes.set_yticks(range(len(groups)), list(reversed(groups)), fontsize=8)
     axes.set_xscale("log")
     axes.set_xlabel("seconds of an epoch (logarithmic)")
-    axes.set_title("An epoch after the first, ResNet50's features, batches of 128 captions", fontsize=10, loc="left")
-    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0.55, 1.0 + 0.35 / len(groups)), ncols=3)
+    axes.set_title("An epoch after the first, batches of 128 captions", fontsize=10, loc="left", x=-0.2)
+    axes.legend(fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0 - 0.15 / len(groups)), ncols=3)
     axes.spines[["top", "right"]].set_visible(False)
     return picture
 
@@ -105,7 +124,7 @@ def main(argv: list[str] | None = None) -> list[Path]:
     facts = result["machine"]
     where = f"{facts['gpu'] or facts['cpu']}, {facts['cores']} cores, torch {facts['torch']}, {result['date'][:10]}"
     drawn = []
-    for draw in (speed, epochs, memory):
+    for draw in (encoding, epochs, decoding, memory):
         if picture := draw(result):
             picture.text(0.99, 0.005, where, ha="right", va="bottom", fontsize=6, color="gray")
             drawn.append(args.directory / f"benchmark_{draw.__name__}.png")

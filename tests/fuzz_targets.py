@@ -448,7 +448,9 @@ def cache_indices(draw: st.DrawFn) -> tuple[bytes, list[int]]:
     lines = [draw(altered(line)) if draw(st.integers(0, 2)) == 0 else line for line in sound]
     text = "".join(json.dumps(line) + "\n" for line in lines).encode()
     text += draw(
-        st.sampled_from([b"", b"[" * 3000 + b"\n", b'["a", Infinity, 1, 1, 1, 1]\n', b'["a", NaN, 1, 1, 1, 1]\n', b"null\n"])
+        st.sampled_from(
+            [b"", b"[" * 3000 + b"\n", b'["a", Infinity, 1, 1, 1, 1]\n', b'["a", NaN, 1, 1, 1, 1]\n', b"null\n"]
+        )
     )
     return draw(mutated(text, 2)), draw(st.lists(st.integers(0, 60), max_size=3))
 

@@ -36,10 +36,10 @@ def paths(tmp_path):
     return sorted(folder.iterdir())
 
 
-def features(tmp_path, paths, build, means=False, cache="cache", needed=None):
+def features(tmp_path, paths, build, means=False, cache="cache", needed=None, compiled="off"):
     place = None if cache is None else tmp_path / cache
     wanted = np.arange(len(paths)) if needed is None else np.array(needed)
-    return open_features(place, SPEC, "0123456789abcdef", build, paths, wanted, torch.device("cpu"), means, 2)
+    return open_features(place, SPEC, "0123456789abcdef", build, paths, wanted, torch.device("cpu"), means, 2, compiled)
 
 
 def test_an_image_is_encoded_once(tmp_path, paths):
@@ -69,6 +69,23 @@ def test_a_changed_image_is_encoded_again_and_only_that(tmp_path, paths):
     after = features(tmp_path, paths, build).gather(np.arange(6))
     same = [bool(torch.equal(a, b)) for a, b in zip(before, after, strict=True)]
     assert build.built == 2 and same == [True, True, False, True, True, True]
+
+
+def test_the_compiled_encoder_gives_the_same(tmp_path, paths, capsys):
+    plain = features(tmp_path, paths, Counting()).gather(np.arange(6))
+    compiled = features(tmp_path, paths, Counting(), cache="compiled", compiled="on").gather(np.arange(6))
+    torch.testing.assert_close(compiled, plain, atol=1e-3, rtol=1e-3)
+    assert "Compiling toy" in capsys.readouterr().out
+
+
+def test_without_a_compiler_the_other_form_serves(tmp_path, paths, capsys, monkeypatch):
+    def no_compiler(*_, **__):
+        raise RuntimeError("no C++ compiler")
+
+    plain = features(tmp_path, paths, Counting()).gather(np.arange(6))
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    served = features(tmp_path, paths, Counting(), cache="other", compiled="on").gather(np.arange(6))
+    assert torch.equal(served, plain) and "no C++ compiler" in capsys.readouterr().out
 
 
 def test_features_do_not_depend_on_who_shares_the_batch(tmp_path, paths):
