@@ -379,7 +379,7 @@ def encode_images(
                 done.clear()
 
     bar = tqdm(total=len(todo), desc=f"Encoding images ({encoder.spec.name})", unit="image", disable=None)
-    with bar:
+    try:
         for part, versions, pixels in decoded_batches(paths, todo, encoder.spec.image_size, workers, unreadable):
             if part:
                 grids = encode(pixels)[: len(part)].to(torch.float16).cpu().numpy()  # (n, 49, C)
@@ -390,7 +390,9 @@ def encode_images(
                     flush()
             bar.update(len(part) + len(unreadable) - left_out)
             left_out = len(unreadable)
+    finally:  # Ctrl-C keeps what is encoded
         flush()
+        bar.close()
     return unreadable
 
 

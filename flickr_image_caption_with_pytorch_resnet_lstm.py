@@ -816,7 +816,10 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 128 + stopped.signal
     except KeyboardInterrupt:
-        print("\nStopped. What is saved stays: go on with --resume RUN_DIR.", file=sys.stderr)
+        print(
+            "\nStopped. What is saved stays: go on with --resume and the run directory named above, or, where none "
+            "is, with the same command.", file=sys.stderr,
+        )  # fmt: skip
         return 130
     return 0
 

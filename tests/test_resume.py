@@ -87,6 +87,37 @@ def test_a_signal_in_mid_epoch_loses_nothing(here, monkeypatch, capsys, decoder,
     assert_same(only_run("whole"), parts)
 
 
+def test_a_second_interrupt_stops_at_once_and_the_last_save_serves(here, monkeypatch, capsys):
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    assert run(here, "whole", "lstm") == 0
+    with monkeypatch.context() as patch:
+        at_step(patch, 6, twice)
+        assert run(here, "parts", "lstm") == 130
+    saved = torch.load(only_run("parts") / "last.pt", weights_only=True)
+    assert (saved["epoch"], saved["progress"]["step"]) == (1, 0) and "--resume" in capsys.readouterr().err
+    assert trainer.main(["--resume", str(only_run("parts"))]) == 0
+    assert_same(only_run("whole"), only_run("parts"))
+
+
+def test_interrupted_encoding_keeps_what_is_encoded(here, monkeypatch):
+    def interrupted(batches, *rest):
+        for number, batch in enumerate(batches(*rest)):
+            if number:
+                raise KeyboardInterrupt
+            yield batch
+
+    monkeypatch.setattr(feature_cache, "ENCODE_BATCH", 5)
+    with monkeypatch.context() as patch:
+        batches = feature_cache.decoded_batches
+        patch.setattr(feature_cache, "decoded_batches", lambda *rest: interrupted(batches, *rest))
+        assert run(here, "none", "lstm") == 130
+    (index,) = Path("feature_cache").rglob("mean.jsonl")
+    assert len(index.read_text().splitlines()) == 5 and not Path("none").exists()
+
+
 def test_a_crash_loses_at_most_the_minutes_since_the_last_save(here, monkeypatch):
     def crash():
         raise Crash
