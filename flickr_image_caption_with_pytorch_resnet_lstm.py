@@ -313,7 +313,7 @@ class Training(Task):
     first_epoch: int  # epochs that were trained before this run
     epoch: int  # finished epochs
     step: int  # finished steps of the epoch in hand
-    loss_sum: torch.Tensor  # float64, over the tokens of these steps, on the device
+    loss_sum: torch.Tensor  # over the tokens of these steps, on the device, float64 where it has that
     tokens: int
     curve: dict[str, list[Any]]
     history: list[dict[str, Any]]
@@ -476,7 +476,7 @@ def train_one_epoch(run: Training, stop: StopRequest) -> float:
         with run.precision.autocast():
             output = decoder(features, batch)
             loss = decoder.cross_entropy(output.code, batch.targets, args.label_smoothing) / len(batch.targets)
-            token_loss = loss.detach().double() * len(batch.targets)
+            token_loss = loss.detach().to(run.loss_sum.dtype) * len(batch.targets)
             if args.attention_reg and output.attention is not None:
                 # Doubly stochastic attention (Xu et al., 2015, section 4.2.1): every region is looked at once in all.
                 looked = output.attention.new_zeros(len(batch.row_image), output.attention.shape[1])
@@ -489,27 +489,30 @@ def train_one_epoch(run: Training, stop: StopRequest) -> float:
         run.tokens += len(batch.targets)
         run.step += 1
         bar.update()
-        if device.type == "cpu" or len(fine) == 100 or run.step == len(plan) or stop.signal:
+        due = stop.signal is not None or time.monotonic() - saved > 60 * args.checkpoint_minutes
+        if device.type == "cpu" or len(fine) == 100 or run.step == len(plan) or due:
             looked_at = range(run.step - len(fine), run.step)
             for number in (n for n, good in zip(looked_at, torch.stack(fine).tolist(), strict=True) if not good):
                 bad += 1
                 report_bad_batch(run, number, plan[number], bad)
             fine.clear()
-        if stop.signal or time.monotonic() - saved > 60 * args.checkpoint_minutes:
+        if due:
             run.save(run.directory / "last.pt")
             saved = time.monotonic()
         if stop.signal:
             raise Stopped(stop.signal, run.directory)
-    return float(run.loss_sum) / run.tokens
+    return float(run.loss_sum) / max(1, run.tokens)
 
 
 def report_bad_batch(run: Training, number: int, captions: np.ndarray, bad: int) -> None:
-    """Name a batch that was skipped.
+    """Name a batch that was skipped, and take its tokens out of the epoch's.
 
     Raises:
         UserError: it is one too many.
     """
-    images = [run.data.names[i] for i in run.batches.make(captions).images[:3]]
+    batch = run.batches.make(captions)
+    run.tokens -= len(batch.targets)
+    images = [run.data.names[i] for i in batch.images[:3]]
     where = f"batch {number + 1} of epoch {run.epoch + 1} ({', '.join(images)}, ...)"
     if bad > MAX_BAD_BATCHES:
         raise UserError(
@@ -611,7 +614,7 @@ def start_training(args: argparse.Namespace, typed: set[str], argv: list[str]) -
     print(f"Vocabulary: {len(vocabulary)} words. Decoder: {args.decoder}, {parameters:,} parameters")
     run = Training(
         args, device, data, features, vocabulary, decoder, batches, optimizer, precision, None, Path(), weights_hash,
-        {}, 0, 0, 0, torch.zeros((), dtype=torch.float64), 0,
+        {}, 0, 0, 0, torch.zeros((), device=device, dtype=torch.float32 if device.type == "mps" else torch.float64), 0,
         {"epochs": [], "training_losses": [], "validation_losses": [], "learning_rates": []}, [],
         {"score": -math.inf, "epoch": 0, "metric": args.best_metric},
     )  # fmt: skip
@@ -641,7 +644,6 @@ def start_training(args: argparse.Namespace, typed: set[str], argv: list[str]) -
         write_run_config(run.directory, run.flags, reproducing_command(argv))
         write_atomic(run.directory / "split.json", lambda file: file.write(dump_split(data).encode()))
     run.lock = lock
-    run.loss_sum = run.loss_sum.to(device) if device.type != "mps" else run.loss_sum
     left = run.last_epoch - run.epoch
     files = min(left, args.keep_checkpoints + 1) if args.keep_checkpoints else left
     space = (files + 2) * 3 * 4 * parameters + 20_000_000  # weights and Adam's two moments, last.pt twice; pictures
