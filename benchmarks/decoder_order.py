@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -30,13 +31,15 @@ from training_utils import Precision
 
 
 class InputFeedingDecoder(AttentionDecoder):
-    """Show, Attend and Tell's order (Xu et al., 2015): attend with the last hidden state, feed the context to the LSTM."""
+    """Show, Attend and Tell's order (Xu et al., 2015): attend with the last hidden state, feed the context to the LSTM.
+
+    Scores are scaled dot products here too, so that nothing but the order differs.
+    """
 
     def __init__(self, words: int, channels: int, embed: int, hidden: int, layers: int, drop: float, attention: int):
         assert layers == 1
         super().__init__(words, channels, embed, hidden, layers, drop, attention)
         self.lstm = nn.LSTM(2 * embed, hidden)
-        self.score = nn.Linear(attention, 1, bias=False)
         self.first_hidden, self.first_cell = nn.Linear(embed, hidden), nn.Linear(embed, hidden)
 
     def begin(self, features: torch.Tensor) -> DecoderState:
@@ -49,7 +52,8 @@ class InputFeedingDecoder(AttentionDecoder):
         self, words: torch.Tensor, hidden: torch.Tensor, cell: torch.Tensor, regions: torch.Tensor, keys: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """One time step of every row: words (R, E), hidden and cell (1, R, H), regions (R, 49, E), keys (R, 49, A)."""
-        weights = self.score(torch.tanh(keys + self.query(hidden[0]).unsqueeze(1))).squeeze(2).softmax(1)  # (R, 49)
+        query = self.query(hidden[0]).unsqueeze(2)  # (R, A, 1)
+        weights = (keys @ query / math.sqrt(query.shape[1])).squeeze(2).softmax(1)  # (R, 49)
         seen = torch.sigmoid(self.gate(hidden[0])) * (weights.unsqueeze(1) @ regions).squeeze(1)  # (R, E)
         out, hidden, cell = self.lstm_step(torch.cat([self.dropout(words), seen], 1), hidden, cell)
         code = self.squash(self.output(self.dropout(out)) + self.context(seen) + words)
