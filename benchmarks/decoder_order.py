@@ -49,40 +49,48 @@ class InputFeedingDecoder(AttentionDecoder):
         return DecoderState(hidden.unsqueeze(0), cell.unsqueeze(0), regions, self.key(regions))
 
     def attend_and_step(
-        self, words: torch.Tensor, hidden: torch.Tensor, cell: torch.Tensor, regions: torch.Tensor, keys: torch.Tensor
+        self, words: torch.Tensor, state: DecoderState
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """One time step of every row: words (R, E), hidden and cell (1, R, H), regions (R, 49, E), keys (R, 49, A)."""
-        query = self.query(hidden[0]).unsqueeze(2)  # (R, A, 1)
-        weights = (keys @ query / math.sqrt(query.shape[1])).squeeze(2).softmax(1)  # (R, 49)
-        seen = torch.sigmoid(self.gate(hidden[0])) * (weights.unsqueeze(1) @ regions).squeeze(1)  # (R, E)
-        out, hidden, cell = self.lstm_step(torch.cat([self.dropout(words), seen], 1), hidden, cell)
-        code = self.squash(self.output(self.dropout(out)) + self.context(seen) + words)
-        return code, weights, hidden, cell
+        """One time step of every row; rows of an image lie together. Args: words: (R, E)."""
+        assert state.keys is not None
+        hidden = state.hidden[0]  # (R, H)
+        query = self.query(hidden).view(len(state.keys), -1, state.keys.shape[2])  # (I, R / I, A)
+        weights = (query @ state.keys.transpose(1, 2) / math.sqrt(query.shape[2])).softmax(2)  # (I, R / I, 49)
+        seen = torch.sigmoid(self.gate(hidden)) * (weights @ state.regions).flatten(0, 1)  # (R, E)
+        out, hidden, cell = self.lstm_step(torch.cat([self.dropout(words), seen], 1), state.hidden, state.cell)
+        code = self.output(self.dropout(out)) + self.context(seen) + words
+        return code, weights.flatten(0, 1), hidden, cell
 
     def forward(self, features: torch.Tensor, batch: Batch) -> DecoderOutput:
+        """A loop over time in which every row goes to the end: leaving it early costs more in gradients of slices."""
+        rows, images = len(batch.row_image), len(features)
+        captions = int(torch.bincount(batch.row_image).max())
+        # The rows of an image side by side, with empty ones where an image has fewer captions than another.
+        order = batch.row_image.argsort(stable=True)
+        number = torch.arange(rows) - torch.searchsorted(batch.row_image[order], batch.row_image[order])
+        place = torch.empty(rows, dtype=torch.long)
+        place[order] = batch.row_image[order] * captions + number
+        time = torch.repeat_interleave(torch.arange(len(batch.batch_sizes)), batch.batch_sizes)
+        token = time * images * captions + place[batch.token_row]  # where each token lies in (T, I * captions)
+        inputs = batch.inputs.new_zeros(len(batch.batch_sizes) * images * captions)
+        words = self.embed(inputs.index_copy(0, token, batch.inputs)).view(
+            len(batch.batch_sizes), -1, self.embed.weight.shape[1]
+        )
         state = self.begin(features)
-        assert state.keys is not None
-        hidden, cell = state.hidden[:, batch.row_image], state.cell[:, batch.row_image]
-        regions, keys = state.regions[batch.row_image], state.keys[batch.row_image]
-        words, start = self.embed(batch.inputs), 0
+        state = state._replace(
+            hidden=state.hidden.repeat_interleave(captions, 1), cell=state.cell.repeat_interleave(captions, 1)
+        )
         codes, looks = [], []
-        for n in batch.batch_sizes.tolist():
-            code, weights, hidden, cell = self.attend_and_step(
-                words[start : start + n], hidden[:, :n], cell[:, :n], regions[:n], keys[:n]
-            )
+        for step in words.unbind(0):
+            code, weights, hidden, cell = self.attend_and_step(step, state)
+            state = state._replace(hidden=hidden, cell=cell)
             codes.append(code)
             looks.append(weights)
-            start += n
-        return DecoderOutput(torch.cat(codes), torch.cat(looks))
+        return DecoderOutput(self.squash(torch.cat(codes)[token]), torch.cat(looks)[token])
 
     def step(self, state: DecoderState, words: torch.Tensor) -> tuple[DecoderState, DecoderOutput]:
-        assert state.keys is not None
-        beams = len(words) // len(state.regions)
-        code, weights, hidden, cell = self.attend_and_step(
-            self.embed(words), state.hidden, state.cell,
-            state.regions.repeat_interleave(beams, 0), state.keys.repeat_interleave(beams, 0),
-        )  # fmt: skip
-        return state._replace(hidden=hidden, cell=cell), DecoderOutput(code, weights)
+        code, weights, hidden, cell = self.attend_and_step(self.embed(words), state)
+        return state._replace(hidden=hidden, cell=cell), DecoderOutput(self.squash(code), weights)
 
 
 def parameters(decoder: nn.Module) -> int:
