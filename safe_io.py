@@ -49,7 +49,8 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[IO[bytes]], obje
             "what was there before is untouched"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a file system that became read-only lets nothing be removed either
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

@@ -275,20 +275,14 @@ class Bench:
         """The right to write is taken away in mid-training and given back."""
         folder = self.folder("permission")
         self.copy_cache(folder)
-        root = os.geteuid() == 0  # whom permissions do not stop, but a read-only file system does
-        with small_disk(folder / "disk") if root else contextlib.nullcontext(folder) as disk:
-            where = ["--data_dir", str(self.data), "--model_save_dir", str(disk / "runs"), *self.cache(folder)]
-            process = self.start([*FLAGS, *where])
-            require(process.wait_for("Epoch 1 completed"), process.output())
-            (run,) = (path.parent for path in (disk / "runs").glob("*/*/*/last.pt"))
-            set_writable(disk if root else run, False, root)
+        process = self.train(folder)
+        require(process.wait_for("Epoch 1 completed"), process.output())
+        run = self.run_of(folder)
+        with read_only(run):
             code = process.finish()
-            require(code == 2 and "error: cannot write" in process.output(), f"code {code}:\n{process.output()}")
-            set_writable(disk if root else run, True, root)
-            process = self.start(["--resume", str(run), *self.cache(folder)])
-            require(process.finish() == 0, process.output())
-            if root:
-                shutil.copytree(disk / "runs", folder / "runs")
+        require(code == 2 and "error: cannot write" in process.output(), f"code {code}:\n{process.output()}")
+        process = self.recover(folder)
+        require(process.finish() == 0, process.output())
         self.compare(folder)
 
     def damaged_cache(self, rng: random.Random) -> None:
@@ -347,17 +341,21 @@ def require(kept: bool, problem: str) -> None:
         raise Lost(problem)
 
 
-def set_writable(path: Path, writable: bool, by_mount: bool) -> None:
-    if not by_mount:
-        path.chmod(0o755 if writable else 0o555)
+@contextlib.contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """Nothing can be written into a folder: by its permissions, or for root, whom they do not stop, by a mount over it."""
+    if os.geteuid():
+        folder.chmod(0o555)
+        yield
+        folder.chmod(0o755)
         return
-    # A busy file system refuses to become read-only while a file is open for writing: try between two writes.
-    for _ in range(200):
-        options = f"remount,{'rw' if writable else 'ro'}"
-        if subprocess.run(["mount", "-o", options, str(path)], capture_output=True, check=False).returncode == 0:
-            return
-        time.sleep(0.01)
-    raise Skipped("the file system was never idle")
+    for command in (["mount", "--bind", str(folder), str(folder)], ["mount", "-o", "remount,bind,ro", str(folder)]):
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            raise Skipped("needs the right to mount")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @contextlib.contextmanager

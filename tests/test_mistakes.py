@@ -1,5 +1,6 @@
 """What a user can get wrong, and the demo set in miniature from drawing to scores."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -126,3 +127,13 @@ def test_the_demo_in_miniature(tmp_path, monkeypatch, capsys):
     assert trainer.main(["--mode", "test", "--model_path", "saved_models/demo/efficientnet_lite0_attention"]) == 0
     out = capsys.readouterr().out
     assert "train 24, val 3, test 3" in out and "Epoch 1 completed (1/1):" in out and "CIDEr" in out
+
+
+def test_a_file_system_that_became_read_only_is_one_message(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(UserError, match="cannot write .*Read-only"):
+        write_atomic(tmp_path / "last.pt", lambda file: file.write(b"x"))
