@@ -366,7 +366,8 @@ def apply_checkpoint(args: argparse.Namespace, typed: set[str], checkpoint: dict
     if args.decoder == "lstm" and args.save_attention_viz:
         raise UserError(f"--save_attention_viz has no effect: {path} is an lstm decoder, which has no attention")
     follow = ["data_dir", "image_dir", "captions_file", "resnet_weights", "seed"]
-    if any(Path(saved["feature_cache"]).glob(f"{args.encoder}-*")):  # a stranger's checkpoint makes no cache elsewhere
+    # A stranger's checkpoint makes no cache elsewhere: only what is one already is used.
+    if saved["feature_cache"] == "off" or any(Path(saved["feature_cache"]).glob(f"{args.encoder}-*")):
         follow.append("feature_cache")
     if args.mode == "train":
         follow += [
