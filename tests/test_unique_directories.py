@@ -35,7 +35,7 @@ def test_two_runs_of_one_second_never_share_a_directory(tmp_path):
 
 
 def test_the_config_has_the_originals_names(tmp_path):
-    write_run_config(tmp_path, FLAGS)
+    write_run_config(tmp_path, FLAGS, "python x")
     assert read_json(tmp_path / "run_config.json")["decoder_type"] == "lstm"
 
 
