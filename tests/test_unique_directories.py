@@ -57,6 +57,6 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         for changes in ({}, {}, {"learning_rate": 5e-4}, {"use_scheduler": False, "save_attention_viz": True}):
             made = create_run_directory(Path(folder), FLAGS | changes, "resnet", NOW)
-            write_run_config(made, FLAGS | changes)
+            write_run_config(made, FLAGS | changes, "python x")
             print(made.relative_to(folder), [path.name for path in made.iterdir()])
     sys.exit(pytest.main([__file__, "-v"]))
