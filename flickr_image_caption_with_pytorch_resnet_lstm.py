@@ -203,6 +203,8 @@ def parse_flags(argv: list[str]) -> tuple[argparse.Namespace, set[str]]:
                 f"To train longer or otherwise: --model_path {args.resume} --epochs N"
             )
         config = args.resume / "run_config.json"
+        if not config.is_file():
+            raise UserError(f"--resume {args.resume} is no run directory: give the one that the interrupted run named")
     if config is not None:
         parser.set_defaults(**config_flags(parser, config))
     args = parser.parse_args(argv)
