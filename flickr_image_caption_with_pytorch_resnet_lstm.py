@@ -282,6 +282,7 @@ from training_utils import (
     Stopped,
     StopRequest,
     choose_schedule,
+    keep_freed_memory,
     pick_device,
     seed_step,
 )
@@ -579,6 +580,7 @@ def save_attention_pictures(task: Task, directory: Path) -> None:
 
 def start_training(args: argparse.Namespace, typed: set[str], argv: list[str]) -> Training:
     """Build everything, from nothing, from `--model_path` (a new run) or from `--resume` (the same run)."""
+    keep_freed_memory()
     checkpoint, path = None, None
     if args.resume is not None:
         path = args.resume / "last.pt"
