@@ -522,16 +522,36 @@ def open_image(path: Path, at_least: int | None = None) -> Image.Image:
         raise UnreadableImage(f"{path}: {error}") from error
 
 
-def load_pixels(path: Path, size: int) -> np.ndarray:
-    """A picture squashed to `size` x `size`, uint8 (size, size, 3): what the encoders look at.
+class View(NamedTuple):
+    """One way of looking at a picture: the part of it that is squashed to a square, perhaps mirrored."""
+
+    box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)  # left, top, right, bottom, as parts of the sides
+    mirrored: bool = False
+
+
+VIEWS = {
+    "whole": View(),
+    "mirror": View(mirrored=True),
+    "top_left_mirror": View((0.0, 0.0, 0.85, 0.85), mirrored=True),
+    "top_right": View((0.15, 0.0, 1.0, 0.85)),
+    "bottom_left_mirror": View((0.0, 0.15, 0.85, 1.0), mirrored=True),
+    "bottom_right": View((0.15, 0.15, 1.0, 1.0)),
+}
+
+
+def load_pixels(path: Path, size: int, view: str = "whole") -> np.ndarray:
+    """A picture, or one of `VIEWS` of it, squashed to `size` x `size`, uint8 (size, size, 3): what the encoders see.
 
     Squashing rather than cropping keeps everything in view, and an attention map stretched back over
     the picture lies where it belongs.
     """
     image = open_image(path, at_least=2 * size)
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BILINEAR)  # Pillow's filter widens when it shrinks
-    return np.asarray(image)
+    (width, height), (box, mirrored) = image.size, VIEWS[view]
+    if image.size != (size, size) or view != "whole":
+        part = (box[0] * width, box[1] * height, box[2] * width, box[3] * height)
+        image = image.resize((size, size), Image.Resampling.BILINEAR, part)  # Pillow's filter widens when it shrinks
+    pixels = np.asarray(image)
+    return np.ascontiguousarray(pixels[:, ::-1]) if mirrored else pixels
 
 
 # --------------------------------------------------------------------------------------------------
@@ -674,29 +694,48 @@ class BatchMaker:
 
     def make(self, captions: np.ndarray) -> Batch:
         """Pack the given captions (numbers) with their images."""
-        captions = captions[np.argsort(-self.lengths[captions], kind="stable")]
         owner = np.searchsorted(self.first_caption, captions, side="right") - 1
-        images, row_image = np.unique(owner, return_inverse=True)
-        steps = self.lengths[captions] + 1  # the words and <EOS>
-        running = np.arange(steps.max())[:, None] < steps[None, :]  # (T, R)
-        time, row = np.nonzero(running)  # packed order: step by step
-        word = self.starts[captions][row] + time
-        last = time == steps[row] - 1
-        targets = np.where(last, EOS, self.lookup[self.tokens[np.minimum(word, len(self.tokens) - 1)]])
-        inputs = np.where(time == 0, SOS, self.lookup[self.tokens[word - 1]])
-        # Where each token lies among its image's tokens: the image's earlier rows, then its own time.
-        order = np.argsort(row_image, kind="stable")
-        before = np.cumsum(steps[order]) - steps[order]
-        first = before[np.searchsorted(row_image[order], np.arange(len(images)))]
-        base = np.empty(len(captions), dtype=np.int64)
-        base[order] = before - first[row_image[order]]
-        per_image = int(np.bincount(row_image, weights=steps).max())
-        slots = row_image[row] * per_image + base[row] + time
-        as_tensor = lambda values: torch.from_numpy(values.astype(np.int64))  # noqa: E731
-        return Batch(
-            images, as_tensor(row_image), as_tensor(inputs), as_tensor(targets),
-            as_tensor(running.sum(1)), as_tensor(row), as_tensor(slots), per_image,
-        )  # fmt: skip
+        # The words are looked up by `lookup` once they are few.
+        return pack_captions(self.tokens, self.starts[captions], self.lengths[captions], owner, self.lookup)[0]
+
+
+def pack_captions(
+    words: np.ndarray, starts: np.ndarray, lengths: np.ndarray, owner: np.ndarray, lookup: np.ndarray | None = None
+) -> tuple[Batch, np.ndarray]:
+    """Pack captions that lie in one flat array, caption c at `words[starts[c]:starts[c] + lengths[c]]`.
+
+    Args:
+        words: int (tokens,) vocabulary ids, or what `lookup` makes such.
+        owner: int64 (R,) the image of each caption.
+
+    Returns:
+        the batch, and which of the given captions each of its rows is, int64 (R,).
+    """
+    order = np.argsort(-lengths, kind="stable")
+    starts, owner, steps = starts[order], owner[order], lengths[order] + 1  # the words and <EOS>
+    images, row_image = np.unique(owner, return_inverse=True)
+    running = np.arange(steps.max())[:, None] < steps[None, :]  # (T, R)
+    time, row = np.nonzero(running)  # packed order: step by step
+    word = starts[row] + time
+    after, before = words[np.minimum(word, len(words) - 1)], words[word - 1]
+    if lookup is not None:
+        after, before = lookup[after], lookup[before]
+    targets = np.where(time == steps[row] - 1, EOS, after)
+    inputs = np.where(time == 0, SOS, before)
+    # Where each token lies among its image's tokens: the image's earlier rows, then its own time.
+    by_image = np.argsort(row_image, kind="stable")
+    earlier = np.cumsum(steps[by_image]) - steps[by_image]
+    first = earlier[np.searchsorted(row_image[by_image], np.arange(len(images)))]
+    base = np.empty(len(order), dtype=np.int64)
+    base[by_image] = earlier - first[row_image[by_image]]
+    per_image = int(np.bincount(row_image, weights=steps).max())
+    slots = row_image[row] * per_image + base[row] + time
+    as_tensor = lambda values: torch.from_numpy(values.astype(np.int64))  # noqa: E731
+    batch = Batch(
+        images, as_tensor(row_image), as_tensor(inputs), as_tensor(targets),
+        as_tensor(running.sum(1)), as_tensor(row), as_tensor(slots), per_image,
+    )  # fmt: skip
+    return batch, order
 
 
 def saved_split_of(data: CaptionSet) -> dict[str, list[str]] | None:

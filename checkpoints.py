@@ -11,7 +11,7 @@ import torch
 
 from safe_io import CONTROL_CHARACTERS, UserError, check_tensor_zip, first_line, publish_copy, write_atomic
 
-SCHEMA = 2  # of the checkpoint; a reader refuses what it does not know
+SCHEMA = 3  # of the checkpoint; a reader refuses what it does not know
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
@@ -42,10 +42,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} is not a checkpoint of this program: give a model_epoch_N.pt, best.pt or a run directory"
         )
     require_form(checkpoint, {"schema": whole()}, path)
+    if checkpoint["schema"] not in range(1, SCHEMA + 1):
+        raise UserError(f"{path} has checkpoint schema {checkpoint['schema']}, this program reads 1 to {SCHEMA}")
     if checkpoint["schema"] == 1:
         upgrade_from_1(checkpoint)
-    elif checkpoint["schema"] != SCHEMA:
-        raise UserError(f"{path} has checkpoint schema {checkpoint['schema']}, this program reads 1 and {SCHEMA}")
+    if checkpoint["schema"] < SCHEMA:
+        upgrade_from_2(checkpoint)
     require_form(checkpoint, CHECKPOINT, path)
     check_architecture(checkpoint, path)
     check_optimizer(checkpoint["optimizer"], list(checkpoint["decoder"].values()), path)
@@ -58,6 +60,15 @@ def upgrade_from_1(checkpoint: dict[str, Any]) -> None:
     checkpoint["progress"] = {"first_epoch": checkpoint["epoch"], "step": 0, "loss_sum": 0.0, "tokens": 0}
     if isinstance(checkpoint["flags"], dict):
         checkpoint["flags"].setdefault("precision", "fp32")
+
+
+def upgrade_from_2(checkpoint: dict[str, Any]) -> None:
+    """Schema 2 knew neither views, nor self-critical training, nor tuned decoding; its weight decay was AdamW's own."""
+    checkpoint["schema"], checkpoint["decoding"] = SCHEMA, None
+    if isinstance(checkpoint.get("progress"), dict):
+        checkpoint["progress"].setdefault("reward_sum", 0.0)
+    if isinstance(checkpoint["flags"], dict):
+        checkpoint["flags"] = {"views": "whole", "weight_decay": 0.01} | checkpoint["flags"]
 
 
 class Rule(NamedTuple):
@@ -145,13 +156,16 @@ CHECKPOINT: dict[str, Any] = {
         "freq_threshold": whole(1), "max_length": whole(1), "batch_size": whole(1), "seed": whole(),
         "drop_prob": real(0, 0.95), "grad_clip": real(0, 1e30), "label_smoothing": real(0, 0.9),
         "attention_reg": real(0, 1e30), "learning_rate": real(0, 1e30), "feature_cache": TEXT,
+        "views": one_of("whole", "mirror", "all"), "weight_decay": real(0, 1e30),
         "best_metric": one_of("cider", "bleu4", "val_loss"), "precision": one_of("fp32", "bf16", "fp16"),
         "data_dir": OrNone(TEXT), "image_dir": OrNone(TEXT),
         "captions_file": OrNone(TEXT), "resnet_weights": OrNone(TEXT),
     },
     "optimizer": Rule(lambda value: isinstance(value, dict), "the state of an optimizer"),
     "scaler": Rule(lambda value: is_table(value, is_scalar), "the state of a loss scaler"),
-    "progress": {"first_epoch": whole(), "step": whole(), "loss_sum": real(0, 1e300), "tokens": whole()},
+    "progress": {"first_epoch": whole(), "step": whole(), "loss_sum": real(-1e300, 1e300), "reward_sum": real(0, 1e300),
+                 "tokens": whole()},
+    "decoding": OrNone({"beam_size": whole(1), "length_penalty": real(0, 1e3), "cider": real(), "images": whole()}),
     "schedule": OrNone(SCHEDULE),
     "split": OrNone({"val": NAMES, "test": NAMES}),
     "loss_curve": dict.fromkeys(("epochs", "training_losses", "validation_losses", "learning_rates"), NUMBERS),

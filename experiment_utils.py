@@ -197,11 +197,11 @@ def find_checkpoint(model_path: Path) -> Path:
     return newest
 
 
-def save_test_captions(directory: Path, content: list[dict[str, str]]) -> str:
-    """Write captions under the first free `test_captions[_N].json`; a file that already says the same serves again."""
+def save_numbered(directory: Path, name: str, content: list[dict[str, str]]) -> str:
+    """Write JSON under the first free `name[_N].json`; a file that already says the same serves again."""
     number = 1
     while True:
-        path = directory / ("test_captions.json" if number == 1 else f"test_captions_{number}.json")
+        path = directory / (f"{name}.json" if number == 1 else f"{name}_{number}.json")
         if not path.exists():
             write_json(path, content)
         if json.loads(path.read_text(encoding="utf-8")) == content:

@@ -2,7 +2,7 @@
 
 One folder per encoder, weights and transform, in it one per image directory:
 
-    feature_cache/efficientnet_lite0-57934424-squash224/Images-1a2b3c4d/
+    feature_cache/efficientnet_lite0-57934424-squash224/Images-1a2b3c4d/     (squash224-mirror: another view)
         grid.000.f16, grid.001.f16, ...   float16 rows (49, C), ROWS_PER_FILE to a file
         grid.jsonl                        a line per row: whose features, of which version of the file, checksum
         mean.000.f16, mean.jsonl          the grids' means (C,), which is all the `lstm` decoder wants
@@ -228,6 +228,16 @@ class DeviceFeatures:
         return self.rows[torch.from_numpy(self.place[images]).to(self.rows.device)].float()
 
 
+def gather_any_view(views: Sequence[Features], images: np.ndarray, random: np.random.Generator) -> torch.Tensor:
+    """Features of the images, each in a view drawn at random: float (I, 49, C) or (I, C)."""
+    if len(views) == 1:
+        return views[0].gather(images)
+    drawn = random.integers(len(views), size=len(images))
+    order = np.argsort(drawn, kind="stable")
+    parts = [views[v].gather(images[drawn == v]) for v in np.unique(drawn)]
+    return torch.cat(parts)[torch.from_numpy(np.argsort(order)).to(parts[0].device)]
+
+
 def fits_on(device: torch.device, size: int) -> bool:
     """Whether `size` bytes are at most half of a GPU's free memory."""
     return device.type == "cuda" and size <= torch.cuda.mem_get_info(device)[0] // 2
@@ -237,10 +247,11 @@ class LiveFeatures:
     """The plain path (`--feature_cache off`): every batch through the encoder. Implements `Features`."""
 
     def __init__(
-        self, encoder: Encoder, device: torch.device, paths: Sequence[Path], needed: np.ndarray, means: bool, workers: int,
+        self, encoder: Encoder, device: torch.device, paths: Sequence[Path], needed: np.ndarray, means: bool,
+        workers: int, view: str,
     ):  # fmt: skip
         self.encode = encoder.fast_form(device)
-        self.paths, self.size, self.means = paths, encoder.spec.image_size, means
+        self.paths, self.size, self.means, self.view = paths, encoder.spec.image_size, means, view
         self.pool = ThreadPoolExecutor(workers)
         self.unreadable = {}
         for image, problem in zip(
@@ -251,13 +262,13 @@ class LiveFeatures:
 
     def problem_of(self, path: Path) -> str | None:
         try:
-            load_pixels(path, self.size)
+            load_pixels(path, self.size, self.view)
         except UnreadableImage as error:
             return str(error)
         return None
 
     def gather(self, images: np.ndarray) -> torch.Tensor:
-        pixels = list(self.pool.map(lambda image: load_pixels(self.paths[image], self.size), images))
+        pixels = list(self.pool.map(lambda image: load_pixels(self.paths[image], self.size, self.view), images))
         grid = self.encode(np.stack(pixels))
         return grid.mean(1) if self.means else grid
 
@@ -274,6 +285,7 @@ def open_features(
     workers: int,
     compile_encoder: str = "off",
     keep_on_device: str = "off",
+    view: str = "whole",
 ) -> Features:
     """Features of images, encoding those that the cache lacks.
 
@@ -286,17 +298,19 @@ def open_features(
         workers: threads that decode images while the encoder runs.
         compile_encoder: auto, on or off, see `Encoder.fast_form`.
         keep_on_device: auto, on or off: a copy of the features in the memory of a GPU.
+        view: one of `caption_data.VIEWS`.
 
     Raises:
         UserError: too many images cannot be read, the disk is too small, or the cache cannot be written.
     """
     if cache is None:
-        live = LiveFeatures(build_encoder(), device, paths, needed, means, workers)
+        live = LiveFeatures(build_encoder(), device, paths, needed, means, workers, view)
         check_unreadable(live.unreadable, len(needed))
         return live
     folder = paths[0].parent.resolve()
     identity = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
-    directory = cache / f"{spec.name}-{weights_hash[:8]}-squash{spec.image_size}" / f"{folder.name}-{identity}"
+    transform = f"squash{spec.image_size}" + ("" if view == "whole" else f"-{view}")
+    directory = cache / f"{spec.name}-{weights_hash[:8]}-{transform}" / f"{folder.name}-{identity}"
     make_directory(directory, "the feature cache; --feature_cache DIR chooses another place, off does without")
     with waiting_lock(directory):
         grid = FeatureFile(directory, "grid", (spec.regions, spec.channels))
@@ -312,7 +326,7 @@ def open_features(
             require_free_space(directory, len(todo) * (wanted.row_bytes + 128), "encoding the images")
             worth_it = spec.compile_from is not None and len(todo) >= spec.compile_from
             compiled = compile_encoder == "on" or (compile_encoder == "auto" and worth_it)
-            unreadable = encode_images(build_encoder(), device, wanted, paths, todo, workers, compiled)
+            unreadable = encode_images(build_encoder(), device, wanted, paths, todo, workers, compiled, view)
     check_unreadable(unreadable, len(needed))
     cached = CachedFeatures(wanted, paths, unreadable)
     good = np.array([image for image in needed if image not in unreadable], dtype=np.int64)
@@ -363,6 +377,7 @@ def encode_images(
     todo: list[int],
     workers: int,
     compiled: bool = False,
+    view: str = "whole",
 ) -> dict[int, str]:
     """Run the encoder over the images `todo` and append to `file`; returns why some could not be read."""
     encode = encoder.fast_form(device, compiled)
@@ -378,9 +393,9 @@ def encode_images(
             for done in (names, stamps, pending):
                 done.clear()
 
-    bar = tqdm(total=len(todo), desc=f"Encoding images ({encoder.spec.name})", unit="image", disable=None)
+    bar = tqdm(total=len(todo), desc=f"Encoding images ({encoder.spec.name}, {view})", unit="image", disable=None)
     try:
-        for part, versions, pixels in decoded_batches(paths, todo, encoder.spec.image_size, workers, unreadable):
+        for part, versions, pixels in decoded_batches(paths, todo, encoder.spec.image_size, workers, unreadable, view):
             if part:
                 grids = encode(pixels)[: len(part)].to(torch.float16).cpu().numpy()  # (n, 49, C)
                 pending.append(grids if file.kind == "grid" else mean_of(grids))
@@ -397,7 +412,7 @@ def encode_images(
 
 
 def decoded_batches(
-    paths: Sequence[Path], todo: list[int], size: int, workers: int, unreadable: dict[int, str]
+    paths: Sequence[Path], todo: list[int], size: int, workers: int, unreadable: dict[int, str], view: str
 ) -> Iterator[tuple[list[int], list[Version], np.ndarray]]:
     """Yield (images, their versions, pixels uint8 (ENCODE_BATCH, size, size, 3)); threads decode a few batches ahead.
 
@@ -409,7 +424,7 @@ def decoded_batches(
     """
 
     def read(path: Path) -> tuple[Version, np.ndarray]:
-        return version_of(path), load_pixels(path, size)
+        return version_of(path), load_pixels(path, size, view)
 
     chunks = [todo[start : start + ENCODE_BATCH] for start in range(0, len(todo), ENCODE_BATCH)]
     with ThreadPoolExecutor(workers) as pool:

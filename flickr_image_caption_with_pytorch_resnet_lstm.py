@@ -18,6 +18,7 @@ The way of the data: flags -> images, captions, split -> vocabulary -> features,
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import math
 import os
@@ -32,12 +33,12 @@ from experiment_utils import (
     find_checkpoint,
     lock_run_directory,
     reproducing_command,
-    save_test_captions,
     write_run_config,
     write_run_summary,
 )
 from safe_io import UserError, format_bytes, publish_copy, read_json, require_free_space, write_atomic, write_json
 
+VIEW_COUNTS = {"whole": 1, "mirror": 2, "all": 6}  # of an image, by how many of caption_data.VIEWS they are
 SCHEDULERS = ("reduce_lr_on_plateau", "step", "cosine", "exponential", "one_cycle")
 SCHEDULER_FLAGS = (
     "scheduler_type", "scheduler_patience", "scheduler_factor", "scheduler_step_size", "scheduler_gamma",
@@ -89,12 +90,11 @@ def get_parser() -> argparse.ArgumentParser:
     )
     count, positive = number(int, 1), number(float, 0, above=True)
     add = parser.add_argument_group("what to do").add_argument
-    add("--mode", choices=("train", "test"), default="train", help="train a decoder, or score a trained one")
-    add(
-        "--model_path",
-        type=Path,
-        help="checkpoint, run directory or folder of runs: to test, or to go on training from",
-    )
+    add("--mode", choices=("train", "test", "tune"), default="train",
+        help="train a decoder; score a trained one; or find its best beam size and length penalty on the validation images")  # fmt: skip
+    add("--model_path", type=Path, nargs="+",
+        help="checkpoint, run directory or folder of runs: to test (several are an ensemble), or to go on training from")  # fmt: skip
+    add("--predictions", type=Path, help="--mode test: score the captions in this file (COCO results or CSV) instead")
     add("--resume", type=Path, metavar="RUN_DIR", help="go on with an interrupted run in its own directory")
     add("--config", type=Path, help="YAML or JSON file of flags, e.g. a run's run_config.json; the command line wins")
     add("--dry_run", action="store_true", help="go through everything on a handful of images in seconds")
@@ -103,7 +103,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--dataset_type", choices=("flickr8k", "flickr30k", "custom", "demo"), default="flickr30k",
         help="custom is your own folder, demo the drawn set of download_datasets.py")  # fmt: skip
     add("--decoder", choices=("lstm", "attention"), default="lstm", help="attention is better and can be looked at")
-    add("--epochs", type=count, default=10, help="epochs to train; with --model_path, epochs more")
+    add("--epochs", type=number(int, 0), default=10, help="epochs to train; with --model_path, epochs more")
     add("--batch_size", type=count, default=128, help="captions in a batch (whole images; fewer if memory runs out)")
     add(
         "--learning_rate",
@@ -119,6 +119,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--freq_threshold", type=count, default=3, help="a word seen less often in training becomes <UNK>")
     add("--max_length", type=count, default=40, help="words at most in a caption, read or written")
     add("--num_workers", type=number(int, 0), default=16, help="threads that decode images; capped at the cores")
+    add("--views", choices=VIEW_COUNTS, default="whole",
+        help="of each image: one is drawn for each training step, all are averaged in testing; each is encoded once")  # fmt: skip
     add("--feature_cache", default="feature_cache", help="folder of encoded images; 'off' encodes them in every batch")
 
     add = parser.add_argument_group("model").add_argument
@@ -141,6 +143,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--features_on_device", choices=("auto", "on", "off"), default="auto",
         help="keep all image features in the GPU's memory; auto does if they take at most half of what is free")  # fmt: skip
     add("--grad_clip", type=number(float, 0), default=5.0, help="largest gradient norm; 0 does not clip")
+    add("--weight_decay", type=number(float, 0), default=0.01, help="of AdamW")
     add("--label_smoothing", type=number(float, 0, 0.9), default=0.0, help="of the training loss; 0.1 helps long runs")
     add("--attention_reg", type=number(float, 0), default=0.0,
         help="weight of Show-Attend-and-Tell's term that has every region looked at once (attention decoder)")  # fmt: skip
@@ -148,6 +151,18 @@ def get_parser() -> argparse.ArgumentParser:
         help="what picks best.pt: CIDEr goes on rising after the loss has turned")  # fmt: skip
     add(
         "--early_stopping", type=number(int, 0), default=0, help="stop after so many epochs without a new best; 0 never"
+    )
+
+    add = parser.add_argument_group("self-critical training").add_argument
+    add("--scst_epochs", type=number(int, 0), default=0,
+        help="epochs of it after the others: sampled captions, rewarded by CIDEr-D; --epochs 0 --model_path X adds only these")  # fmt: skip
+    add("--scst_learning_rate", type=positive, default=5e-5, help="its learning rate, which stays")
+    add("--scst_samples", type=number(int, 2), default=5, help="captions drawn of each image")
+    add(
+        "--scst_ce_weight",
+        type=number(float, 0),
+        default=0.0,
+        help="weight of the cross-entropy of people's captions in its loss",
     )
 
     add = parser.add_argument_group("learning rate scheduling").add_argument
@@ -165,13 +180,19 @@ def get_parser() -> argparse.ArgumentParser:
     add("--warmup_epochs", type=number(int, 0), default=0, help="one_cycle: epochs of its rising part")
 
     add = parser.add_argument_group("decoding").add_argument
-    add("--beam_size", type=count, default=3, help="hypotheses kept in testing, beside greedy decoding")
+    add(
+        "--beam_size",
+        type=count,
+        default=3,
+        help="hypotheses kept in testing, beside greedy decoding (not typed: what --mode tune found, if it did)",
+    )
     add(
         "--length_penalty",
         type=number(float, 0),
         default=0.7,
         help="exponent of the length; more makes captions longer",
     )
+    add("--spice", action="store_true", help="SPICE too (Java; downloads CoreNLP; minutes)")
     add("--split", choices=("test", "val", "val+test"), default="test", help="which images --mode test scores")
 
     add = parser.add_argument_group("attention visualization").add_argument
@@ -230,8 +251,19 @@ def check_flags(args: argparse.Namespace, typed: set[str], parser: argparse.Argu
                 parser.error(f"--{name} has no effect with --feature_cache off")
     if args.use_scheduler and args.scheduler_type == "one_cycle" and args.warmup_epochs >= args.epochs:
         parser.error(f"--warmup_epochs {args.warmup_epochs} leaves nothing of the {args.epochs} epochs to come down in")
-    if args.mode == "test" and args.model_path is None:
-        parser.error("--mode test needs --model_path: a checkpoint, a run directory or a folder of runs")
+    if args.mode == "train" and not args.epochs + args.scst_epochs:
+        parser.error("--epochs 0 leaves nothing to do: add --scst_epochs N, or train at least one epoch")
+    if args.scst_epochs and args.early_stopping:
+        parser.error("--early_stopping has no effect with --scst_epochs: best.pt is the best epoch of all of them")
+    for name in typed & {"scst_learning_rate", "scst_samples", "scst_ce_weight"}:
+        if not args.scst_epochs:
+            parser.error(f"--{name} has no effect without --scst_epochs")
+    if args.mode != "test" and "predictions" in typed:
+        parser.error("--predictions has no effect without --mode test")
+    if args.mode != "train" and args.model_path is None and args.predictions is None:
+        parser.error(f"--mode {args.mode} needs --model_path: a checkpoint, a run directory or a folder of runs")
+    if args.mode != "test" and len(args.model_path or []) > 1:
+        parser.error(f"--mode {args.mode} takes one --model_path; several are an ensemble, for --mode test")
     if args.mode == "train" and "split" in typed:
         parser.error("--split has no effect in training: it says which images --mode test scores")
     if args.resnet_weights and args.encoder != "resnet50" and "resnet_weights" in typed:
@@ -254,9 +286,10 @@ import plots
 from caption_data import (
     PAD,
     SOS,
+    VIEWS,
+    Batch,
     BatchMaker,
     CaptionSet,
-    UnreadableImage,
     Vocabulary,
     build_vocabulary,
     dump_split,
@@ -268,14 +301,24 @@ from caption_models import (
     ENCODERS,
     Hypothesis,
     LSTMDecoder,
-    beam_search,
     build_decoder,
     build_encoder,
     find_weights,
 )
 from checkpoints import carry_best, load_checkpoint, load_weights, prune_checkpoints, save_checkpoint
-from feature_cache import Features, open_features
-from metrics_utils import METRIC_NAMES, has_java, score_captions
+from evaluation import (
+    generate,
+    print_scores,
+    read_predictions,
+    save_gallery,
+    save_references,
+    save_test,
+    score_test,
+    tune,
+)
+from feature_cache import Features, gather_any_view, open_features
+from metrics_utils import score_captions
+from self_critical import SelfCritic
 from training_utils import (
     Precision,
     Schedule,
@@ -297,16 +340,18 @@ class Task:
     args: argparse.Namespace
     device: torch.device
     data: CaptionSet
-    features: Features
     vocabulary: Vocabulary
-    decoder: LSTMDecoder
+    members: list[tuple[LSTMDecoder, Features]]  # who captions: a decoder and a view of the images, or several
 
 
 @dataclasses.dataclass
 class Training(Task):
     """And what training has on top: everything that a checkpoint brings back."""
 
+    decoder: LSTMDecoder
+    views: list[Features]  # of the images
     batches: BatchMaker
+    critic: SelfCritic | None  # for self-critical training
     optimizer: torch.optim.Optimizer
     precision: Precision
     schedule: Schedule | None
@@ -317,6 +362,7 @@ class Training(Task):
     epoch: int  # finished epochs
     step: int  # finished steps of the epoch in hand
     loss_sum: torch.Tensor  # over the tokens of these steps, on the device, float64 where it has that
+    reward_sum: float  # of self-critical training: the samples' mean CIDEr-D, summed over steps
     tokens: int
     curve: dict[str, list[Any]]
     history: list[dict[str, Any]]
@@ -334,14 +380,26 @@ class Training(Task):
                 "schedule": self.schedule.state() if self.schedule else None,
                 "vocabulary": self.vocabulary.words, "flags": self.flags, "split": saved_split_of(self.data),
                 "progress": {"first_epoch": self.first_epoch, "step": self.step, "loss_sum": float(self.loss_sum),
-                             "tokens": self.tokens},
+                             "reward_sum": self.reward_sum, "tokens": self.tokens},
+                "decoding": None,
                 "loss_curve": self.curve, "metrics_history": self.history, "best": self.best,
             },
         )  # fmt: skip
 
     @property
     def last_epoch(self) -> int:
-        return self.first_epoch + int(self.args.epochs)
+        return self.first_epoch + int(self.args.epochs + self.args.scst_epochs)
+
+    @property
+    def self_critical(self) -> bool:
+        """Whether the epoch in hand is one of self-critical training, which come last."""
+        return self.epoch >= self.first_epoch + int(self.args.epochs)
+
+    def rate(self) -> float:
+        """The learning rate of the step in hand."""
+        if self.self_critical:
+            return float(self.args.scst_learning_rate)
+        return self.schedule.rate(self.epoch, self.step) if self.schedule else float(self.args.learning_rate)
 
     def stopped_early(self) -> bool:
         patience = self.args.early_stopping
@@ -372,8 +430,13 @@ def apply_checkpoint(args: argparse.Namespace, typed: set[str], checkpoint: dict
     # A stranger's checkpoint makes no cache elsewhere: only what is one already is used.
     if saved["feature_cache"] == "off" or any(Path(saved["feature_cache"]).glob(f"{args.encoder}-*")):
         follow.append("feature_cache")
+    follow.append("views")
+    if checkpoint["decoding"] and not typed & {"beam_size", "length_penalty"}:
+        args.beam_size = checkpoint["decoding"]["beam_size"]
+        args.length_penalty = checkpoint["decoding"]["length_penalty"]
     if args.mode == "train":
         follow += [
+            "weight_decay",
             "batch_size",
             "drop_prob",
             "grad_clip",
@@ -409,8 +472,8 @@ def build_data(args: argparse.Namespace, saved_split: dict[str, Any] | None) -> 
 
 def build_features(
     args: argparse.Namespace, data: CaptionSet, needed: np.ndarray, weights_hash: str | None = None
-) -> tuple[Features, str]:
-    """Features of the images at the positions `needed`, and the hash of the encoder's weights.
+) -> tuple[list[Features], str]:
+    """Features of the images at the positions `needed`, in each view, and the hash of the encoder's weights.
 
     Raises:
         UserError: the weights are not those that a checkpoint was trained with.
@@ -425,13 +488,16 @@ def build_features(
     workers = min(args.num_workers or 1, cores)
     if args.num_workers > cores:
         print(f"Image decoding threads: {workers} (--num_workers {args.num_workers}, capped at the cores)")
-    features = open_features(
-        None if args.feature_cache == "off" else Path(args.feature_cache), ENCODERS[args.encoder], digest,
-        lambda: build_encoder(args.encoder, weights), data.paths(), needed, pick_device(args.device),
-        means=args.decoder == "lstm", workers=workers, compile_encoder=args.compile, keep_on_device=args.features_on_device,
-    )  # fmt: skip
-    data.drop_images(set(features.unreadable))
-    return features, digest
+    views = [
+        open_features(
+            None if args.feature_cache == "off" else Path(args.feature_cache), ENCODERS[args.encoder], digest,
+            lambda: build_encoder(args.encoder, weights), data.paths(), needed, pick_device(args.device),
+            args.decoder == "lstm", workers, args.compile, args.features_on_device, view,
+        )
+        for view in list(VIEWS)[: VIEW_COUNTS[args.views]]
+    ]  # fmt: skip
+    data.drop_images({image for view in views for image in view.unreadable})
+    return views, digest
 
 
 def build_model(args: argparse.Namespace, vocabulary: Vocabulary) -> LSTMDecoder:
@@ -471,21 +537,21 @@ def train_one_epoch(run: Training, stop: StopRequest) -> float:
     bar = tqdm(plan, f"Epoch {run.epoch + 1}", initial=run.step, unit="batch", disable=None, leave=False)
     for captions in plan[run.step :]:
         seed_step(args.seed, run.epoch, run.step)
-        if run.schedule is not None:
-            for group in run.optimizer.param_groups:
-                group["lr"] = run.schedule.rate(run.epoch, run.step)
+        for group in run.optimizer.param_groups:
+            group["lr"] = run.rate()
         batch = run.batches.make(captions)
-        features = run.features.gather(batch.images).to(device, non_blocking=True)  # (I, 49, C) or (I, C)
-        batch = batch.to(device)
-        with run.precision.autocast():
-            output = decoder(features, batch)
-            loss = decoder.cross_entropy(output.code, batch.targets, args.label_smoothing) / len(batch.targets)
-            token_loss = loss.detach().to(run.loss_sum.dtype) * len(batch.targets)
-            if args.attention_reg and output.attention is not None:
-                # Doubly stochastic attention (Xu et al., 2015, section 4.2.1): every region is looked at once in all.
-                looked = output.attention.new_zeros(len(batch.row_image), output.attention.shape[1])
-                looked = looked.index_add(0, batch.token_row, output.attention)  # (R, 49)
-                loss = loss + args.attention_reg * ((1 - looked) ** 2).mean()
+        drawing = np.random.default_rng([args.seed, run.epoch, run.step])
+        features = gather_any_view(run.views, batch.images, drawing).to(
+            device, non_blocking=True
+        )  # (I, 49, C) or (I, C)
+        loss = torch.zeros((), device=device)
+        if run.self_critical and run.critic is not None:
+            loss, reward = run.critic.loss(decoder, features, batch.images, run.precision.autocast())
+            run.reward_sum += reward
+        weight = args.scst_ce_weight if run.self_critical else 1.0
+        if weight:
+            loss = loss + weight * cross_entropy(decoder, features, batch.to(device), run)
+        token_loss = loss.detach().to(run.loss_sum.dtype) * len(batch.targets)
         norm = run.precision.step(loss, run.optimizer, args.grad_clip)
         finite = token_loss.isfinite() & (norm.isfinite() | run.precision.scaler.is_enabled())  # fp16 may overflow
         fine.append(finite)
@@ -506,6 +572,20 @@ def train_one_epoch(run: Training, stop: StopRequest) -> float:
         if stop.signal:
             raise Stopped(stop.signal, run.directory)
     return float(run.loss_sum) / max(1, run.tokens)
+
+
+def cross_entropy(decoder: LSTMDecoder, features: torch.Tensor, batch: Batch, run: Training) -> torch.Tensor:
+    """The loss per token of people's captions, with what the flags add to it."""
+    args = run.args
+    with run.precision.autocast():
+        output = decoder(features, batch)
+        loss = decoder.cross_entropy(output.code, batch.targets, args.label_smoothing) / len(batch.targets)
+        if args.attention_reg and output.attention is not None:
+            # Doubly stochastic attention (Xu et al., 2015, section 4.2.1): every region is looked at once in all.
+            looked = output.attention.new_zeros(len(batch.row_image), output.attention.shape[1])
+            looked = looked.index_add(0, batch.token_row, output.attention)  # (R, 49)
+            loss = loss + args.attention_reg * ((1 - looked) ** 2).mean()
+    return loss
 
 
 def report_bad_batch(run: Training, number: int, captions: np.ndarray, bad: int) -> None:
@@ -534,34 +614,28 @@ def validation_loss(run: Training) -> float:
     total, tokens = 0.0, 0
     for captions in run.batches.plan(run.data.splits["val"], max(run.args.batch_size, 64)):
         batch = run.batches.make(captions)
-        output = decoder(run.features.gather(batch.images).to(run.device), batch.to(run.device))
+        output = decoder(run.views[0].gather(batch.images).to(run.device), batch.to(run.device))
         total += float(decoder.cross_entropy(output.code, batch.targets.to(run.device)))
         tokens += len(batch.targets)
     return total / tokens
 
 
-def generate(task: Task, images: np.ndarray, beam: int, attention: bool = False) -> list[Hypothesis]:
-    """The best caption of each image, decoded freely, many images at a time."""
-    best: list[Hypothesis] = []
-    chunk = max(1, 384 // beam)
-    for start in tqdm(range(0, len(images), chunk), "Captioning", unit="batch", disable=None, leave=False):
-        features = task.features.gather(images[start : start + chunk]).to(task.device)
-        found = beam_search(task.decoder, features, beam, task.args.max_length, task.args.length_penalty, attention)
-        best += [hypotheses[0] for hypotheses in found]
-    return best
+def caption(task: Task, images: np.ndarray, beam: int, attention: bool = False) -> list[Hypothesis]:
+    """The best caption of each image, decoded freely."""
+    args = task.args
+    return generate(task.members, images, task.device, beam, args.max_length, args.length_penalty, attention)
 
 
-def evaluate(task: Task, images: np.ndarray, beam: int, meteor: bool = False) -> tuple[dict[str, float], list[str]]:
-    """Caption the images and score them against all their references."""
-    captions = [" ".join(task.vocabulary.decode(found.ids)) for found in generate(task, images, beam)]
-    return score_captions(captions, [task.data.references(image) for image in images], meteor), captions
+def captions_of_images(task: Task, images: np.ndarray, beam: int) -> list[str]:
+    """The same as texts."""
+    return [" ".join(task.vocabulary.decode(found.ids)) for found in caption(task, images, beam)]
 
 
 def save_attention_pictures(task: Task, directory: Path) -> None:
     """`attention_viz_sample_N.png` (and the advanced ones) for a seeded choice of test images."""
     args, data = task.args, task.data
     chosen = np.random.default_rng(args.seed).permutation(data.splits["test"])[: args.attention_viz_samples]
-    hypotheses = generate(task, chosen, args.beam_size, attention=True)
+    hypotheses = caption(task, chosen, args.beam_size, attention=True)
     for n, (image, found) in enumerate(zip(chosen, hypotheses, strict=True), 1):
         words = task.vocabulary.decode(found.ids)
         if not words or found.attention is None:
@@ -590,12 +664,12 @@ def start_training(args: argparse.Namespace, typed: set[str], argv: list[str]) -
             raise UserError(f"{path} is not there: nothing of this run was saved yet. Start it again: {command}")
         checkpoint = load_checkpoint(path)
     elif args.model_path is not None:
-        path = find_checkpoint(args.model_path)
+        path = find_checkpoint(args.model_path[0])
         checkpoint = load_checkpoint(path)
     if checkpoint and path:
         apply_checkpoint(args, typed, checkpoint, path)
     if args.dry_run:
-        args.epochs = 1
+        args.epochs, args.scst_epochs = min(args.epochs, 1), min(args.scst_epochs, 1)
         args.warmup_epochs = 0
     device = pick_device(args.device)
     precision = Precision(args.precision, device)
@@ -603,7 +677,7 @@ def start_training(args: argparse.Namespace, typed: set[str], argv: list[str]) -
     print(f"Device: {device}, matrix products of training in {precision.name}")
     data = build_data(args, checkpoint["split"] if checkpoint else None)
     needed = np.concatenate(list(data.splits.values()))
-    features, weights_hash = build_features(
+    views, weights_hash = build_features(
         args, data, needed, checkpoint["encoder"]["weights_hash"] if checkpoint else None
     )
     vocabulary = Vocabulary(checkpoint["vocabulary"]) if checkpoint else build_vocabulary(data, args.freq_threshold)
@@ -614,19 +688,23 @@ def start_training(args: argparse.Namespace, typed: set[str], argv: list[str]) -
     else:
         decoder.set_word_frequencies(word_counts(batches, data, len(vocabulary)))
     decoder.to(device)
-    optimizer = torch.optim.AdamW(decoder.parameters(), lr=args.learning_rate, fused=True)
+    optimizer = torch.optim.AdamW(
+        decoder.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
+    )
     parameters = sum(parameter.numel() for parameter in decoder.parameters())
     print(f"Vocabulary: {len(vocabulary)} words. Decoder: {args.decoder}, {parameters:,} parameters")
+    critic = SelfCritic(data, vocabulary, args.scst_samples, args.max_length) if args.scst_epochs else None
     run = Training(
-        args, device, data, features, vocabulary, decoder, batches, optimizer, precision, None, Path(), weights_hash,
-        {}, 0, 0, 0, torch.zeros((), device=device, dtype=torch.float32 if device.type == "mps" else torch.float64), 0,
+        args, device, data, vocabulary, [(decoder, views[0])], decoder, views, batches, critic, optimizer, precision, None,
+        Path(), weights_hash, {}, 0, 0, 0,
+        torch.zeros((), device=device, dtype=torch.float32 if device.type == "mps" else torch.float64), 0.0, 0,
         {"epochs": [], "training_losses": [], "validation_losses": [], "learning_rates": []}, [],
         {"score": -math.inf, "epoch": 0, "metric": args.best_metric},
     )  # fmt: skip
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate
+            group["lr"], group["weight_decay"] = args.learning_rate, args.weight_decay
         if precision.scaler.is_enabled():
             precision.scaler.load_state_dict(checkpoint["scaler"])
         run.epoch = run.first_epoch = checkpoint["epoch"]
@@ -635,6 +713,7 @@ def start_training(args: argparse.Namespace, typed: set[str], argv: list[str]) -
         progress = checkpoint["progress"]
         run.first_epoch, run.step, run.tokens = progress["first_epoch"], progress["step"], progress["tokens"]
         run.loss_sum += progress["loss_sum"]
+        run.reward_sum = progress["reward_sum"]
         run.schedule = Schedule.from_state(checkpoint["schedule"]) if checkpoint["schedule"] else None
         run.best, run.flags, run.directory = checkpoint["best"], checkpoint["flags"], args.resume
         print(f"Resuming {run.directory} after {run.epoch} epochs and {run.step} steps")
@@ -644,6 +723,7 @@ def start_training(args: argparse.Namespace, typed: set[str], argv: list[str]) -
         run.directory = create_run_directory(args.model_save_dir, vars(args), ENCODERS[args.encoder].family)
         lock = lock_run_directory(run.directory)
         run.flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+        run.flags["model_path"] = str(path) if path else None
         if checkpoint and path and checkpoint["best"]["metric"] == args.best_metric:
             run.best = carry_best(checkpoint, path, run.directory) or run.best
         write_run_config(run.directory, run.flags, reproducing_command(argv))
@@ -661,16 +741,20 @@ def start_training(args: argparse.Namespace, typed: set[str], argv: list[str]) -
 
 def finish_epoch(run: Training, training: float) -> None:
     """Score the epoch, save its checkpoint and say how it went."""
-    rate = run.schedule.rate(run.epoch) if run.schedule else run.args.learning_rate
+    steps, run.step, self_critical = run.step, 0, run.self_critical
+    rate = run.rate()
     validation = validation_loss(run)
-    scores, captions = evaluate(run, run.data.splits["val"], 1)
-    if run.schedule is not None:
+    images = run.data.splits["val"]
+    scores = score_captions(captions_of_images(run, images, 1), [run.data.references(image) for image in images])
+    if self_critical:
+        scores["reward"] = run.reward_sum / max(1, steps)
+    elif run.schedule is not None:
         run.schedule.epoch_ended(validation)
-    run.epoch, run.step, run.tokens = run.epoch + 1, 0, 0
+    run.epoch, run.tokens, run.reward_sum = run.epoch + 1, 0, 0.0
     run.loss_sum.zero_()
     for key, value in zip(run.curve, (run.epoch, training, validation, rate), strict=True):
         run.curve[key].append(value)
-    run.history.append({"epoch": run.epoch, "split": "val", "beam_size": 1, "images": len(captions), **scores})
+    run.history.append({"epoch": run.epoch, "split": "val", "beam_size": 1, "images": len(images), **scores})
     metric = run.args.best_metric
     score = -validation if metric == "val_loss" else scores[metric]
     if score > run.best["score"]:
@@ -681,7 +765,10 @@ def finish_epoch(run: Training, training: float) -> None:
     print(f"  Training Loss: {training:.5f}")
     print(f"  Validation Loss: {validation:.5f}")
     print(f"  Learning Rate: {rate:.6f}" if rate >= 1e-4 else f"  Learning Rate: {rate:.3e}")
-    print(f"  Scheduler: {run.schedule.describe() if run.schedule else 'none'}")
+    if self_critical:
+        print(f"  Self-critical: mean reward of the samples {100 * scores['reward']:.1f} CIDEr-D")
+    else:
+        print(f"  Scheduler: {run.schedule.describe() if run.schedule else 'none'}")
     shown = (("cider", "CIDEr"), ("bleu4", "BLEU-4"), ("rouge", "ROUGE F1"), ("wer", "WER"))
     print("  Greedy captions: " + ", ".join(f"{name} {100 * scores[key]:.1f}" for key, name in shown))
     print(f"  Model checkpoint saved (best: {run.best['epoch'] == run.epoch})", flush=True)
@@ -733,72 +820,84 @@ def train(args: argparse.Namespace, typed: set[str], argv: list[str]) -> Path:
     return run.directory
 
 
+def load_task(args: argparse.Namespace, typed: set[str], splits: list[str]) -> tuple[Task, np.ndarray, list[Path]]:
+    """Load the checkpoints that `--model_path` names, with what they look at.
+
+    Returns:
+        the task, the positions of the splits' images, and the checkpoints' paths.
+
+    Raises:
+        UserError: they do not belong together, or their data set is not there.
+    """
+    typed_args, device = copy.copy(args), pick_device(args.device)
+    paths = [find_checkpoint(path) for path in args.model_path]
+    first = load_checkpoint(paths[0])
+    apply_checkpoint(args, typed, first, paths[0])
+    data = build_data(args, first["split"])
+    task = Task(args, device, data, Vocabulary(first["vocabulary"]), [])
+    for number, path in enumerate(paths):
+        own, checkpoint = (args, first) if number == 0 else (copy.copy(typed_args), load_checkpoint(path))
+        apply_checkpoint(own, typed, checkpoint, path)
+        for what in ("vocabulary", "split"):
+            if checkpoint[what] != first[what]:
+                raise UserError(
+                    f"{path} has another {what} than {paths[0]}: an ensemble is trained on the same data set"
+                )
+        print(f"Model: {path} (epoch {checkpoint['epoch']}, {own.decoder} on {own.encoder}, {own.dataset_type})")
+        needed = np.concatenate([data.splits[split] for split in splits])
+        views, _ = build_features(own, data, needed, checkpoint["encoder"]["weights_hash"])
+        decoder = build_model(own, task.vocabulary)
+        load_weights(decoder, checkpoint["decoder"], path)
+        task.members += [(decoder.to(device), view) for view in views]
+    return task, np.concatenate([data.splits[split] for split in splits]), paths
+
+
 def test(args: argparse.Namespace, typed: set[str]) -> None:
-    """Score a checkpoint on the test images, greedily and with a beam, and draw what it looked at."""
-    path = find_checkpoint(args.model_path)
-    checkpoint = load_checkpoint(path)
-    apply_checkpoint(args, typed, checkpoint, path)
-    device = pick_device(args.device)
-    model = f"{path} (epoch {checkpoint['epoch']}, {args.decoder} on {args.encoder}, {args.dataset_type})"
-    print(f"Model: {model}. Device: {device}")
-    data = build_data(args, checkpoint["split"])
-    splits = args.split.split("+")
-    features, _ = build_features(
-        args, data, np.concatenate([data.splits[split] for split in splits]), checkpoint["encoder"]["weights_hash"]
-    )
-    images = np.concatenate([data.splits[split] for split in splits])
-    vocabulary = Vocabulary(checkpoint["vocabulary"])
-    decoder = build_model(args, vocabulary)
-    load_weights(decoder, checkpoint["decoder"], path)
-    task = Task(args, device, data, features, vocabulary, decoder.to(device))
-    directory = path.parent
+    """Score checkpoints on the test images, greedily and with a beam, and draw what they looked at."""
+    task, images, paths = load_task(args, typed, args.split.split("+"))
+    data, directory = task.data, paths[0].parent
+    names = [data.names[image] for image in images]
     metrics_path = directory / "test_metrics.json"
     results = read_json(metrics_path) if metrics_path.is_file() else []
-    rows: list[tuple[str, dict[str, float]]] = []
-    captions: list[str] = []
+    columns: list[tuple[str, dict[str, Any]]] = []
     for beam in dict.fromkeys((1, args.beam_size)):
-        scores, captions = evaluate(task, images, beam, meteor=True)
+        captions = captions_of_images(task, images, beam)
+        scores, each = score_test(data, images, captions, args.spice)
         header = {
-            "checkpoint": path.name, "epoch": checkpoint["epoch"], "dataset": args.dataset_type, "split": args.split,
-            "images": len(images), "beam_size": beam, "length_penalty": args.length_penalty if beam > 1 else None,
+            "checkpoint": " + ".join(str(path) if number else path.name for number, path in enumerate(paths)),
+            "epoch": load_checkpoint(paths[0])["epoch"], "dataset": args.dataset_type, "split": args.split,
+            "views": args.views, "images": len(images), "beam_size": beam,
+            "length_penalty": args.length_penalty if beam > 1 else None,
             "tokenizer": "spacy.blank('en'), lower case, without punctuation",
         }  # fmt: skip
-        content = [{"image_id": data.names[i], "caption": c} for i, c in zip(images, captions, strict=True)]
-        file = save_test_captions(directory, content)
-        entry = {**header, "captions_file": file, **scores}
+        entry = {**header, **save_test(directory, names, captions, each), **scores}
         results = [old for old in results if {key: old.get(key) for key in header} != header] + [entry]
-        rows.append((("greedy" if beam == 1 else f"beam {beam}"), scores))
+        columns.append((("greedy" if beam == 1 else f"beam {beam}"), scores))
     write_json(metrics_path, results)
-    print(
-        f"\nScores on {len(images)} {args.split} images (x100; lower case, no punctuation; CIDEr's word weights from these images):"
-    )
-    print(" " * 28 + "".join(f"{name:>10}" for name, _ in rows))
-    for key, name in METRIC_NAMES.items():
-        if key in rows[0][1]:
-            print(f"  {name:<26}" + "".join(f"{100 * scores[key]:10.2f}" for _, scores in rows))
-    if not has_java():
-        print("  METEOR is left out: it needs Java")
-    save_gallery(data, images, captions, directory, args)
+    print_scores(columns, [data.references(image) for image in images], args.split)
+    save_references(directory, data, images, args.split)
+    save_gallery(data, images, captions, each.cider, directory / "sample_captions.png")
     if args.save_attention_viz:
         data.splits["test"] = images
         save_attention_pictures(task, directory)
     print(f"Scores: {metrics_path}. Captions: {directory / results[-1]['captions_file']}")
 
 
-def save_gallery(
-    data: CaptionSet, images: np.ndarray, captions: list[str], directory: Path, args: argparse.Namespace
-) -> None:
-    """`sample_captions.png`: a seeded dozen of test images, what the model said and what people said."""
-    samples = []
-    for place in np.random.default_rng(args.seed).permutation(len(images))[:12]:
-        name = data.names[images[place]]
-        try:
-            picture = open_image(data.image_dir / name, at_least=400)
-        except UnreadableImage:
-            continue
-        references = data.references(int(images[place]))
-        samples.append({"image": picture, "name": name, "caption": captions[place], "references": references})
-    plots.plot_captions(samples, directory / "sample_captions.png")
+def score_predictions(args: argparse.Namespace) -> None:
+    """Score captions that any other program made of this data set's images."""
+    data = build_data(args, None)
+    images = np.concatenate([data.splits[split] for split in args.split.split("+")])
+    scores, _ = score_test(data, images, read_predictions(args.predictions, data, images), args.spice)
+    print_scores([(args.predictions.stem[:9], scores)], [data.references(image) for image in images], args.split)
+
+
+def tune_decoding(args: argparse.Namespace, typed: set[str]) -> None:
+    """Find the beam size and length penalty that suit a checkpoint, and keep them in it."""
+    task, _, (path,) = load_task(args, typed, ["val"])
+    best = tune(task.members, task.data, task.vocabulary.decode, task.device, args.max_length)
+    save_checkpoint(path, load_checkpoint(path) | {"decoding": best})
+    print(f"Best: --beam_size {best['beam_size']} --length_penalty {best['length_penalty']}, "
+          f"CIDEr {100 * best['cider']:.2f}. Kept in {path}, which --mode test uses from now on")  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -806,8 +905,12 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         args, typed = parse_flags(argv)
-        if args.mode == "test":
+        if args.predictions is not None:
+            score_predictions(args)
+        elif args.mode == "test":
             test(args, typed)
+        elif args.mode == "tune":
+            tune_decoding(args, typed)
         else:
             directory = train(args, typed, argv)
             if args.dry_run:

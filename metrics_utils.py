@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from safe_io import UserError, first_line
+
 # What each figure is, for tables and reports. All are fractions; CIDEr may exceed 1.
 METRIC_NAMES = {
     "bleu1": "BLEU-1",
@@ -22,110 +24,189 @@ METRIC_NAMES = {
     "rouge_l": "ROUGE-L",
     "cider": "CIDEr",
     "meteor": "METEOR",
+    "spice": "SPICE",
     "rouge": "rouge-score F1",
     "wer": "WER (min. over references)",
 }
 
 
-def bleu_scores(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """Corpus BLEU-1..4 (Papineni et al., 2002): closest reference length, no smoothing.
+class ImageScores(NamedTuple):
+    """What the scores of a caption set are made of, image by image: means over (n,), and BLEU's counts."""
 
-    The COCO evaluation's own code rather than nltk's, which counts captions of fewer than four words
-    differently (by 4e-5 on a thousand Flickr8k captions).
-    """
-    from pycocoevalcap.bleu.bleu import Bleu
-
-    generated = {image: [hypothesis] for image, hypothesis in enumerate(hypotheses)}
-    known = {image: list(captions) for image, captions in enumerate(references)}
-    scores = Bleu(4).compute_score(known, generated, verbose=0)[0]
-    return [float(score) if score > 1e-6 else 0.0 for score in scores]  # without a match it leaves its epsilons
-
-
-def word_error_rate(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Mean over images of the smallest word error rate against any one reference (0 is perfect)."""
-    import jiwer
-
-    return statistics.fmean(
-        min(jiwer.wer(reference, hypothesis) for reference in known)
-        for hypothesis, known in zip(hypotheses, references, strict=True)
-    )
+    cider: np.ndarray  # (n,)
+    rouge_l: np.ndarray  # (n,)
+    rouge: np.ndarray  # (n,)
+    wer: np.ndarray  # (n,)
+    guess: np.ndarray  # (n, 4) n-grams of the caption
+    correct: np.ndarray  # (n, 4) of these, found in the references (clipped)
+    length: np.ndarray  # (n,) words of the caption
+    reference_length: np.ndarray  # (n,) words of the reference that is closest in length
 
 
-def rouge_f1(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Mean over images of rouge-score's ROUGE-L F1 against the best reference (not the papers' ROUGE-L)."""
-    from rouge_score.rouge_scorer import RougeScorer
+def score_images(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> ImageScores:
+    """Score captions one by one, with the COCO evaluation's own code where it has it.
 
-    scorer = RougeScorer(["rougeL"])
-    return statistics.fmean(
-        scorer.score_multi(known, hypothesis)["rougeL"].fmeasure
-        for hypothesis, known in zip(hypotheses, references, strict=True)
-    )
-
-
-def coco_scores(
-    hypotheses: Sequence[str], references: Sequence[Sequence[str]], meteor: bool = False
-) -> dict[str, float]:
-    """ROUGE-L, CIDEr and, where Java is there and it is asked for, METEOR: the COCO evaluation's own code.
-
-    CIDEr takes its document frequencies from the given references, so that it depends on how many images
-    are scored; one image gives 0.
-    """
-    from pycocoevalcap.cider.cider import Cider
-    from pycocoevalcap.rouge.rouge import Rouge
-
-    generated = {image: [hypothesis] for image, hypothesis in enumerate(hypotheses)}
-    known = {image: list(captions) for image, captions in enumerate(references)}
-    scores = {
-        "rouge_l": float(Rouge().compute_score(known, generated)[0]),
-        "cider": float(Cider().compute_score(known, generated)[0]),
-    }
-    if meteor and has_java():
-        from pycocoevalcap.meteor.meteor import Meteor
-
-        scores["meteor"] = float(Meteor().compute_score(known, generated)[0])
-    return scores
-
-
-def has_java() -> bool:
-    """METEOR runs in Java; without it the score is left out, by name."""
-    return shutil.which("java") is not None
-
-
-def score_captions(
-    hypotheses: Sequence[str], references: Sequence[Sequence[str]], meteor: bool = False
-) -> dict[str, float]:
-    """Every score of these captions.
+    CIDEr takes its document frequencies from the given references, so that it depends on how many images are
+    scored; one image gives 0.
 
     Args:
         hypotheses: one caption per image.
         references: all captions of each image.
-        meteor: METEOR too (15 s for 1,000 images; needs Java).
-
-    Returns:
-        `bleu1` .. `bleu4`, `bleu` (the same as `bleu4`, under the original's name), `rouge_l`, `cider`,
-        `rouge`, `wer`, and `meteor` where it could be had.
 
     Raises:
         ValueError: nothing to score, or an image without references.
     """
     if not hypotheses or len(hypotheses) != len(references) or not all(references):
         raise ValueError("one hypothesis and at least one reference per image, and at least one image")
-    bleu = bleu_scores(hypotheses, references)
+    from pycocoevalcap.bleu.bleu_scorer import BleuScorer
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    generated, known = coco_form(hypotheses, references)
+    bleu = BleuScorer(n=4)
+    for hypothesis, captions in zip(hypotheses, references, strict=True):
+        bleu += (hypothesis, list(captions))
+    counts = bleu.ctest
+    closest = [min((abs(length - c["testlen"]), length) for length in c["reflen"])[1] for c in counts]
+    return ImageScores(
+        np.asarray(Cider().compute_score(known, generated)[1]), np.asarray(Rouge().compute_score(known, generated)[1]),
+        rouge_f1(hypotheses, references), word_error_rates(hypotheses, references),
+        np.array([c["guess"] for c in counts]), np.array([c["correct"] for c in counts]),
+        np.array([c["testlen"] for c in counts]), np.array(closest),
+    )  # fmt: skip
+
+
+def coco_form(
+    hypotheses: Sequence[str], references: Sequence[Sequence[str]]
+) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
+    """The dictionaries that pycocoevalcap takes."""
+    return {i: [text] for i, text in enumerate(hypotheses)}, {i: list(texts) for i, texts in enumerate(references)}
+
+
+def corpus_bleu(scores: ImageScores, images: np.ndarray) -> np.ndarray:
+    """BLEU-1..4 of the images (..., k) as one corpus (Papineni et al., 2002): closest reference length, no smoothing.
+
+    nltk counts captions of fewer than four words differently (by 4e-5 on a thousand Flickr8k captions); this is
+    the COCO evaluation's.
+
+    Returns:
+        (4, ...): a score for each row of `images`.
+    """
+    correct, guess = scores.correct[images].sum(-2), scores.guess[images].sum(-2)  # (..., 4)
+    precision = np.moveaxis(correct / np.maximum(guess, 1), -1, 0)  # (4, ...)
+    with np.errstate(divide="ignore"):
+        logs = np.log(precision).cumsum(0) / np.arange(1, 5).reshape(4, *[1] * (precision.ndim - 1))
+    length, wanted = scores.length[images].sum(-1), scores.reference_length[images].sum(-1)
+    penalty = np.exp(np.minimum(0, 1 - wanted / np.maximum(length, 1)))
+    bleu: np.ndarray = np.exp(logs) * penalty
+    return bleu
+
+
+def word_error_rates(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
+    """The smallest word error rate of each caption against any one reference (n,); 0 is perfect."""
+    import jiwer
+
+    return np.array(
+        [
+            min(jiwer.wer(reference, hypothesis) for reference in known)
+            for hypothesis, known in zip(hypotheses, references, strict=True)
+        ]
+    )
+
+
+def rouge_f1(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
+    """rouge-score's ROUGE-L F1 of each caption against its best reference (n,); not the papers' ROUGE-L."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"])
+    return np.array(
+        [
+            scorer.score_multi(known, hypothesis)["rougeL"].fmeasure
+            for hypothesis, known in zip(hypotheses, references, strict=True)
+        ]
+    )
+
+
+def has_java() -> bool:
+    """METEOR and SPICE run in Java; without it METEOR is left out, by name."""
+    return shutil.which("java") is not None
+
+
+def meteor_score(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """METEOR by the COCO evaluation's own jar: 15 s for 1,000 images; needs Java."""
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    generated, known = coco_form(hypotheses, references)
+    return float(Meteor().compute_score(known, generated)[0])
+
+
+def spice_score(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """SPICE, which fetches Stanford CoreNLP when it is used for the first time, and takes minutes.
+
+    Raises:
+        UserError: no Java, or what it needs could not be fetched.
+    """
+    if not has_java():
+        raise UserError("--spice needs Java (any version from 8 on), and there is none on the path")
+    from pycocoevalcap.spice.spice import Spice
+
+    generated, known = coco_form(hypotheses, references)
+    try:
+        return float(Spice().compute_score(known, generated)[0])
+    except Exception as error:  # subprocess, urllib and zipfile errors
+        raise UserError(f"--spice failed ({first_line(error)}): leave it out, or give it network and 8 GB") from error
+
+
+def score_captions(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Every score of these captions that needs no Java: see `summarize`."""
+    return summarize(score_images(hypotheses, references))
+
+
+def summarize(scores: ImageScores) -> dict[str, float]:
+    """`bleu1` .. `bleu4`, `bleu` (the same as `bleu4`, under the original's name), `rouge_l`, `cider`, `rouge`, `wer`."""
+    bleu = corpus_bleu(scores, np.arange(len(scores.cider)))
+    means = {name: float(getattr(scores, name).mean()) for name in ("rouge_l", "cider", "rouge", "wer")}
+    return {"bleu": float(bleu[3]), **{f"bleu{n}": float(bleu[n - 1]) for n in (1, 2, 3, 4)}, **means}
+
+
+def person_scores(references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """A person's own scores: each caption against the others of its image, in turn, the mean over the turns.
+
+    The references are one fewer than a model has, which costs a person some points. Empty where no image has
+    two captions.
+    """
+    known = [captions for captions in references if len(captions) > 1]
+    turns = []
+    for turn in range(max(map(len, known), default=0)):
+        hypotheses = [captions[turn % len(captions)] for captions in known]
+        others = [[text for n, text in enumerate(captions) if n != turn % len(captions)] for captions in known]
+        turns.append(score_captions(hypotheses, others))
+    return {name: statistics.fmean(scores[name] for scores in turns) for name in turns[0]} if turns else {}
+
+
+def variety(hypotheses: Sequence[str], training_captions: set[str]) -> dict[str, float]:
+    """`distinct_words` of all captions together, `mean_length` in words, and the share `in_training` that stands there."""
     return {
-        "bleu": bleu[3],
-        **{f"bleu{n}": bleu[n - 1] for n in (1, 2, 3, 4)},
-        **coco_scores(hypotheses, references, meteor),
-        "rouge": rouge_f1(hypotheses, references),
-        "wer": word_error_rate(hypotheses, references),
+        "distinct_words": float(len({word for text in hypotheses for word in text.split()})),
+        "mean_length": statistics.fmean(len(text.split()) for text in hypotheses),
+        "in_training": statistics.fmean(text in training_captions for text in hypotheses),
     }
+
+
+def bootstrap_intervals(scores: ImageScores, samples: int = 2000, seed: int = 0) -> dict[str, tuple[float, float]]:
+    """Intervals of 95 % over the choice of images (Koehn, 2004): `cider`, `rouge_l`, `wer`, `bleu4`."""
+    drawn = np.random.default_rng(seed).integers(len(scores.cider), size=(samples, len(scores.cider)))
+    found = {name: getattr(scores, name)[drawn].mean(1) for name in ("cider", "rouge_l", "wer")}
+    found["bleu4"] = corpus_bleu(scores, drawn)[3]
+    return {name: tuple(np.quantile(values, (0.025, 0.975)).tolist()) for name, values in found.items()}
 
 
 def cider_of_each(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
     """Every image's CIDEr (n,), whose mean is the score; document frequencies are those of all the references."""
     from pycocoevalcap.cider.cider import Cider
 
-    generated = {image: [hypothesis] for image, hypothesis in enumerate(hypotheses)}
-    each: np.ndarray = Cider().compute_score(dict(enumerate(map(list, references))), generated)[1]
+    generated, known = coco_form(hypotheses, references)
+    each: np.ndarray = Cider().compute_score(known, generated)[1]
     return each
 
 

@@ -84,7 +84,7 @@ def test_thirty_two_memorised_captions_all_come_back(kind, tmp_path):
         loss.backward()
         optimizer.step()
     for beam in (1, 3):
-        found = beam_search(decoder, features[images], beam, 40)
+        found = beam_search([(decoder, features[images])], beam, 40)
         said = [" ".join(vocabulary.decode(hypotheses[0].ids)) for hypotheses in found]
         assert said == [data.references(image)[0] for image in images]
 
@@ -118,15 +118,15 @@ def test_teacher_forcing_is_the_step_by_step_decoder(kind, batch):
 @pytest.mark.parametrize("beam", (1, 3))
 def test_a_batch_is_captioned_as_one_by_one(kind, beam):
     decoder, features = tiny_decoder(kind), features_for(kind, 9)
-    batched = beam_search(decoder, features, beam, 12)
-    single = [beam_search(decoder, features[i : i + 1], beam, 12)[0] for i in range(9)]
+    batched = beam_search([(decoder, features)], beam, 12)
+    single = [beam_search([(decoder, features[i : i + 1])], beam, 12)[0] for i in range(9)]
     assert [[h.ids for h in found] for found in batched] == [[h.ids for h in found] for found in single]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_beam_one_is_greedy_and_never_says_a_special_token(kind):
     decoder, features = tiny_decoder(kind), features_for(kind, 6)
-    for found, feature in zip(beam_search(decoder, features, 1, 12), features, strict=True):
+    for found, feature in zip(beam_search([(decoder, features)], 1, 12), features, strict=True):
         state, word, said = decoder.eval().begin(feature.unsqueeze(0)), 1, []
         for _ in range(12):
             state, output = decoder.step(state, torch.tensor([word]))
@@ -159,13 +159,13 @@ def test_a_longer_more_probable_caption_beats_those_that_ended_before_it():
         def logits(self, code):
             return code
 
-    (found,) = beam_search(Scripted(), torch.zeros(1, 1), 3, 12, length_penalty=0.0)
+    (found,) = beam_search([(Scripted(), torch.zeros(1, 1))], 3, 12, length_penalty=0.0)
     assert found[0].ids == [4] * 6 and len(found) > 3
 
 
 def test_beam_attention_belongs_to_its_words():
     decoder, features = tiny_decoder("attention"), features_for("attention", 4)
-    for found, feature in zip(beam_search(decoder, features, 3, 8, attention=True), features, strict=True):
+    for found, feature in zip(beam_search([(decoder, features)], 3, 8, attention=True), features, strict=True):
         best = found[0]
         assert best.attention.shape == (len(best.ids), 49)
         state, word = decoder.eval().begin(feature.unsqueeze(0)), 1

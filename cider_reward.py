@@ -1,0 +1,131 @@
+"""CIDEr-D of many sampled captions at once: the reward of self-critical training.
+
+pycocoevalcap's scorer walks over dictionaries of strings; here n-grams are integers, and a batch is a few
+sorts and searches. The figures are the same (tested to 1e-9).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from caption_data import CaptionSet, captions_of, concatenate_ranges
+
+N = 4  # n-grams of one to four words
+SIGMA = 6.0  # words: how fast a length unlike the reference's costs (CIDEr-D, Vedantam et al., 2015)
+
+
+class Grams(NamedTuple):
+    """The distinct n-grams, of one length, of some texts, and how often each text has them."""
+
+    keys: np.ndarray  # int64 (G,) sorted: number of the (n-1)-gram before its last word x words + last word
+    text: np.ndarray  # int64 (M,) entries by text, then by n-gram
+    gram: np.ndarray  # int64 (M,) place in keys
+    times: np.ndarray  # int64 (M,)
+
+
+class Table(NamedTuple):
+    """What the reference captions say of n-grams of one length."""
+
+    keys: np.ndarray  # int64 (G,) as in Grams
+    idf: np.ndarray  # float64 (G,)
+    pairs: np.ndarray  # int64 (M,) sorted: caption x G + n-gram
+    weights: np.ndarray  # float64 (M,) tf-idf of each pair
+    norms: np.ndarray  # float64 (captions,)
+
+
+def count_grams(ids: np.ndarray, offsets: np.ndarray, words: int) -> list[Grams]:
+    """Count the n-grams of texts, for n from 1 to N, with an end token (word number `words` - 1) after each text.
+
+    Args:
+        ids: int (tokens,) below `words` - 1.
+        offsets: int (texts + 1,) where each text begins.
+    """
+    lengths = np.diff(offsets) + 1
+    text = np.repeat(np.arange(len(lengths)), lengths)
+    flat = np.insert(ids.astype(np.int64), offsets[1:], words - 1)
+    left = np.cumsum(lengths)[text] - np.arange(len(flat))  # words from here to the end of the text
+    gram = np.zeros_like(flat)  # number of the n-gram that begins at each place
+    found = []
+    for n in range(N):
+        here = np.flatnonzero(left > n)
+        keys, gram[here] = np.unique(gram[here] * words + flat[here + n], return_inverse=True)
+        pairs, count = np.unique(text[here] * len(keys) + gram[here], return_counts=True)
+        found.append(Grams(keys, pairs // max(1, len(keys)), pairs % max(1, len(keys)), count))
+    return found
+
+
+class CiderReward:
+    """CIDEr-D against the captions of some images, whose document frequencies it takes.
+
+    An end token is a word of every caption, so that one which breaks off earns less than one that ends.
+    """
+
+    def __init__(self, data: CaptionSet, images: np.ndarray):
+        """Args: images: int64 (I,) positions of the images whose captions are the references."""
+        self.words = len(data.tokens.words) + 1
+        captions = captions_of(data, images)
+        starts, ends = data.tokens.offsets[captions], data.tokens.offsets[captions + 1]
+        ids = data.tokens.ids[concatenate_ranges(starts, ends)]
+        self.lengths = ends - starts
+        counts = data.caption_counts(images)
+        self.place = np.full(len(data.names), -1, dtype=np.int64)
+        self.place[images] = np.arange(len(images))
+        self.first = np.concatenate([[0], np.cumsum(counts)])  # of each image's captions, in this class's numbering
+        image = np.repeat(np.arange(len(images)), counts)
+        self.log_images = float(np.log(len(images)))
+        self.tables: list[Table] = []
+        for grams in count_grams(ids, np.concatenate([[0], np.cumsum(self.lengths)]), self.words):
+            size = len(grams.keys)
+            documents = np.bincount(np.unique(image[grams.text] * size + grams.gram) % size, minlength=size)
+            idf = self.log_images - np.log(documents)
+            weights = grams.times * idf[grams.gram]
+            norms = np.sqrt(np.bincount(grams.text, weights**2, len(captions)))
+            self.tables.append(Table(grams.keys, idf, grams.text * size + grams.gram, weights, norms))
+
+    def score(self, ids: np.ndarray, offsets: np.ndarray, images: np.ndarray) -> np.ndarray:
+        """Compare captions with all captions of their images.
+
+        Args:
+            ids: int (tokens,) words by their place in `data.tokens.words`.
+            offsets: int (R + 1,) where each caption begins.
+            images: int64 (R,) which image each is of.
+
+        Returns:
+            (R,) CIDEr-D, float64, times 10 as everywhere.
+        """
+        place = self.place[images]
+        references = self.first[place + 1] - self.first[place]  # (R,)
+        pair_reference = concatenate_ranges(self.first[place], self.first[place + 1])  # (P,) a pair per reference
+        pair_row = np.repeat(np.arange(len(images)), references)
+        first_pair = np.cumsum(references) - references
+        similarity = np.zeros(len(pair_row))
+        known = np.zeros(1, dtype=np.int64)  # where the tables have each n-gram, -1 nowhere; of 0-grams to begin with
+        for table, grams in zip(self.tables, count_grams(ids, offsets, self.words), strict=True):
+            before = known[grams.keys // self.words]
+            keys = before * self.words + grams.keys % self.words
+            at = find(table.keys, keys)
+            known = np.where(before >= 0, at, -1)
+            weights = grams.times * np.where(known >= 0, table.idf[known], self.log_images)[grams.gram]
+            norms = np.sqrt(np.bincount(grams.text, weights**2, len(images)))
+            # Every n-gram of a caption that the tables know, against every reference of its image.
+            entry = np.flatnonzero(known[grams.gram] >= 0)
+            row = grams.text[entry]
+            pair = concatenate_ranges(first_pair[row], first_pair[row] + references[row])
+            entry = np.repeat(entry, references[row])
+            at = find(table.pairs, pair_reference[pair] * len(table.keys) + known[grams.gram[entry]])
+            hit = at >= 0
+            theirs = table.weights[at[hit]]
+            product = np.minimum(weights[entry[hit]], theirs) * theirs
+            norm = norms[pair_row] * table.norms[pair_reference]
+            similarity += np.bincount(pair[hit], product, len(pair_row)) / np.where(norm > 0, norm, 1)
+        difference = np.diff(offsets)[pair_row] - self.lengths[pair_reference]
+        similarity *= np.exp(-(difference**2) / (2 * SIGMA**2)) / N
+        return 10 * np.bincount(pair_row, similarity, len(images)) / references
+
+
+def find(values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Where the sorted `values` hold each of `wanted`, -1 where they do not."""
+    at = np.searchsorted(values, wanted).clip(max=len(values) - 1)
+    return np.where(values[at] == wanted, at, -1)

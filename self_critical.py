@@ -1,0 +1,61 @@
+"""Self-critical sequence training (Rennie et al., 2017): captions that the decoder draws itself, rewarded by CIDEr-D."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from caption_data import EOS, CaptionSet, Vocabulary, pack_captions
+from caption_models import DecoderOutput, LSTMDecoder, sample
+from cider_reward import CiderReward
+
+
+class SelfCritic:
+    """Draws several captions of each image; what is better than the image's others becomes likelier.
+
+    The baseline of a sample is the mean reward of the image's other samples (Luo, 2020), which needs no greedy
+    pass. Document frequencies are those of the training captions, whatever is scored later.
+    """
+
+    def __init__(self, data: CaptionSet, vocabulary: Vocabulary, samples: int, max_length: int):
+        """Args: samples: captions drawn of an image, at least 2."""
+        self.samples, self.max_length = samples, max_length
+        self.reward = CiderReward(data, data.splits["train"])
+        number = {word: place for place, word in enumerate(data.tokens.words)}
+        self.word_of = np.array([number.get(word, -1) for word in vocabulary.words])  # vocabulary id -> data's word
+
+    def loss(
+        self, decoder: LSTMDecoder, features: torch.Tensor, images: np.ndarray, autocast: torch.autocast
+    ) -> tuple[torch.Tensor, float]:
+        """Draw, reward, and run the decoder over what was drawn.
+
+        Args:
+            features: (I, C) or (I, 49, C) of the images, whose positions in the data are `images` (I,).
+            autocast: around the pass with gradients.
+
+        Returns:
+            the loss per token, whose gradient is that of minus the expected reward, and the samples' mean CIDEr-D.
+        """
+        drawn = sample(decoder, features, self.samples, self.max_length)
+        rewards = self.rewards(drawn.words, drawn.lengths, drawn.ended, images)  # (I, S)
+        others = (rewards.sum(1, keepdims=True) - rewards) / (self.samples - 1)
+        advantage = (rewards - others).reshape(-1)
+        starts = np.arange(len(drawn.words)) * drawn.words.shape[1]
+        owner = np.repeat(np.arange(len(images)), self.samples)
+        batch, order = pack_captions(drawn.words.reshape(-1), starts, drawn.lengths, owner)
+        row = batch.token_row.numpy()
+        weights = advantage[order][row]
+        weights[(batch.targets.numpy() == EOS) & ~drawn.ended[order][row]] = 0  # an <EOS> that was never said
+        batch = batch.to(features.device)
+        with autocast:
+            output: DecoderOutput = decoder(features, batch)
+            token_weights = torch.from_numpy(weights).float().to(features.device)
+            loss = decoder.cross_entropy(output.code, batch.targets, 0.0, token_weights) / len(row)
+        return loss, float(rewards.mean())
+
+    def rewards(self, words: np.ndarray, lengths: np.ndarray, ended: np.ndarray, images: np.ndarray) -> np.ndarray:
+        """CIDEr-D (I, S) of samples (I x S, T); one that never ends earns nothing."""
+        spoken = np.arange(words.shape[1]) < lengths[:, None]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        scores = self.reward.score(self.word_of[words[spoken]], offsets, np.repeat(images, self.samples))
+        return np.where(ended, scores, 0.0).reshape(len(images), self.samples)
