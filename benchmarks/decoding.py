@@ -43,7 +43,7 @@ def measure_decoder(bench: Bench, run: trainer.Training, steps: int) -> list[Fig
 
     def one_by_one(beam: int) -> None:
         for image in alone:
-            trainer.generate(run, np.array([image]), beam)
+            trainer.caption(run, np.array([image]), beam)
 
     ways = {("batch", beam): partial(trainer.generate, run, images, beam) for beam in BEAMS}
     singles = {("alone", beam): partial(one_by_one, beam) for beam in BEAMS}
@@ -51,7 +51,7 @@ def measure_decoder(bench: Bench, run: trainer.Training, steps: int) -> list[Fig
         {f"{how} {beam}": way for (how, beam), way in {**ways, **singles}.items()}, scale.repeats, device
     )
     name = run.args.decoder
-    words = statistics.mean(len(found.ids) for found in trainer.generate(run, images, BEAMS[-1]))
+    words = statistics.mean(len(found.ids) for found in trainer.caption(run, images, BEAMS[-1]))
     trained = f"trained for {steps} steps" if steps else "loaded"
     note = f"{len(images)} images against {len(alone)}; {trained}; captions of {words:.1f} words at beam {BEAMS[-1]}"
     figures = [

@@ -1,0 +1,163 @@
+"""The reward is pycocoevalcap's CIDEr to the last digits; samples are drawn from the decoder's own distribution."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pycocoevalcap.cider.cider_scorer import CiderScorer
+
+from caption_data import EOS, PAD, SOS, UNK, BatchMaker, CaptionSet, Tokens, build_vocabulary, pack_captions
+from caption_models import AttentionDecoder, LSTMDecoder, beam_search, next_words, sample
+from cider_reward import CiderReward
+from self_critical import SelfCritic
+
+WORDS = [f"w{n}" for n in range(30)]
+
+
+@pytest.fixture(scope="module")
+def data() -> CaptionSet:
+    """Twelve images with one to five captions of words that are common and rare."""
+    random = np.random.default_rng(0)
+    counts = random.integers(1, 6, 12)
+    texts = [(30 * random.random(random.integers(1, 12)) ** 2).astype(np.int32) for _ in range(counts.sum())]
+    tokens = Tokens(WORDS, np.concatenate(texts), np.concatenate([[0], np.cumsum([len(text) for text in texts])]))
+    splits = {"train": np.arange(10), "val": np.array([10]), "test": np.array([11])}
+    first = np.concatenate([[0], np.cumsum(counts)])
+    return CaptionSet(Path(), [f"{n}.jpg" for n in range(12)], first, tokens, splits, "lists", Path("captions.txt"))
+
+
+def pycocoevalcaps(data: CaptionSet, hypotheses: list[str], images: np.ndarray) -> np.ndarray:
+    """Its scorer, told the training captions' document frequencies, on the same words with an end token."""
+    train = data.splits["train"]
+    known = CiderScorer(n=4, sigma=6.0)
+    for image in train:
+        known += (None, [text + " <EOS>" for text in data.references(image)])
+    known.compute_doc_freq()
+    scorer = CiderScorer(n=4, sigma=6.0)
+    for text, image in zip(hypotheses, images, strict=True):
+        scorer += (f"{text} <EOS>".strip(), [text + " <EOS>" for text in data.references(image)])
+    scorer.document_frequency = known.document_frequency
+
+    class AsMany(list):
+        def __len__(self) -> int:  # it takes the number of images from here
+            return len(train)
+
+    scorer.crefs = AsMany(scorer.crefs)
+    return np.array(scorer.compute_cider())
+
+
+def test_the_reward_is_pycocoevalcaps(data):
+    random = np.random.default_rng(1)
+    images = random.choice(data.splits["train"], 60)
+    texts = []
+    for number, image in enumerate(images):
+        own = data.references(image)[0].split()
+        texts.append([own, own[:2], random.permutation(own).tolist(), own + own, [], ["w29", "w28", "w29"]][number % 6])
+    ids = np.array([WORDS.index(word) for text in texts for word in text])
+    offsets = np.concatenate([[0], np.cumsum([len(text) for text in texts])])
+    ours = CiderReward(data, data.splits["train"]).score(ids, offsets, images)
+    theirs = pycocoevalcaps(data, [" ".join(text) for text in texts], images)
+    assert np.abs(ours - theirs).max() < 1e-9 and ours.max() > 1
+
+
+def small(kind: type, words: int) -> LSTMDecoder:
+    torch.manual_seed(0)
+    sizes = (words, 8, 12, 12, 1, 0.3)
+    return AttentionDecoder(*sizes, 12) if kind is AttentionDecoder else LSTMDecoder(*sizes)
+
+
+@pytest.mark.parametrize("kind", [LSTMDecoder, AttentionDecoder])
+def test_samples_follow_the_decoders_distribution(kind):
+    decoder = small(kind, 7)
+    features = torch.randn(1, *((49, 8) if decoder.uses_grid else (8,)))
+    torch.manual_seed(1)
+    drawn = sample(decoder, features, 4000, 3)
+    decoder.eval()
+    _, expected, _ = next_words([(decoder, features)], [decoder.begin(features)], torch.tensor([SOS]))
+    share = np.bincount(drawn.words[:, 0], minlength=7) / 4000
+    assert share[[PAD, SOS, UNK]].sum() == 0
+    allowed = expected[0].detach().exp() / expected[0].detach().exp().sum()
+    assert np.abs(share - allowed.numpy()).max() < 0.03
+
+
+def test_the_nucleus_keeps_the_likeliest_words():
+    decoder = small(LSTMDecoder, 40)
+    drawn = sample(decoder, torch.randn(5, 8), 3, 6, top_p=1e-6)
+    greedy = [found[0].ids for found in beam_search([(decoder, torch.zeros(1, 8))], 1, 6)]
+    assert len(greedy) == 1
+    rows = drawn.words.reshape(5, 3, -1)
+    assert (rows == rows[:, :1]).all()  # one word has it all: the three samples are the greedy caption
+
+
+def test_samples_end_and_say_so():
+    decoder = small(AttentionDecoder, 9)
+    drawn = sample(decoder, torch.randn(6, 49, 8), 5, 12)
+    for words, length, ended in zip(*drawn, strict=True):
+        assert (words[length:] == EOS).all() and EOS not in words[:length] and ended == (length < 12)
+
+
+def test_a_batch_of_samples_is_packed_as_captions_are(data):
+    vocabulary = build_vocabulary(data, 1)
+    batches = BatchMaker(data, vocabulary, 40)
+    plain = batches.make(np.arange(9))
+    words = np.concatenate([batches.lookup[data.tokens.ids], [EOS]])
+    owner = np.searchsorted(data.first_caption, np.arange(9), side="right") - 1
+    again, _ = pack_captions(words, data.tokens.offsets[:9], np.diff(data.tokens.offsets)[:9], owner)
+    for field in ("row_image", "inputs", "targets", "batch_sizes", "token_row", "slots"):
+        assert torch.equal(getattr(plain, field), getattr(again, field)), field
+
+
+@pytest.mark.parametrize("kind", [LSTMDecoder, AttentionDecoder])
+def test_the_gradient_is_that_of_the_written_out_formula(data, kind):
+    """Against log-probabilities of the samples, taken word by word through `step`."""
+    vocabulary = build_vocabulary(data, 1)
+    decoder = small(kind, len(vocabulary)).eval()
+    decoder.dropout.probability = 0.0
+    images = np.array([2, 5, 7])
+    features = torch.randn(3, *((49, 8) if decoder.uses_grid else (8,)))
+    critic = SelfCritic(data, vocabulary, 4, 10)
+    torch.manual_seed(3)
+    drawn = sample(decoder, features, 4, 10)
+    rewards = critic.rewards(drawn.words, drawn.lengths, drawn.ended, images)
+    torch.manual_seed(3)
+    loss, reward = critic.loss(decoder, features, images, torch.autocast("cpu", enabled=False))
+    assert reward == pytest.approx(rewards.mean())
+    loss.backward()
+    found = decoder.output.weight.grad.clone()
+    decoder.zero_grad()
+
+    total, tokens = torch.zeros(()), 0
+    for row in range(12):
+        image, number = divmod(row, 4)
+        advantage = rewards[image, number] - (rewards[image].sum() - rewards[image, number]) / 3
+        state, word = decoder.begin(features[image : image + 1]), torch.tensor([SOS])
+        said = [*drawn.words[row, : drawn.lengths[row]].tolist(), *([EOS] if drawn.ended[row] else [])]
+        for target in said:
+            state, output = decoder.step(state, word)
+            total = total - advantage * decoder.logits(output.code).log_softmax(-1)[0, target]
+            word = torch.tensor([target])
+        tokens += int(drawn.lengths[row]) + 1
+    (total / tokens).backward()
+    assert torch.allclose(found, decoder.output.weight.grad, atol=1e-6) and found.abs().max() > 1e-5
+
+
+def test_an_ensemble_of_one_decoder_twice_is_that_decoder():
+    decoder, features = small(AttentionDecoder, 20).eval(), torch.randn(4, 49, 8)
+    alone = beam_search([(decoder, features)], 3, 8)
+    twice = beam_search([(decoder, features), (decoder, features)], 3, 8)
+    for one, two in zip(alone, twice, strict=True):
+        assert [h.ids for h in one] == [h.ids for h in two]
+        assert one[0].log_probability == pytest.approx(two[0].log_probability, abs=1e-5)
+
+
+def test_an_ensemble_means_probabilities():
+    first, second = small(LSTMDecoder, 9).eval(), small(AttentionDecoder, 9).eval()
+    members = [(first, torch.randn(2, 8)), (second, torch.randn(2, 49, 8))]
+    words = torch.full((2,), SOS)
+    states = [decoder.begin(features) for decoder, features in members]
+    _, together, _ = next_words(members, states, words)
+    each = [next_words([member], [state], words)[1].exp() for member, state in zip(members, states, strict=True)]
+    assert torch.allclose(together.exp(), (each[0] + each[1]) / 2, atol=1e-6)
+    assert math.isclose(together.exp().sum(1)[0].item(), (each[0].sum(1) + each[1].sum(1))[0].item() / 2, abs_tol=1e-5)
