@@ -15,10 +15,9 @@ torch.set_num_threads(1)  # everything is tiny here, and threads that wait for e
 COLORS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "yellow": (230, 220, 40)}
 
 
-@pytest.fixture
-def tiny(tmp_path: Path) -> Path:
+def draw_tiny(place: Path) -> Path:
     """Twenty pictures in the Flickr8k layout, without split lists; returns the data directory."""
-    folder = tmp_path / "tiny"
+    folder = place / "tiny"
     (folder / "Images").mkdir(parents=True)
     rows = ["image,caption"]
     for number in range(20):
@@ -28,3 +27,9 @@ def tiny(tmp_path: Path) -> Path:
         rows += [f"{name},A {color} picture number {word} ." for word in ("one", "two")]
     (folder / "captions.txt").write_text("\n".join(rows) + "\n")
     return folder
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """The data directory of `draw_tiny`."""
+    return draw_tiny(tmp_path)

@@ -87,6 +87,22 @@ def test_a_signal_in_mid_epoch_loses_nothing(here, monkeypatch, capsys, decoder,
     assert_same(only_run("whole"), parts)
 
 
+@pytest.mark.parametrize("decoder", ["lstm", "attention"])
+def test_self_critical_training_is_resumed_within_its_epoch(here, monkeypatch, decoder):
+    """With two views and people's captions in the loss: samples, views and dropout are drawn again as they were."""
+    flags = ["--num_layers", "1", "--epochs", "2", "--scst_epochs", "1", "--scst_ce_weight", "0.2", "--views", "mirror"]
+    assert run(here, "whole", decoder, *flags) == 0
+    with monkeypatch.context() as patch:
+        at_step(patch, 10, lambda: os.kill(os.getpid(), signal.SIGTERM))  # the second of the third epoch
+        assert run(here, "parts", decoder, *flags) == 143
+    saved = torch.load(only_run("parts") / "last.pt", weights_only=True)
+    assert (saved["epoch"], saved["progress"]["step"]) == (2, 2)
+    assert trainer.main(["--resume", str(only_run("parts"))]) == 0
+    assert_same(only_run("whole"), only_run("parts"))
+    history = json.loads((only_run("whole") / "metrics_history.json").read_text())
+    assert ["reward" in entry for entry in history] == [False, False, True]
+
+
 def test_a_second_interrupt_stops_at_once_and_the_last_save_serves(here, monkeypatch, capsys):
     def twice():
         os.kill(os.getpid(), signal.SIGINT)

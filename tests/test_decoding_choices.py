@@ -1,0 +1,140 @@
+"""What is chosen after training: beam and length penalty, several checkpoints, anybody's captions."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_main import newest, run
+
+import flickr_image_caption_with_pytorch_resnet_lstm as trainer
+from caption_data import VIEWS, load_pixels
+from checkpoints import load_checkpoint
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of each decoder on the same twenty pictures, attention with two views of them."""
+    from conftest import draw_tiny
+
+    here = tmp_path_factory.mktemp("choices")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(here)
+        tiny = draw_tiny(here)
+        assert run(tiny, "--decoder", "lstm") == 0
+        lstm = newest().resolve()
+        assert run(tiny, "--decoder", "attention", "--views", "mirror") == 0
+        yield here, tiny, lstm, newest().resolve()
+
+
+@pytest.fixture(autouse=True)
+def in_its_directory(trained, monkeypatch):
+    monkeypatch.chdir(trained[0])
+
+
+def rows(directory: Path) -> list[dict]:
+    return json.loads((directory / "test_metrics.json").read_text())
+
+
+def test_what_tune_finds_is_kept_and_used(trained, capsys):
+    _, _, _, attention = trained
+    before = load_checkpoint(attention / "best.pt")
+    assert trainer.main(["--mode", "tune", "--model_path", str(attention)]) == 0
+    found = load_checkpoint(attention / "best.pt")["decoding"]
+    assert f"--beam_size {found['beam_size']}" in capsys.readouterr().out and found["images"] == 2
+    after = load_checkpoint(attention / "best.pt")
+    assert all((before["decoder"][name] == after["decoder"][name]).all() for name in before["decoder"])
+    assert load_checkpoint(attention / "last.pt")["decoding"] is None  # best.pt alone was written
+    assert trainer.main(["--mode", "test", "--model_path", str(attention)]) == 0
+    assert rows(attention)[-1]["beam_size"] == found["beam_size"]
+    assert trainer.main(["--mode", "test", "--model_path", str(attention), "--beam_size", "4"]) == 0
+    assert rows(attention)[-1]["beam_size"] == 4
+
+
+def test_an_ensemble_of_both_decoders_is_scored_in_the_first_ones_directory(trained, capsys):
+    _, _, lstm, attention = trained
+    assert trainer.main(["--mode", "test", "--model_path", str(attention), str(lstm)]) == 0
+    row = rows(attention)[-1]
+    assert row["checkpoint"].startswith("best.pt + ") and row["views"] == "mirror"
+    scores = json.loads((attention / row["scores_file"]).read_text())
+    captions = json.loads((attention / row["captions_file"]).read_text())
+    assert [entry["image_id"] for entry in captions] == scores["image_id"]
+    assert np.mean(scores["cider"]) == pytest.approx(row["cider"])
+    low, high = row["cider_interval"]
+    assert low <= row["cider"] <= high
+
+
+def test_members_of_other_data_are_refused(trained, capsys):
+    _, tiny, lstm, attention = trained
+    assert run(tiny, "--decoder", "lstm", "--freq_threshold", "9", "--model_save_dir", "others") == 0
+    (other,) = Path("others").rglob("best.pt")
+    assert trainer.main(["--mode", "test", "--model_path", str(attention), str(other)]) == 2
+    assert "another vocabulary" in capsys.readouterr().err
+    assert trainer.main(["--model_path", str(attention), str(lstm)]) == 2
+
+
+def test_anybodys_captions_get_the_scores_that_ours_get(trained, capsys):
+    _, tiny, lstm, _ = trained
+    assert trainer.main(["--mode", "test", "--model_path", str(lstm), "--beam_size", "1"]) == 0
+    capsys.readouterr()
+    where = ["--mode", "test", "--dataset_type", "custom", "--data_dir", str(tiny), "--predictions"]
+    row = rows(lstm)[-1]
+    assert trainer.main([*where, str(lstm / row["captions_file"])]) == 0
+    assert f"{100 * row['rouge_l']:.2f}" in capsys.readouterr().out
+    entries = json.loads((lstm / row["captions_file"]).read_text())
+    Path("theirs.csv").write_text("image,caption\n" + "".join(f"{e['image_id']},A Red Picture.\n" for e in entries))
+    assert trainer.main([*where, "theirs.csv"]) == 0
+    assert "distinct words" in capsys.readouterr().out
+    for content, message in (
+        ("{}", "no list of captions"),
+        ('[{"image_id": 3, "caption": "a"}]', "entry 1"),
+        (json.dumps(entries[:1]), "has no caption for 1 of the 2 images"),
+        (json.dumps(entries + entries[:1]), "has two captions"),
+    ):
+        Path("wrong.json").write_text(content)
+        assert trainer.main([*where, "wrong.json"]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_the_official_coco_scorer_reads_what_a_test_writes(trained):
+    from pycocotools.coco import COCO
+
+    _, _, lstm, _ = trained
+    assert trainer.main(["--mode", "test", "--model_path", str(lstm)]) == 0
+    known = COCO(str(lstm / "test_references.json"))
+    found = known.loadRes(str(lstm / rows(lstm)[-1]["captions_file"]))
+    assert found.getImgIds() == known.getImgIds() and len(known.anns) == 4
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--epochs", "0"], "leaves nothing to do"),
+        (["--scst_samples", "3"], "no effect without --scst_epochs"),
+        (["--scst_epochs", "1", "--early_stopping", "2"], "no effect with --scst_epochs"),
+        (["--predictions", "x.json"], "no effect without --mode test"),
+        (["--mode", "tune"], "needs --model_path"),
+    ],
+)
+def test_flags_without_effect_are_refused(flags, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        trainer.main(flags)
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_views_show_the_parts_that_their_names_say(tmp_path):
+    from PIL import Image
+
+    pixels = np.zeros((100, 200, 3), np.uint8)
+    pixels[:50, :100, 0] = 255  # red in the top left quarter alone
+    Image.fromarray(pixels).save(tmp_path / "corner.png")
+    whole = load_pixels(tmp_path / "corner.png", 64)
+    assert (load_pixels(tmp_path / "corner.png", 64, "mirror") == whole[:, ::-1]).all()
+    red = {name: (load_pixels(tmp_path / "corner.png", 64, name)[..., 0] > 127).mean() for name in VIEWS}
+    part = 0.5 / 0.85  # of a side that red takes in the crops that keep its corner
+    assert red["whole"] == red["mirror"] == pytest.approx(1 / 4, abs=0.01)
+    assert red["top_left_mirror"] == pytest.approx(part**2, abs=0.03)
+    assert red["bottom_right"] == pytest.approx((0.35 / 0.85) ** 2, abs=0.03)
+    assert red["top_right"] == red["bottom_left_mirror"] == pytest.approx(part * 0.35 / 0.85, abs=0.03)
+    mirrored = load_pixels(tmp_path / "corner.png", 64, "top_left_mirror")[..., 0]
+    assert mirrored[5, 60] > 200 and mirrored[5, 5] < 50
