@@ -370,8 +370,8 @@ def sound_checkpoint(name: str = "attention") -> dict[str, Any]:
         "encoder": {"name": "resnet50", "weights_hash": "0676ba61", "transform": "squash224"},
         "optimizer": optimizer.state_dict(), "schedule": schedule.state(), "vocabulary": words,
         "flags": {key: str(value) if isinstance(value, Path) else value for key, value in flags.items()},
-        "split": {"val": ["a.jpg"], "test": ["b.jpg"]}, "scaler": {},
-        "progress": {"first_epoch": 0, "step": 0, "loss_sum": 0.0, "tokens": 0},
+        "split": {"val": ["a.jpg"], "test": ["b.jpg"]}, "scaler": {}, "decoding": None,
+        "progress": {"first_epoch": 0, "step": 0, "loss_sum": 0.0, "reward_sum": 0.0, "tokens": 0},
         "loss_curve": {
             "epochs": [1], "training_losses": [2.0], "validation_losses": [2.0], "learning_rates": [1e-3],
         },
