@@ -1,37 +1,41 @@
 """Attention pictures: where a decoder looked while it said each word of a caption.
 
 Everything here takes a photo, words and weights; nothing knows of models or runs. The weights of a word
-are 49 numbers that sum to one, the rows of a 7x7 grid laid over the whole photo one after the other.
-The encoders look at the photo squashed to a square, so a map belongs on it stretched to its full size.
+are numbers that sum to one, the rows of a square grid (7x7 for the encoders that are there) laid over the whole
+photo one after the other. The encoders look at the photo squashed to a square, so a map belongs on it stretched
+to its full size. The weights of a word are of the step that predicts it: where the decoder looked to find it.
 """
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import math
-import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageEnhance
 
 from plots import BLUE, DPI, GREY, ORANGE, new_figure, place_axes, place_text, save_figure, show_photo, shrunk, wrap
+from safe_io import UserError, write_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
 
-GRID = 7
-CELLS = GRID * GRID
-MAX_ENTROPY = math.log2(CELLS)  # bits, of a decoder that looks everywhere alike
+FORMATS = ("png", "svg", "pdf")
+CROPS = 6  # at most, of the strongest regions
+CROP_CELLS = 3  # along each side of one that is cut out of a square photo
 
 # All in inches. The largest page has 1620 x 2280 pixels; a larger one is taken only if panels would get too small.
 PAGE_WIDTH, MARGIN, GAP = 13.5, 0.35, 0.16
 PAGE_HEIGHTS, ADVANCED_PAGE_HEIGHTS = (9.0, 12.0, 15.5, 19.0), (11.5, 13.0, 15.5, 19.0)
 SMALLEST_PANEL = 1.4
 HEADING = 0.34  # what a panel's heading needs above it
+SECTION = 0.34  # a line above a part of the advanced picture
 FOOTER = 1.15  # the colour bar and the line that explains it
 
 
@@ -39,11 +43,30 @@ FOOTER = 1.15  # the colour bar and the line that explains it
 # Numbers
 
 
+def grid_side(cells: int) -> int:
+    """How many cells a square grid of so many has along each side: 49 -> 7.
+
+    Raises:
+        ValueError: no square number.
+    """
+    side = math.isqrt(cells)
+    if side < 1 or side * side != cells:
+        raise ValueError(f"attention weights of one word are a square grid, e.g. (49,) or (7, 7); {cells} is none")
+    return side
+
+
+def cell_middles(cells: int) -> np.ndarray:
+    """(cells, 2): x and y of each cell's middle as fractions of the picture's width and height."""
+    side = grid_side(cells)
+    row, column = np.divmod(np.arange(cells), side)
+    return (np.stack([column, row], axis=1) + 0.5) / side
+
+
 def upsample(weights: np.ndarray, height: int, width: int) -> np.ndarray:
     """Stretch one word's weights smoothly over a picture.
 
     Args:
-        weights: (49,) or (7, 7).
+        weights: (cells,) or (side, side).
 
     Returns:
         (height, width) floats between the smallest and the largest weight; the middle of a cell's part
@@ -53,17 +76,20 @@ def upsample(weights: np.ndarray, height: int, width: int) -> np.ndarray:
         ValueError: another shape, or an empty picture.
     """
     grid = np.asarray(weights, dtype=np.float32)
-    if grid.shape not in ((CELLS,), (GRID, GRID)):
-        raise ValueError(f"attention weights of one word have the shape (49,) or (7, 7), not {grid.shape}")
+    side = grid_side(grid.size)
+    if grid.shape not in ((grid.size,), (side, side)):
+        raise ValueError(f"attention weights of one word are a square grid, e.g. (49,) or (7, 7), not {grid.shape}")
     if height < 1 or width < 1:
         raise ValueError(f"a picture of {width} x {height} pixels has no room for a map")
-    grid = np.ascontiguousarray(grid.reshape(GRID, GRID))
+    grid = np.ascontiguousarray(grid.reshape(side, side))
     smooth = np.asarray(Image.fromarray(grid).resize((width, height), Image.Resampling.BICUBIC))
     return smooth.clip(grid.min(), grid.max())  # cubic curves overshoot, below zero too
 
 
 def entropy(weights: np.ndarray) -> np.ndarray:
-    """How widely each word looks: (words, 49) weights -> (words,) bits, 0 (one cell) to log2(49) = 5.61 (all alike).
+    """How widely each word looks: (words, cells) weights -> (words,) bits, 0 (one cell) to log2(cells) (all alike).
+
+    Low entropy: the decoder knows where it looks. Of 49 cells the most is 5.61 bits.
 
     Raises:
         ValueError: no weights, or not one distribution per word.
@@ -74,22 +100,83 @@ def entropy(weights: np.ndarray) -> np.ndarray:
 
 
 def peak(weights: np.ndarray) -> np.ndarray:
-    """Where each word looks most: (words, 49) weights -> (words, 2), the middle of the strongest cell.
+    """Where each word looks most: (words, cells) weights -> (words, 2), the middle of the strongest cell.
 
     x and y are fractions of the picture's width and height, from its upper left corner.
 
     Raises:
         ValueError: no weights, or not one distribution per word.
     """
-    row, column = np.divmod(_check(weights).argmax(1), GRID)
-    return (np.stack([column, row], axis=1) + 0.5) / GRID
+    rows = _check(weights)
+    return cell_middles(rows.shape[1])[rows.argmax(1)]
+
+
+def strongest_regions(weights: np.ndarray, most: int = CROPS) -> list[tuple[int, int]]:
+    """What was looked at hardest: up to `most` (word, cell) in falling order of weight, of (words, cells) weights.
+
+    Two cells that touch are one region, and no word has two. A cell counts from twice the weight on that all cells
+    alike would have; the strongest of all is always there.
+    """
+    rows = _check(weights)
+    side = grid_side(rows.shape[1])
+    found: list[tuple[int, int]] = []
+    for place in np.argsort(-rows, axis=None, kind="stable"):
+        word, cell = divmod(int(place), rows.shape[1])
+        if len(found) == most or (found and rows[word, cell] < 2 / rows.shape[1]):
+            break
+        y, x = divmod(cell, side)
+        if all(
+            word != other_word and max(abs(y - other // side), abs(x - other % side)) > 1 for other_word, other in found
+        ):
+            found.append((word, cell))
+    return found
+
+
+def find_images(wanted: Sequence[str], names: Sequence[str]) -> np.ndarray:
+    """Positions of the images that were asked for by name, in that order, each once.
+
+    Raises:
+        UserError: a name is not among `names`.
+    """
+    place = {name: number for number, name in enumerate(names)}
+    for name in wanted:
+        if name not in place:
+            close = difflib.get_close_matches(name, names, n=2, cutoff=0.5) or list(names[:2])
+            raise UserError(
+                f"--attention_viz_images: the data set has no captioned image {name!r}; it has {', '.join(close)}, ..."
+            )
+    return np.array([place[name] for name in dict.fromkeys(wanted)], dtype=np.int64)
+
+
+def attention_numbers(name: str, words: Sequence[str], weights: np.ndarray) -> dict[str, Any]:
+    """What the pictures are drawn from, for `attention_viz_sample_N.json`.
+
+    Args:
+        name: the image's.
+        weights: (words, cells).
+
+    Raises:
+        ValueError: words and weights do not fit, or a row is no distribution.
+    """
+    rows = _check(weights, len(words))
+    side = grid_side(rows.shape[1])
+    return {
+        "image": name,
+        "words": list(words),
+        "grid": side,  # cells along each side of the photo
+        "maps": rows.reshape(-1, side, side).round(6).tolist(),  # word, row from the top, column from the left
+        "peaks": peak(rows).round(4).tolist(),  # x, y as fractions of the photo's width and height
+        "entropies": entropy(rows).round(4).tolist(),  # bits
+        "max_entropy": round(math.log2(side * side), 4),
+    }
 
 
 def _check(weights: np.ndarray, words: int | None = None) -> np.ndarray:
-    """The weights as float64, of which each row is a distribution over the 49 cells."""
+    """The weights as float64, of which each row is a distribution over the cells of a square grid."""
     rows = np.asarray(weights, dtype=np.float64)
-    if rows.ndim != 2 or rows.shape[1] != CELLS or len(rows) == 0:
-        raise ValueError(f"attention weights have the shape (words, 49) with at least one word, not {rows.shape}")
+    if rows.ndim != 2 or len(rows) == 0:
+        raise ValueError(f"attention weights have the shape (words, cells) with at least one word, not {rows.shape}")
+    grid_side(rows.shape[1])
     if words is not None and len(rows) != words:
         raise ValueError(f"{words} words, but attention weights for {len(rows)}")
     if not (np.isfinite(rows).all() and (rows >= 0).all() and (np.abs(rows.sum(1) - 1) <= 1e-3).all()):
@@ -101,63 +188,60 @@ def _check(weights: np.ndarray, words: int | None = None) -> np.ndarray:
 # The two pictures
 
 
-def draw_attention(
-    image: Image.Image,
-    words: Sequence[str],
-    weights: np.ndarray,
-    path: str | os.PathLike[str],
-    title: str | None = None,
-) -> None:
-    """Write the basic picture as PNG: the photo, then one map per word.
+def save_pictures(
+    directory: Path, number: int, image: Image.Image, name: str, words: Sequence[str], weights: np.ndarray,
+    advanced: bool = False, form: str = "png", dpi: int = DPI,
+) -> None:  # fmt: skip
+    """Write `attention_viz_sample_N`, with `advanced` also `advanced_attention_viz_sample_N`, and N's numbers as JSON.
 
     Args:
+        number: N.
         image: the photo, of any size and aspect.
+        name: the photo's, which stands under the caption.
         words: the caption, at least one word.
-        weights: (words, 49), each row a distribution.
-        title: a line under the caption, e.g. the photo's file name.
+        weights: (words, cells), each row a distribution.
+        form: one of `FORMATS`, which is also the files' extension.
+        dpi: dots per inch of a png, and of the photos inside of an svg or pdf.
 
     Raises:
         ValueError: words and weights do not fit, or a row is no distribution.
-        UserError: the file cannot be written.
+        UserError: a file cannot be written.
     """
-    save_figure(attention_figure(image, words, weights, title), path)
+    figure = attention_figure(image, words, weights, name, dpi)
+    save_figure(figure, directory / f"attention_viz_sample_{number}.{form}")
+    if advanced:
+        figure = advanced_attention_figure(image, words, weights, name, dpi)
+        save_figure(figure, directory / f"advanced_attention_viz_sample_{number}.{form}")
+    write_json(directory / f"attention_viz_sample_{number}.json", attention_numbers(name, words, weights))
 
 
-def draw_attention_advanced(
-    image: Image.Image,
-    words: Sequence[str],
-    weights: np.ndarray,
-    path: str | os.PathLike[str],
-    title: str | None = None,
-) -> None:
-    """Write the advanced picture as PNG: the path of the peak, the mean map, entropy per word, one map per word.
+def attention_figure(
+    image: Image.Image, words: Sequence[str], weights: np.ndarray, title: str | None = None, dpi: int = DPI
+) -> Figure:
+    """The basic picture: the photo, then one map per word. Its axes are labelled `photo`, `word` (each) and `scale`.
 
-    Args and errors as in `draw_attention`.
+    Args and errors as in `save_pictures`; title: a line under the caption.
     """
-    save_figure(advanced_attention_figure(image, words, weights, title), path)
-
-
-def attention_figure(image: Image.Image, words: Sequence[str], weights: np.ndarray, title: str | None = None) -> Figure:
-    """The figure that `draw_attention` writes. Its axes are labelled `photo`, `word` (one each) and `scale`."""
     rows = _check(weights, len(words))
     grid = _fit_grid(len(words) + 1, _panel_aspect(image), [page - 1.2 - FOOTER for page in PAGE_HEIGHTS], largest=4.5)
     page_width = max(grid.columns * (grid.width + GAP) - GAP + 2 * MARGIN, 6.5)
     caption, header = _header(words, title, page_width)
-    figure = new_figure(page_width, header + grid.total_height + FOOTER)
+    figure = new_figure(page_width, header + grid.total_height + FOOTER, dpi)
     _draw_header(figure, caption, title)
-    axes = _photo_axes(figure, grid.place(0, header), "photo", shrunk(image))
+    photo = _fitted(image, dpi)
+    axes = _photo_axes(figure, grid.place(0, header), "photo", photo)
     _heading(axes, "photo", _heading_size(["photo"], grid.width), style="italic")
-    _draw_words(figure, grid, header, 1, _dimmed(image), words, rows)
-    _draw_scale(figure)
+    _draw_words(figure, grid, header, 1, _dimmed(photo), words, rows)
+    _draw_scale(figure, rows.shape[1])
     return figure
 
 
 def advanced_attention_figure(
-    image: Image.Image, words: Sequence[str], weights: np.ndarray, title: str | None = None
+    image: Image.Image, words: Sequence[str], weights: np.ndarray, title: str | None = None, dpi: int = DPI
 ) -> Figure:
-    """The figure that `draw_attention_advanced` writes.
+    """The advanced picture: the path of the peak, the mean map, entropy per word, the strongest regions, all maps.
 
-    Its axes are labelled `path`, `mean`, `entropy`, `word` (one each) and `scale`.
+    Its axes are labelled `path`, `mean`, `entropy`, `crop` (each), `word` (each) and `scale`.
     """
     rows = _check(weights, len(words))
     aspect = _panel_aspect(image)
@@ -167,23 +251,29 @@ def advanced_attention_figure(
     axis_height = 0.7  # below the bars
     bars_height = min(8.0, max(photo_height - axis_height, 0.19 * len(words)))
     overview = HEADING + max(photo_height + 0.3, bars_height + axis_height) + 0.15
-    room = [page - header - overview - FOOTER for page in ADVANCED_PAGE_HEIGHTS]
-    grid = _fit_grid(len(words), aspect, room, largest=3.2)
-    figure = new_figure(PAGE_WIDTH, header + overview + grid.total_height + FOOTER)
+    crop_width = (PAGE_WIDTH - 2 * MARGIN + GAP) / CROPS - GAP
+    crops = _Grid(CROPS, 1, crop_width, crop_width)
+    above = header + overview + SECTION + crops.total_height + SECTION
+    grid = _fit_grid(len(words), aspect, [page - above - FOOTER for page in ADVANCED_PAGE_HEIGHTS], largest=3.2)
+    figure = new_figure(PAGE_WIDTH, above + grid.total_height + FOOTER, dpi)
     _draw_header(figure, caption, title)
 
-    dimmed, left, top = _dimmed(image), MARGIN, header + HEADING
+    photo = _fitted(image, dpi)
+    dimmed, left, top = _dimmed(photo), MARGIN, header + HEADING
     axes = _photo_axes(figure, (left, top, photo_width, photo_height), "path", dimmed)
-    _draw_path(axes, dimmed, rows)
+    _draw_path(figure, axes, dimmed, rows)
     left += photo_width + 2 * GAP
     axes = _photo_axes(figure, (left, top, photo_width, photo_height), "mean", dimmed)
     _draw_map(axes, dimmed, rows.mean(0))
     _heading(axes, "mean map", _heading_size(["mean map"], photo_width), note=f"{rows.mean(0).max():.0%}")
     left += photo_width + 2 * GAP + 1.35  # the words stand left of their bars
     axes = place_axes(figure, left, top, PAGE_WIDTH - MARGIN - 0.1 - left, bars_height, label="entropy")
-    _draw_entropy(axes, words, entropy(rows))
-    _draw_words(figure, grid, header + overview, 0, dimmed, words, rows)
-    _draw_scale(figure)
+    _draw_entropy(axes, words, entropy(rows), rows.shape[1])
+    _section(figure, header + overview, "Strongest regions: what was looked at hardest, and for which word")
+    _draw_crops(figure, crops, header + overview + SECTION, image, words, rows)
+    _section(figure, above - SECTION, "Word by word")
+    _draw_words(figure, grid, above, 0, dimmed, words, rows)
+    _draw_scale(figure, rows.shape[1])
     return figure
 
 
@@ -249,10 +339,19 @@ def _draw_header(figure: Figure, caption: list[str], title: str | None) -> None:
         place_text(figure, MARGIN, 0.29 + 0.32 * len(caption), "".join(line), fontsize=12, color=GREY)
 
 
+def _section(figure: Figure, top: float, text: str) -> None:
+    place_text(figure, MARGIN, top + 0.06, text, fontsize=13, color=GREY, fontweight="bold")
+
+
 def _heading_size(texts: Sequence[str], room: float) -> float:
     """The font size, the same for all panels, at which the longest of their headings fits into `room` inches."""
     longest = max(len(text) for text in texts)
     return min(14.0, max(8.5, room * 72 / (0.62 * max(longest, 1))))
+
+
+def _letters(room: float) -> int:
+    """How many letters of a heading fit into `room` inches at the smallest size."""
+    return int(room * 72 / (0.62 * 8.5))
 
 
 def _heading(axes: Axes, text: str, size: float, note: str = "", style: str = "normal") -> None:
@@ -270,9 +369,14 @@ def _shortened(word: str, letters: int) -> str:
 # Panels
 
 
-def _dimmed(image: Image.Image) -> Image.Image:
+def _fitted(image: Image.Image, dpi: int) -> Image.Image:
+    """The photo with as many pixels as its largest panel shows at this resolution, and some more."""
+    return shrunk(image, max(900, 900 * dpi // DPI))
+
+
+def _dimmed(photo: Image.Image) -> Image.Image:
     """The photo half grey and darker, so that a map's colours stand out and the scene stays recognisable."""
-    return ImageEnhance.Brightness(ImageEnhance.Color(shrunk(image)).enhance(0.25)).enhance(0.65)
+    return ImageEnhance.Brightness(ImageEnhance.Color(photo).enhance(0.25)).enhance(0.65)
 
 
 def _colours() -> ListedColormap:
@@ -294,7 +398,7 @@ def _photo_axes(figure: Figure, place: tuple[float, float, float, float], label:
 
 
 def _draw_map(axes: Axes, dimmed: Image.Image, row: np.ndarray) -> None:
-    smooth = upsample(row, 40 * GRID, 40 * GRID)  # fine enough to be stretched further
+    smooth = upsample(row, 280, 280)  # fine enough to be stretched further
     extent = (0, dimmed.width, dimmed.height, 0)
     axes.imshow(smooth, cmap=_colours(), vmin=0, vmax=row.max(), extent=extent, interpolation="bilinear")
 
@@ -304,8 +408,7 @@ def _draw_words(
 ) -> None:
     """One map per word, from panel `first` of the grid on."""
     room = grid.width - 0.48  # beside the percentage
-    most = int(room * 72 / (0.62 * 8.5))  # letters that fit at the smallest size
-    headings = [_shortened(f"{number} {word}", most) for number, word in enumerate(words, start=1)]
+    headings = [_shortened(f"{number} {word}", _letters(room)) for number, word in enumerate(words, start=1)]
     size = _heading_size(headings, room)
     for number, (heading, row) in enumerate(zip(headings, rows, strict=True), start=first):
         axes = _photo_axes(figure, grid.place(number, top), "word", dimmed)
@@ -313,7 +416,34 @@ def _draw_words(
         _heading(axes, heading, size, note=f"{row.max():.0%}")
 
 
-def _draw_scale(figure: Figure) -> None:
+def _draw_crops(
+    figure: Figure, grid: _Grid, top: float, image: Image.Image, words: Sequence[str], rows: np.ndarray
+) -> None:
+    """The strongest regions cut out of the photo as squares, each with a frame around its cell."""
+    from matplotlib.patches import Rectangle
+
+    side = grid_side(rows.shape[1])
+    cell_width, cell_height = image.width / side, image.height / side
+    length = round(min(CROP_CELLS * math.sqrt(cell_width * cell_height), image.width, image.height))
+    chosen = strongest_regions(rows)
+    room = grid.width - 0.48  # beside the percentage
+    headings = [_shortened(f"{word + 1} {words[word]}", _letters(room)) for word, _ in chosen]
+    size = _heading_size(headings, room)
+    for number, (heading, (word, cell)) in enumerate(zip(headings, chosen, strict=True)):
+        row, column = divmod(cell, side)
+        left = round(min(max((column + 0.5) * cell_width - length / 2, 0), image.width - length))
+        upper = round(min(max((row + 0.5) * cell_height - length / 2, 0), image.height - length))
+        cut = image.crop((left, upper, left + length, upper + length)).convert("RGB")
+        axes = _photo_axes(figure, grid.place(number, top), "crop", cut)
+        corner = (column * cell_width - left, row * cell_height - upper)
+        for color, width in (("black", 3.4), ("white", 1.6)):  # to be seen on light and dark
+            axes.add_patch(Rectangle(corner, cell_width, cell_height, fill=False, edgecolor=color, linewidth=width))
+        axes.set_xlim(0, length)  # a cell of a very long photo may be wider than its crop
+        axes.set_ylim(length, 0)
+        _heading(axes, heading, size, note=f"{rows[word, cell]:.0%}")
+
+
+def _draw_scale(figure: Figure, cells: int) -> None:
     """The one colour bar at the foot of the picture, and how to read it."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
@@ -324,16 +454,19 @@ def _draw_scale(figure: Figure) -> None:
     bar = figure.colorbar(ScalarMappable(Normalize(0, 1), _colours()), cax=axes, orientation="horizontal")
     bar.set_ticks([0, 0.5, 1], labels=["0", "half", "peak"], fontsize=11)
     axes.set_title("attention weight", fontsize=11, loc="left", pad=4)
-    text = "Each map has its own scale, from 0 to its peak: the weight of its strongest of 49 cells, given in percent."
+    text = (
+        f"Each map has its own scale, from 0 to its peak: the weight of its strongest of {cells} cells, in percent. "
+        "It shows where the decoder looked to find the word."
+    )
     lines = wrap(text, width - 2 * MARGIN - 3.0, 11, lines=4)
     place_text(figure, MARGIN + 3.0, height - 0.72 - 0.08 * (len(lines) - 1), "\n".join(lines), fontsize=11, color=GREY)
 
 
-def _draw_path(axes: Axes, dimmed: Image.Image, rows: np.ndarray) -> None:
+def _draw_path(figure: Figure, axes: Axes, dimmed: Image.Image, rows: np.ndarray) -> None:
     """The strongest cell of each word, numbered, with an arrow wherever the gaze moves to another cell."""
     from matplotlib.patches import FancyArrowPatch
 
-    width = axes.get_window_extent().width / DPI
+    width = axes.get_window_extent().width / figure.dpi
     _heading(axes, "path of the peak", _heading_size(["path of the peak"], width))
     points = peak(rows) * [dimmed.width, dimmed.height]
     stops: dict[tuple[float, float], list[int]] = {}
@@ -352,7 +485,7 @@ def _draw_path(axes: Axes, dimmed: Image.Image, rows: np.ndarray) -> None:
         edge = ORANGE if last else BLUE if first else "black"
         ink, line_width, layer = ("white", 2.2, 5) if first or last else ("black", 1.2, 4)
         axes.text(
-            x, y, "\n".join(wrap(_ranges(numbers), width / GRID, 8.5, lines=2)), fontsize=8.5, fontweight="bold",
+            x, y, "\n".join(wrap(_ranges(numbers), width / grid_side(rows.shape[1]), 8.5, lines=2)), fontsize=8.5, fontweight="bold",
             color=ink, ha="center", va="center", linespacing=1.0, zorder=layer,
             bbox={"boxstyle": "round,pad=0.25", "facecolor": face, "edgecolor": edge, "linewidth": line_width},
         )  # fmt: skip
@@ -372,20 +505,20 @@ def _ranges(numbers: Sequence[int]) -> str:
     return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
-def _draw_entropy(axes: Axes, words: Sequence[str], bits: np.ndarray) -> None:
+def _draw_entropy(axes: Axes, words: Sequence[str], bits: np.ndarray, cells: int) -> None:
     """How widely each word looks, as bars from the first word down."""
-    places = range(len(words))
+    places, most = range(len(words)), math.log2(cells)
     axes.barh(places, bits, height=0.72, color="#56B4E9")
     for place, value in zip(places, bits.tolist(), strict=True):
         axes.text(value - 0.08 if value > 1 else value + 0.08, place, f"{value:.1f}", fontsize=10,
                   ha="right" if value > 1 else "left", va="center")  # fmt: skip
-    axes.axvline(MAX_ENTROPY, color=ORANGE, linestyle="--", linewidth=1.8)
+    axes.axvline(most, color=ORANGE, linestyle="--", linewidth=1.8)
     axes.set_title("entropy per word", fontsize=14, fontweight="bold", loc="left", pad=4)
-    axes.set_title(f"max {MAX_ENTROPY:.2f}", fontsize=10, color=ORANGE, loc="right", pad=4)
-    axes.set_xlim(0, 6)
+    axes.set_title(f"max {most:.2f}", fontsize=10, color=ORANGE, loc="right", pad=4)
+    axes.set_xlim(0, 1.07 * most or 1)  # a single cell has no entropy
     axes.set_ylim(len(words) - 0.5, -0.5)
     labels = [_shortened(f"{number} {word}", 15) for number, word in enumerate(words, start=1)]
     axes.set_yticks(places, labels, fontsize=10.5, parse_math=False)
     axes.tick_params(axis="y", length=0)
-    axes.set_xlabel("bits (0: a single cell; dashed: log2(49),\nall cells alike)", fontsize=10.5)
+    axes.set_xlabel(f"bits; few: it knows where it looks\n(0: one cell; dashed: all {cells} alike)", fontsize=10.5)
     axes.spines[["top", "right", "left"]].set_visible(False)

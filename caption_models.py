@@ -308,7 +308,7 @@ class LSTMDecoder(nn.Module):
 
     def read_image(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The LSTM's first step, whose input is the image (I, E). Returns hidden and cell (L, I, H)."""
-        nothing = image.new_zeros(self.lstm.num_layers, len(image), self.lstm.hidden_size)
+        nothing = image.new_zeros(self.lstm.num_layers, image.shape[0], self.lstm.hidden_size)
         return self.lstm_step(image, nothing, nothing)[1:]
 
     def lstm_step(
@@ -370,7 +370,7 @@ class LSTMDecoder(nn.Module):
         """From the LSTM's output (N, H) and the embedded last words (N, E) to the next words."""
         image = state.regions[:, 0]  # (I, E)
         if batch is None:  # decoding: beams of an image lie together
-            image = image.repeat_interleave(len(hidden) // len(image), 0)
+            image = image.repeat_interleave(hidden.shape[0] // image.shape[0], 0)
         else:
             image = image[batch.row_image[batch.token_row]]
         return DecoderOutput(self.squash(self.output(self.dropout(hidden)) + words + image), None)
@@ -437,7 +437,7 @@ class AttentionDecoder(LSTMDecoder):
         assert state.keys is not None
         hidden = self.dropout(hidden)
         query = self.query(hidden)  # (N, A)
-        images = len(state.keys)
+        images = state.keys.shape[0]
         if batch is None:  # decoding: beams of an image lie together
             table = query.view(images, -1, query.shape[1])  # (I, S, A)
         else:

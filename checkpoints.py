@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from safe_io import CONTROL_CHARACTERS, UserError, check_tensor_zip, first_line, publish_copy, write_atomic
+from safe_io import CONTROL_CHARACTERS, UserError, check_tensor_zip, first_line, publish_copy, read_json, write_atomic
 
 SCHEMA = 3  # of the checkpoint; a reader refuses what it does not know
+EXPORT_SCHEMA = 1  # of config.json in an exported folder
+LARGEST_JSON = 64_000_000  # bytes of a file in an exported folder; the vocabulary of Flickr30k has 0.2 million
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
@@ -23,11 +26,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint on the CPU without executing anything in it, whoever wrote it.
 
     What comes back has every field of `CHECKPOINT` with the type that the program counts on, tensors that are
-    finite and of the shapes that the flags and the vocabulary say, and an optimizer state that fits them.
+    finite and of the shapes that the flags and the vocabulary say, and an optimizer state that fits them. Of an
+    exported folder (given as its `model.safetensors`) the optimizer is None: see `require_trainable`.
 
     Raises:
         UserError: no checkpoint, a truncated, damaged or malformed one, or one of another program or version.
     """
+    if path.suffix == ".safetensors":
+        return load_exported(path)
     try:
         check_tensor_zip(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -69,6 +75,72 @@ def upgrade_from_2(checkpoint: dict[str, Any]) -> None:
         checkpoint["progress"].setdefault("reward_sum", 0.0)
     if isinstance(checkpoint["flags"], dict):
         checkpoint["flags"] = {"views": "whole", "weight_decay": 0.01} | checkpoint["flags"]
+
+
+def load_exported(path: Path) -> dict[str, Any]:
+    """Read what `export_model.export` wrote as if it were a checkpoint without a training behind it.
+
+    Args:
+        path: its `model.safetensors`; `config.json`, `vocabulary.json` and, where the split was drawn, `split.json`
+            lie beside it.
+
+    Raises:
+        UserError: something of it is missing, damaged or malformed.
+    """
+    from safetensors.torch import load_file
+
+    place = path.with_name("config.json")
+    config = read_exported_json(place)
+    require_form(config, EXPORTED, place)
+    if config["schema"] != EXPORT_SCHEMA:
+        raise UserError(f"{place} has schema {config['schema']}, this program reads {EXPORT_SCHEMA}")
+    contents: dict[str, Any] = {"split.json": None}
+    for name in (path.name, "vocabulary.json", "split.json"):
+        if name in config["sha256"]:
+            file = path.with_name(name)
+            if not file.is_file():
+                raise UserError(f"{file} is not there: {path.parent} is no whole exported model. Export it again")
+            with open(file, "rb") as opened:
+                if hashlib.file_digest(opened, "sha256").hexdigest() != config["sha256"][name]:
+                    raise UserError(f"{file} is damaged (its SHA-256 is not that of {place}): copy or export it again")
+            if file != path:
+                contents[name] = read_exported_json(file)
+    try:
+        weights = load_file(path)
+    except Exception as error:  # safetensors and torch each raise their own
+        raise UserError(f"{path} cannot be read as safetensors: {first_line(error)}. Export it again") from error
+    places = {name: None for name in CHECKPOINT["flags"] if name not in EXPORTED["flags"]}
+    flags = {name: config["flags"][name] for name in EXPORTED["flags"]}
+    checkpoint = {
+        "schema": SCHEMA, "epoch": config["epoch"], "decoder_type": config["flags"]["decoder"], "decoder": weights,
+        "encoder": config["encoder"], "vocabulary": contents["vocabulary.json"],
+        "flags": {**flags, **places, "feature_cache": "feature_cache"}, "optimizer": None, "scaler": {},
+        "progress": {"first_epoch": config["epoch"], "step": 0, "loss_sum": 0.0, "reward_sum": 0.0, "tokens": 0},
+        "schedule": None, "decoding": config["decoding"], "split": contents["split.json"], "loss_curve": {name: [] for name in CHECKPOINT["loss_curve"]},
+        "metrics_history": [], "best": {"score": 0.0, "epoch": config["epoch"], "metric": flags["best_metric"]},
+    }  # fmt: skip
+    require_form(checkpoint, {name: form for name, form in CHECKPOINT.items() if name != "optimizer"}, path)
+    check_architecture(checkpoint, path)
+    return checkpoint
+
+
+def read_exported_json(path: Path) -> Any:
+    if path.is_file() and path.stat().st_size > LARGEST_JSON:
+        raise UserError(f"{path} is larger than {LARGEST_JSON} bytes: it is none of this program's")
+    return read_json(path)
+
+
+def require_trainable(checkpoint: dict[str, Any], path: Path) -> None:
+    """Make sure that a checkpoint can be trained on, or changed.
+
+    Raises:
+        UserError: it is an exported model.
+    """
+    if checkpoint["optimizer"] is None:
+        raise UserError(
+            f"{path.parent} is an exported model, which is for testing and captioning alone: it has no optimizer state. "
+            "Give the run directory, or a model_epoch_N.pt, that it was exported from"
+        )
 
 
 class Rule(NamedTuple):
@@ -176,6 +248,21 @@ CHECKPOINT: dict[str, Any] = {
 }  # fmt: skip
 
 
+# config.json of an exported folder; where things lay on the exporting machine is not in it.
+EXPORTED: dict[str, Any] = {
+    "schema": whole(),
+    "epoch": whole(),
+    "encoder": CHECKPOINT["encoder"],
+    "decoding": CHECKPOINT["decoding"],
+    "flags": {
+        name: form
+        for name, form in CHECKPOINT["flags"].items()
+        if name not in ("data_dir", "image_dir", "captions_file", "resnet_weights", "feature_cache")
+    },
+    "sha256": {"model.safetensors": TEXT, "vocabulary.json": TEXT},
+}
+
+
 def require_form(value: Any, form: Any, path: Path, where: str = "") -> None:
     """Compare a field of a checkpoint with its form.
 
@@ -196,7 +283,9 @@ def require_form(value: Any, form: Any, path: Path, where: str = "") -> None:
 
 
 def malformed(path: Path, problem: str) -> UserError:
-    return UserError(f"{path} is a malformed checkpoint: {problem}. Use another model_epoch_N.pt of its run")
+    exported = path.suffix in (".json", ".safetensors")
+    hint = "Export or fetch it again" if exported else "Use another model_epoch_N.pt of its run"
+    return UserError(f"{path} is a malformed checkpoint: {problem}. {hint}")
 
 
 def check_architecture(checkpoint: dict[str, Any], path: Path) -> None:

@@ -16,6 +16,7 @@ from safe_io import CONTROL_CHARACTERS, UserError, first_line, make_directory, r
 
 SCRIPT = "flickr_image_caption_with_pytorch_resnet_lstm.py"
 DRY_RUN = "dry_run_"  # begins the names of runs that are no results
+EXPORTED_WEIGHTS = "model.safetensors"  # what `--mode export` writes, beside config.json and vocabulary.json
 CONFIG_NAMES = {"decoder": "decoder_type"}  # our flags under the names that the original's run_config.json has
 
 
@@ -101,7 +102,7 @@ def config_flags(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
     flags: dict[str, Any] = {}
     for key, value in read_config(path).items():
         name = ours.get(key, key)
-        if name in ("timestamp", "command", "mode", "model_path", "config", "resume") or value is None:
+        if name in ("timestamp", "command", "mode", "model_path", "config", "resume", "output") or value is None:
             continue
         if name not in actions:
             parser.error(f"{path}: unknown flag {name!r}")
@@ -109,6 +110,13 @@ def config_flags(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
         if action.nargs == 0:
             if type(value) is not bool:
                 parser.error(f"{path}: {name}: expected true or false")
+            flags[name] = value
+            continue
+        if action.nargs == "+":
+            if type(value) is not list or not all(
+                type(entry) is str and not CONTROL_CHARACTERS.search(entry) for entry in value
+            ):
+                parser.error(f"{path}: {name}: expected a list of names")
             flags[name] = value
             continue
         try:
@@ -172,7 +180,7 @@ def write_run_summary(directory: Path, flags: dict[str, Any], command: str, fact
 
 
 def find_checkpoint(model_path: Path) -> Path:
-    """What `--model_path` means: a checkpoint, a run directory, or a path as the original README writes it.
+    """What `--model_path` means: a checkpoint, a run directory, an exported folder, or what the original README writes.
 
     Where the named file is not there itself, the newest run below its folder that has it is used.
 
@@ -183,14 +191,15 @@ def find_checkpoint(model_path: Path) -> Path:
     if os.path.isfile(model_path):
         return model_path
     folder, name = (model_path, "best.pt") if os.path.isdir(model_path) else (model_path.parent, model_path.name)
-    if os.path.isfile(folder / name):
-        return folder / name
+    for file in (name, EXPORTED_WEIGHTS) if folder == model_path else (name,):
+        if os.path.isfile(folder / file):
+            return folder / file
     below = folder.rglob("*") if os.path.isdir(folder) else ()  # names may hold what glob reads as a pattern
     runs = [p for p in below if p.name == name and p.is_file() and not p.parent.name.startswith(DRY_RUN)]
     if not runs:
         raise UserError(
             f"--model_path {model_path} is not there, and no run below {folder} has a {name}: "
-            "give a checkpoint (.pt), a run directory, or a folder of runs"
+            "give a checkpoint (.pt), a run directory, a folder of runs, or an exported folder"
         )
     newest = max(runs, key=lambda path: (path.parent.name[-15:], path.stat().st_mtime_ns))
     print(f"Using {newest} (the newest run below {folder} that has {name})")

@@ -90,11 +90,15 @@ def get_parser() -> argparse.ArgumentParser:
     )
     count, positive = number(int, 1), number(float, 0, above=True)
     add = parser.add_argument_group("what to do").add_argument
-    add("--mode", choices=("train", "test", "tune"), default="train",
-        help="train a decoder; score a trained one; or find its best beam size and length penalty on the validation images")  # fmt: skip
+    add("--mode", choices=("train", "test", "tune", "export"), default="train",
+        help="train a decoder; score a trained one; find its best beam size and length penalty on the validation images; "
+        "or write it as a folder to share")  # fmt: skip
     add("--model_path", type=Path, nargs="+",
-        help="checkpoint, run directory or folder of runs: to test (several are an ensemble), or to go on training from")  # fmt: skip
+        help="checkpoint, run directory, folder of runs or exported folder: to test (several are an ensemble), or to go "
+        "on training from")  # fmt: skip
     add("--predictions", type=Path, help="--mode test: score the captions in this file (COCO results or CSV) instead")
+    add("--output", type=Path, help="--mode export: folder; --mode caption: .csv or .jsonl file")
+    add("--onnx", action="store_true", help="--mode export: encoder and decoder as ONNX too (requirements-export.txt)")
     add("--resume", type=Path, metavar="RUN_DIR", help="go on with an interrupted run in its own directory")
     add("--config", type=Path, help="YAML or JSON file of flags, e.g. a run's run_config.json; the command line wins")
     add("--dry_run", action="store_true", help="go through everything on a handful of images in seconds")
@@ -198,7 +202,11 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("attention visualization").add_argument
     add("--save_attention_viz", action="store_true", help="save attention pictures (attention decoder)")
     add("--attention_viz_samples", type=count, default=3, help="how many test images to draw")
+    add("--attention_viz_images", nargs="+", metavar="NAME", help="draw these images of the data set, e.g. dog.jpg")
     add("--advanced_attention_viz", action="store_true", help="also the picture with several views")
+    add("--attention_viz_format", choices=("png", "svg", "pdf"), default="png", help="svg and pdf are for papers")
+    add("--attention_viz_dpi", type=number(int, 50, 600), default=120,
+        help="dots per inch of a png, and of the photos in an svg or pdf")  # fmt: skip
 
     add = parser.add_argument_group("output").add_argument
     add("--checkpoint_minutes", type=positive, default=10, help="minutes between two saves of last.pt within an epoch")
@@ -242,9 +250,11 @@ def check_flags(args: argparse.Namespace, typed: set[str], parser: argparse.Argu
     for name in ("save_attention_viz", "attention_reg", "attention_dim"):
         if name in typed and args.decoder == "lstm" and ("decoder" in typed or not from_checkpoint):
             parser.error(f"--{name} has no effect with --decoder lstm: add --decoder attention")
-    for name in ("attention_viz_samples", "advanced_attention_viz"):
-        if name in typed and not args.save_attention_viz:
+    for name in sorted(typed):
+        if "attention_viz" in name and not args.save_attention_viz:
             parser.error(f"--{name} has no effect without --save_attention_viz")
+    if {"attention_viz_samples", "attention_viz_images"} <= typed:
+        parser.error("--attention_viz_samples has no effect with --attention_viz_images, which says which")
     if args.feature_cache == "off":
         for name in ("compile", "features_on_device"):
             if name in typed and getattr(args, name) == "on":
@@ -266,6 +276,11 @@ def check_flags(args: argparse.Namespace, typed: set[str], parser: argparse.Argu
         parser.error(f"--mode {args.mode} takes one --model_path; several are an ensemble, for --mode test")
     if args.mode == "train" and "split" in typed:
         parser.error("--split has no effect in training: it says which images --mode test scores")
+    if args.mode == "export" and args.output is None:
+        parser.error("--mode export needs --output: a folder that is not there yet")
+    for name in ("output", "onnx"):
+        if name in typed and args.mode != "export":
+            parser.error(f"--{name} has no effect with --mode {args.mode}")
     if args.resnet_weights and args.encoder != "resnet50" and "resnet_weights" in typed:
         parser.error(f"--resnet_weights has no effect with --encoder {args.encoder}")
 
@@ -283,6 +298,7 @@ from tqdm import tqdm
 
 import attention_visualization
 import plots
+import pointing_game
 from caption_data import (
     PAD,
     SOS,
@@ -305,7 +321,14 @@ from caption_models import (
     build_encoder,
     find_weights,
 )
-from checkpoints import carry_best, load_checkpoint, load_weights, prune_checkpoints, save_checkpoint
+from checkpoints import (
+    carry_best,
+    load_checkpoint,
+    load_weights,
+    prune_checkpoints,
+    require_trainable,
+    save_checkpoint,
+)
 from evaluation import (
     generate,
     print_scores,
@@ -631,25 +654,40 @@ def captions_of_images(task: Task, images: np.ndarray, beam: int) -> list[str]:
     return [" ".join(task.vocabulary.decode(found.ids)) for found in caption(task, images, beam)]
 
 
-def save_attention_pictures(task: Task, directory: Path) -> None:
-    """`attention_viz_sample_N.png` (and the advanced ones) for a seeded choice of test images."""
+def images_to_draw(args: argparse.Namespace, data: CaptionSet, images: np.ndarray) -> np.ndarray:
+    """Positions of the images of the attention pictures: the named ones, or a seeded choice of `images`."""
+    if not args.save_attention_viz:
+        return images[:0]
+    if args.attention_viz_images:
+        return attention_visualization.find_images(args.attention_viz_images, data.names)
+    return np.random.default_rng(args.seed).permutation(images)[: args.attention_viz_samples]
+
+
+def save_attention_pictures(task: Task, chosen: np.ndarray, directory: Path) -> None:
+    """`attention_viz_sample_N` (and the advanced ones) of these images, N from 1, with their numbers as JSON."""
     args, data = task.args, task.data
-    chosen = np.random.default_rng(args.seed).permutation(data.splits["test"])[: args.attention_viz_samples]
+    chosen = chosen[~np.isin(chosen, [image for _, features in task.members for image in features.unreadable])]
     hypotheses = caption(task, chosen, args.beam_size, attention=True)
     for n, (image, found) in enumerate(zip(chosen, hypotheses, strict=True), 1):
-        words = task.vocabulary.decode(found.ids)
+        words, name = task.vocabulary.decode(found.ids), data.names[image]
         if not words or found.attention is None:
-            print(f"No attention picture of {data.names[image]}: the model said nothing")
+            print(f"No attention picture of {name}: the model said nothing")
             continue
-        picture = open_image(data.image_dir / data.names[image], at_least=900)
-        attention_visualization.draw_attention(
-            picture, words, found.attention, directory / f"attention_viz_sample_{n}.png", data.names[image]
-        )
-        if args.advanced_attention_viz:
-            attention_visualization.draw_attention_advanced(
-                picture, words, found.attention, directory / f"advanced_attention_viz_sample_{n}.png", data.names[image]
-            )
-    print(f"Attention pictures of {len(chosen)} test images: {directory / 'attention_viz_sample_*.png'}")
+        picture = open_image(data.image_dir / name, at_least=max(900, 900 * args.attention_viz_dpi // plots.DPI))
+        attention_visualization.save_pictures(
+            directory, n, picture, name, words, found.attention, args.advanced_attention_viz,
+            args.attention_viz_format, args.attention_viz_dpi,
+        )  # fmt: skip
+    print(f"Attention pictures of {len(chosen)} images: {directory / 'attention_viz_sample_*'}")
+
+
+def point(task: Task, images: np.ndarray, beam: int) -> dict[str, float]:
+    """The pointing game, which wants to know where things are; so on the demo set alone, and with attention."""
+    if task.args.dataset_type != "demo" or task.args.decoder != "attention":
+        return {}
+    found = caption(task, images, beam, attention=True)
+    words, maps = [task.vocabulary.decode(each.ids) for each in found], [each.attention for each in found]
+    return pointing_game.play(task.data.captions_file, [task.data.names[i] for i in images], words, maps)
 
 
 def start_training(args: argparse.Namespace, typed: set[str], argv: list[str]) -> Training:
@@ -666,6 +704,7 @@ def start_training(args: argparse.Namespace, typed: set[str], argv: list[str]) -
     elif args.model_path is not None:
         path = find_checkpoint(args.model_path[0])
         checkpoint = load_checkpoint(path)
+        require_trainable(checkpoint, path)
     if checkpoint and path:
         apply_checkpoint(args, typed, checkpoint, path)
     if args.dry_run:
@@ -676,7 +715,7 @@ def start_training(args: argparse.Namespace, typed: set[str], argv: list[str]) -
     args.precision = precision.name
     print(f"Device: {device}, matrix products of training in {precision.name}")
     data = build_data(args, checkpoint["split"] if checkpoint else None)
-    needed = np.concatenate(list(data.splits.values()))
+    needed = np.unique(np.concatenate([*data.splits.values(), images_to_draw(args, data, data.splits["test"])]))
     views, weights_hash = build_features(
         args, data, needed, checkpoint["encoder"]["weights_hash"] if checkpoint else None
     )
@@ -804,7 +843,7 @@ def train(args: argparse.Namespace, typed: set[str], argv: list[str]) -> Path:
     best_path = run.directory / "best.pt"
     load_weights(run.decoder, load_checkpoint(best_path)["decoder"], best_path)
     if args.save_attention_viz:
-        save_attention_pictures(run, run.directory)
+        save_attention_pictures(run, images_to_draw(args, run.data, run.data.splits["test"]), run.directory)
     facts = {
         "Images": ", ".join(f"{split} {len(images)}" for split, images in run.data.splits.items()),
         "Split": run.data.split_source,
@@ -845,6 +884,7 @@ def load_task(args: argparse.Namespace, typed: set[str], splits: list[str]) -> t
                 )
         print(f"Model: {path} (epoch {checkpoint['epoch']}, {own.decoder} on {own.encoder}, {own.dataset_type})")
         needed = np.concatenate([data.splits[split] for split in splits])
+        needed = np.union1d(needed, images_to_draw(args, data, needed))
         views, _ = build_features(own, data, needed, checkpoint["encoder"]["weights_hash"])
         decoder = build_model(own, task.vocabulary)
         load_weights(decoder, checkpoint["decoder"], path)
@@ -863,6 +903,7 @@ def test(args: argparse.Namespace, typed: set[str]) -> None:
     for beam in dict.fromkeys((1, args.beam_size)):
         captions = captions_of_images(task, images, beam)
         scores, each = score_test(data, images, captions, args.spice)
+        scores |= point(task, images, beam)
         header = {
             "checkpoint": " + ".join(str(path) if number else path.name for number, path in enumerate(paths)),
             "epoch": load_checkpoint(paths[0])["epoch"], "dataset": args.dataset_type, "split": args.split,
@@ -875,11 +916,12 @@ def test(args: argparse.Namespace, typed: set[str]) -> None:
         columns.append((("greedy" if beam == 1 else f"beam {beam}"), scores))
     write_json(metrics_path, results)
     print_scores(columns, [data.references(image) for image in images], args.split)
+    if "pointing_game" in scores:
+        print(f"  {pointing_game.describe(scores)}")
     save_references(directory, data, images, args.split)
     save_gallery(data, images, captions, each.cider, directory / "sample_captions.png")
     if args.save_attention_viz:
-        data.splits["test"] = images
-        save_attention_pictures(task, directory)
+        save_attention_pictures(task, images_to_draw(args, data, images), directory)
     print(f"Scores: {metrics_path}. Captions: {directory / results[-1]['captions_file']}")
 
 
@@ -894,6 +936,7 @@ def score_predictions(args: argparse.Namespace) -> None:
 def tune_decoding(args: argparse.Namespace, typed: set[str]) -> None:
     """Find the beam size and length penalty that suit a checkpoint, and keep them in it."""
     task, _, (path,) = load_task(args, typed, ["val"])
+    require_trainable(load_checkpoint(path), path)
     best = tune(task.members, task.data, task.vocabulary.decode, task.device, args.max_length)
     save_checkpoint(path, load_checkpoint(path) | {"decoding": best})
     print(f"Best: --beam_size {best['beam_size']} --length_penalty {best['length_penalty']}, "
@@ -911,6 +954,11 @@ def main(argv: list[str] | None = None) -> int:
             test(args, typed)
         elif args.mode == "tune":
             tune_decoding(args, typed)
+        elif args.mode == "export":
+            import export_model
+
+            path = find_checkpoint(args.model_path[0])
+            export_model.export(load_checkpoint(path), path, args.output, args.onnx, args.resnet_weights)
         else:
             directory = train(args, typed, argv)
             if args.dry_run:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,20 +31,25 @@ MAX_SAMPLES = 12
 # What every picture shares
 
 
-def new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float, dpi: int = DPI) -> Figure:
     """An empty figure of this size in inches."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), dpi=DPI)
+    return Figure(figsize=(width, height), dpi=dpi)
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write a figure as PNG, whole or not at all.
+    """Write a figure in the format that the path's extension names (png, svg, pdf), whole or not at all.
 
     Raises:
         UserError: the file cannot be written.
     """
-    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=DPI))
+    from matplotlib import rc_context
+
+    form = Path(path).suffix[1:]
+    undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(form)  # the same figure, the same bytes
+    with rc_context({"svg.hashsalt": "figure", "pdf.fonttype": 42}):  # letters stay letters, as journals ask
+        write_atomic(path, lambda file: figure.savefig(file, format=form, dpi=figure.dpi, metadata=undated))
 
 
 def place_axes(figure: Figure, left: float, top: float, width: float, height: float, label: str) -> Axes:

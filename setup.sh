@@ -118,12 +118,12 @@ require_disk_space() {
         fail "$((free_kb / 1024 / 1024)) GB are free in $PWD; installing needs $need GB"
 }
 
-checksum() { cat requirements.txt "$1" | cksum; }
+checksum() { cat requirements*.txt | cksum; } # they include one another
 
 # Installs a requirements file unless the stamp in .venv says that this was done with these very files.
 install() { # requirements file
     local file=$1 stamp=.venv/installed-$1 log=.venv/pip.log sum
-    sum=$(checksum "$file")
+    sum=$(checksum)
     if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$sum" ]; then return; fi
     rm -f .venv/installed-* # so that an interrupted install is done again
     if .venv/bin/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' 2>/dev/null; then
@@ -141,7 +141,7 @@ install() { # requirements file
         say "error: pip could not install $file; what it said stands above and in .venv/pip.log. Run ./setup.sh again to go on." >&2
         exit 1
     fi
-    checksum requirements.txt >.venv/installed-requirements.txt # requirements-dev.txt includes it
+    checksum >.venv/installed-requirements.txt # requirements-dev.txt includes it
     printf '%s\n' "$sum" >"$stamp"
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -43,10 +44,12 @@ from caption_data import (
     unpack_tokens,
 )
 from caption_models import build_decoder
-from checkpoints import SCHEMA, is_tensor, load_checkpoint, load_weights, save_checkpoint
+from checkpoints import SCHEMA, is_tensor, load_checkpoint, load_weights, require_trainable, save_checkpoint
 from download_datasets import extract_archive
 from experiment_utils import config_flags, find_checkpoint
+from export_model import model_card, write_model
 from feature_cache import FeatureFile, Version
+from pointing_game import read_boxes, score
 from safe_io import CONTROL_CHARACTERS, UserError
 from training_utils import Schedule, ScheduleSettings
 
@@ -367,8 +370,8 @@ def sound_checkpoint(name: str = "attention") -> dict[str, Any]:
         "encoder": {"name": "resnet50", "weights_hash": "0676ba61", "transform": "squash224"},
         "optimizer": optimizer.state_dict(), "schedule": schedule.state(), "vocabulary": words,
         "flags": {key: str(value) if isinstance(value, Path) else value for key, value in flags.items()},
-        "split": {"val": ["a.jpg"], "test": ["b.jpg"]}, "scaler": {},
-        "progress": {"first_epoch": 0, "step": 0, "loss_sum": 0.0, "tokens": 0},
+        "split": {"val": ["a.jpg"], "test": ["b.jpg"]}, "scaler": {}, "decoding": None,
+        "progress": {"first_epoch": 0, "step": 0, "loss_sum": 0.0, "reward_sum": 0.0, "tokens": 0},
         "loss_curve": {
             "epochs": [1], "training_losses": [2.0], "validation_losses": [2.0], "learning_rates": [1e-3],
         },
@@ -419,12 +422,8 @@ def usable(path: Path) -> bool:
     checkpoint = refuses(lambda: load_checkpoint(path))
     if checkpoint is None:
         return False
-    flags = checkpoint["flags"]
-    decoder = build_decoder(
-        flags["decoder"], len(Vocabulary(checkpoint["vocabulary"])), 4, flags["embed_size"], flags["hidden_size"],
-        flags["num_layers"], flags["drop_prob"], flags["attention_dim"],
-    )  # fmt: skip
-    if refuses(lambda: load_weights(decoder, checkpoint["decoder"], path) or True) is None:
+    decoder = refuses(lambda: fill_decoder(checkpoint, path))
+    if decoder is None:
         return False
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-3, fused=True)
     optimizer.load_state_dict(checkpoint["optimizer"])
@@ -439,6 +438,77 @@ def usable(path: Path) -> bool:
         refuses(lambda: find_splits([], ["a.jpg", "b.jpg", "c.jpg"], 0, checkpoint["split"], []))
     save_checkpoint(path, checkpoint)
     json.dumps([checkpoint["loss_curve"], checkpoint["metrics_history"], checkpoint["best"]])
+    return True
+
+
+@cache
+def exported_files() -> dict[str, bytes]:
+    """A small exported model as `--mode export` writes it."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(sound_checkpoint(), Path(folder))
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+@st.composite
+def exported_models(draw: st.DrawFn) -> dict[str, bytes]:
+    """One of its files with bytes or fields changed, most often with checksums that were made right again."""
+    files = dict(exported_files())
+    name = draw(st.sampled_from(sorted(files)))
+    if name.endswith(".json") and draw(st.integers(0, 3)):
+        files[name] = json.dumps(draw(altered(json.loads(files[name])))).encode("utf-8", "surrogatepass")
+    else:
+        files[name] = draw(mutated(files[name], 3))
+    if name != "config.json" and draw(st.integers(0, 3)):
+        config = json.loads(files["config.json"])
+        config["sha256"][name] = hashlib.sha256(files[name]).hexdigest()
+        files["config.json"] = json.dumps(config).encode()
+    return files
+
+
+def exported_model(value: dict[str, bytes], folder: Path) -> bool:
+    for name, content in value.items():
+        (folder / name).write_bytes(content)
+    with contextlib.redirect_stdout(io.StringIO()):
+        path = find_checkpoint(folder)
+    checkpoint = refuses(lambda: load_checkpoint(path))
+    if checkpoint is None:
+        return False
+    refuses(lambda: require_trainable(checkpoint, path))
+    if checkpoint["split"]:
+        refuses(lambda: find_splits([], ["a.jpg", "b.jpg", "c.jpg"], 0, checkpoint["split"], []))
+    if refuses(lambda: fill_decoder(checkpoint, path)) is None:
+        return False
+    (folder / "again").mkdir()
+    write_model(checkpoint, folder / "again")
+    assert (
+        model_card(checkpoint, [], {}) and load_checkpoint(folder / "again" / path.name)["flags"] == checkpoint["flags"]
+    )
+    return True
+
+
+def fill_decoder(checkpoint: dict[str, Any], path: Path) -> torch.nn.Module:
+    flags = checkpoint["flags"]
+    decoder = build_decoder(
+        flags["decoder"], len(Vocabulary(checkpoint["vocabulary"])), 4, flags["embed_size"], flags["hidden_size"],
+        flags["num_layers"], flags["drop_prob"], flags["attention_dim"],
+    )  # fmt: skip
+    load_weights(decoder, checkpoint["decoder"], path)
+    return decoder
+
+
+@st.composite
+def shape_tables(draw: st.DrawFn) -> bytes:
+    sound = {"a.jpg": [{"shape": "star", "color": "red", "size": "small", "box": [0.1, 0.1, 0.3, 0.3]}], "b.jpg": []}
+    return draw(mutated(json.dumps(draw(altered(sound))).encode("utf-8", "surrogatepass"), 1))
+
+
+def shape_table(value: bytes, folder: Path) -> bool:
+    (folder / "shapes.json").write_bytes(value)
+    boxes = refuses(lambda: read_boxes(folder / "shapes.json"))
+    if boxes is None:
+        return False
+    for scene in boxes.values():
+        score([["a", "star"]], [np.full((2, 49), 1 / 49)], [scene])
     return True
 
 
@@ -560,7 +630,7 @@ def config(value: tuple[str, bytes], folder: Path) -> bool:
     for name, flag in flags.items():
         action = next(action for action in parser._actions if action.dest == name)
         assert isinstance(flag, bool) == isinstance(action, argparse._StoreTrueAction)
-        assert isinstance(flag, bool | int | float | str | Path)
+        assert isinstance(flag, bool | int | float | str | Path) or (action.nargs == "+" and isinstance(flag, list))
     return True
 
 
@@ -571,6 +641,8 @@ TARGETS = {
     "archive": Target(archives(), archive),
     "checkpoint bytes": Target(checkpoint_files(), checkpoint_bytes),
     "checkpoint fields": Target(st.builds(sound_checkpoint).flatmap(altered), checkpoint_fields),
+    "exported model": Target(exported_models(), exported_model),
+    "shapes of the demo set": Target(shape_tables(), shape_table),
     "cache index": Target(cache_indices(), cache_index),
     "token cache": Target(token_files(), token_cache),
     "run directory": Target(run_trees(), run_directory),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 import attention_visualization as attention
+from safe_io import UserError
 
 SIZES = {"landscape": (500, 375), "portrait": (333, 500), "panorama": (900, 90), "tower": (40, 600)}
 
@@ -67,9 +69,23 @@ def test_upsampling_keeps_a_flat_map_flat():
     np.testing.assert_allclose(attention.upsample(np.full(49, 1 / 49), 50, 80), 1 / 49, rtol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(48,), (49, 1), (1, 49), (14, 14), ()])
+@pytest.mark.parametrize("side", [1, 4, 14])
+def test_the_grid_is_as_large_as_the_weights_say(side):
+    weights = np.full((2, side * side), 0.5 / (side * side))
+    weights[:, -1] += 0.5
+    np.testing.assert_allclose(attention.peak(weights), 1 - 0.5 / side)
+    assert attention.upsample(weights[0], 20, 30).shape == (20, 30)
+    for figure in (
+        attention.attention_figure(photo(), caption(2), weights),
+        attention.advanced_attention_figure(photo(), caption(2), weights),
+    ):
+        assert labels(figure)["word"] == 2 and f"of {side * side} cells" in figure.texts[-1].get_text()
+    assert attention.attention_numbers("a.jpg", caption(2), weights)["grid"] == side
+
+
+@pytest.mark.parametrize("shape", [(48,), (49, 1), (1, 49), (0,)])
 def test_upsampling_refuses_other_shapes(shape):
-    with pytest.raises(ValueError, match=r"\(49,\) or \(7, 7\)"):
+    with pytest.raises(ValueError, match="square grid"):
         attention.upsample(np.zeros(shape), 10, 10)
 
 
@@ -139,7 +155,9 @@ def test_basic_picture_has_the_photo_and_every_word(words, shape):
 @pytest.mark.parametrize("shape", ["landscape", "portrait"])
 def test_advanced_picture_has_every_view(words, shape):
     figure = attention.advanced_attention_figure(photo(shape), caption(words), maps(words))
-    assert labels(figure) == {"path": 1, "mean": 1, "entropy": 1, "word": words, "scale": 1}
+    crops = len(attention.strongest_regions(maps(words)))
+    assert labels(figure) == {"path": 1, "mean": 1, "entropy": 1, "crop": crops, "word": words, "scale": 1}
+    assert 1 <= crops <= min(words, 6)
     (bars,) = [axes for axes in figure.axes if axes.get_label() == "entropy"]
     np.testing.assert_allclose([bar.get_width() for bar in bars.patches], attention.entropy(maps(words)))
     assert [line.get_xdata()[0] for line in bars.lines] == [math.log2(49)]
@@ -181,24 +199,86 @@ def test_path_gathers_words_of_one_cell_and_draws_a_move_only_between_cells():
     assert sum(isinstance(patch, FancyArrowPatch) for patch in axes.patches) == 3
 
 
+def test_strongest_regions_are_apart_strong_and_of_different_words():
+    weights = np.full((4, 49), 0.2 / 48)
+    for word, cell, neighbour in ((0, 0, 8), (1, 24, 25), (2, 8, 9)):  # cell 8 touches cell 0
+        weights[word, [cell, neighbour]] = 0.8 - 0.1 * word, 0.2
+        weights[word] /= weights[word].sum()
+    weights[3] = 1 / 49  # looks nowhere in particular
+    assert attention.strongest_regions(weights) == [(0, 0), (1, 24), (2, 9)]
+    assert attention.strongest_regions(np.full((3, 49), 1 / 49)) == [(0, 0)], "there is always one"
+    assert len(attention.strongest_regions(maps(30), 4)) == 4
+
+
+@pytest.mark.parametrize("shape", SIZES)
+@pytest.mark.parametrize("cell", [0, 24, 48])
+def test_a_crop_is_square_and_shows_the_cell_that_it_frames(shape, cell):
+    image = photo(shape)
+    row, column = divmod(cell, 7)
+    width, height = image.width / 7, image.height / 7
+    middle = (int((column + 0.5) * width), int((row + 0.5) * height))
+    image.putpixel(middle, (255, 0, 0))
+    figure = attention.advanced_attention_figure(image, caption(1), one_hot(cell))
+    (axes,) = [axes for axes in figure.axes if axes.get_label() == "crop"]
+    left, right = axes.get_xlim()
+    bottom, top = axes.get_ylim()
+    assert (left, top) == (0, 0) and right == bottom <= min(image.size)
+    frame = axes.patches[0]
+    assert frame.get_width() == pytest.approx(width) and frame.get_height() == pytest.approx(height)
+    shown = axes.images[0].get_array()
+    y, x = np.argwhere(shown[..., 0] > shown[..., 1])[0] * bottom / len(shown)
+    assert frame.get_x() - 1 <= x <= frame.get_x() + width + 1 and frame.get_y() - 1 <= y <= frame.get_y() + height + 1
+
+
 def test_title_caption_and_odd_words_are_written_as_they_are(tmp_path):
     words = ["$5$", "<UNK>", "\\alpha", "incomprehensibilities" * 3]
     figure = attention.attention_figure(photo(), words, maps(4), title="dog.jpg")
     written = " ".join(text.get_text().replace("\n", " ") for text in figure.texts)
     assert "$5$ <UNK> \\alpha incompre" in written and "dog.jpg" in written
-    attention.draw_attention_advanced(photo(), words, maps(4), tmp_path / "odd.png", title="$ _ ^ {")
-    assert (tmp_path / "odd.png").exists()
+    attention.save_pictures(tmp_path, 1, photo(), "$ _ ^ {", words, maps(4), advanced=True)
+    assert (tmp_path / "advanced_attention_viz_sample_1.png").exists()
 
 
-@pytest.mark.parametrize("draw", [attention.draw_attention, attention.draw_attention_advanced])
 @pytest.mark.parametrize(("words", "shape"), [(1, "portrait"), (20, "landscape"), (60, "tower")])
-def test_files_are_whole_png_of_bounded_size_and_nothing_else_stays(tmp_path, draw, words, shape):
-    path = tmp_path / "attention_viz_sample_1.png"
-    draw(photo(shape), caption(words), maps(words), path, title="sample")
-    with Image.open(path) as picture:
-        assert picture.format == "PNG" and max(picture.size) <= 2400
-        picture.load()
-    assert list(tmp_path.iterdir()) == [path]
+def test_files_are_whole_pngs_of_bounded_size_with_their_numbers(tmp_path, words, shape):
+    weights = maps(words)
+    attention.save_pictures(tmp_path, 3, photo(shape), "dog.jpg", caption(words), weights, advanced=True)
+    names = ["advanced_attention_viz_sample_3.png", "attention_viz_sample_3.json", "attention_viz_sample_3.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    for name in (names[0], names[2]):
+        with Image.open(tmp_path / name) as picture:
+            assert picture.format == "PNG" and max(picture.size) <= 2400
+            picture.load()
+    numbers = json.loads((tmp_path / names[1]).read_text())
+    assert numbers["image"] == "dog.jpg" and numbers["words"] == caption(words) and numbers["grid"] == 7
+    np.testing.assert_allclose(np.reshape(numbers["maps"], (words, 49)), weights, atol=1e-6)
+    np.testing.assert_allclose(numbers["peaks"], attention.peak(weights), atol=1e-4)
+    np.testing.assert_allclose(numbers["entropies"], attention.entropy(weights), atol=1e-4)
+
+
+@pytest.mark.parametrize(("form", "start"), [("svg", b"<?xml"), ("pdf", b"%PDF")])
+def test_vector_formats_are_written_alike_each_time(tmp_path, form, start):
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        attention.save_pictures(tmp_path / folder, 1, photo(), "dog.jpg", caption(3), maps(3), form=form)
+    first, second = ((tmp_path / folder / f"attention_viz_sample_1.{form}").read_bytes() for folder in ("one", "two"))
+    assert first.startswith(start) and first == second
+
+
+def test_more_dots_per_inch_make_a_larger_png_of_the_same_page(tmp_path):
+    sizes = []
+    for dpi in (60, 240):
+        attention.save_pictures(tmp_path, 1, photo(), "dog.jpg", caption(3), maps(3), dpi=dpi)
+        with Image.open(tmp_path / "attention_viz_sample_1.png") as picture:
+            sizes.append(picture.size)
+    assert sizes[1] == pytest.approx(np.multiply(sizes[0], 4), abs=4)
+
+
+def test_images_are_found_by_name_and_a_wrong_name_gets_a_near_one():
+    names = ["a dog.jpg", "b.jpg", "c.jpg"]
+    assert attention.find_images(["c.jpg", "a dog.jpg", "c.jpg"], names).tolist() == [2, 0]
+    with pytest.raises(UserError, match="no captioned image 'dog.jpg'; it has a dog.jpg"):
+        attention.find_images(["dog.jpg"], names)
 
 
 def test_the_photo_given_is_not_changed():

@@ -1,0 +1,255 @@
+"""A model that is exported, read back, tampered with, and run as ONNX."""
+
+import hashlib
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fuzz_targets import sound_checkpoint
+from safetensors.torch import load_file, save_file
+from test_main import SMALL
+
+import export_model
+import flickr_image_caption_with_pytorch_resnet_lstm as trainer
+from checkpoints import load_checkpoint, save_checkpoint
+from safe_io import UserError
+
+ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
+
+
+def checkpoint_file(folder: Path, name: str = "attention") -> Path:
+    folder.mkdir()
+    save_checkpoint(folder / "best.pt", sound_checkpoint(name))
+    return folder / "best.pt"
+
+
+def exported(folder: Path, name: str = "attention") -> Path:
+    """A small model in `folder`/model, exported from `folder`/run."""
+    path = checkpoint_file(folder / "run", name)
+    export_model.export(load_checkpoint(path), path, folder / "model", False, None)
+    return folder / "model"
+
+
+@pytest.mark.parametrize("name", ["lstm", "attention"])
+def test_what_is_read_back_is_what_was_exported(tmp_path, name):
+    model = exported(tmp_path, name)
+    assert {file.name for file in model.iterdir()} == {
+        "README.md", "config.json", "model.safetensors", "split.json", "vocabulary.json",
+    }  # fmt: skip
+    before, after = load_checkpoint(tmp_path / "run" / "best.pt"), load_checkpoint(model / "model.safetensors")
+    assert before["decoder"].keys() == after["decoder"].keys()
+    assert all(torch.equal(before["decoder"][key], after["decoder"][key]) for key in before["decoder"])
+    for key in ("epoch", "decoder_type", "encoder", "vocabulary", "split"):
+        assert before[key] == after[key]
+    places = {"data_dir", "image_dir", "captions_file", "resnet_weights", "feature_cache"}
+    assert {k: v for k, v in after["flags"].items() if k not in places}.items() <= before["flags"].items()
+    assert not any(place in (model / "config.json").read_text() for place in places), "tells where things lay"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "run"]
+
+
+def test_nothing_is_overwritten(tmp_path):
+    path = checkpoint_file(tmp_path / "run")
+    checkpoint = load_checkpoint(path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "full")
+    (tmp_path / "empty").mkdir()
+    for name in ("full", "file", "link"):
+        with pytest.raises(UserError, match="is there already, and nothing is overwritten"):
+            export_model.export(checkpoint, path, tmp_path / name, False, None)
+    export_model.export(checkpoint, path, tmp_path / "empty", False, None)
+    export_model.export(checkpoint, path, tmp_path / "new" / "below", False, None)
+    assert (tmp_path / "file").read_text() == (tmp_path / "full" / "mine.txt").read_text() == "mine"
+
+
+def test_a_broken_export_leaves_nothing(tmp_path, monkeypatch):
+    path = checkpoint_file(tmp_path / "run")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export_model, "model_card", full)
+    with pytest.raises(UserError, match="No space left"):
+        export_model.export(load_checkpoint(path), path, tmp_path / "model", False, None)
+    assert [each.name for each in tmp_path.iterdir()] == ["run"]
+
+
+def rewrite(model: Path, name: str, change) -> None:
+    """Change one file and make its checksum right again, as a stranger would."""
+    if name == "model.safetensors":
+        tensors = load_file(model / name)
+        change(tensors)
+        save_file(tensors, model / name)
+    else:
+        value = json.loads((model / name).read_text())
+        value = change(value) or value
+        (model / name).write_text(json.dumps(value))
+    if name != "config.json":
+        config = json.loads((model / "config.json").read_text())
+        config["sha256"][name] = hashlib.sha256((model / name).read_bytes()).hexdigest()
+        (model / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("config.json", lambda c: c["flags"].update(hidden_size=3), "another architecture: hidden_size is 3"),
+        ("config.json", lambda c: c["flags"].update(hidden_size="2"), "flags.hidden_size is a str"),
+        ("config.json", lambda c: c["flags"].pop("max_length") and None, "flags lacks some of"),
+        ("config.json", lambda c: c["flags"].update(dataset_type="../x"), "flags.dataset_type"),
+        ("config.json", lambda c: c["flags"].update(drop_prob=float("inf")), "flags.drop_prob"),
+        ("config.json", lambda c: c.update(schema=2), "has schema 2"),
+        ("config.json", lambda c: c["encoder"].update(name="vgg"), "encoder.name"),
+        ("config.json", lambda c: c["sha256"].update({"vocabulary.json": "0"}), "vocabulary.json is damaged"),
+        ("config.json", lambda c: [c], "lacks some of"),
+        ("vocabulary.json", lambda v: v[:-1], "5 words for 6 embeddings"),
+        ("vocabulary.json", lambda v: [*v[:-1], "a"], "a list of different words"),
+        ("vocabulary.json", lambda v: [*v[:-1], "\x1b[2J"], "a list of different words"),
+        ("split.json", lambda s: s.update(val=[3]), "split.val"),
+        ("model.safetensors", lambda t: t.update({"key.weight": torch.full_like(t["key.weight"], float("nan"))}), "finite"),
+        ("model.safetensors", lambda t: t.update({"key.weight": t["key.weight"].half()}), "float32"),
+        ("model.safetensors", lambda t: t.pop("embed.weight") is None, "another architecture"),
+    ],
+)  # fmt: skip
+def test_tampered_models_are_refused_in_one_line(tmp_path, name, change, message):
+    model = exported(tmp_path)
+    rewrite(model, name, change)
+    with pytest.raises(UserError, match=message) as refused:
+        load_checkpoint(model / "model.safetensors")
+    assert "\n" not in str(refused.value) and "\x1b" not in str(refused.value)
+
+
+def test_damaged_and_missing_files_are_named(tmp_path):
+    for name in ("model.safetensors", "vocabulary.json", "split.json"):
+        (tmp_path / name).mkdir()
+        model = exported(tmp_path / name)
+        raw = bytearray((model / name).read_bytes())
+        raw[-3] ^= 1
+        (model / name).write_bytes(raw)
+        with pytest.raises(UserError, match=f"{name} is damaged"):
+            load_checkpoint(model / "model.safetensors")
+        (model / name).unlink()
+        with pytest.raises(UserError, match=f"{name} is not there"):
+            load_checkpoint(model / "model.safetensors")
+    (model / "config.json").unlink()
+    with pytest.raises(UserError, match="config.json"):
+        load_checkpoint(model / "model.safetensors")
+
+
+def test_a_pickle_called_safetensors_is_not_loaded(tmp_path):
+    model = exported(tmp_path)
+    shutil.copyfile(tmp_path / "run" / "best.pt", model / "model.safetensors")
+    digest = hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
+    rewrite(model, "config.json", lambda config: config["sha256"].update({"model.safetensors": digest}))
+    with pytest.raises(UserError, match="cannot be read as safetensors"):
+        load_checkpoint(model / "model.safetensors")
+
+
+def test_the_card_has_this_checkpoints_scores_and_the_terms(tmp_path):
+    path = checkpoint_file(tmp_path / "run")
+    entry = {"checkpoint": "best.pt", "epoch": 1, "split": "test|`<b>", "images": 10, "beam_size": 3, "cider": 0.512}
+    (tmp_path / "run" / "test_metrics.json").write_text(json.dumps([entry, entry | {"epoch": 2, "cider": 0.9}]))
+    export_model.export(load_checkpoint(path), path, tmp_path / "model", False, None)
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "| split | images | beam | CIDEr |" in card and "| test\\|'&lt;b> | 10 | 3 | 51.2 |" in card
+    assert "90.0" not in card and "non-commercial research" in card and "`0676ba61`" in card
+    (tmp_path / "run" / "test_metrics.json").write_text('{"cider": 3}')
+    with pytest.raises(UserError, match="no list of scores"):
+        export_model.export(load_checkpoint(path), path, tmp_path / "other", False, None)
+
+
+def test_a_missing_package_is_named_before_anything_is_written(tmp_path, monkeypatch):
+    path = checkpoint_file(tmp_path / "run")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--onnx needs onnx, .*requirements-export.txt"):
+        export_model.export(load_checkpoint(path), path, tmp_path / "model", True, None)
+    assert not (tmp_path / "model").exists()
+
+
+def test_from_training_to_scores_of_the_exported_model(tiny, monkeypatch, capsys):
+    """One command each; an exported model says what its checkpoint says, and training on from it is refused."""
+    monkeypatch.chdir(tiny.parent)
+    data = ["--dataset_type", "custom", "--data_dir", str(tiny)]
+    assert trainer.main([*data, *SMALL, "--epochs", "1", "--decoder", "attention"]) == 0
+    (run,) = Path("saved_models").glob("custom/*/*")
+    assert trainer.main(["--mode", "test", "--model_path", str(run)]) == 0
+    assert trainer.main(["--mode", "export", "--model_path", str(run), "--output", "shared"]) == 0
+    assert trainer.main(["--mode", "test", "--model_path", "shared", "--data_dir", str(tiny)]) == 0
+    first, second = (json.loads((folder / "test_metrics.json").read_text()) for folder in (run, Path("shared")))
+    ignored = {"checkpoint", "captions_file"}
+    assert [{k: v for k, v in e.items() if k not in ignored} for e in first] == [
+        {k: v for k, v in e.items() if k not in ignored} for e in second
+    ]
+    assert trainer.main(["--mode", "export", "--model_path", "shared", "--output", "again"]) == 0
+    assert Path("again/model.safetensors").read_bytes() == Path("shared/model.safetensors").read_bytes()
+    assert "| test | 2 | 3 |" in Path("again/README.md").read_text()
+    capsys.readouterr()
+    assert trainer.main(["--model_path", "shared", *data]) == 2
+    assert "no optimizer state" in capsys.readouterr().err
+    assert trainer.main(["--mode", "export", "--model_path", str(run), "--output", "shared"]) == 2
+    assert "nothing is overwritten" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--mode", "export"], "--mode export needs --model_path"),
+        (["--mode", "export", "--model_path", "x"], "--mode export needs --output"),
+        (["--output", "x"], "--output has no effect with --mode train"),
+        (["--mode", "test", "--model_path", "x", "--onnx"], "--onnx has no effect with --mode test"),
+    ],
+)
+def test_flags_of_export(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        trainer.main(flags)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not ONNX, reason="requirements-export.txt is not installed")
+@pytest.mark.parametrize("name", ["lstm", "attention"])
+def test_onnx_of_the_decoder_says_what_pytorch_says(tmp_path, monkeypatch, name):
+    """The encoder is a small one here: a real one takes half a minute to write."""
+
+    class Tiny(torch.nn.Module):
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            return (
+                torch.nn.functional.avg_pool2d(pixels.float() / 255, 32)
+                .flatten(2)
+                .transpose(1, 2)
+                .repeat(1, 1, 2)[..., :4]
+            )
+
+    small = dict(export_model.ENCODERS)
+    small["resnet50"] = small["resnet50"].__class__("resnet50", 4, (0.0,) * 3, (1.0,) * 3)
+    monkeypatch.setattr(export_model, "ENCODERS", small)
+    monkeypatch.setattr(export_model, "find_weights", lambda *_: (None, "0676ba61"))
+    monkeypatch.setattr(export_model, "build_encoder", lambda *_: Tiny())
+    path = checkpoint_file(tmp_path / "run", name)
+    export_model.export(load_checkpoint(path), path, tmp_path / "model", True, None)
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "decoder_step.onnx" in card and ("`attention` (R, cells)" in card) == (name == "attention")
+
+    import onnxruntime
+
+    step = onnxruntime.InferenceSession(tmp_path / "model" / "decoder_step.onnx")
+    begin = onnxruntime.InferenceSession(tmp_path / "model" / "decoder_begin.onnx")
+    state = begin.run(
+        None, {"features": np.ones((5, 49, 4), np.float32)}
+    )  # another number of rows than it was traced with
+    names = [each.name for each in step.get_inputs()]
+    outcome = step.run(None, dict(zip(names, [np.ones(5, np.int64), *state], strict=True)))
+    np.testing.assert_allclose(np.exp(outcome[0]).sum(1), 1, rtol=1e-5)
+    assert load_checkpoint(tmp_path / "model" / "model.safetensors")["epoch"] == 1
+    monkeypatch.setattr(export_model, "find_weights", lambda *_: (None, "ffffffff"))
+    with pytest.raises(UserError, match="--resnet_weights"):
+        export_model.export(load_checkpoint(path), path, tmp_path / "other", True, None)
+    monkeypatch.setattr(export_model, "find_weights", lambda *_: (None, "0676ba61"))
+    monkeypatch.setattr(export_model, "compare", lambda *_: float("nan"))
+    with pytest.raises(UserError, match="differs from PyTorch"):
+        export_model.export(load_checkpoint(path), path, tmp_path / "other", True, None)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["model", "run"]

@@ -1,0 +1,87 @@
+"""The pointing game on maps that are made to hit, to miss, and to know nothing; and a demo set tested for real."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import flickr_image_caption_with_pytorch_resnet_lstm as trainer
+import pointing_game
+from demo_dataset import draw_demo_dataset
+from safe_io import UserError
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import pointing
+
+LEFT = {"star": (0.0, 0.0, 0.2, 0.2)}  # holds the middle of cell 0 alone
+RIGHT = {"heart": (0.8, 0.8, 1.0, 1.0)}  # of cell 48 alone
+
+
+def looks(*cells: int) -> np.ndarray:
+    return np.eye(49)[list(cells)]
+
+
+def test_right_maps_hit_and_those_of_the_other_picture_miss():
+    words = [["a", "star"], ["a", "heart"]]
+    result = pointing_game.score(words, [looks(5, 0), looks(5, 48)], [LEFT, RIGHT])
+    assert result["pointing_game"] == result["pointing_game_near"] == 1 and result["pointing_game_words"] == 2
+    assert result["pointing_game_shuffled"] == result["pointing_game_near_shuffled"] == 0
+    assert result["pointing_game_uniform"] == pytest.approx(1 / 49)
+    assert result["pointing_game_near_uniform"] == pytest.approx(4 / 49), "boxes of 0.2 touch two cells a side"
+    swapped = pointing_game.score(words, [looks(5, 48), looks(5, 0)], [LEFT, RIGHT])
+    assert swapped["pointing_game"] == 0 and swapped["pointing_game_shuffled"] == 1
+
+
+def test_a_cell_beside_the_box_is_near_and_one_further_off_is_not():
+    for cell, near in ((1, 1), (8, 1), (2, 0), (14, 0)):
+        result = pointing_game.score([["star"]], [looks(cell)], [LEFT])
+        assert (result["pointing_game"], result["pointing_game_near"]) == (0, near)
+        assert "pointing_game_shuffled" not in result
+
+
+def test_words_for_what_is_not_there_and_empty_captions_do_not_count():
+    result = pointing_game.score([["star", "heart"], [], ["heart"]], [looks(0, 3), None, looks(4)], [LEFT, LEFT, {}])
+    assert result["pointing_game_words"] == 1 and result["pointing_game"] == 1
+    assert pointing_game.score([["a", "dog"]], [looks(1, 2)], [LEFT]) == {}
+
+
+def test_the_line_has_the_chances_beside_the_shares():
+    line = pointing_game.describe(pointing_game.score([["star"], ["heart"]], [looks(0), looks(3)], [LEFT, RIGHT]))
+    assert "of 2 shape words, 50.0% have" in line and "any cell alike 2.0%, other pictures' maps 0.0%" in line
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "3", "{", '{"a": 3}', '{"a": [3]}', '{"a": [{"shape": "star", "box": [0, 0, 1]}]}',
+             '{"a": [{"shape": ["star"], "box": [0, 0, 1, 1]}]}', '{"a": [{"shape": "star", "box": [0, 0, 1, NaN]}]}',
+             "[" * 100_000],
+)  # fmt: skip
+def test_tables_of_another_form_are_refused(tmp_path, text):
+    (tmp_path / "shapes.json").write_text(text)
+    with pytest.raises(UserError, match="shapes.json"):
+        pointing_game.read_boxes(tmp_path / "shapes.json")
+
+
+def test_testing_the_demo_set_reports_it_and_draws_the_images_that_were_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    draw_demo_dataset(tmp_path / "data" / "demo", 80)
+    small = "--dataset_type demo --encoder efficientnet_lite0 --decoder attention --epochs 5 --embed_size 64 --hidden_size 64"
+    more = "--num_layers 1 --attention_dim 32 --freq_threshold 1 --batch_size 16 --learning_rate 0.005"
+    names = ["--save_attention_viz", "--attention_viz_images", "scene_0002.jpg", "scene_0040.jpg"]
+    assert trainer.main([*small.split(), *more.split(), *names]) == 0
+    (run,) = Path("saved_models").glob("demo/*/*")
+    assert trainer.main(["--resume", str(run)]) == 0, "a list of names is read back from run_config.json"
+    numbers = [json.loads((run / f"attention_viz_sample_{n}.json").read_text()) for n in (1, 2)]
+    assert [each["image"] for each in numbers] == ["scene_0002.jpg", "scene_0040.jpg"]
+    capsys.readouterr()
+    results = pointing.table(*pointing.captions_and_maps(run, [*names[:2], "scene_0005.jpg"]))
+    assert json.loads((run / "attention_viz_sample_1.json").read_text())["image"] == "scene_0005.jpg"
+    entries = json.loads((run / "test_metrics.json").read_text())
+    assert all(0 <= entry["pointing_game"] <= entry["pointing_game_near"] <= 1 for entry in entries)
+    assert results["all"].items() <= entries[-1].items()
+    assert results["large"]["pointing_game_words"] < results["all"]["pointing_game_words"]
+    assert capsys.readouterr().out.count("Pointing game: of") == 1
+    assert trainer.main(["--mode", "test", "--model_path", str(run), *names[:2], "scene_0500.jpg"]) == 2
+    assert "no captioned image 'scene_0500.jpg'" in capsys.readouterr().err
