@@ -16,7 +16,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +51,7 @@ EXAMPLES = 8
 MAP_SIZE = 7 * 8  # pixels along a side of a map, which the browser stretches over the photo
 
 STYLE = """
-.looked { position: relative; margin: 0 auto; max-width: min(100%, calc(62vh * var(--aspect))); }
+.looked { position: relative; margin: 0 auto; max-width: min(100%, calc(50vh * var(--aspect))); }
 .looked img { display: block; width: 100%; aspect-ratio: var(--aspect); border-radius: 8px; margin: 0; }
 .looked .map { position: absolute; top: 0; left: 0; opacity: 0; pointer-events: none; transition: opacity 0.15s; }
 .looked .photo { transition: filter 0.15s; }
@@ -60,12 +60,12 @@ STYLE = """
 .looked .caption { font-size: 1.35rem; line-height: 2; font-weight: 600; margin: 0.8rem 0 0.2rem; }
 .looked ol { list-style: none; padding: 0; margin: 0.3rem 0 0; }
 .looked li { line-height: 2; margin: 0.2rem 0; border-top: 1px solid var(--border-color-primary); }
-.looked .word { cursor: pointer; border-radius: 6px; padding: 0.15em 0.3em; margin: 0 -0.02em; display: inline-block; line-height: 1.3; }
+.looked .word { cursor: pointer; border-radius: 6px; padding: 0.15em 0.2em; margin: 0 -0.1em; display: inline-block; line-height: 1.3; }
 .looked .word input { position: absolute; opacity: 0; width: 1px; height: 1px; margin: 0; pointer-events: none; }
-.looked .word:hover, .looked .word:has(:checked) { background: var(--color-accent); color: white; }
-.looked .word:has(:focus-visible) { outline: 2px solid var(--color-accent); outline-offset: 2px; }
-.looked .note, .welcome { color: var(--body-text-color-subdued); font-size: 0.9rem; margin: 0.2rem 0; }
-.looked .score { color: var(--body-text-color-subdued); font-size: 0.8rem; white-space: nowrap; margin-left: 0.6em; font-weight: 400; }
+.looked .word:hover, .looked .word:has(:checked) { background: var(--body-text-color); color: var(--body-background-fill); }
+.looked .word:has(:focus-visible) { outline: 2px solid; outline-offset: 2px; }
+.looked .note, .welcome { opacity: 0.75; font-size: 0.9rem; margin: 0.2rem 0; }
+.looked .score { opacity: 0.75; font-size: 0.8rem; white-space: nowrap; margin-left: 0.6em; font-weight: 400; }
 .problem { border: 2px solid #d55e00; border-radius: 8px; padding: 0.8rem 1rem; margin: 0; }
 """
 
@@ -190,6 +190,7 @@ def build_page(captioner: Captioner, examples: Sequence[Path], beam_size: int, l
                 photo = gr.Image(type="filepath", label="Photo", height=420, buttons=[], elem_id="photo")
                 # The uploaded file as it is, to be opened by our rules rather than Gradio's.
                 photo.preprocess = lambda payload: None if payload is None else payload.path
+                photo.async_move_resource_to_block_cache = refuse_addresses(photo.async_move_resource_to_block_cache)
             with gr.Column():
                 result = gr.HTML(answer(captioner, None, 1, 0), elem_id="result")
         with gr.Row():
@@ -211,6 +212,17 @@ def build_page(captioner: Captioner, examples: Sequence[Path], beam_size: int, l
             [photo, beam, penalty], result, api_visibility="private", trigger_mode="always_last", show_progress="minimal",
         )  # fmt: skip
     return page.queue(max_size=32, default_concurrency_limit=1)
+
+
+def refuse_addresses(take: Callable[[str], Awaitable[str]]) -> Callable[[str], Awaitable[str]]:
+    """Gradio would fetch a photo whose path in a request is an address of the web; this page fetches nothing."""
+
+    async def take_file(path: str) -> str:
+        if "://" in str(path):
+            raise gr.Error("This page fetches nothing: upload the photo itself.")
+        return await take(path)
+
+    return take_file
 
 
 def find_examples(captioner: Captioner, args: argparse.Namespace) -> list[Path]:
