@@ -262,9 +262,10 @@ def caption_images(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"\nStopped{f'; {args.output} is not written' if args.output else ''}", file=sys.stderr)
         return 130
-    for what, place in (("Captions", args.output), ("Attention pictures", args.save_attention_viz and pictures)):
-        if place:
-            print(f"{what} of {len(paths) - failed} images: {place}", file=sys.stderr)
+    if args.output is not None:
+        print(f"Captions of {len(paths) - failed} images: {args.output}", file=sys.stderr)
+    if args.save_attention_viz:
+        print(f"Attention pictures: {pictures}", file=sys.stderr)
     if failed:
         print(f"{failed} of {len(paths)} images could not be read; they are named above", file=sys.stderr)
     return 1 if failed or problems else 0

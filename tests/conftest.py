@@ -18,7 +18,10 @@ COLORS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     """Twenty pictures in the Flickr8k layout, without split lists; returns the data directory."""
-    folder = tmp_path / "tiny"
+    return draw_tiny(tmp_path / "tiny")
+
+
+def draw_tiny(folder: Path) -> Path:
     (folder / "Images").mkdir(parents=True)
     rows = ["image,caption"]
     for number in range(20):
@@ -28,3 +31,22 @@ def tiny(tmp_path: Path) -> Path:
         rows += [f"{name},A {color} picture number {word} ." for word in ("one", "two")]
     (folder / "captions.txt").write_text("\n".join(rows) + "\n")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A trained run on the tiny set for each decoder, for tests that change nothing there; and the set as `data`."""
+    import flickr_image_caption_with_pytorch_resnet_lstm as trainer
+
+    folder = tmp_path_factory.mktemp("runs")
+    found = {"data": draw_tiny(folder / "tiny")}
+    for decoder in ("attention", "lstm"):
+        flags = (
+            f"--dataset_type custom --encoder efficientnet_lite0 --decoder {decoder} --embed_size 16 --hidden_size 16"
+        )
+        flags += " --num_layers 1 --freq_threshold 1 --epochs 12 --batch_size 16 --learning_rate 0.02 --max_length 12 --best_metric val_loss"
+        places = {"data_dir": "tiny", "model_save_dir": decoder, "feature_cache": "cache"}
+        typed = [word for name, place in places.items() for word in (f"--{name}", str(folder / place))]
+        assert trainer.main([*flags.split(), *typed]) == 0
+        (found[decoder],) = (path.parent for path in (folder / decoder).rglob("best.pt"))
+    return found
