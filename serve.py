@@ -51,9 +51,9 @@ EXAMPLES = 8
 MAP_SIZE = 7 * 8  # pixels along a side of a map, which the browser stretches over the photo
 
 STYLE = """
-.looked { position: relative; margin: 0 auto; max-width: min(100%, calc(50vh * var(--aspect))); }
-.looked img { display: block; width: 100%; aspect-ratio: var(--aspect); border-radius: 8px; margin: 0; }
-.looked .map { position: absolute; top: 0; left: 0; opacity: 0; pointer-events: none; transition: opacity 0.15s; }
+.looked { position: relative; }
+.looked img { display: block; margin: 0 auto; width: min(100%, calc(50vh * var(--aspect))); aspect-ratio: var(--aspect); border-radius: 8px; }
+.looked .map { position: absolute; inset: 0 0 auto; opacity: 0; pointer-events: none; transition: opacity 0.15s; }
 .looked .photo { transition: filter 0.15s; }
 .looked:has(.word:hover, .word :checked, .word :focus-visible) .photo { filter: saturate(0.25) brightness(0.65); }
 .looked .word:hover .map, .looked:not(:has(.word:hover)) .word:has(:checked) .map { opacity: 1; }

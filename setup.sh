@@ -9,7 +9,7 @@ usage: ./setup.sh [demo|test] [--python PATH] [--again]
 
   ./setup.sh          install the packages of requirements.txt into .venv
   ./setup.sh demo     install, draw a small data set, train on it, test, and say what to run next
-  ./setup.sh test     install requirements-dev.txt too, then run ruff, mypy and pytest
+  ./setup.sh test     install requirements-dev.txt too (with the page's packages), then run ruff, mypy and pytest
 
   --python PATH       the Python to build .venv with, 3.11 or newer (also: the variable PYTHON)
   --again             demo: train again, even where a finished demo run lies already
@@ -118,7 +118,7 @@ require_disk_space() {
         fail "$((free_kb / 1024 / 1024)) GB are free in $PWD; installing needs $need GB"
 }
 
-checksum() { cat requirements.txt "$1" | cksum; }
+checksum() { cat requirements.txt requirements-serve.txt "$1" | cksum; } # requirements-dev.txt includes both
 
 # Installs a requirements file unless the stamp in .venv says that this was done with these very files.
 install() { # requirements file
@@ -141,7 +141,7 @@ install() { # requirements file
         say "error: pip could not install $file; what it said stands above and in .venv/pip.log. Run ./setup.sh again to go on." >&2
         exit 1
     fi
-    checksum requirements.txt >.venv/installed-requirements.txt # requirements-dev.txt includes it
+    checksum requirements.txt >.venv/installed-requirements.txt
     printf '%s\n' "$sum" >"$stamp"
 }
 
