@@ -379,7 +379,7 @@ def _dimmed(photo: Image.Image) -> Image.Image:
     return ImageEnhance.Brightness(ImageEnhance.Color(photo).enhance(0.25)).enhance(0.65)
 
 
-def _colours() -> ListedColormap:
+def colours() -> ListedColormap:
     """Inferno without its near-black end, the more opaque the larger the weight: no weight shows the bare photo."""
     import matplotlib
     from matplotlib.colors import ListedColormap
@@ -400,7 +400,7 @@ def _photo_axes(figure: Figure, place: tuple[float, float, float, float], label:
 def _draw_map(axes: Axes, dimmed: Image.Image, row: np.ndarray) -> None:
     smooth = upsample(row, 280, 280)  # fine enough to be stretched further
     extent = (0, dimmed.width, dimmed.height, 0)
-    axes.imshow(smooth, cmap=_colours(), vmin=0, vmax=row.max(), extent=extent, interpolation="bilinear")
+    axes.imshow(smooth, cmap=colours(), vmin=0, vmax=row.max(), extent=extent, interpolation="bilinear")
 
 
 def _draw_words(
@@ -451,7 +451,7 @@ def _draw_scale(figure: Figure, cells: int) -> None:
     width, height = figure.get_size_inches()
     axes = place_axes(figure, MARGIN, height - 0.74, 2.6, 0.2, label="scale")
     axes.set_facecolor("#555555")  # stands for the dimmed photo behind the map
-    bar = figure.colorbar(ScalarMappable(Normalize(0, 1), _colours()), cax=axes, orientation="horizontal")
+    bar = figure.colorbar(ScalarMappable(Normalize(0, 1), colours()), cax=axes, orientation="horizontal")
     bar.set_ticks([0, 0.5, 1], labels=["0", "half", "peak"], fontsize=11)
     axes.set_title("attention weight", fontsize=11, loc="left", pad=4)
     text = (

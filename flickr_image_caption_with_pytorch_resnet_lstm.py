@@ -11,6 +11,10 @@
     python flickr_image_caption_with_pytorch_resnet_lstm.py --model_path saved_models/flickr8k/... --epochs 5
     python flickr_image_caption_with_pytorch_resnet_lstm.py --mode test --model_path saved_models/flickr8k/...
 
+    # caption your own photos; the same on a page in the browser
+    python flickr_image_caption_with_pytorch_resnet_lstm.py --mode caption --model_path saved_models/... --images *.jpg
+    python flickr_image_caption_with_pytorch_resnet_lstm.py --mode serve --model_path saved_models/...
+
 The way of the data: flags -> images, captions, split -> vocabulary -> features, once per image -> batches
 -> decoder -> loss -> checkpoint -> beam search -> captions -> scores and pictures.
 """
@@ -54,6 +58,15 @@ RESUME_FLAGS = (
     "resume", "device", "num_workers", "compile", "features_on_device", "feature_cache", "checkpoint_minutes",
     "data_dir", "image_dir", "captions_file", "resnet_weights",
 )  # fmt: skip
+# What may be typed beside --mode caption and --mode serve; the first of each belong to that mode alone.
+CAPTION_FLAGS = (
+    "images", "json", "num_captions", "output", "mode", "model_path", "config", "device", "num_workers", "resnet_weights",
+    "beam_size", "length_penalty", "save_attention_viz", "advanced_attention_viz",
+)  # fmt: skip
+SERVE_FLAGS = (
+    "host", "port", "mode", "model_path", "config", "device", "resnet_weights", "beam_size", "length_penalty",
+    "data_dir", "image_dir", "captions_file",
+)  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------
@@ -90,9 +103,9 @@ def get_parser() -> argparse.ArgumentParser:
     )
     count, positive = number(int, 1), number(float, 0, above=True)
     add = parser.add_argument_group("what to do").add_argument
-    add("--mode", choices=("train", "test", "tune", "export"), default="train",
+    add("--mode", choices=("train", "test", "tune", "caption", "serve", "export"), default="train",
         help="train a decoder; score a trained one; find its best beam size and length penalty on the validation images; "
-        "or write it as a folder to share")  # fmt: skip
+        "caption images with it; open a page in the browser that does; or write it as a folder to share")  # fmt: skip
     add("--model_path", type=Path, nargs="+",
         help="checkpoint, run directory, folder of runs or exported folder: to test (several are an ensemble), or to go "
         "on training from")  # fmt: skip
@@ -199,6 +212,13 @@ def get_parser() -> argparse.ArgumentParser:
     add("--spice", action="store_true", help="SPICE too (Java; downloads CoreNLP; minutes)")
     add("--split", choices=("test", "val", "val+test"), default="test", help="which images --mode test scores")
 
+    add = parser.add_argument_group("captioning and the page").add_argument
+    add("--images", nargs="+", metavar="IMAGE", help="files, folders, patterns; - for a list of them on standard input")
+    add("--num_captions", type=count, default=1, help="different captions of each image, best first")
+    add("--json", action="store_true", help="print JSON lines, which say more, instead of path<TAB>caption")
+    add("--host", default="127.0.0.1", help="address that the page listens on; 0.0.0.0 lets the whole network in")
+    add("--port", type=number(int, 1, 65535), help="and its port (default: the first free one from 7860 on)")
+
     add = parser.add_argument_group("attention visualization").add_argument
     add("--save_attention_viz", action="store_true", help="save attention pictures (attention decoder)")
     add("--attention_viz_samples", type=count, default=3, help="how many test images to draw")
@@ -274,15 +294,32 @@ def check_flags(args: argparse.Namespace, typed: set[str], parser: argparse.Argu
         parser.error(f"--mode {args.mode} needs --model_path: a checkpoint, a run directory or a folder of runs")
     if args.mode != "test" and len(args.model_path or []) > 1:
         parser.error(f"--mode {args.mode} takes one --model_path; several are an ensemble, for --mode test")
+    check_captioning_flags(args, typed, parser)
     if args.mode == "train" and "split" in typed:
         parser.error("--split has no effect in training: it says which images --mode test scores")
     if args.mode == "export" and args.output is None:
         parser.error("--mode export needs --output: a folder that is not there yet")
-    for name in ("output", "onnx"):
-        if name in typed and args.mode != "export":
+    for name, modes in (("output", ("export", "caption")), ("onnx", ("export",))):
+        if name in typed and args.mode not in modes:
             parser.error(f"--{name} has no effect with --mode {args.mode}")
     if args.resnet_weights and args.encoder != "resnet50" and "resnet_weights" in typed:
         parser.error(f"--resnet_weights has no effect with --encoder {args.encoder}")
+
+
+def check_captioning_flags(args: argparse.Namespace, typed: set[str], parser: argparse.ArgumentParser) -> None:
+    """Refuse what has no effect with --mode caption or serve, or without them; widen the beam for --num_captions."""
+    for mode, its_own, known in (("caption", 3, CAPTION_FLAGS), ("serve", 2, SERVE_FLAGS)):
+        idle = typed.difference(known) if args.mode == mode else typed.intersection(known[:its_own])
+        if idle:
+            parser.error(f"--{min(idle)} has no effect with{'' if args.mode == mode else 'out'} --mode {mode}")
+    if args.mode == "caption" and not args.images:
+        parser.error("--mode caption needs --images: files, folders, patterns such as 'photos/*.jpg', or - for a list")
+    if {"json", "output"} <= typed:
+        parser.error("--json has no effect with --output: a FILE that ends in .jsonl has JSON lines")
+    if args.num_captions > args.beam_size:
+        if "beam_size" in typed:
+            parser.error(f"--num_captions {args.num_captions} needs a --beam_size of at least as many")
+        args.beam_size = args.num_captions
 
 
 if __name__ == "__main__":  # --help and a mistyped flag are answered before torch's seconds of importing
@@ -501,12 +538,7 @@ def build_features(
     Raises:
         UserError: the weights are not those that a checkpoint was trained with.
     """
-    weights, digest = find_weights(args.encoder, args.resnet_weights)
-    if weights_hash not in (None, digest):
-        raise UserError(
-            f"the checkpoint was trained on {args.encoder} weights {weights_hash[:8]}, but {weights or 'random ones'} "  # type: ignore[index]
-            f"are {digest[:8]}: name the right file with --resnet_weights"
-        )
+    weights, digest = find_weights(args.encoder, args.resnet_weights, weights_hash)
     cores = os.cpu_count() or 1
     workers = min(args.num_workers or 1, cores)
     if args.num_workers > cores:
@@ -948,6 +980,14 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         args, typed = parse_flags(argv)
+        if args.mode == "caption":
+            from captioner import caption_images
+
+            return caption_images(args)
+        if args.mode == "serve":
+            from serve import serve_page
+
+            return serve_page(args)
         if args.predictions is not None:
             score_predictions(args)
         elif args.mode == "test":

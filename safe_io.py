@@ -16,14 +16,17 @@ from typing import IO, Any
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
+def printable(text: str) -> str:
+    """The text with its control characters as escapes, so that it cannot break a line or command a terminal."""
+    return CONTROL_CHARACTERS.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
 class UserError(Exception):
     """Something the user can mend. The main scripts print it as one line and exit with code 2."""
 
     def __str__(self) -> str:
         """The message; names in it that came from a stranger's file cannot command the terminal."""
-        return CONTROL_CHARACTERS.sub(
-            lambda found: found[0] if found[0] == "\n" else ascii(found[0])[1:-1], super().__str__()
-        )
+        return "\n".join(map(printable, super().__str__().split("\n")))
 
 
 def write_atomic(path: str | os.PathLike[str], write: Callable[[IO[bytes]], object]) -> None:

@@ -9,7 +9,7 @@ usage: ./setup.sh [demo|test] [--python PATH] [--again]
 
   ./setup.sh          install the packages of requirements.txt into .venv
   ./setup.sh demo     install, draw a small data set, train on it, test, and say what to run next
-  ./setup.sh test     install requirements-dev.txt too, then run ruff, mypy and pytest
+  ./setup.sh test     install requirements-dev.txt too (with the page's packages), then run ruff, mypy and pytest
 
   --python PATH       the Python to build .venv with, 3.11 or newer (also: the variable PYTHON)
   --again             demo: train again, even where a finished demo run lies already

@@ -15,9 +15,8 @@ torch.set_num_threads(1)  # everything is tiny here, and threads that wait for e
 COLORS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "yellow": (230, 220, 40)}
 
 
-def draw_tiny(place: Path) -> Path:
-    """Twenty pictures in the Flickr8k layout, without split lists; returns the data directory."""
-    folder = place / "tiny"
+def draw_tiny(folder: Path) -> Path:
+    """Twenty pictures in the Flickr8k layout, without split lists; returns the data directory, which is `folder`."""
     (folder / "Images").mkdir(parents=True)
     rows = ["image,caption"]
     for number in range(20):
@@ -32,4 +31,23 @@ def draw_tiny(place: Path) -> Path:
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     """The data directory of `draw_tiny`."""
-    return draw_tiny(tmp_path)
+    return draw_tiny(tmp_path / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A trained run on the tiny set for each decoder, for tests that change nothing there; and the set as `data`."""
+    import flickr_image_caption_with_pytorch_resnet_lstm as trainer
+
+    folder = tmp_path_factory.mktemp("runs")
+    found = {"data": draw_tiny(folder / "tiny")}
+    for decoder in ("attention", "lstm"):
+        flags = (
+            f"--dataset_type custom --encoder efficientnet_lite0 --decoder {decoder} --embed_size 16 --hidden_size 16"
+        )
+        flags += " --num_layers 1 --freq_threshold 1 --epochs 12 --batch_size 16 --learning_rate 0.02 --max_length 12 --best_metric val_loss"
+        places = {"data_dir": "tiny", "model_save_dir": decoder, "feature_cache": "cache"}
+        typed = [word for name, place in places.items() for word in (f"--{name}", str(folder / place))]
+        assert trainer.main([*flags.split(), *typed]) == 0
+        (found[decoder],) = (path.parent for path in (folder / decoder).rglob("best.pt"))
+    return found

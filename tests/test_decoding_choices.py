@@ -20,7 +20,7 @@ def trained(tmp_path_factory):
     here = tmp_path_factory.mktemp("choices")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
-        tiny = draw_tiny(here)
+        tiny = draw_tiny(here / "tiny")
         assert run(tiny, "--decoder", "lstm") == 0
         lstm = newest().resolve()
         assert run(tiny, "--decoder", "attention", "--views", "mirror") == 0

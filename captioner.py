@@ -1,0 +1,370 @@
+"""Captions for anybody's images from a checkpoint alone: `--mode caption`, and what the page of `serve.py` asks."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import glob
+import io
+import itertools
+import json
+import os
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, redirect_stdout
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import attention_visualization
+from attention_visualization import GRID
+from caption_data import IMAGE_ENDINGS, UnreadableImage, Vocabulary, load_pixels, open_image
+from caption_models import ENCODE_BATCH, ENCODERS, beam_search, build_decoder, build_encoder, find_weights
+from checkpoints import load_checkpoint, load_weights
+from experiment_utils import find_checkpoint
+from feature_cache import mean_of
+from safe_io import UserError, make_directory, printable, write_atomic
+from training_utils import pick_device
+
+
+class Caption(NamedTuple):
+    """One caption of an image."""
+
+    words: list[str]
+    log_probability: float  # natural logarithm, of all words and of ending there
+    attention: np.ndarray | None  # (words, 49), each row sums to one
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.words)
+
+
+class Captioned(NamedTuple):
+    """An image and its captions, best first, or why it has none."""
+
+    path: Path
+    captions: list[Caption]
+    problem: str | None
+
+
+class Captioner:
+    """A checkpoint, ready to caption images anywhere: no data set, no feature cache.
+
+    The captions are those of `--mode test`: features are rounded to float16 as the cache stores them, and go
+    through the encoder in batches of the same size.
+    """
+
+    def __init__(self, model_path: Path, device: str = "auto", resnet_weights: str | None = None, workers: int = 1):
+        """Load everything.
+
+        Args:
+            model_path: as `experiment_utils.find_checkpoint` takes it.
+            resnet_weights: as `caption_models.find_weights` takes it; by default those of training, or where they
+                have moved, those found in the usual places.
+            workers: threads that decode images.
+
+        Raises:
+            UserError: no such checkpoint, device or weights, or weights that are not those of training.
+        """
+        self.path = find_checkpoint(model_path)
+        checkpoint = load_checkpoint(self.path)
+        self.device, self.workers = pick_device(device), workers
+        self.flags, self.split, self.epoch = checkpoint["flags"], checkpoint["split"], checkpoint["epoch"]
+        flags = self.flags
+        self.spec = ENCODERS[flags["encoder"]]
+        saved = flags["resnet_weights"]
+        if resnet_weights is None and saved and (saved == "random" or os.path.isfile(saved)):
+            resnet_weights = saved
+        weights, _ = find_weights(self.spec.name, resnet_weights, checkpoint["encoder"]["weights_hash"])
+        self.encode = build_encoder(self.spec.name, weights).fast_form(self.device)
+        self.vocabulary = Vocabulary(checkpoint["vocabulary"])
+        self.decoder = build_decoder(
+            flags["decoder"], len(self.vocabulary), self.spec.channels, flags["embed_size"], flags["hidden_size"],
+            flags["num_layers"], flags["drop_prob"], flags["attention_dim"],
+        )  # fmt: skip
+        load_weights(self.decoder, checkpoint["decoder"], self.path)
+        self.decoder.to(self.device)
+
+    def __str__(self) -> str:
+        flags = self.flags
+        return f"{self.path} (epoch {self.epoch}, {flags['decoder']} on {flags['encoder']}, {flags['dataset_type']})"
+
+    def caption(
+        self, paths: Sequence[Path], beam_size: int, length_penalty: float, count: int = 1, attention: bool = False
+    ) -> Iterator[Captioned]:
+        """Caption images in their order, a batch at a time, however many there are.
+
+        Args:
+            count: different captions wanted of each; the beam may find fewer.
+            attention: with where each word looked, if the decoder has attention.
+
+        Raises:
+            UserError: the device's memory is too small.
+        """
+        for batch in self.decoded(paths):
+            pixels = [found for _, found in batch if not isinstance(found, UnreadableImage)]
+            captions = iter(self.decode(pixels, beam_size, length_penalty, count, attention) if pixels else ())
+            for path, found in batch:
+                if isinstance(found, UnreadableImage):
+                    yield Captioned(path, [], str(found))
+                else:
+                    yield Captioned(path, next(captions), None)
+
+    def decoded(self, paths: Sequence[Path]) -> Iterator[list[tuple[Path, np.ndarray | UnreadableImage]]]:
+        """Images, ENCODE_BATCH at a time, as pixels or as the reason why not; threads decode one batch ahead."""
+
+        def read(path: Path) -> np.ndarray | UnreadableImage:
+            try:
+                return load_pixels(path, self.spec.image_size)
+            except UnreadableImage as error:
+                return error
+
+        with ThreadPoolExecutor(self.workers) as pool:
+            ahead: deque[list[tuple[Path, Future[np.ndarray | UnreadableImage]]]] = deque()
+            for start in range(0, len(paths), ENCODE_BATCH):
+                ahead.append([(path, pool.submit(read, path)) for path in paths[start : start + ENCODE_BATCH]])
+                if len(ahead) > 1:
+                    yield [(path, future.result()) for path, future in ahead.popleft()]
+            yield from ([(path, future.result()) for path, future in batch] for batch in ahead)
+
+    def decode(
+        self, pixels: list[np.ndarray], beam_size: int, length_penalty: float, count: int, attention: bool
+    ) -> list[list[Caption]]:
+        """The captions of up to ENCODE_BATCH decoded images, uint8 (224, 224, 3) each."""
+        # A single image goes alone, since a person waits for it; others fill a batch up, as in feature_cache.
+        filler = [np.zeros_like(pixels[0])] * (ENCODE_BATCH - len(pixels) if len(pixels) > 1 else 0)
+        try:
+            grids = self.encode(np.stack(pixels + filler))[: len(pixels)].to(torch.float16).cpu().numpy()
+            features = torch.from_numpy(grids if self.decoder.uses_grid else mean_of(grids)).float().to(self.device)
+            found = beam_search(
+                [(self.decoder, features)], beam_size, self.flags["max_length"], length_penalty, attention, count
+            )
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"the memory of {self.device} is too small: use a smaller --beam_size than {beam_size}, or --device cpu"
+            ) from error
+        return [
+            [Caption(self.vocabulary.decode(h.ids), h.log_probability, h.attention) for h in hypotheses[:count]]
+            for hypotheses in found
+        ]
+
+
+# --------------------------------------------------------------------------------------------------
+# --mode caption
+
+
+def find_images(entries: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """What `--images` means: files, folders (with all below them), patterns, `-` for a list on standard input.
+
+    Returns:
+        the images, each once, in the order of the entries, within a folder or pattern sorted; and what is wrong
+        with lines of the list and folders that cannot be read.
+
+    Raises:
+        UserError: an entry that was typed names nothing.
+    """
+    images: dict[Path, None] = {}
+    problems: list[str] = []
+
+    def add(name: str) -> bool:
+        if os.path.isfile(name):
+            images[Path(name)] = None
+        elif os.path.isdir(name):
+            before = len(images)
+            images.update(dict.fromkeys(images_below(name, problems)))
+            if len(images) == before:
+                problems.append(f"{name}: no images in this folder (looked for {', '.join(sorted(IMAGE_ENDINGS))})")
+        else:
+            return False
+        return True
+
+    for entry in entries:
+        if entry == "-":
+            lines = os.fsdecode(sys.stdin.buffer.read()).splitlines()
+            problems += [f"{line}: no such file or folder" for line in lines if line and not add(line)]
+        elif not add(entry) and not [name for name in sorted(glob.glob(entry, recursive=True)) if add(name)]:
+            raise UserError(
+                f"--images {entry} is not there: give image files, folders, patterns such as 'photos/*.jpg', "
+                "or - for a list of them on standard input"
+            )
+    return list(images), problems
+
+
+def images_below(folder: str, problems: list[str]) -> Iterator[Path]:
+    """Image files by their endings, also in folders below; links to folders are not followed."""
+    for place, folders, names in os.walk(folder, onerror=lambda error: problems.append(str(error))):
+        folders.sort()
+        for name in sorted(names):
+            path = os.path.join(place, name)
+            if os.path.splitext(name)[1].lower() in IMAGE_ENDINGS and os.path.isfile(path):
+                yield Path(path)
+
+
+def caption_images(args: argparse.Namespace) -> int:
+    """`--mode caption`; returns the exit code: 0, or 1 where some images could not be read.
+
+    Captions alone go to standard output, everything else to standard error.
+
+    Raises:
+        UserError: a mistake in the flags, or nothing to caption.
+    """
+    if args.output is not None and args.output.suffix.lower() not in (".csv", ".jsonl"):
+        raise UserError(f"--output {args.output} should end in .csv or .jsonl, which says what it will be")
+    if args.output is not None and os.path.lexists(args.output):
+        raise UserError(f"--output {args.output} is there already: name another file, or move that one away")
+    paths, problems = find_images(args.images)
+    for problem in problems:
+        complain(problem)
+    if not paths:
+        raise UserError("--images names no image at all")
+    with redirect_stdout(sys.stderr):
+        workers = min(args.num_workers or 1, os.cpu_count() or 1)
+        captioner = Captioner(args.model_path[0], args.device, args.resnet_weights, workers)
+        print(f"Model: {captioner}. Device: {captioner.device}")
+    attention = captioner.decoder.uses_grid
+    if args.save_attention_viz and not attention:
+        raise UserError(
+            f"--save_attention_viz has no effect: {captioner.path} is an lstm decoder, which has no attention"
+        )
+    pictures = (Path() if args.output is None else args.output.parent) / "captions_viz"
+    if args.save_attention_viz:
+        make_directory(pictures, "the attention pictures")
+    form = csv_lines if args.output is not None and args.output.suffix.lower() == ".csv" else json_lines
+    if args.output is None and not args.json:
+        form, attention = tab_lines, args.save_attention_viz
+    failed = 0
+
+    def results() -> Iterator[Captioned]:
+        nonlocal failed
+        bar = tqdm(total=len(paths), desc="Captioning", unit="image", disable=None, file=sys.stderr)
+        with closing(bar):
+            for result in captioner.caption(paths, args.beam_size, args.length_penalty, args.num_captions, attention):
+                if result.problem is None:
+                    if args.save_attention_viz:
+                        draw_attention(result, pictures, args.advanced_attention_viz)
+                    yield result
+                else:
+                    failed += 1
+                    complain(result.problem)
+                bar.update()
+
+    lines = form(results(), args.num_captions)
+    try:
+        if args.output is None:
+            print_lines(lines)
+        else:
+            write_atomic(args.output, lambda file: file.writelines(f"{line}\n".encode() for line in lines))
+    except KeyboardInterrupt:
+        print(f"\nStopped{f'; {args.output} is not written' if args.output else ''}", file=sys.stderr)
+        return 130
+    if args.output is not None:
+        print(f"Captions of {len(paths) - failed} images: {args.output}", file=sys.stderr)
+    if args.save_attention_viz:
+        print(f"Attention pictures: {pictures}", file=sys.stderr)
+    if failed:
+        print(f"{failed} of {len(paths)} images could not be read; they are named above", file=sys.stderr)
+    return 1 if failed or problems else 0
+
+
+def complain(problem: str) -> None:
+    tqdm.write(f"Cannot read {printable(problem)}", file=sys.stderr)
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Each line as soon as it is there.
+
+    Raises:
+        UserError: standard output cannot be written.
+        SystemExit: whoever reads it has enough, as `head` has.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a Windows pipe knows few letters
+    try:
+        for line in lines:
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+    except OSError as error:
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # else the interpreter fails once more, at its end
+        if isinstance(error, BrokenPipeError):
+            raise SystemExit(128 + 13) from None
+        raise UserError(f"cannot write to standard output: {error.strerror}") from error
+
+
+def tab_lines(results: Iterable[Captioned], count: int) -> Iterator[str]:
+    """`path<TAB>caption`, up to `count` lines per image; control characters of a path are written as escapes."""
+    for result in results:
+        for caption in result.captions[:count]:
+            yield f"{printable(str(result.path))}\t{caption.text}"
+
+
+def csv_lines(results: Iterable[Captioned], count: int) -> Iterator[str]:
+    """A header, then up to `count` rows per image, best first."""
+
+    def row(*values: object) -> str:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="").writerow(values)
+        return text.getvalue()
+
+    yield row("path", "rank", "caption", "log_probability")
+    for result in results:
+        for rank, caption in enumerate(result.captions[:count], 1):
+            yield row(printable(str(result.path)), rank, caption.text, round(caption.log_probability, 4))
+
+
+def json_lines(results: Iterable[Captioned], count: int) -> Iterator[str]:
+    """An object per image: path, caption, log_probability; with attention `words` and where each looked most.
+
+    A peak is the strongest of the 7 x 7 cells: its row and column from 0, its middle as fractions of the image's
+    width and height, and its weight. With `count` above 1 the other captions are `alternatives`, best first.
+    """
+    for result in results:
+        best, *others = result.captions[:count]
+        entry: dict[str, object] = {"path": str(result.path)} | as_dict(best)
+        if best.attention is not None:
+            entry["words"] = [
+                {"word": word, "peak": peak_of(row)} for word, row in zip(best.words, best.attention, strict=True)
+            ]
+        if count > 1:
+            entry["alternatives"] = [as_dict(other) for other in others]
+        yield json.dumps(entry)
+
+
+def as_dict(caption: Caption) -> dict[str, object]:
+    return {"caption": caption.text, "log_probability": round(caption.log_probability, 4)}
+
+
+def peak_of(weights: np.ndarray) -> dict[str, float]:
+    """The strongest of 49 cells. Args: weights: (49,)."""
+    place = int(weights.argmax())
+    row, column = divmod(place, GRID)
+    x, y = (column + 0.5) / GRID, (row + 0.5) / GRID
+    return {"row": row, "column": column, "x": round(x, 4), "y": round(y, 4), "weight": round(float(weights[place]), 4)}
+
+
+def draw_attention(result: Captioned, folder: Path, advanced: bool) -> None:
+    """The attention picture of an image's best caption, under a name that is free."""
+    caption = result.captions[0]
+    if not caption.words or caption.attention is None:
+        tqdm.write(f"No attention picture of {printable(str(result.path))}: the model said nothing", file=sys.stderr)
+        return
+    try:
+        photo = open_image(result.path, at_least=900)
+    except UnreadableImage as error:  # it was there a moment ago
+        complain(str(error))
+        return
+    for number in itertools.count(1):
+        name = result.path.stem + (f"_{number}" if number > 1 else "")
+        basic, more = folder / f"{name}_attention.png", folder / f"{name}_attention_advanced.png"
+        if not (os.path.lexists(basic) or os.path.lexists(more)):
+            break
+    title = printable(result.path.name)
+    attention_visualization.draw_attention(photo, caption.words, caption.attention, basic, title)
+    if advanced:
+        attention_visualization.draw_attention_advanced(photo, caption.words, caption.attention, more, title)

@@ -1,0 +1,280 @@
+"""`--mode caption`: anybody's images, from a checkpoint alone, in any form, whatever lies among them."""
+
+import csv
+import io
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import captioner
+import flickr_image_caption_with_pytorch_resnet_lstm as trainer
+from caption_data import load_pixels
+from caption_models import beam_search
+from captioner import Captioner, find_images, images_below
+from safe_io import UserError
+
+
+@pytest.fixture
+def photos(tiny_runs, tmp_path, monkeypatch) -> Path:
+    """Three photos in an empty folder, which is where the program runs: no data set, no cache."""
+    (tmp_path / "photos" / "below").mkdir(parents=True)
+    for name, place in (("p01.jpg", "photos"), ("p02.jpg", "photos"), ("p03.jpg", "photos/below")):
+        shutil.copy(tiny_runs["data"] / "Images" / name, tmp_path / place / name)
+    (tmp_path / "photos" / "notes.txt").write_text("no picture")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "photos"
+
+
+def caption(run: Path, *flags: str) -> int:
+    return trainer.main(["--mode", "caption", "--model_path", str(run), *flags])
+
+
+@pytest.mark.parametrize("decoder", ("attention", "lstm"))
+def test_captions_are_those_of_test_mode(tiny_runs, tmp_path, monkeypatch, capsys, decoder):
+    shutil.copy(tiny_runs[decoder] / "best.pt", tmp_path / "model.pt")
+    model, images = tmp_path / "model.pt", tiny_runs["data"] / "Images"
+    monkeypatch.setenv("PATH", "")  # without Java, so without METEOR, which takes seconds
+    monkeypatch.chdir(tmp_path)
+    assert trainer.main(["--mode", "test", "--model_path", str(model), "--beam_size", "3"]) == 0
+    (entry,) = (entry for entry in json.loads(Path("test_metrics.json").read_text()) if entry["beam_size"] == 3)
+    expected = {entry["image_id"]: entry["caption"] for entry in json.loads(Path(entry["captions_file"]).read_text())}
+    capsys.readouterr()
+    assert caption(model, "--images", str(images)) == 0
+    captured = capsys.readouterr()
+    found = dict(line.split("\t") for line in captured.out.splitlines())
+    assert len(found) == 20 and list(found) == sorted(found)
+    assert expected and {name: found[str(images / name)] for name in expected} == expected
+    assert "Model: " in captured.err and "Model: " not in captured.out
+
+
+def test_json_lines_say_where_each_word_looked(tiny_runs, photos, capsys):
+    assert caption(tiny_runs["attention"], "--images", "photos", "--json", "--num_captions", "4") == 0
+    entries = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [entry["path"] for entry in entries] == ["photos/p01.jpg", "photos/p02.jpg", "photos/below/p03.jpg"]
+    results = Captioner(tiny_runs["attention"]).caption([Path(entry["path"]) for entry in entries], 4, 0.7, 4, True)
+    for entry, result in zip(entries, results, strict=True):
+        best = result.captions[0]
+        assert entry["caption"] == best.text and [word["word"] for word in entry["words"]] == best.words
+        for word, weights in zip(entry["words"], best.attention, strict=True):
+            peak = word["peak"]
+            assert 7 * peak["row"] + peak["column"] == weights.argmax()
+            assert peak["x"] == pytest.approx((peak["column"] + 0.5) / 7, abs=1e-4)
+            assert peak["weight"] == pytest.approx(weights.max(), abs=1e-4)
+        several = [entry["caption"], *(other["caption"] for other in entry["alternatives"])]
+        assert len(several) == 4 == len(set(several))
+        assert all(other["log_probability"] < 0 for other in entry["alternatives"])
+
+
+def test_an_lstm_has_no_words_to_look_at(tiny_runs, photos, capsys):
+    assert caption(tiny_runs["lstm"], "--images", "photos/p01.jpg", "--json") == 0
+    assert set(json.loads(capsys.readouterr().out)) == {"path", "caption", "log_probability"}
+    assert caption(tiny_runs["lstm"], "--images", "photos/p01.jpg", "--save_attention_viz") == 2
+    assert "lstm decoder" in capsys.readouterr().err
+
+
+def test_files_are_written_once_and_whole(tiny_runs, photos, capsys):
+    flags = ("--images", "photos", "--num_captions", "2", "--output")
+    assert caption(tiny_runs["attention"], *flags, "out.csv") == 0
+    assert capsys.readouterr().out == ""
+    text = Path("out.csv").read_bytes()
+    rows = list(csv.DictReader(io.StringIO(text.decode())))
+    assert [row["rank"] for row in rows] == ["1", "2"] * 3 and list(rows[0]) == [
+        "path",
+        "rank",
+        "caption",
+        "log_probability",
+    ]
+    assert caption(tiny_runs["attention"], *flags, "out.jsonl") == 0
+    entries = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+    assert [entry["caption"] for entry in entries] == [row["caption"] for row in rows if row["rank"] == "1"]
+    assert caption(tiny_runs["attention"], *flags, "out.csv") == 2
+    assert "is there already" in capsys.readouterr().err and Path("out.csv").read_bytes() == text
+    assert sorted(path.name for path in Path().iterdir()) == ["out.csv", "out.jsonl", "photos"]
+
+
+def test_attention_pictures_overwrite_nothing(tiny_runs, photos):
+    shutil.copy("photos/p02.jpg", "photos/below/p01.jpg")  # the same name twice
+    flags = ("--images", "photos/p01.jpg", "photos/below/p01.jpg", "--save_attention_viz")
+    assert caption(tiny_runs["attention"], *flags) == 0
+    first = {path.name: path.read_bytes() for path in Path("captions_viz").iterdir()}
+    assert set(first) == {"p01_attention.png", "p01_2_attention.png"}
+    Path("results").mkdir()
+    assert caption(tiny_runs["attention"], *flags, "--output", "results/out.csv", "--advanced_attention_viz") == 0
+    assert len(list(Path("results/captions_viz").iterdir())) == 4
+    assert first == {path.name: path.read_bytes() for path in Path("captions_viz").iterdir()}
+
+
+def test_one_bad_image_never_stops_the_rest(tiny_runs, photos, capsys):
+    whole = (photos / "p01.jpg").read_bytes()
+    (photos / "half.jpg").write_bytes(whole[: len(whole) // 2])
+    (photos / "empty.png").touch()
+    (photos / "script.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0")
+    (photos / "tab\tand\x1b[31m.jpg").write_bytes(b"no picture")
+    assert caption(tiny_runs["attention"], "--images", "photos") == 1
+    captured = capsys.readouterr()
+    assert [line.split("\t")[0] for line in captured.out.splitlines()] == [
+        "photos/p01.jpg", "photos/p02.jpg", "photos/below/p03.jpg",
+    ]  # fmt: skip
+    for name in ("half.jpg", "empty.png", "script.jpg", "tab\\tand\\x1b[31m.jpg"):
+        assert f"Cannot read photos/{name}" in captured.err
+    assert "4 of 7 images could not be read" in captured.err and "\x1b[31m" not in captured.err
+
+
+def test_a_control_character_in_a_path_breaks_no_line(tiny_runs, photos, capsys):
+    (photos / "p01.jpg").rename(photos / "a\tb\nc.jpg")
+    assert caption(tiny_runs["attention"], "--images", "photos/a\tb\nc.jpg") == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("photos/a\\tb\\nc.jpg\t")
+
+
+# What a phone, a scanner or a drawing program writes; each holds the same picture: red left, blue right, green below.
+def picture() -> Image.Image:
+    pixels = np.zeros((80, 120, 3), np.uint8)
+    pixels[:, :60], pixels[:, 60:], pixels[60:] = (220, 30, 30), (30, 30, 220), (30, 200, 30)
+    return Image.fromarray(pixels)
+
+
+def turned(path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lay on its side: to be turned a quarter clockwise
+    picture().transpose(Image.Transpose.ROTATE_90).save(path, quality=95, exif=exif)
+
+
+def transparent(path: Path, mode: str) -> None:
+    image = picture().convert("RGBA")
+    image.putalpha(Image.fromarray(np.where(np.arange(120) < 60, 255, 0).astype(np.uint8)[None].repeat(80, 0)))
+    image.convert(mode).save(path)
+
+
+def sixteen_bit(path: Path) -> None:
+    grey = np.asarray(picture().convert("L")).astype(np.uint16) * 257
+    Image.fromarray(grey).save(path)
+
+
+COLOUR = [(220, 30, 30), (30, 30, 220)]
+GREY = [(87, 87, 87), (52, 52, 52)]
+KINDS = {
+    "turned.jpg": (turned, COLOUR),
+    "cmyk.jpg": (lambda path: picture().convert("CMYK").save(path, quality=95), COLOUR),
+    "grey.jpg": (lambda path: picture().convert("L").save(path, quality=95), GREY),
+    "alpha.png": (lambda path: transparent(path, "RGBA"), [COLOUR[0], (255, 255, 255)]),
+    "grey_alpha.png": (lambda path: transparent(path, "LA"), [GREY[0], (255, 255, 255)]),
+    "palette.png": (lambda path: picture().quantize(8).save(path), COLOUR),
+    "sixteen.png": (sixteen_bit, GREY),
+    "sixteen.tiff": (sixteen_bit, GREY),
+    "one_bit.png": (lambda path: picture().convert("L").point(lambda v: 255 * (v > 70)).convert("1").save(path),
+                    [(255, 255, 255), (0, 0, 0)]),
+    "animated.gif": (lambda path: picture().save(path, save_all=True, append_images=[Image.new("RGB", (120, 80))]), COLOUR),
+    "animated.webp": (lambda path: picture().save(path, save_all=True, append_images=[Image.new("RGB", (120, 80))], quality=95), COLOUR),
+    "plain.bmp": (lambda path: picture().save(path), COLOUR),
+    "cmyk.tiff": (lambda path: picture().convert("CMYK").save(path), COLOUR),
+    "jpeg_called.png": (lambda path: picture().save(path, "JPEG", quality=95), COLOUR),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_image(tmp_path, name):
+    make, (left, right) = KINDS[name]
+    make(tmp_path / name)
+    pixels = load_pixels(tmp_path / name, 224).astype(int)
+    assert pixels.shape == (224, 224, 3)
+    assert np.abs(pixels[60, 50] - left).max() <= 12 and np.abs(pixels[60, 170] - right).max() <= 12
+
+
+def test_every_kind_of_image_gets_a_caption(tiny_runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, (make, _) in KINDS.items():
+        make(tmp_path / name)
+    assert caption(tiny_runs["attention"], "--images", *KINDS) == 0
+    assert [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()] == list(KINDS)
+
+
+def test_what_images_means(photos, monkeypatch):
+    def names(*entries: str) -> list[str]:
+        return [path.as_posix() for path in find_images(entries)[0]]
+
+    assert names("photos") == ["photos/p01.jpg", "photos/p02.jpg", "photos/below/p03.jpg"]
+    assert names("photos/p0[12].jpg") == ["photos/p01.jpg", "photos/p02.jpg"]
+    assert names("**/*.jpg") == ["photos/below/p03.jpg", "photos/p01.jpg", "photos/p02.jpg"]
+    assert names("photos/p02.jpg", "photos") == ["photos/p02.jpg", "photos/p01.jpg", "photos/below/p03.jpg"]
+    (photos / "[1].jpg").write_bytes(b"")  # a name that reads as a pattern is a name first
+    assert names("photos/[1].jpg") == ["photos/[1].jpg"]
+    listed = "photos/p02.jpg\nabsent.jpg\n\nphotos/below\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(listed.encode())))
+    images, problems = find_images(["-"])
+    assert [path.name for path in images] == ["p02.jpg", "p03.jpg"]
+    assert problems == ["absent.jpg: no such file or folder"]
+    with pytest.raises(UserError, match="absent.jpg is not there"):
+        find_images(["absent.jpg"])
+    with pytest.raises(UserError, match="no/such"):
+        find_images(["no/such/*.jpg"])
+
+
+def test_a_folder_that_leads_back_to_itself_ends(photos):
+    (photos / "below" / "round").symlink_to(photos)
+    assert len(list(images_below("photos", []))) == 3
+
+
+def test_images_are_read_a_batch_ahead_and_no_more(tiny_runs, monkeypatch):
+    read = []
+    monkeypatch.setattr(captioner, "ENCODE_BATCH", 4)
+    monkeypatch.setattr(captioner, "load_pixels", lambda path, size: read.append(path) or load_pixels(path, size))
+    results = Captioner(tiny_runs["lstm"]).caption(list(images_below(str(tiny_runs["data"]), [])), 1, 0.7)
+    next(results)
+    assert len(read) <= 8
+    assert sum(1 for _ in results) == 19 and len(read) == 20
+
+
+def test_asking_for_more_captions_changes_nothing_about_the_best(tiny_runs):
+    model = Captioner(tiny_runs["attention"])
+    features = torch.from_numpy(np.random.default_rng(0).normal(size=(6, 49, 1280)).astype(np.float32))
+    one = beam_search([(model.decoder, features)], 5, 12)
+    five = beam_search([(model.decoder, features)], 5, 12, wanted=5)
+    for few, many in zip(one, five, strict=True):
+        assert few[0].ids == many[0].ids and len(many) > 1
+        assert [h.score for h in many] == sorted((h.score for h in many), reverse=True)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--images"], "expected at least one argument"),
+        ([], "needs --images"),
+        (["--images", "x", "--epochs", "3"], "--epochs has no effect with --mode caption"),
+        (["--images", "x", "--port", "8000"], "--port has no effect with"),
+        (["--images", "x", "--num_captions", "4", "--beam_size", "3"], "needs a --beam_size of at least as many"),
+        (["--images", "x", "--json", "--output", "y.jsonl"], "--json has no effect with --output"),
+    ],
+)
+def test_mistyped_flags(flags, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        caption(Path("run"), *flags)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_flags_of_captioning_have_no_effect_elsewhere(capsys):
+    with pytest.raises(SystemExit):
+        trainer.main(["--images", "x.jpg"])
+    assert "--images has no effect without --mode caption" in capsys.readouterr().err
+
+
+def test_mistakes_are_one_line(tiny_runs, photos, capsys):
+    run = tiny_runs["attention"]
+    (photos / "empty").mkdir()
+    for model, flags, message in (
+        (run, ["--images", "absent.jpg"], "absent.jpg is not there"),
+        (run, ["--images", "photos/empty"], "names no image at all"),
+        (run, ["--images", "photos", "--output", "captions.txt"], ".csv or .jsonl"),
+        (run, ["--images", "photos", "--output", "absent/captions.csv"], "cannot write"),
+        (Path("absent.pt"), ["--images", "photos"], "is not there"),
+        (photos / "notes.txt", ["--images", "photos"], "cannot be read as a checkpoint"),
+    ):
+        assert caption(model, *flags) == 2
+        error = capsys.readouterr().err
+        assert message in error and "Traceback" not in error
