@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import json
 import os
 import shlex
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from safe_io import CONTROL_CHARACTERS, UserError, first_line, make_directory, read_json, write_atomic, write_json
+from safe_io import CONTROL_CHARACTERS, UserError, first_line, log, make_directory, read_json, write_atomic, write_json
 
 SCRIPT = "flickr_image_caption_with_pytorch_resnet_lstm.py"
 DRY_RUN = "dry_run_"  # begins the names of runs that are no results
@@ -171,6 +174,34 @@ def write_run_summary(directory: Path, flags: dict[str, Any], command: str, fact
     write_atomic(directory / "run_summary.txt", lambda file: file.write(("\n".join(lines) + "\n").encode()))
 
 
+def training_rows(curve: Mapping[str, Sequence[Any]], history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """An epoch's losses, learning rate and validation scores together, for every epoch of `loss_curve.json`.
+
+    Args:
+        curve, history: the content of `loss_curve.json` and `metrics_history.json`.
+    """
+    about = ("epoch", "split", "beam_size", "images")  # of a score, not scores
+    scores = {entry["epoch"]: {k: v for k, v in entry.items() if k not in about} for entry in history}
+    names = {"epochs": "epoch", "training_losses": "training_loss", "validation_losses": "validation_loss"}
+    names["learning_rates"] = "learning_rate"
+    columns = [[(name, value) for value in curve[key]] for key, name in names.items()]
+    rows = [dict(row) for row in zip(*columns, strict=True)]
+    return [row | scores.get(row["epoch"], {}) for row in rows]
+
+
+def write_training_log(
+    directory: Path, curve: Mapping[str, Sequence[Any]], history: Sequence[Mapping[str, Any]]
+) -> None:
+    """`training_log.csv`: a row per epoch, for spreadsheets; written anew each time, so that resuming doubles nothing."""
+    rows = training_rows(curve, history)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    table = csv.DictWriter(text, names, restval="", lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write_atomic(directory / "training_log.csv", lambda file: file.write(text.getvalue().encode()))
+
+
 def find_checkpoint(model_path: Path) -> Path:
     """What `--model_path` means: a checkpoint, a run directory, or a path as the original README writes it.
 
@@ -193,7 +224,7 @@ def find_checkpoint(model_path: Path) -> Path:
             "give a checkpoint (.pt), a run directory, or a folder of runs"
         )
     newest = max(runs, key=lambda path: (path.parent.name[-15:], path.stat().st_mtime_ns))
-    print(f"Using {newest} (the newest run below {folder} that has {name})")
+    log.info(f"Using {newest} (the newest run below {folder} that has {name})")
     return newest
 
 

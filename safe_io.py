@@ -1,9 +1,10 @@
-"""What every other module shares: how a file is written, and how a user is told what is wrong."""
+"""What every other module shares: how a file is written, and how a user is told what happens and what is wrong."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -14,6 +15,25 @@ from typing import IO, Any
 
 # What has no place in a name or a caption: it would break a message's line, a terminal or a UTF-8 file.
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+class PrintHandler(logging.Handler):
+    """Messages as `print` writes them: on standard output as it is at that moment, without a prefix."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage(), flush=True)
+
+
+# What happens along the way. What a command was asked for (scores, tables) is printed, so that --quiet keeps it.
+log = logging.getLogger("image_captioning")
+log.addHandler(PrintHandler())
+log.setLevel(logging.INFO)
+log.propagate = False  # a library that sets up logging for itself does not print them again
+
+
+def bars_off() -> bool | None:
+    """tqdm's `disable`: with --quiet there are no progress bars, else there are on a terminal."""
+    return None if log.isEnabledFor(logging.INFO) else True
 
 
 class UserError(Exception):
