@@ -1,4 +1,10 @@
-"""Run directories, what is written into them, and how a `--model_path` finds its checkpoint."""
+"""Run directories, what is written into them, and how a `--model_path` finds its checkpoint.
+
+python experiment_utils.py list saved_models --sort cider --where decoder=attention
+python experiment_utils.py diff RUN_A RUN_B
+python experiment_utils.py report RUN
+python experiment_utils.py prune saved_models
+"""
 
 from __future__ import annotations
 
@@ -8,6 +14,7 @@ import io
 import json
 import os
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -238,3 +245,76 @@ def save_numbered(directory: Path, name: str, content: list[dict[str, str]]) -> 
         if json.loads(path.read_text(encoding="utf-8")) == content:
             return path.name
         number += 1
+
+
+# --------------------------------------------------------------------------------------------------
+# Command line
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Look at finished runs: a table, two compared, a report, their room.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser("list", help="a table of runs: their scores and the parameters that differ").add_argument
+    add("folder", type=Path, nargs="?", default=Path("saved_models"), help="a folder of runs (default: saved_models)")
+    add("--sort", metavar="SCORE", help="the best first: cider, bleu4, wer, val_cider, val_loss, ...; else by age")
+    add("--where", nargs="+", action="extend", default=[], metavar="PARAMETER=VALUE", help="only the runs that have it")
+    add("--csv", action="store_true", help="print CSV with every parameter and score")
+    add = commands.add_parser("diff", help="what differs between two runs, and whether the scores do").add_argument
+    add("first", type=Path, metavar="RUN_A", help="a run directory, or a folder of runs: its newest")
+    add("second", type=Path, metavar="RUN_B")
+    add = commands.add_parser("report", help="write the run's report.html anew").add_argument
+    add("run", type=Path, metavar="RUN", help="a run directory, or a folder of runs: its newest")
+    add("--data_dir", type=Path, help="the data set, where it lies elsewhere now")
+    add = commands.add_parser("prune", help="delete epoch files; best.pt and last.pt stay").add_argument
+    add("folder", type=Path, metavar="RUN_OR_FOLDER", help="a run directory, or a folder of runs")
+    add("--yes", action="store_true", help="do not ask")
+    return parser
+
+
+def agreed(question: str) -> bool:
+    """Ask on the terminal.
+
+    Raises:
+        UserError: there is nobody to answer.
+    """
+    try:
+        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        raise UserError("nobody answered, so nothing was deleted: add --yes") from None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the exit code (2 for a user's mistake)."""
+    args = get_parser().parse_args(argv)
+    import run_reports  # it needs this module: upwards, for the command line alone
+
+    try:
+        if args.command == "list":
+            runs, notes = run_reports.read_runs(args.folder)
+            runs = run_reports.sort_runs(run_reports.select(runs, args.where), args.sort)
+            print(run_reports.runs_csv(runs) if args.csv else run_reports.runs_table(runs, args.folder))
+            for note in notes:
+                print(note, file=sys.stderr)
+        elif args.command == "diff":
+            pair = [run_reports.read_run(run_reports.find_run(path)) for path in (args.first, args.second)]
+            print(run_reports.compare(*pair))
+        elif args.command == "prune":
+            print(run_reports.prune(args.folder, lambda question: args.yes or agreed(question)))
+        else:
+            import html_report
+
+            print(f"Report: {html_report.write_report(run_reports.find_run(args.run), data_dir=args.data_dir)}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nStopped; nothing more was changed.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `... list | head`
+        sys.stderr.close()
+        return 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -49,7 +49,6 @@ from safe_io import (
     write_atomic,
     write_json,
 )
-from watching import Stopwatch, require_tensorboard, write_tensorboard
 
 VIEW_COUNTS = {"whole": 1, "mirror": 2, "all": 6}  # of an image, by how many of caption_data.VIEWS they are
 SCHEDULERS = ("reduce_lr_on_plateau", "step", "cosine", "exponential", "one_cycle")
@@ -339,6 +338,7 @@ from evaluation import (
     tune,
 )
 from feature_cache import Features, gather_any_view, open_features
+from html_report import write_report
 from metrics_utils import score_captions
 from self_critical import SelfCritic
 from training_utils import (
@@ -351,6 +351,7 @@ from training_utils import (
     pick_device,
     seed_step,
 )
+from watching import Stopwatch, require_tensorboard, write_tensorboard
 
 MAX_BAD_BATCHES = 10  # in an epoch, whose loss or gradient is no finite number
 
@@ -858,6 +859,7 @@ def train(args: argparse.Namespace, typed: set[str], argv: list[str]) -> Path:
     command = read_json(run.directory / "run_config.json").get("command", reproducing_command(argv))
     write_run_summary(run.directory, run.flags, command, facts)
     print(f"\nBest epoch: {run.best['epoch']} by {args.best_metric}. Everything is in {run.directory}")
+    print(f"Report: {write_report(run.directory, run.data)}")
     print(
         f"Score it on the test images: {reproducing_command(['--mode', 'test', '--model_path', str(run.directory)])}",
     )
@@ -924,6 +926,7 @@ def test(args: argparse.Namespace, typed: set[str]) -> None:
     if args.save_attention_viz:
         data.splits["test"] = images
         save_attention_pictures(task, directory)
+    print(f"Report: {write_report(directory, data)}")
     print(f"Scores: {metrics_path}. Captions: {directory / results[-1]['captions_file']}")
 
 
