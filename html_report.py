@@ -17,7 +17,7 @@ from PIL import Image
 from experiment_utils import reproducing_command
 from metrics_utils import METRIC_NAMES, cider_of_each
 from run_reports import Run, decoding, is_number, read_run, read_scores, score_text
-from safe_io import CONTROL_CHARACTERS, UserError, log, read_json, write_atomic
+from safe_io import CONTROL_CHARACTERS, UserError, read_json, write_atomic
 
 if TYPE_CHECKING:
     from caption_data import CaptionSet
@@ -47,7 +47,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--card); p
 .grid { display: grid; gap: 1.1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 235px), 1fr)); }
 .charts { display: grid; gap: 1.1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); }
 .card, figure { margin: 0; background: var(--card); border-radius: 8px; padding: .7rem; overflow-wrap: anywhere; }
-.card img { width: 100%; height: 190px; object-fit: contain; border-radius: 4px; background: var(--page); }
+.card img { width: 100%; height: 190px; object-fit: contain; border-radius: 4px; }
 .card b { display: block; margin: .5rem 0 .3rem; line-height: 1.3; }
 .card ul { margin: 0; padding-left: 1rem; color: var(--soft); font-size: .88rem; line-height: 1.35; }
 figure img { display: block; min-width: min(660px, 200vw); width: 100%; border-radius: 4px; }
@@ -56,11 +56,11 @@ figure { margin-bottom: 1rem; }
 .parameters div { display: flex; justify-content: space-between; gap: 1rem; border-bottom: 1px solid var(--line);
   break-inside: avoid; font-size: .9rem; }
 .parameters span:last-child { text-align: right; overflow-wrap: anywhere; }
-svg { width: 100%; height: auto; display: block; } svg text { font: 17px system-ui, sans-serif; fill: var(--soft); }
-svg .axis { stroke: var(--line); } svg polyline { fill: none; stroke-width: 3; stroke-linejoin: round; }
+svg { width: 100%; height: auto; display: block; } svg text { font: 14px system-ui, sans-serif; fill: var(--soft); }
+svg .axis { stroke: var(--line); } svg polyline { fill: none; stroke-width: 2.2; stroke-linejoin: round; }
 .s1 { stroke: var(--c1); fill: var(--c1); color: var(--c1); } .s2 { stroke: var(--c2); fill: var(--c2); color: var(--c2); }
 .s3 { stroke: var(--c3); fill: var(--c3); color: var(--c3); }
-svg .best { stroke: var(--soft); stroke-dasharray: 6 5; }
+svg .best { stroke: var(--soft); stroke-dasharray: 5 4; }
 .legend span { margin-right: 1rem; white-space: nowrap; font-weight: 600; font-size: .9rem; }
 """
 
@@ -87,7 +87,7 @@ def write_report(directory: Path, data: CaptionSet | None = None, data_dir: Path
     if data is None:
         try:
             data = load_data(run, data_dir)
-        except UserError as error:
+        except (UserError, ValueError) as error:  # ValueError: a path that no file can have
             problem = f"The data set is not at hand, so that there are neither pictures nor references here: {error}"
     text = page(run, data, problem).encode("utf-8", "replace")
     path = directory / "report.html"
@@ -252,11 +252,11 @@ def chart(
     low, high = (
         (math.log10(known.min()), math.log10(known.max())) if logarithmic else (min(0.0, known.min()), known.max())
     )
-    if high <= low:
+    if high - low < 1e-300:
         high = low + 1
     ticks = [*range(math.floor(low), math.ceil(high) + 1)] if logarithmic else nice_ticks(low, high)
     low, high = min(low, ticks[0]), max(high, ticks[-1])
-    left, right, top, bottom, width, height = 78, 14, 14, 56, 600, 330
+    left, right, top, bottom, width, height = 62, 10, 10, 46, 440, 270
 
     def place(a: float, b: float) -> tuple[float, float]:
         across = 0.5 if x[-1] == x[0] else (a - x[0]) / (x[-1] - x[0])
@@ -268,13 +268,13 @@ def chart(
         value = 10.0**tick if logarithmic else tick
         _, y = place(x[0], value)
         parts.append(f'<line class="axis" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{left - 9}" y="{y + 6:.1f}" text-anchor="end">{value:.6g}</text>')
+        parts.append(f'<text x="{left - 8}" y="{y + 5:.1f}" text-anchor="end">{value:.6g}</text>')
     step = max(1, -(-len(x) // 8))
     for a in x[::step]:
         parts.append(
-            f'<text x="{place(a, known[0])[0]:.1f}" y="{height - bottom + 24}" text-anchor="middle">{a:g}</text>'
+            f'<text x="{place(a, known[0])[0]:.1f}" y="{height - bottom + 20}" text-anchor="middle">{a:g}</text>'
         )
-    parts.append(f'<text x="{(left + width - right) / 2}" y="{height - 6}" text-anchor="middle">{x_label}</text>')
+    parts.append(f'<text x="{(left + width - right) / 2}" y="{height - 5}" text-anchor="middle">{x_label}</text>')
     if marked is not None and x[0] <= marked <= x[-1]:
         across = place(marked, known[0])[0]
         parts.append(f'<line class="best" x1="{across:.1f}" x2="{across:.1f}" y1="{top}" y2="{height - bottom}"/>')
@@ -285,7 +285,7 @@ def chart(
                 across, up = place(a, b)
                 run.append(f"{across:.1f},{up:.1f}")
                 note = f"<title>{x_label} {a:g}: {label} {b:.5g}</title>"
-                parts.append(f'<circle class="s{number}" cx="{across:.1f}" cy="{up:.1f}" r="4.5">{note}</circle>')
+                parts.append(f'<circle class="s{number}" cx="{across:.1f}" cy="{up:.1f}" r="3.5">{note}</circle>')
             if run and (not math.isfinite(b) or a == x[-1]):
                 parts.append(f'<polyline class="s{number}" style="fill:none" points="{" ".join(run)}"/>')
                 run = []
@@ -351,7 +351,7 @@ def test_captions(run: Run) -> Said | None:
     if path is None or not path.is_file():
         return None
     content = read_json(path)
-    if not isinstance(content, list) or not all(
+    if not isinstance(content, list) or not content or not all(
         isinstance(entry, dict) and isinstance(entry.get("image_id"), str) and isinstance(entry.get("caption"), str)
         for entry in content
     ):
@@ -432,11 +432,11 @@ def words_section(run: Run, said: Said | None, data: CaptionSet | None) -> str:
             size = len(build_vocabulary(data, threshold if type(threshold) is int else 1))
             sets = ", ".join(f"{split} {len(images)}" for split, images in data.splits.items())
             parts.append(
-                f"<p>Vocabulary: {size} words (seen {text_of(threshold)} times or more in training captions), of "
+                f"<p>Vocabulary: {size - 4} words (seen {text_of(threshold)} times or more in training captions) and 4 signs of its own, of "
                 f"{len(data.tokens.words)} in all captions. Images: {sets}.</p>"
             )
         except UserError as error:
-            log.debug(f"No vocabulary in the report: {error}")
+            parts.append(f"<p>{text_of(error)}</p>")
     if said is None:
         return "".join(parts)
     known = dict(zip(data.names, range(len(data.names)), strict=True)) if data is not None else {}
@@ -457,7 +457,7 @@ def words_section(run: Run, said: Said | None, data: CaptionSet | None) -> str:
     head = '<th></th><th class="n">model</th>' + ('<th class="n">people, same images</th>' if people else "")
     parts.append(f'<div class="wide"><table><tr>{head}</tr>{cells}</table></div>')
     longest = min(40, max(length for counts in lengths.values() for length in counts))
-    x = list(range(longest + 1))
+    x = list(range(min(longest, *(min(counts) for counts in lengths.values())), longest + 1))
     shares = {name: [100 * counts[n] / max(1, counts.total()) for n in x] for name, counts in lengths.items()}
     parts.append(f'<div class="charts">{chart("Captions of each length, in %", "words", x, shares)}<div>')
     parts.append(word_list("The model's most frequent words", spoken.most_common(20)))

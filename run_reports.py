@@ -48,7 +48,7 @@ class Run:
     @property
     def best(self) -> dict[str, Any] | None:
         """The epoch that `--best_metric` picks, None before the first."""
-        metric = self.flags.get("best_metric", "cider")
+        metric = str(self.flags.get("best_metric", "cider"))
         key, sign = ("validation_loss", -1) if metric == "val_loss" else (metric, 1)
         known = [row for row in self.epochs if is_number(row.get(key))]
         return max(known, key=lambda row: sign * row[key]) if known else None
@@ -72,7 +72,11 @@ class Run:
 
 
 def is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return (type(value) is float and math.isfinite(value)) or (type(value) is int and abs(value) < 2**63)
+
+
+def is_plain(value: Any) -> bool:
+    return value is None or type(value) in (str, bool, float) or is_number(value)
 
 
 def read_run(directory: Path) -> Run:
@@ -92,7 +96,10 @@ def read_run(directory: Path) -> Run:
         return value
 
     def is_table(value: Any) -> bool:
-        return isinstance(value, list) and all(isinstance(row, dict) for row in value)
+        return isinstance(value, list) and all(
+            isinstance(row, dict) and all(is_plain(cell) or key.endswith("_interval") for key, cell in row.items())
+            for row in value
+        )
 
     def is_curve(value: Any) -> bool:
         names = ("epochs", "training_losses", "validation_losses", "learning_rates")
@@ -100,20 +107,17 @@ def read_run(directory: Path) -> Run:
         return (
             all(isinstance(column, list) for column in columns)
             and len({len(column) for column in columns}) == 1
-            and all(type(epoch) is int for epoch in columns[0])
+            and all(type(epoch) is int and 0 <= epoch < 2**31 for epoch in columns[0])
         )
 
     if not (directory / "run_config.json").is_file():
         raise UserError(f"{directory} is no run directory: it has no run_config.json. Give one, or a folder of runs")
     ours = {theirs: name for name, theirs in CONFIG_NAMES.items()}
     flags = read("run_config.json", {}, lambda value: isinstance(value, dict))
-    flags = {ours.get(k, k): v for k, v in flags.items() if isinstance(v, (str, int, float, bool, type(None), list))}
+    flags = {ours.get(key, key): value for key, value in flags.items() if is_plain(value) or isinstance(value, list)}
     columns = dict.fromkeys(("epochs", "training_losses", "validation_losses", "learning_rates"), ())
     history = read("metrics_history.json", [], lambda value: is_table(value) and all("epoch" in row for row in value))
-    try:
-        epochs = training_rows(read("loss_curve.json", columns, is_curve), history)
-    except TypeError:  # an epoch that is a list
-        raise UserError(f"{directory / 'metrics_history.json'} has another form than this program writes") from None
+    epochs = training_rows(read("loss_curve.json", columns, is_curve), history)
     return Run(directory, flags, epochs, read("test_metrics.json", [], is_table))
 
 
@@ -227,7 +231,7 @@ def sort_runs(runs: Sequence[Run], key: str | None) -> list[Run]:
     if key not in known:
         raise UserError(f"--sort {key}: no run has this score; there are {', '.join(known) or 'none yet'}")
     sign = 1 if key.endswith(LOW_IS_GOOD) else -1
-    return sorted(runs, key=lambda run: sign * run.scores().get(key, -sign * math.inf))
+    return sorted(runs, key=lambda run: sign * run.scores().get(key, sign * math.inf))
 
 
 def tested(run: Run) -> str:
