@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from caption_data import EOS, PAD, SOS, UNK, Batch
 from decoder_kernels import Dropout, PackedLSTMLayer, projected_cross_entropy
-from safe_io import UserError, check_tensor_zip, first_line
+from safe_io import UserError, check_tensor_zip, first_line, log
 
 # --------------------------------------------------------------------------------------------------
 # Encoders
@@ -129,7 +129,7 @@ class Encoder(nn.Module):
         """Compile for batches like `example`; None, and a note, where that cannot be done."""
         import torch._inductor.config as inductor
 
-        print(f"Compiling {self.spec.name} for its encoding pass ...", flush=True)
+        log.info(f"Compiling {self.spec.name} for its encoding pass ...")
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # warns that there is no CUDA
         try:
             with inductor.patch(freezing=True), warnings.catch_warnings(), torch.inference_mode():
@@ -137,7 +137,9 @@ class Encoder(nn.Module):
                 run = torch.compile(self)
                 run(example)
         except Exception as error:  # no compiler, no Triton, a platform without inductor: each raises its own
-            print(f"Cannot compile the encoder here ({str(error).strip().splitlines()[-1][:120]}); it runs without")
+            log.warning(
+                f"Cannot compile the encoder here ({str(error).strip().splitlines()[-1][:120]}); it runs without"
+            )
             return None
         return run
 
@@ -193,7 +195,7 @@ def download_resnet50() -> Path:
     from torchvision.models import ResNet50_Weights
 
     weights = ResNet50_Weights.IMAGENET1K_V1
-    print(f"Downloading ResNet50's ImageNet weights from {weights.url} ...", flush=True)
+    log.info(f"Downloading ResNet50's ImageNet weights from {weights.url} ...")
     try:
         weights.get_state_dict(progress=True, check_hash=True)
     except Exception as error:  # urllib, ssl, socket and torch.hub each raise their own

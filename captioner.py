@@ -22,12 +22,13 @@ import torch
 from tqdm import tqdm
 
 import attention_visualization
-from attention_visualization import GRID
+from attention_visualization import grid_side
 from caption_data import IMAGE_ENDINGS, UnreadableImage, Vocabulary, load_pixels, open_image
 from caption_models import ENCODE_BATCH, ENCODERS, beam_search, build_decoder, build_encoder, find_weights
 from checkpoints import load_checkpoint, load_weights
 from experiment_utils import find_checkpoint
 from feature_cache import mean_of
+from plots import save_figure
 from safe_io import UserError, make_directory, printable, write_atomic
 from training_utils import pick_device
 
@@ -341,10 +342,10 @@ def as_dict(caption: Caption) -> dict[str, object]:
 
 
 def peak_of(weights: np.ndarray) -> dict[str, float]:
-    """The strongest of 49 cells. Args: weights: (49,)."""
-    place = int(weights.argmax())
-    row, column = divmod(place, GRID)
-    x, y = (column + 0.5) / GRID, (row + 0.5) / GRID
+    """The strongest cell. Args: weights: (cells,), row by row."""
+    place, side = int(weights.argmax()), grid_side(len(weights))
+    row, column = divmod(place, side)
+    x, y = (column + 0.5) / side, (row + 0.5) / side
     return {"row": row, "column": column, "x": round(x, 4), "y": round(y, 4), "weight": round(float(weights[place]), 4)}
 
 
@@ -365,6 +366,7 @@ def draw_attention(result: Captioned, folder: Path, advanced: bool) -> None:
         if not (os.path.lexists(basic) or os.path.lexists(more)):
             break
     title = printable(result.path.name)
-    attention_visualization.draw_attention(photo, caption.words, caption.attention, basic, title)
+    save_figure(attention_visualization.attention_figure(photo, caption.words, caption.attention, title), basic)
     if advanced:
-        attention_visualization.draw_attention_advanced(photo, caption.words, caption.attention, more, title)
+        figure = attention_visualization.advanced_attention_figure(photo, caption.words, caption.attention, title)
+        save_figure(figure, more)

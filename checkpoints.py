@@ -10,7 +10,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from safe_io import CONTROL_CHARACTERS, UserError, check_tensor_zip, first_line, publish_copy, read_json, write_atomic
+from safe_io import (
+    CONTROL_CHARACTERS,
+    UserError,
+    check_tensor_zip,
+    first_line,
+    log,
+    publish_copy,
+    read_json,
+    write_atomic,
+)
 
 SCHEMA = 3  # of the checkpoint; a reader refuses what it does not know
 EXPORT_SCHEMA = 1  # of config.json in an exported folder
@@ -366,7 +375,7 @@ def carry_best(checkpoint: dict[str, Any], path: Path, directory: Path) -> dict[
         if candidate.is_file() and load_checkpoint(candidate)["epoch"] == best["epoch"]:
             publish_copy(candidate, directory / "best.pt")
             return dict(best)
-    print(f"The old run's best checkpoint (epoch {best['epoch']}) is gone: this run finds its own best")
+    log.warning(f"The old run's best checkpoint (epoch {best['epoch']}) is gone: this run finds its own best")
     return None
 
 

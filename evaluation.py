@@ -28,7 +28,7 @@ from metrics_utils import (
     summarize,
     variety,
 )
-from safe_io import UserError, read_json, write_json
+from safe_io import UserError, bars_off, read_json, write_json
 
 INTERVALS = {"cider": "CIDEr", "bleu4": "BLEU-4", "rouge_l": "ROUGE-L", "wer": "WER"}
 BEAMS, LENGTH_PENALTIES = (1, 2, 3, 4, 5, 8), (0.0, 0.4, 0.7, 1.0, 1.3)  # what `--mode tune` tries
@@ -46,7 +46,7 @@ def generate(
     """
     best: list[Hypothesis] = []
     chunk = max(1, 384 // (beam * len(members)))
-    for start in tqdm(range(0, len(images), chunk), "Captioning", unit="batch", disable=None, leave=False):
+    for start in tqdm(range(0, len(images), chunk), "Captioning", unit="batch", disable=bars_off(), leave=False):
         part = images[start : start + chunk]
         seen = [(decoder, features.gather(part).to(device)) for decoder, features in members]
         found = beam_search(seen, beam, max_length, length_penalty, attention)

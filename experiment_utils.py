@@ -1,18 +1,28 @@
-"""Run directories, what is written into them, and how a `--model_path` finds its checkpoint."""
+"""Run directories, what is written into them, and how a `--model_path` finds its checkpoint.
+
+python experiment_utils.py list saved_models --sort cider --where decoder=attention
+python experiment_utils.py diff RUN_A RUN_B
+python experiment_utils.py report RUN
+python experiment_utils.py prune saved_models
+"""
 
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import json
 import os
 import shlex
+import sys
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from safe_io import CONTROL_CHARACTERS, UserError, first_line, make_directory, read_json, write_atomic, write_json
+from safe_io import CONTROL_CHARACTERS, UserError, first_line, log, make_directory, read_json, write_atomic, write_json
 
 SCRIPT = "flickr_image_caption_with_pytorch_resnet_lstm.py"
 DRY_RUN = "dry_run_"  # begins the names of runs that are no results
@@ -179,6 +189,34 @@ def write_run_summary(directory: Path, flags: dict[str, Any], command: str, fact
     write_atomic(directory / "run_summary.txt", lambda file: file.write(("\n".join(lines) + "\n").encode()))
 
 
+def training_rows(curve: Mapping[str, Sequence[Any]], history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """An epoch's losses, learning rate and validation scores together, for every epoch of `loss_curve.json`.
+
+    Args:
+        curve, history: the content of `loss_curve.json` and `metrics_history.json`.
+    """
+    about = ("epoch", "split", "beam_size", "images")  # of a score, not scores
+    scores = {entry["epoch"]: {k: v for k, v in entry.items() if k not in about} for entry in history}
+    names = {"epochs": "epoch", "training_losses": "training_loss", "validation_losses": "validation_loss"}
+    names["learning_rates"] = "learning_rate"
+    columns = [[(name, value) for value in curve[key]] for key, name in names.items()]
+    rows = [dict(row) for row in zip(*columns, strict=True)]
+    return [row | scores.get(row["epoch"], {}) for row in rows]
+
+
+def write_training_log(
+    directory: Path, curve: Mapping[str, Sequence[Any]], history: Sequence[Mapping[str, Any]]
+) -> None:
+    """`training_log.csv`: a row per epoch, for spreadsheets; written anew each time, so that resuming doubles nothing."""
+    rows = training_rows(curve, history)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    table = csv.DictWriter(text, names, restval="", lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write_atomic(directory / "training_log.csv", lambda file: file.write(text.getvalue().encode()))
+
+
 def find_checkpoint(model_path: Path) -> Path:
     """What `--model_path` means: a checkpoint, a run directory, an exported folder, or what the original README writes.
 
@@ -202,7 +240,7 @@ def find_checkpoint(model_path: Path) -> Path:
             "give a checkpoint (.pt), a run directory, a folder of runs, or an exported folder"
         )
     newest = max(runs, key=lambda path: (path.parent.name[-15:], path.stat().st_mtime_ns))
-    print(f"Using {newest} (the newest run below {folder} that has {name})")
+    log.info(f"Using {newest} (the newest run below {folder} that has {name})")
     return newest
 
 
@@ -216,3 +254,76 @@ def save_numbered(directory: Path, name: str, content: list[dict[str, str]]) -> 
         if json.loads(path.read_text(encoding="utf-8")) == content:
             return path.name
         number += 1
+
+
+# --------------------------------------------------------------------------------------------------
+# Command line
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Look at finished runs: a table, two compared, a report, their room.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser("list", help="a table of runs: their scores and the parameters that differ").add_argument
+    add("folder", type=Path, nargs="?", default=Path("saved_models"), help="a folder of runs (default: saved_models)")
+    add("--sort", metavar="SCORE", help="the best first: cider, bleu4, wer, val_cider, val_loss, ...; else by age")
+    add("--where", nargs="+", action="extend", default=[], metavar="PARAMETER=VALUE", help="only the runs that have it")
+    add("--csv", action="store_true", help="print CSV with every parameter and score")
+    add = commands.add_parser("diff", help="what differs between two runs, and whether the scores do").add_argument
+    add("first", type=Path, metavar="RUN_A", help="a run directory, or a folder of runs: its newest")
+    add("second", type=Path, metavar="RUN_B")
+    add = commands.add_parser("report", help="write the run's report.html anew").add_argument
+    add("run", type=Path, metavar="RUN", help="a run directory, or a folder of runs: its newest")
+    add("--data_dir", type=Path, help="the data set, where it lies elsewhere now")
+    add = commands.add_parser("prune", help="delete epoch files; best.pt and last.pt stay").add_argument
+    add("folder", type=Path, metavar="RUN_OR_FOLDER", help="a run directory, or a folder of runs")
+    add("--yes", action="store_true", help="do not ask")
+    return parser
+
+
+def agreed(question: str) -> bool:
+    """Ask on the terminal.
+
+    Raises:
+        UserError: there is nobody to answer.
+    """
+    try:
+        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        raise UserError("nobody answered, so nothing was deleted: add --yes") from None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the exit code (2 for a user's mistake)."""
+    args = get_parser().parse_args(argv)
+    import run_reports  # it needs this module: upwards, for the command line alone
+
+    try:
+        if args.command == "list":
+            runs, notes = run_reports.read_runs(args.folder)
+            runs = run_reports.sort_runs(run_reports.select(runs, args.where), args.sort)
+            print(run_reports.runs_csv(runs) if args.csv else run_reports.runs_table(runs, args.folder))
+            for note in notes:
+                print(note, file=sys.stderr)
+        elif args.command == "diff":
+            pair = [run_reports.read_run(run_reports.find_run(path)) for path in (args.first, args.second)]
+            print(run_reports.compare(*pair))
+        elif args.command == "prune":
+            print(run_reports.prune(args.folder, lambda question: args.yes or agreed(question)))
+        else:
+            import html_report
+
+            print(f"Report: {html_report.write_report(run_reports.find_run(args.run), data_dir=args.data_dir)}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nStopped; nothing more was changed.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `... list | head`
+        sys.stderr.close()
+        return 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

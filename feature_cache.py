@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from caption_data import UnreadableImage, load_pixels
 from caption_models import ENCODE_BATCH, Encoder, EncoderSpec
-from safe_io import UserError, make_directory, require_free_space
+from safe_io import UserError, bars_off, log, make_directory, require_free_space
 
 ROWS_PER_FILE = 4096  # half a gigabyte of EfficientNet-Lite0 grids
 BATCHES_AHEAD = 3
@@ -346,7 +346,7 @@ def waiting_lock(directory: Path) -> AcquireReturnProxy:
     try:
         return lock.acquire(timeout=0.1)
     except Timeout:
-        print(f"Another process is encoding into {directory}; waiting to share its work ...", flush=True)
+        log.info(f"Another process is encoding into {directory}; waiting to share its work ...")
         return lock.acquire()
 
 
@@ -393,7 +393,7 @@ def encode_images(
             for done in (names, stamps, pending):
                 done.clear()
 
-    bar = tqdm(total=len(todo), desc=f"Encoding images ({encoder.spec.name}, {view})", unit="image", disable=None)
+    bar = tqdm(total=len(todo), desc=f"Encoding images ({encoder.spec.name}, {view})", unit="image", disable=bars_off())
     try:
         for part, versions, pixels in decoded_batches(paths, todo, encoder.spec.image_size, workers, unreadable, view):
             if part:
@@ -456,10 +456,10 @@ def check_unreadable(unreadable: dict[int, str], total: int) -> None:
     if not unreadable:
         return
     for problem in list(unreadable.values())[:10]:
-        print(f"Cannot read {problem}")
+        log.warning(f"Cannot read {problem}")
     if len(unreadable) > 0.01 * total:
         raise UserError(
             f"{len(unreadable)} of {total} images cannot be read (more than 1 %): download the data set again "
             "(`python download_datasets.py --force`), or remove these images' rows from the captions file"
         )
-    print(f"{len(unreadable)} unreadable image(s) left out.")
+    log.warning(f"{len(unreadable)} unreadable image(s) left out.")

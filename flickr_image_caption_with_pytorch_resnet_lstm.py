@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import logging
 import math
 import os
 import sys
@@ -39,8 +40,19 @@ from experiment_utils import (
     reproducing_command,
     write_run_config,
     write_run_summary,
+    write_training_log,
 )
-from safe_io import UserError, format_bytes, publish_copy, read_json, require_free_space, write_atomic, write_json
+from safe_io import (
+    UserError,
+    bars_off,
+    format_bytes,
+    log,
+    publish_copy,
+    read_json,
+    require_free_space,
+    write_atomic,
+    write_json,
+)
 
 VIEW_COUNTS = {"whole": 1, "mirror": 2, "all": 6}  # of an image, by how many of caption_data.VIEWS they are
 SCHEDULERS = ("reduce_lr_on_plateau", "step", "cosine", "exponential", "one_cycle")
@@ -56,7 +68,7 @@ ARCHITECTURE_FLAGS = (
 # What may be typed beside --resume: where things are and where they run, not what is trained.
 RESUME_FLAGS = (
     "resume", "device", "num_workers", "compile", "features_on_device", "feature_cache", "checkpoint_minutes",
-    "data_dir", "image_dir", "captions_file", "resnet_weights",
+    "data_dir", "image_dir", "captions_file", "resnet_weights", "tensorboard", "quiet", "verbose",
 )  # fmt: skip
 # What may be typed beside --mode caption and --mode serve; the first of each belong to that mode alone.
 CAPTION_FLAGS = (
@@ -232,6 +244,9 @@ def get_parser() -> argparse.ArgumentParser:
     add("--checkpoint_minutes", type=positive, default=10, help="minutes between two saves of last.pt within an epoch")
     add("--model_save_dir", type=Path, default=Path("saved_models"), help="where run directories are made")
     add("--keep_checkpoints", type=number(int, 0), default=0, help="keep the newest N epochs (and best, last); 0 all")
+    add("--tensorboard", action="store_true", help="log curves, captions and attention for TensorBoard, every epoch")
+    add("--quiet", action="store_true", help="say only warnings and what came out in the end")
+    add("--verbose", action="store_true", help="say also where the time of each epoch goes")
     return parser
 
 
@@ -257,6 +272,8 @@ def parse_flags(argv: list[str]) -> tuple[argparse.Namespace, set[str]]:
     if config is not None:
         parser.set_defaults(**config_flags(parser, config))
     args = parser.parse_args(argv)
+    if args.quiet and args.verbose:  # what is typed wins over --config and the run that is resumed
+        args.quiet, args.verbose = "quiet" in typed, "verbose" in typed
     check_flags(args, typed, parser)
     return args, typed
 
@@ -295,6 +312,10 @@ def check_flags(args: argparse.Namespace, typed: set[str], parser: argparse.Argu
     if args.mode != "test" and len(args.model_path or []) > 1:
         parser.error(f"--mode {args.mode} takes one --model_path; several are an ensemble, for --mode test")
     check_captioning_flags(args, typed, parser)
+    if args.quiet and args.verbose:
+        parser.error("--quiet and --verbose contradict each other: leave one out")
+    if args.mode != "train" and "tensorboard" in typed:
+        parser.error(f"--tensorboard has no effect with --mode {args.mode}: it watches training")
     if args.mode == "train" and "split" in typed:
         parser.error("--split has no effect in training: it says which images --mode test scores")
     if args.mode == "export" and args.output is None:
@@ -377,6 +398,7 @@ from evaluation import (
     tune,
 )
 from feature_cache import Features, gather_any_view, open_features
+from html_report import write_report
 from metrics_utils import score_captions
 from self_critical import SelfCritic
 from training_utils import (
@@ -389,6 +411,7 @@ from training_utils import (
     pick_device,
     seed_step,
 )
+from watching import Stopwatch, require_tensorboard, write_tensorboard
 
 MAX_BAD_BATCHES = 10  # in an epoch, whose loss or gradient is no finite number
 
@@ -428,6 +451,7 @@ class Training(Task):
     history: list[dict[str, Any]]
     best: dict[str, Any]
     lock: Any = None  # on the run directory, held as long as this object lives
+    clock: Stopwatch = dataclasses.field(default_factory=Stopwatch)
 
     def save(self, path: Path) -> None:
         """Write a checkpoint: whoever has it can go on from this very step, or caption."""
@@ -523,10 +547,10 @@ def build_data(args: argparse.Namespace, saved_split: dict[str, Any] | None) -> 
     if args.dry_run:
         data.splits = {split: images[:n] for (split, images), n in zip(data.splits.items(), (8, 4, 4), strict=True)}
     sizes = ", ".join(f"{split} {len(images)}" for split, images in data.splits.items())
-    print(f"Data: {len(data.names)} images and {data.first_caption[-1]} captions in {data.captions_file}")
-    print(f"Split by image: {sizes} (from {data.split_source})")
+    log.info(f"Data: {len(data.names)} images and {data.first_caption[-1]} captions in {data.captions_file}")
+    log.info(f"Split by image: {sizes} (from {data.split_source})")
     for note in data.notes:
-        print(f"Note: {note}")
+        log.warning(f"Note: {note}")
     return data
 
 
@@ -542,7 +566,7 @@ def build_features(
     cores = os.cpu_count() or 1
     workers = min(args.num_workers or 1, cores)
     if args.num_workers > cores:
-        print(f"Image decoding threads: {workers} (--num_workers {args.num_workers}, capped at the cores)")
+        log.info(f"Image decoding threads: {workers} (--num_workers {args.num_workers}, capped at the cores)")
     views = [
         open_features(
             None if args.feature_cache == "off" else Path(args.feature_cache), ENCODERS[args.encoder], digest,
@@ -589,16 +613,18 @@ def train_one_epoch(run: Training, stop: StopRequest) -> float:
     saved = time.monotonic()
     fine: list[torch.Tensor] = []  # for the steps since the last look, which makes the device wait
     bad = 0
-    bar = tqdm(plan, f"Epoch {run.epoch + 1}", initial=run.step, unit="batch", disable=None, leave=False)
+    bar = tqdm(plan, f"Epoch {run.epoch + 1}", initial=run.step, unit="batch", disable=bars_off(), leave=False)
     for captions in plan[run.step :]:
         seed_step(args.seed, run.epoch, run.step)
         for group in run.optimizer.param_groups:
             group["lr"] = run.rate()
         batch = run.batches.make(captions)
+        run.clock.lap("making batches")
         drawing = np.random.default_rng([args.seed, run.epoch, run.step])
         features = gather_any_view(run.views, batch.images, drawing).to(
             device, non_blocking=True
         )  # (I, 49, C) or (I, C)
+        run.clock.lap("gathering features")
         loss = torch.zeros((), device=device)
         if run.self_critical and run.critic is not None:
             loss, reward = run.critic.loss(decoder, features, batch.images, run.precision.autocast())
@@ -624,6 +650,7 @@ def train_one_epoch(run: Training, stop: StopRequest) -> float:
         if due:
             run.save(run.directory / "last.pt")
             saved = time.monotonic()
+        run.clock.lap("steps")
         if stop.signal:
             raise Stopped(stop.signal, run.directory)
     return float(run.loss_sum) / max(1, run.tokens)
@@ -659,7 +686,7 @@ def report_bad_batch(run: Training, number: int, captions: np.ndarray, bad: int)
             f"{run.directory} are good: train on from them with a lower --learning_rate (now {run.args.learning_rate:g}) "
             f"or a smaller --grad_clip, e.g. --model_path {run.directory / 'last.pt'} --learning_rate {run.args.learning_rate / 10:g}"
         )
-    print(f"\nSkipped {where}: its loss or gradient is not a finite number ({bad} of at most {MAX_BAD_BATCHES})")
+    log.warning(f"\nSkipped {where}: its loss or gradient is not a finite number ({bad} of at most {MAX_BAD_BATCHES})")
 
 
 @torch.inference_mode()
@@ -703,14 +730,14 @@ def save_attention_pictures(task: Task, chosen: np.ndarray, directory: Path) -> 
     for n, (image, found) in enumerate(zip(chosen, hypotheses, strict=True), 1):
         words, name = task.vocabulary.decode(found.ids), data.names[image]
         if not words or found.attention is None:
-            print(f"No attention picture of {name}: the model said nothing")
+            log.warning(f"No attention picture of {name}: the model said nothing")
             continue
         picture = open_image(data.image_dir / name, at_least=max(900, 900 * args.attention_viz_dpi // plots.DPI))
         attention_visualization.save_pictures(
             directory, n, picture, name, words, found.attention, args.advanced_attention_viz,
             args.attention_viz_format, args.attention_viz_dpi,
         )  # fmt: skip
-    print(f"Attention pictures of {len(chosen)} images: {directory / 'attention_viz_sample_*'}")
+    log.info(f"Attention pictures of {len(chosen)} images: {directory / 'attention_viz_sample_*'}")
 
 
 def point(task: Task, images: np.ndarray, beam: int) -> dict[str, float]:
@@ -745,7 +772,7 @@ def start_training(args: argparse.Namespace, typed: set[str], argv: list[str]) -
     device = pick_device(args.device)
     precision = Precision(args.precision, device)
     args.precision = precision.name
-    print(f"Device: {device}, matrix products of training in {precision.name}")
+    log.info(f"Device: {device}, matrix products of training in {precision.name}")
     data = build_data(args, checkpoint["split"] if checkpoint else None)
     needed = np.unique(np.concatenate([*data.splits.values(), images_to_draw(args, data, data.splits["test"])]))
     views, weights_hash = build_features(
@@ -763,7 +790,7 @@ def start_training(args: argparse.Namespace, typed: set[str], argv: list[str]) -
         decoder.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
     )
     parameters = sum(parameter.numel() for parameter in decoder.parameters())
-    print(f"Vocabulary: {len(vocabulary)} words. Decoder: {args.decoder}, {parameters:,} parameters")
+    log.info(f"Vocabulary: {len(vocabulary)} words. Decoder: {args.decoder}, {parameters:,} parameters")
     critic = SelfCritic(data, vocabulary, args.scst_samples, args.max_length) if args.scst_epochs else None
     run = Training(
         args, device, data, vocabulary, [(decoder, views[0])], decoder, views, batches, critic, optimizer, precision, None,
@@ -787,7 +814,7 @@ def start_training(args: argparse.Namespace, typed: set[str], argv: list[str]) -
         run.reward_sum = progress["reward_sum"]
         run.schedule = Schedule.from_state(checkpoint["schedule"]) if checkpoint["schedule"] else None
         run.best, run.flags, run.directory = checkpoint["best"], checkpoint["flags"], args.resume
-        print(f"Resuming {run.directory} after {run.epoch} epochs and {run.step} steps")
+        log.info(f"Resuming {run.directory} after {run.epoch} epochs and {run.step} steps")
     else:
         steps = len(batches.plan(data.splits["train"], args.batch_size))
         run.schedule = choose_schedule(args, typed, checkpoint, steps)
@@ -804,7 +831,7 @@ def start_training(args: argparse.Namespace, typed: set[str], argv: list[str]) -
     files = min(left, args.keep_checkpoints + 1) if args.keep_checkpoints else left
     space = (files + 2) * 3 * 4 * parameters + 20_000_000  # weights and Adam's two moments, last.pt twice; pictures
     free = require_free_space(run.directory, space, "this run")
-    print(f"Run directory: {run.directory} (will take up to {format_bytes(space)}; {format_bytes(free)} are free)")
+    log.info(f"Run directory: {run.directory} (will take up to {format_bytes(space)}; {format_bytes(free)} are free)")
     if args.resume is None:
         run.save(run.directory / "last.pt")  # from here on the run can be resumed
     return run
@@ -815,8 +842,10 @@ def finish_epoch(run: Training, training: float) -> None:
     steps, run.step, self_critical = run.step, 0, run.self_critical
     rate = run.rate()
     validation = validation_loss(run)
+    run.clock.lap("validation loss")
     images = run.data.splits["val"]
     scores = score_captions(captions_of_images(run, images, 1), [run.data.references(image) for image in images])
+    run.clock.lap("validation captions and scores")
     if self_critical:
         scores["reward"] = run.reward_sum / max(1, steps)
     elif run.schedule is not None:
@@ -831,18 +860,20 @@ def finish_epoch(run: Training, training: float) -> None:
     if score > run.best["score"]:
         run.best = {"score": score, "epoch": run.epoch, "metric": metric}
     run.save(run.directory / f"model_epoch_{run.epoch}.pt")
+    run.clock.lap("saving")
     publish_epoch(run)
-    print(f"\nEpoch {run.epoch} completed ({run.epoch}/{run.last_epoch}):")
-    print(f"  Training Loss: {training:.5f}")
-    print(f"  Validation Loss: {validation:.5f}")
-    print(f"  Learning Rate: {rate:.6f}" if rate >= 1e-4 else f"  Learning Rate: {rate:.3e}")
+    log.info(f"\nEpoch {run.epoch} completed ({run.epoch}/{run.last_epoch}):")
+    log.info(f"  Training Loss: {training:.5f}")
+    log.info(f"  Validation Loss: {validation:.5f}")
+    log.info(f"  Learning Rate: {rate:.6f}" if rate >= 1e-4 else f"  Learning Rate: {rate:.3e}")
     if self_critical:
-        print(f"  Self-critical: mean reward of the samples {100 * scores['reward']:.1f} CIDEr-D")
+        log.info(f"  Self-critical: mean reward of the samples {100 * scores['reward']:.1f} CIDEr-D")
     else:
-        print(f"  Scheduler: {run.schedule.describe() if run.schedule else 'none'}")
+        log.info(f"  Scheduler: {run.schedule.describe() if run.schedule else 'none'}")
     shown = (("cider", "CIDEr"), ("bleu4", "BLEU-4"), ("rouge", "ROUGE F1"), ("wer", "WER"))
-    print("  Greedy captions: " + ", ".join(f"{name} {100 * scores[key]:.1f}" for key, name in shown))
-    print(f"  Model checkpoint saved (best: {run.best['epoch'] == run.epoch})", flush=True)
+    log.info("  Greedy captions: " + ", ".join(f"{name} {100 * scores[key]:.1f}" for key, name in shown))
+    log.info(f"  Model checkpoint saved (best: {run.best['epoch'] == run.epoch})")
+    log.debug(f"  Time: {run.clock.report()}")
 
 
 def publish_epoch(run: Training) -> None:
@@ -855,14 +886,25 @@ def publish_epoch(run: Training) -> None:
     prune_checkpoints(run.directory, run.args.keep_checkpoints)
     write_json(run.directory / "loss_curve.json", run.curve)
     write_json(run.directory / "metrics_history.json", run.history)
-    plots.plot_losses(run.curve, run.directory / "training_losses.png", run.best["epoch"])
-    plots.plot_learning_rate(run.curve, run.directory / "learning_rate.png")
+    write_training_log(run.directory, run.curve, run.history)
+    if run.clock.share("drawing") < 0.05:  # short epochs do not wait for pictures that the next one replaces
+        plots.draw_curves(run.directory, run.curve, run.history, run.best["epoch"])
+        run.clock.lap("drawing")
+    if run.args.tensorboard:
+        chosen = np.random.default_rng(run.args.seed).permutation(run.data.splits["val"])[:4]
+        spoken = [(int(image), run.vocabulary.decode(found.ids), found.attention)
+                  for image, found in zip(chosen, caption(run, chosen, 1, attention=True), strict=True)]  # fmt: skip
+        write_tensorboard(run.directory, run.curve, run.history, run.data, spoken)
+        run.clock.lap("TensorBoard")
 
 
 def train(args: argparse.Namespace, typed: set[str], argv: list[str]) -> Path:
     """Train from nothing or from a checkpoint; returns the run directory."""
     started = time.time()
+    if args.tensorboard:
+        require_tensorboard()
     run = start_training(args, typed, argv)
+    log.debug(f"Reading data, encoding images and building the model: {time.time() - started:.1f} s")
     if args.resume is not None and run.step == 0 and run.curve["epochs"]:
         publish_epoch(run)
     with StopRequest() as stop:
@@ -871,7 +913,8 @@ def train(args: argparse.Namespace, typed: set[str], argv: list[str]) -> Path:
             if stop.signal:
                 raise Stopped(stop.signal, run.directory)
     if run.stopped_early():
-        print(f"Stopped early: no better {args.best_metric} in {args.early_stopping} epochs")
+        log.info(f"Stopped early: no better {args.best_metric} in {args.early_stopping} epochs")
+    plots.draw_curves(run.directory, run.curve, run.history, run.best["epoch"])
     best_path = run.directory / "best.pt"
     load_weights(run.decoder, load_checkpoint(best_path)["decoder"], best_path)
     if args.save_attention_viz:
@@ -887,7 +930,10 @@ def train(args: argparse.Namespace, typed: set[str], argv: list[str]) -> Path:
     command = read_json(run.directory / "run_config.json").get("command", reproducing_command(argv))
     write_run_summary(run.directory, run.flags, command, facts)
     print(f"\nBest epoch: {run.best['epoch']} by {args.best_metric}. Everything is in {run.directory}")
-    print(f"Score it on the test images: {reproducing_command(['--mode', 'test', '--model_path', str(run.directory)])}")
+    print(f"Report: {write_report(run.directory, run.data)}")
+    print(
+        f"Score it on the test images: {reproducing_command(['--mode', 'test', '--model_path', str(run.directory)])}",
+    )
     return run.directory
 
 
@@ -914,7 +960,7 @@ def load_task(args: argparse.Namespace, typed: set[str], splits: list[str]) -> t
                 raise UserError(
                     f"{path} has another {what} than {paths[0]}: an ensemble is trained on the same data set"
                 )
-        print(f"Model: {path} (epoch {checkpoint['epoch']}, {own.decoder} on {own.encoder}, {own.dataset_type})")
+        log.info(f"Model: {path} (epoch {checkpoint['epoch']}, {own.decoder} on {own.encoder}, {own.dataset_type})")
         needed = np.concatenate([data.splits[split] for split in splits])
         needed = np.union1d(needed, images_to_draw(args, data, needed))
         views, _ = build_features(own, data, needed, checkpoint["encoder"]["weights_hash"])
@@ -954,6 +1000,7 @@ def test(args: argparse.Namespace, typed: set[str]) -> None:
     save_gallery(data, images, captions, each.cider, directory / "sample_captions.png")
     if args.save_attention_viz:
         save_attention_pictures(task, images_to_draw(args, data, images), directory)
+    print(f"Report: {write_report(directory, data)}")
     print(f"Scores: {metrics_path}. Captions: {directory / results[-1]['captions_file']}")
 
 
@@ -980,6 +1027,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         args, typed = parse_flags(argv)
+        log.setLevel(logging.WARNING if args.quiet else logging.DEBUG if args.verbose else logging.INFO)
         if args.mode == "caption":
             from captioner import caption_images
 
@@ -1002,7 +1050,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             directory = train(args, typed, argv)
             if args.dry_run:
-                print("\nDry run: testing what was trained")
+                log.info("\nDry run: testing what was trained")
                 test(parse_flags(["--mode", "test", "--dry_run", "--model_path", str(directory)])[0], set())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 
 DPI = 120  # with the sizes below, a picture fills a screen and its text stays readable there
 GREY = "#595959"
-BLUE, ORANGE = "#0072B2", "#D55E00"  # from Okabe and Ito's palette, told apart by colour-blind readers
+BLUE, ORANGE, GREEN = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+)  # from Okabe and Ito's palette, told apart by colour-blind readers
 MAX_SAMPLES = 12
 
 
@@ -50,6 +54,15 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
     undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(form)  # the same figure, the same bytes
     with rc_context({"svg.hashsalt": "figure", "pdf.fonttype": 42}):  # letters stay letters, as journals ask
         write_atomic(path, lambda file: figure.savefig(file, format=form, dpi=figure.dpi, metadata=undated))
+
+
+def pixels_of(figure: Figure) -> np.ndarray:
+    """What `save_figure` would write, as uint8 (height, width, 3)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
 def place_axes(figure: Figure, left: float, top: float, width: float, height: float, label: str) -> Axes:
@@ -99,6 +112,15 @@ def wrap(text: str, width: float, size: float, lines: int, bold: bool = False) -
 # Curves
 
 
+def draw_curves(
+    directory: Path, curve: Mapping[str, Sequence[Any]], history: Sequence[Mapping[str, Any]], best_epoch: int | None
+) -> None:
+    """All three pictures of a run's epochs, into its directory; args and errors as below."""
+    plot_losses(curve, directory / "training_losses.png", best_epoch)
+    plot_learning_rate(curve, directory / "learning_rate.png", best_epoch)
+    plot_scores(history, directory / "validation_scores.png", best_epoch)
+
+
 def plot_losses(curve: Mapping[str, Sequence[Any]], path: str | os.PathLike[str], best_epoch: int | None) -> None:
     """Draw training and validation loss by epoch (`training_losses.png`).
 
@@ -114,12 +136,28 @@ def plot_losses(curve: Mapping[str, Sequence[Any]], path: str | os.PathLike[str]
     save_figure(losses_figure(curve, best_epoch), path)
 
 
-def plot_learning_rate(curve: Mapping[str, Sequence[Any]], path: str | os.PathLike[str]) -> None:
+def plot_learning_rate(
+    curve: Mapping[str, Sequence[Any]], path: str | os.PathLike[str], best_epoch: int | None
+) -> None:
     """Draw the learning rate by epoch (`learning_rate.png`), logarithmically if it spans more than a decade.
 
     Args and errors as in `plot_losses`.
     """
-    save_figure(learning_rate_figure(curve), path)
+    save_figure(learning_rate_figure(curve, best_epoch), path)
+
+
+def plot_scores(history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], best_epoch: int | None) -> None:
+    """Draw the validation scores by epoch (`validation_scores.png`).
+
+    Args:
+        history: the content of `metrics_history.json`; a score that an epoch lacks leaves a gap.
+        best_epoch: as in `plot_losses`.
+
+    Raises:
+        ValueError: there is no epoch.
+        UserError: the file cannot be written.
+    """
+    save_figure(scores_figure(history, best_epoch), path)
 
 
 def losses_figure(curve: Mapping[str, Sequence[Any]], best_epoch: int | None) -> Figure:
@@ -129,29 +167,19 @@ def losses_figure(curve: Mapping[str, Sequence[Any]], best_epoch: int | None) ->
     style = _line_style(epochs)
     axes.plot(epochs, training, color=BLUE, label="training", marker="o", **style)
     axes.plot(epochs, validation, color=ORANGE, label="validation", marker="s", **style)
-    if best_epoch is not None and best_epoch in epochs:
-        value = validation[list(epochs).index(best_epoch)]
-        axes.axvline(best_epoch, color=GREY, linestyle="--", linewidth=1.2, zorder=0)
-        label = f"best epoch: {best_epoch}" + (f" (validation {value:.3f})" if np.isfinite(value) else "")
-        ring: dict[str, Any] = {
-            "marker": "o",
-            "markersize": 15,
-            "markerfacecolor": "none",
-            "markeredgewidth": 2,
-            "linestyle": "none",
-        }
-        axes.plot([best_epoch], [value], color="black", label=label, **ring)
+    _mark_best(axes, epochs, validation, best_epoch, "validation {:.3f}")
     axes.legend(fontsize=12, frameon=False)
     return figure
 
 
-def learning_rate_figure(curve: Mapping[str, Sequence[Any]]) -> Figure:
+def learning_rate_figure(curve: Mapping[str, Sequence[Any]], best_epoch: int | None) -> Figure:
     """The figure that `plot_learning_rate` writes."""
     from matplotlib.ticker import FuncFormatter
 
     epochs, rates = _columns(curve, "learning_rates")
     figure, axes = _curve_axes(epochs, "Learning rate by epoch", "learning rate")
     axes.plot(epochs, rates, color=BLUE, marker="o", label="learning rate", **_line_style(epochs))
+    _mark_best(axes, epochs, rates, best_epoch, "rate {:.3g}")
     known = rates[np.isfinite(rates)]
     if len(known) and known.min() > 0 and known.max() > 10 * known.min():  # a rate of zero has no place on a log axis
         axes.set_yscale("log")
@@ -161,6 +189,35 @@ def learning_rate_figure(curve: Mapping[str, Sequence[Any]]) -> Figure:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:.6g}"))
     axes.legend(fontsize=12, frameon=False)
     return figure
+
+
+def scores_figure(history: Sequence[Mapping[str, Any]], best_epoch: int | None) -> Figure:
+    """The figure that `plot_scores` writes."""
+    shown = (("cider", "CIDEr", BLUE, "o"), ("rouge_l", "ROUGE-L", ORANGE, "s"), ("bleu4", "BLEU-4", GREEN, "^"))
+    keys = [key for key, *_ in shown]
+    epochs, *columns = _columns(
+        {"epochs": [row["epoch"] for row in history], **{key: [row.get(key) for row in history] for key in keys}}, *keys
+    )
+    figure, axes = _curve_axes(epochs, "Scores of greedy captions of the validation images", "score (x100)")
+    for (_, name, color, marker), values in zip(shown, columns, strict=True):
+        axes.plot(epochs, 100 * values, color=color, marker=marker, label=name, **_line_style(epochs))
+    _mark_best(axes, epochs, 100 * columns[0], best_epoch, "CIDEr {:.1f}")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=12, frameon=False)
+    return figure
+
+
+def _mark_best(axes: Axes, epochs: np.ndarray, values: np.ndarray, best_epoch: int | None, note: str) -> None:
+    """A ring around the best epoch's value and a dashed line through it, where it is among the epochs."""
+    if best_epoch is None or best_epoch not in epochs:
+        return
+    value = values[list(epochs).index(best_epoch)]
+    axes.axvline(best_epoch, color=GREY, linestyle="--", linewidth=1.2, zorder=0)
+    label = f"best epoch: {best_epoch}" + (f" ({note.format(value)})" if np.isfinite(value) else "")
+    axes.plot(
+        [best_epoch], [value], color="black", label=label, marker="o", markersize=15, markerfacecolor="none",
+        markeredgewidth=2, linestyle="none",
+    )  # fmt: skip
 
 
 def _columns(curve: Mapping[str, Sequence[Any]], *keys: str) -> list[np.ndarray]:

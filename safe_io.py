@@ -1,9 +1,10 @@
-"""What every other module shares: how a file is written, and how a user is told what is wrong."""
+"""What every other module shares: how a file is written, and how a user is told what happens and what is wrong."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -19,6 +20,25 @@ CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
 def printable(text: str) -> str:
     """The text with its control characters as escapes, so that it cannot break a line or command a terminal."""
     return CONTROL_CHARACTERS.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+class PrintHandler(logging.Handler):
+    """Messages as `print` writes them: on standard output as it is at that moment, without a prefix."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage(), flush=True)
+
+
+# What happens along the way. What a command was asked for (scores, tables) is printed, so that --quiet keeps it.
+log = logging.getLogger("image_captioning")
+log.addHandler(PrintHandler())
+log.setLevel(logging.INFO)
+log.propagate = False  # a library that sets up logging for itself does not print them again
+
+
+def bars_off() -> bool | None:
+    """tqdm's `disable`: with --quiet there are no progress bars, else there are on a terminal."""
+    return None if log.isEnabledFor(logging.INFO) else True
 
 
 class UserError(Exception):

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from safe_io import UserError
+from safe_io import UserError, log
 
 
 def seed_step(seed: int, epoch: int, step: int) -> None:
@@ -124,7 +124,7 @@ class StopRequest:
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
-        print(f"\n{self.signal.name}: saving after this step; a second time stops at once", flush=True)
+        log.warning(f"\n{self.signal.name}: saving after this step; a second time stops at once")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -246,17 +246,17 @@ def choose_schedule(
                 setattr(saved.settings, name, getattr(args, flag))
         if "learning_rate" in typed:
             saved.settings.learning_rate = saved.plateau["rate"] = args.learning_rate
-            print(f"The new base learning rate is {args.learning_rate:g}")
+            log.info(f"The new base learning rate is {args.learning_rate:g}")
         if new_cycle:
             saved.settings.first_epoch, saved.settings.epochs = first, args.epochs
-            print(f"The checkpoint's {kind} cycle is finished: a new one begins")
+            log.info(f"The checkpoint's {kind} cycle is finished: a new one begins")
         elif saved.finished(first):
-            print(
+            log.warning(
                 f"Warning: cosine has reached its T_max and stays at min_lr {saved.settings.min_lr:g}; "
                 f"add --use_scheduler --scheduler_type cosine --scheduler_t_max {args.epochs} to start a new cycle"
             )
         else:
-            print(f"The checkpoint's schedule goes on: {saved.describe()}")
+            log.info(f"The checkpoint's schedule goes on: {saved.describe()}")
         saved.settings.steps_per_epoch = steps
         return saved
     gamma = args.scheduler_gamma
@@ -264,7 +264,7 @@ def choose_schedule(
         args.scheduler_gamma = gamma = args.scheduler_gamma ** (1 / args.epochs)
     if checkpoint:
         before = saved.settings.type if saved else "no schedule"
-        print(f"The checkpoint has {before}: a fresh {args.scheduler_type} over {args.epochs} epochs begins")
+        log.info(f"The checkpoint has {before}: a fresh {args.scheduler_type} over {args.epochs} epochs begins")
     return Schedule(
         ScheduleSettings(
             args.scheduler_type, args.learning_rate, args.min_lr, args.scheduler_patience, args.scheduler_factor,

@@ -73,7 +73,7 @@ def test_a_loss_that_is_missing_or_not_finite_leaves_a_gap(tmp_path):
     ],
 )
 def test_learning_rate_is_logarithmic_only_over_more_than_a_decade(rates, scale):
-    (axes,) = plots.learning_rate_figure(curve(3, rates)).axes
+    (axes,) = plots.learning_rate_figure(curve(3, rates), None).axes
     assert axes.get_yscale() == scale
     assert list(axes.lines[0].get_ydata()) == rates
     assert axes.get_xlabel() == "epoch" and axes.get_ylabel().startswith("learning rate")
@@ -83,12 +83,30 @@ def test_curves_of_different_lengths_or_without_an_epoch_raise():
     with pytest.raises(ValueError, match="one length"):
         plots.losses_figure({**curve(3), "validation_losses": [1.0]}, None)
     with pytest.raises(ValueError, match="at least one epoch"):
-        plots.learning_rate_figure({key: [] for key in curve(1)})
+        plots.learning_rate_figure({key: [] for key in curve(1)}, None)
 
 
 def test_learning_rate_file(tmp_path):
-    plots.plot_learning_rate(curve(1), tmp_path / "learning_rate.png")
+    plots.plot_learning_rate(curve(1), tmp_path / "learning_rate.png", 1)
     assert_whole_picture(tmp_path / "learning_rate.png")
+
+
+def test_scores_show_three_curves_and_the_best_epoch_on_cider():
+    history = [{"epoch": n, "cider": n / 10, "rouge_l": 0.4, "bleu4": 0.2, "wer": 0.9} for n in (1, 2, 3)]
+    history[0].pop("bleu4")
+    (axes,) = plots.scores_figure(history, best_epoch=2).axes
+    lines = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+    np.testing.assert_allclose(lines["CIDEr"], [10, 20, 30])
+    np.testing.assert_allclose(lines["BLEU-4"], [np.nan, 20, 20])
+    assert lines["best epoch: 2 (CIDEr 20.0)"] == [20] and axes.get_ylim()[0] == 0
+    assert axes.get_xlabel() == "epoch" and "x100" in axes.get_ylabel()
+
+
+def test_pixels_are_those_of_the_file(tmp_path):
+    pixels = plots.pixels_of(plots.learning_rate_figure(curve(3), 1))
+    plots.plot_learning_rate(curve(3), tmp_path / "rate.png", 1)
+    with Image.open(tmp_path / "rate.png") as picture:
+        np.testing.assert_array_equal(pixels, np.asarray(picture.convert("RGB")))
 
 
 def test_gallery_shows_every_sample_with_its_caption_and_two_references():
@@ -129,7 +147,7 @@ def test_nothing_goes_through_pyplot(tmp_path):
 
     code = (
         "import sys, plots; assert 'matplotlib' not in sys.modules\n"
-        "plots.plot_learning_rate({'epochs': [1], 'learning_rates': [1.0]}, sys.argv[1])\n"
+        "plots.plot_learning_rate({'epochs': [1], 'learning_rates': [1.0]}, sys.argv[1], 1)\n"
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run(

@@ -149,7 +149,9 @@ def test_a_crash_loses_at_most_the_minutes_since_the_last_save(here, monkeypatch
         assert_same(only_run("whole"), only_run(place))
 
 
-@pytest.mark.parametrize("function", ("publish_copy", "write_json", "prune_checkpoints", "evaluate", "load_weights"))
+@pytest.mark.parametrize(
+    "function", ("publish_copy", "write_json", "prune_checkpoints", "captions_of_images", "load_weights")
+)
 def test_a_crash_after_an_epoch(here, monkeypatch, function):
     assert run(here, "whole", "lstm") == 0
     plain, calls = getattr(trainer, function), [0]

@@ -1,0 +1,161 @@
+"""What shows how training goes: messages, times, the log as CSV and TensorBoard's files, also of a resumed run."""
+
+import csv
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+import evaluation
+import flickr_image_caption_with_pytorch_resnet_lstm as trainer
+import plots
+import watching
+from experiment_utils import training_rows, write_training_log
+from safe_io import UserError, log
+from training_utils import Precision
+
+FLAGS = [
+    "--encoder", "efficientnet_lite0", "--decoder", "attention", "--embed_size", "16", "--hidden_size", "16",
+    "--num_layers", "1", "--freq_threshold", "1", "--epochs", "3", "--batch_size", "8",
+]  # fmt: skip
+
+
+@pytest.fixture
+def here(tiny, monkeypatch):
+    monkeypatch.chdir(tiny.parent)
+    yield tiny
+    log.setLevel("INFO")
+
+
+def run(tiny: Path, *flags: str) -> int:
+    return trainer.main(["--dataset_type", "custom", "--data_dir", str(tiny), *FLAGS, *flags])
+
+
+def only_run() -> Path:
+    (directory,) = Path("saved_models").glob("custom/*/*")
+    return directory
+
+
+def interrupt(monkeypatch, step: int) -> None:
+    plain, count = Precision.step, [0]
+
+    def counted(self, *args):
+        count[0] += 1
+        if count[0] == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self, *args)
+
+    monkeypatch.setattr(Precision, "step", counted)
+
+
+def test_tensorboard_has_each_epoch_once_also_after_resuming(here, monkeypatch):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with monkeypatch.context() as patch:
+        interrupt(patch, 6)  # in the second epoch
+        assert run(here, "--tensorboard", "--quiet") == 143
+    # As a crash between TensorBoard's file and the next save leaves it: an epoch that is trained again is there.
+    curve = {"epochs": [1, 2], "training_losses": [9.0, 9.0], "validation_losses": [9.0, 9.0], "learning_rates": [1, 1]}
+    watching.write_tensorboard(only_run(), curve, [], None, [])
+    assert trainer.main(["--resume", str(only_run())]) == 0
+    events = accumulator.EventAccumulator(str(only_run() / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    assert {"loss/training", "loss/validation", "learning_rate", "validation/cider"} <= set(events.Tags()["scalars"])
+    for tag in events.Tags()["scalars"]:
+        assert [event.step for event in events.Scalars(tag)] == [1, 2, 3]
+    losses = [event.value for event in events.Scalars("loss/training")]
+    with open(only_run() / "training_log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert losses == pytest.approx([float(row["training_loss"]) for row in rows])
+    assert [event.step for event in events.Images("captions")] == [1, 2, 3] == [int(row["epoch"]) for row in rows]
+    assert len(events.Images("attention")) >= 1  # a model that says nothing has none
+
+
+def test_a_first_file_brings_the_earlier_epochs_along(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    curve = {"epochs": [1, 2], "training_losses": [2.0, 1.0], "validation_losses": [2.0, 1.0], "learning_rates": [1, 1]}
+    watching.write_tensorboard(tmp_path, curve, [{"epoch": 2, "cider": 0.5}], None, [])
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss/training")] == [1, 2]
+    assert [event.step for event in events.Scalars("validation/cider")] == [2]
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    pytest.importorskip("tensorboard")
+    (tmp_path / "tensorboard").write_text("a file")
+    curve = {"epochs": [1], "training_losses": [2.0], "validation_losses": [2.0], "learning_rates": [1]}
+    with pytest.raises(UserError, match="cannot write"):
+        watching.write_tensorboard(tmp_path, curve, [], None, [])
+
+
+def test_without_the_package_the_command_that_mends_it_is_named(here, monkeypatch, capsys):
+    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    assert run(here, "--tensorboard") == 2
+    assert "pip install tensorboard" in capsys.readouterr().err and not Path("saved_models").exists()
+
+
+def test_quiet_says_what_came_out_and_verbose_where_the_time_went(here, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "has_java", lambda: False)  # METEOR takes its seconds
+    assert run(here, "--epochs", "1", "--quiet") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert [line.split()[0] for line in lines] == ["Best", "Report:", "Score"]
+    assert trainer.main(["--mode", "test", "--model_path", "saved_models", "--quiet"]) == 0
+    assert "CIDEr" in capsys.readouterr().out
+    (here / "Images" / "stray.jpg").write_bytes(b"x")
+    assert run(here, "--epochs", "1", "--quiet") == 0
+    assert "Note: 1 image(s) without captions" in capsys.readouterr().out  # warnings stay
+    assert run(here, "--epochs", "1", "--verbose") == 0
+    out = capsys.readouterr().out
+    assert "Epoch 1 completed" in out and "  Time: " in out and "drawing 0." in out
+
+
+def test_quiet_and_verbose_contradict_each_other_but_the_typed_one_wins_over_a_config(here, capsys):
+    with pytest.raises(SystemExit):
+        run(here, "--quiet", "--verbose")
+    assert "contradict" in capsys.readouterr().err
+    Path("flags.yaml").write_text("quiet: true\n")
+    args, _ = trainer.parse_flags(["--config", "flags.yaml", "--verbose"])
+    assert args.verbose and not args.quiet
+
+
+def test_the_stopwatch_adds_up_and_reports_what_is_new(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    watch = watching.Stopwatch()
+    for seconds, part in ((3.0, "steps"), (1.0, "drawing"), (0.01, "saving")):
+        now[0] += seconds
+        watch.lap(part)
+    assert watch.report() == "steps 3.0 s, drawing 1.0 s" and watch.share("drawing") == pytest.approx(1 / 4.01)
+    now[0] += 2
+    watch.lap("steps")
+    assert watch.report() == "steps 2.0 s" and watch.share("never") == 0
+
+
+def test_the_log_has_a_row_per_epoch_and_leaves_gaps(tmp_path):
+    curve = {
+        "epochs": [1, 2],
+        "training_losses": [2.0, 1.0],
+        "validation_losses": [2.5, 1.5],
+        "learning_rates": [0.1, 0.1],
+    }
+    history = [{"epoch": 2, "split": "val", "beam_size": 1, "images": 5, "cider": 0.5}]
+    assert training_rows(curve, history)[1]["cider"] == 0.5 and "cider" not in training_rows(curve, history)[0]
+    write_training_log(tmp_path, curve, history)
+    assert (tmp_path / "training_log.csv").read_text() == (
+        "epoch,training_loss,validation_loss,learning_rate,cider\n1,2.0,2.5,0.1,\n2,1.0,1.5,0.1,0.5\n"
+    )
+
+
+def test_short_epochs_do_not_wait_for_pictures_but_the_last_one_is_drawn(here, monkeypatch):
+    drawn, plain = [], plots.draw_curves
+
+    def slow(directory, curve, *rest):
+        drawn.append(curve["epochs"][-1])
+        plain(directory, curve, *rest)
+        time.sleep(0.5)
+
+    monkeypatch.setattr(plots, "draw_curves", slow)
+    assert run(here, "--epochs", "4") == 0
+    assert drawn[0] == 1 and drawn[-1] == 4 and len(drawn) < 5 and (only_run() / "validation_scores.png").is_file()
