@@ -29,7 +29,7 @@ from checkpoints import load_checkpoint, load_weights
 from experiment_utils import find_checkpoint
 from feature_cache import mean_of
 from plots import save_figure
-from safe_io import UserError, make_directory, printable, write_atomic
+from safe_io import UserError, bars_off, make_directory, printable, write_atomic
 from training_utils import pick_device
 
 
@@ -242,7 +242,7 @@ def caption_images(args: argparse.Namespace) -> int:
 
     def results() -> Iterator[Captioned]:
         nonlocal failed
-        bar = tqdm(total=len(paths), desc="Captioning", unit="image", disable=None, file=sys.stderr)
+        bar = tqdm(total=len(paths), desc="Captioning", unit="image", disable=bars_off(), file=sys.stderr)
         with closing(bar):
             for result in captioner.caption(paths, args.beam_size, args.length_penalty, args.num_captions, attention):
                 if result.problem is None:

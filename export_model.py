@@ -35,7 +35,16 @@ from caption_models import ENCODERS, DecoderState, LSTMDecoder, build_decoder, b
 from checkpoints import EXPORT_SCHEMA, EXPORTED, load_weights
 from experiment_utils import EXPORTED_WEIGHTS, SCRIPT
 from metrics_utils import METRIC_NAMES
-from safe_io import UserError, format_bytes, make_directory, read_json, require_free_space, write_atomic, write_json
+from safe_io import (
+    UserError,
+    format_bytes,
+    log,
+    make_directory,
+    read_json,
+    require_free_space,
+    write_atomic,
+    write_json,
+)
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -288,7 +297,7 @@ def write_onnx(checkpoint: dict[str, Any], folder: Path, resnet_weights: str | N
     pixels = torch.from_numpy(noise)
     found: dict[str, float] = {}
     with torch.inference_mode(False), torch.no_grad():
-        print("Writing encoder.onnx, decoder_begin.onnx and decoder_step.onnx (a minute) ...", flush=True)
+        log.info("Writing encoder.onnx, decoder_begin.onnx and decoder_step.onnx (a minute) ...")
         encode = to_onnx(encoder, {"pixels": pixels[:2]}, ["features"], folder / "encoder.onnx")
         features = encoder(pixels)
         found["encoder.onnx"] = compare([features], encode.run(None, {"pixels": noise}))

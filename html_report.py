@@ -177,7 +177,11 @@ def scores_section(run: Run) -> str:
             )
     head = "".join(f'<th class="n">{title}</th>' for title, _ in columns)
     table = f'<div class="wide"><table><tr><th></th>{head}</tr>{"".join(lines)}</table></div>' if lines else ""
-    note = "In hundredths; smaller: 95 % intervals over the choice of images. Lower is better for WER alone."
+    intervals = any(key.endswith("_interval") for _, row in columns for key in row)
+    note = f"In hundredths{'; smaller: 95 % intervals over the choice of images' if intervals else ''}. WER: lower is better."
+    game: Any = (run.tests[-1] if run.tests else {}).get("pointing_game")
+    if is_number(game):
+        note += f" Pointing game: {100 * game:.0f} % of the shape words have their attention peak on their shape."
     if not run.tests:
         command = reproducing_command(["--mode", "test", "--model_path", str(run.directory)])
         note += f"</p><p>Not tested yet: <code>{text_of(command)}</code>"
@@ -310,15 +314,17 @@ def nice_ticks(low: float, high: float) -> list[float]:
 
 
 class Pictures:
-    """Turns pictures into `data:` URIs until there are `MAX_PICTURES` bytes of them."""
+    """Turns pictures into `data:` URIs as long as they have room in `MAX_PICTURES` bytes."""
 
     def __init__(self) -> None:
         self.left = MAX_PICTURES
 
     def uri(self, path: Path, longest: int) -> str | None:
-        """A small JPEG of the picture; None where it cannot be read or there is no room left."""
+        """A small JPEG of the picture, or the SVG as it is; None where it cannot be read or there is no room left."""
         from caption_data import UnreadableImage, open_image
 
+        if path.suffix == ".svg":  # as an image a browser runs and loads nothing of it
+            return self.fitted("image/svg+xml", path.read_bytes()) if path.stat().st_size <= self.left else None
         try:
             picture = open_image(path, at_least=longest)
         except UnreadableImage:
@@ -326,10 +332,13 @@ class Pictures:
         picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
         file = io.BytesIO()
         picture.save(file, "JPEG", quality=82, optimize=True)
-        if file.tell() > self.left:
+        return self.fitted("image/jpeg", file.getvalue())
+
+    def fitted(self, kind: str, content: bytes) -> str | None:
+        if len(content) > self.left:
             return None
-        self.left -= file.tell()
-        return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+        self.left -= len(content)
+        return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 class Said(NamedTuple):
@@ -413,16 +422,20 @@ def gallery_section(run: Run, said: Said | None, data: CaptionSet | None, proble
 
 
 def attention_section(run: Run, pictures: Pictures) -> str:
-    """The attention pictures that the run saved."""
-    shown = []
-    for kind in ("attention_viz_sample_*.png", "advanced_attention_viz_sample_*.png"):
-        for path in sorted(run.directory.glob(kind), key=lambda path: (len(path.name), path.name))[:GROUP]:
-            if uri := pictures.uri(path, 1500):
-                name = text_of(path.name)
-                shown.append(
-                    f'<figure><div class="wide"><img src="{uri}" alt="{name}"></div><figcaption class="soft">{name}</figcaption></figure>'
-                )
-    return "".join(shown)
+    """The attention pictures that the run saved: the first few of each kind, the others by name."""
+    shown, named = [], []
+    for kind in ("attention_viz_sample_*", "advanced_attention_viz_sample_*"):
+        files = (path for path in run.directory.glob(kind) if path.suffix in (".png", ".svg", ".pdf"))
+        for number, path in enumerate(sorted(files, key=lambda path: (len(path.name), path.name))):
+            uri = pictures.uri(path, 1500) if number < GROUP and path.suffix != ".pdf" else None
+            name = text_of(path.name)
+            if uri:
+                image = f'<div class="wide"><img src="{uri}" alt="{name}"></div>'
+                shown.append(f'<figure>{image}<figcaption class="soft">{name}</figcaption></figure>')
+            else:
+                named.append(name)
+    more = f'<p class="soft">Also in the run directory: {", ".join(named)}</p>' if named else ""
+    return "".join(shown) + more
 
 
 def words_section(run: Run, said: Said | None, data: CaptionSet | None) -> str:
@@ -454,6 +467,8 @@ def words_section(run: Run, said: Said | None, data: CaptionSet | None) -> str:
         ("different words", len(spoken), len(heard)),
         ("different captions", len(set(map(tuple, model))), len(set(map(tuple, people)))),
     ]
+    if is_number(said.row.get("in_training")):
+        rows.append(("of them in the training captions", f"{100 * said.row['in_training']:.0f} %", ""))
     cells = "".join(
         f'<tr><th>{name}</th><td class="n">{a}</td>' + (f'<td class="n">{b}</td>' if people else "") + "</tr>"
         for name, a, b in rows

@@ -19,7 +19,7 @@ import numpy as np
 
 from experiment_utils import CONFIG_NAMES, DRY_RUN, lock_run_directory, reproducing_command, training_rows
 from metrics_utils import METRIC_NAMES, Difference, ImageScores, corpus_bleu, paired_bootstrap
-from safe_io import CONTROL_CHARACTERS, UserError, check_tensor_zip, first_line, format_bytes, read_json
+from safe_io import UserError, check_tensor_zip, first_line, format_bytes, printable, read_json
 
 LOW_IS_GOOD = ("wer", "val_loss")
 SHOWN_SCORES = ("cider", "bleu4", "rouge_l", "meteor", "spice", "wer", "val_cider", "val_loss")
@@ -155,7 +155,7 @@ def find_run(path: Path) -> Path:
 def plain(value: Any) -> str:
     """A value as a cell of a table; what could command the terminal is shown as an escape."""
     text = f"{value:g}" if type(value) is float else str(value)
-    return CONTROL_CHARACTERS.sub(lambda found: ascii(found[0])[1:-1], text)
+    return printable(text)
 
 
 def score_text(key: str, value: float | None) -> str:

@@ -337,6 +337,17 @@ def test_the_report_holds_everything_and_refers_to_nothing(runs, data_dir, capsy
     assert [a["alt"] for tag, a in page.tags if tag == "img"][-1] == "attention_viz_sample_1.png"
 
 
+def test_vector_pictures_are_shown_or_named(runs):
+    (runs / "three" / "attention_viz_sample_1.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
+    (runs / "three" / "attention_viz_sample_2.pdf").write_bytes(b"%PDF")
+    (runs / "three" / "attention_viz_sample_1.json").write_text("{}")
+    html_report.write_report(runs / "three")
+    page = Page((runs / "three" / "report.html").read_text())
+    (picture,) = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert picture["src"].startswith("data:image/svg+xml;base64,") and picture["alt"] == "attention_viz_sample_1.svg"
+    assert "Also in the run directory: attention_viz_sample_2.pdf" in page.text
+
+
 def test_the_gallery_ranks_by_cider(runs, data_dir):
     html_report.write_report(runs / "one", data_dir=data_dir)
     page = Page((runs / "one" / "report.html").read_text())
