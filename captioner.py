@@ -6,9 +6,9 @@ import argparse
 import csv
 import glob
 import io
-import itertools
 import json
 import os
+import re
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,14 +22,14 @@ import torch
 from tqdm import tqdm
 
 import attention_visualization
-from attention_visualization import grid_side
-from caption_data import IMAGE_ENDINGS, UnreadableImage, Vocabulary, load_pixels, open_image
+import plots
+from attention_visualization import cell_middles, grid_side
+from caption_data import IMAGE_ENDINGS, VIEWS, UnreadableImage, Vocabulary, load_pixels, open_image
 from caption_models import ENCODE_BATCH, ENCODERS, beam_search, build_decoder, build_encoder, find_weights
 from checkpoints import load_checkpoint, load_weights
-from experiment_utils import find_checkpoint
+from experiment_utils import VIEW_COUNTS, find_checkpoint
 from feature_cache import mean_of
-from plots import save_figure
-from safe_io import UserError, bars_off, make_directory, printable, write_atomic
+from safe_io import UserError, make_directory, printable, write_atomic
 from training_utils import pick_device
 
 
@@ -56,8 +56,8 @@ class Captioned(NamedTuple):
 class Captioner:
     """A checkpoint, ready to caption images anywhere: no data set, no feature cache.
 
-    The captions are those of `--mode test`: features are rounded to float16 as the cache stores them, and go
-    through the encoder in batches of the same size.
+    The captions are those of `--mode test`: of the same views of an image, whose features are rounded to float16 as
+    the cache stores them, and go through the encoder in batches of the same size.
     """
 
     def __init__(self, model_path: Path, device: str = "auto", resnet_weights: str | None = None, workers: int = 1):
@@ -76,7 +76,9 @@ class Captioner:
         checkpoint = load_checkpoint(self.path)
         self.device, self.workers = pick_device(device), workers
         self.flags, self.split, self.epoch = checkpoint["flags"], checkpoint["split"], checkpoint["epoch"]
+        self.tuned = checkpoint["decoding"]
         flags = self.flags
+        self.views = list(VIEWS)[: VIEW_COUNTS[flags["views"]]]
         self.spec = ENCODERS[flags["encoder"]]
         saved = flags["resnet_weights"]
         if resnet_weights is None and saved and (saved == "random" or os.path.isfile(saved)):
@@ -94,6 +96,12 @@ class Captioner:
     def __str__(self) -> str:
         flags = self.flags
         return f"{self.path} (epoch {self.epoch}, {flags['decoder']} on {flags['encoder']}, {flags['dataset_type']})"
+
+    def decoding(self, args: argparse.Namespace, typed: set[str]) -> tuple[int, float]:
+        """Beam size and length penalty: those that were typed, else those tuned for the checkpoint, else the defaults."""
+        if self.tuned and not typed & {"beam_size", "length_penalty"}:
+            return self.tuned["beam_size"], self.tuned["length_penalty"]
+        return args.beam_size, args.length_penalty
 
     def caption(
         self, paths: Sequence[Path], beam_size: int, length_penalty: float, count: int = 1, attention: bool = False
@@ -117,11 +125,11 @@ class Captioner:
                     yield Captioned(path, next(captions), None)
 
     def decoded(self, paths: Sequence[Path]) -> Iterator[list[tuple[Path, np.ndarray | UnreadableImage]]]:
-        """Images, ENCODE_BATCH at a time, as pixels or as the reason why not; threads decode one batch ahead."""
+        """Images, ENCODE_BATCH at a time, as pixels (views, 224, 224, 3) or as the reason why not; threads decode one batch ahead."""
 
         def read(path: Path) -> np.ndarray | UnreadableImage:
             try:
-                return load_pixels(path, self.spec.image_size)
+                return np.stack([load_pixels(path, self.spec.image_size, view) for view in self.views])
             except UnreadableImage as error:
                 return error
 
@@ -136,15 +144,16 @@ class Captioner:
     def decode(
         self, pixels: list[np.ndarray], beam_size: int, length_penalty: float, count: int, attention: bool
     ) -> list[list[Caption]]:
-        """The captions of up to ENCODE_BATCH decoded images, uint8 (224, 224, 3) each."""
+        """The captions of up to ENCODE_BATCH decoded images, uint8 (views, 224, 224, 3) each."""
         # A single image goes alone, since a person waits for it; others fill a batch up, as in feature_cache.
         filler = [np.zeros_like(pixels[0])] * (ENCODE_BATCH - len(pixels) if len(pixels) > 1 else 0)
         try:
-            grids = self.encode(np.stack(pixels + filler))[: len(pixels)].to(torch.float16).cpu().numpy()
-            features = torch.from_numpy(grids if self.decoder.uses_grid else mean_of(grids)).float().to(self.device)
-            found = beam_search(
-                [(self.decoder, features)], beam_size, self.flags["max_length"], length_penalty, attention, count
-            )
+            members = []
+            for view in np.stack(pixels + filler, 1):
+                grids = self.encode(view)[: len(pixels)].to(torch.float16).cpu().numpy()
+                features = torch.from_numpy(grids if self.decoder.uses_grid else mean_of(grids)).float()
+                members.append((self.decoder, features.to(self.device)))
+            found = beam_search(members, beam_size, self.flags["max_length"], length_penalty, attention, count)
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"the memory of {self.device} is too small: use a smaller --beam_size than {beam_size}, or --device cpu"
@@ -206,7 +215,7 @@ def images_below(folder: str, problems: list[str]) -> Iterator[Path]:
                 yield Path(path)
 
 
-def caption_images(args: argparse.Namespace) -> int:
+def caption_images(args: argparse.Namespace, typed: set[str]) -> int:
     """`--mode caption`; returns the exit code: 0, or 1 where some images could not be read.
 
     Captions alone go to standard output, everything else to standard error.
@@ -227,27 +236,28 @@ def caption_images(args: argparse.Namespace) -> int:
         workers = min(args.num_workers or 1, os.cpu_count() or 1)
         captioner = Captioner(args.model_path[0], args.device, args.resnet_weights, workers)
         print(f"Model: {captioner}. Device: {captioner.device}")
+    beam_size, length_penalty = captioner.decoding(args, typed)
+    beam_size = max(beam_size, args.num_captions)
     attention = captioner.decoder.uses_grid
     if args.save_attention_viz and not attention:
         raise UserError(
             f"--save_attention_viz has no effect: {captioner.path} is an lstm decoder, which has no attention"
         )
     pictures = (Path() if args.output is None else args.output.parent) / "captions_viz"
-    if args.save_attention_viz:
-        make_directory(pictures, "the attention pictures")
     form = csv_lines if args.output is not None and args.output.suffix.lower() == ".csv" else json_lines
     if args.output is None and not args.json:
         form, attention = tab_lines, args.save_attention_viz
     failed = 0
+    number = next_number(make_directory(pictures, "the attention pictures")) if args.save_attention_viz else 0
 
     def results() -> Iterator[Captioned]:
-        nonlocal failed
-        bar = tqdm(total=len(paths), desc="Captioning", unit="image", disable=bars_off(), file=sys.stderr)
+        nonlocal failed, number
+        bar = tqdm(total=len(paths), desc="Captioning", unit="image", disable=None, file=sys.stderr)
         with closing(bar):
-            for result in captioner.caption(paths, args.beam_size, args.length_penalty, args.num_captions, attention):
+            for result in captioner.caption(paths, beam_size, length_penalty, args.num_captions, attention):
                 if result.problem is None:
                     if args.save_attention_viz:
-                        draw_attention(result, pictures, args.advanced_attention_viz)
+                        number += draw_attention(result, pictures, number, args)
                     yield result
                 else:
                     failed += 1
@@ -266,7 +276,7 @@ def caption_images(args: argparse.Namespace) -> int:
     if args.output is not None:
         print(f"Captions of {len(paths) - failed} images: {args.output}", file=sys.stderr)
     if args.save_attention_viz:
-        print(f"Attention pictures: {pictures}", file=sys.stderr)
+        print(f"Attention pictures: {pictures / 'attention_viz_sample_*'}", file=sys.stderr)
     if failed:
         print(f"{failed} of {len(paths)} images could not be read; they are named above", file=sys.stderr)
     return 1 if failed or problems else 0
@@ -342,31 +352,32 @@ def as_dict(caption: Caption) -> dict[str, object]:
 
 
 def peak_of(weights: np.ndarray) -> dict[str, float]:
-    """The strongest cell. Args: weights: (cells,), row by row."""
-    place, side = int(weights.argmax()), grid_side(len(weights))
-    row, column = divmod(place, side)
-    x, y = (column + 0.5) / side, (row + 0.5) / side
-    return {"row": row, "column": column, "x": round(x, 4), "y": round(y, 4), "weight": round(float(weights[place]), 4)}
+    """The strongest cell of one word. Args: weights: (49,)."""
+    place = int(weights.argmax())
+    row, column = divmod(place, grid_side(len(weights)))
+    x, y = cell_middles(len(weights))[place].round(4).tolist()
+    return {"row": row, "column": column, "x": x, "y": y, "weight": round(float(weights[place]), 4)}
 
 
-def draw_attention(result: Captioned, folder: Path, advanced: bool) -> None:
-    """The attention picture of an image's best caption, under a name that is free."""
-    caption = result.captions[0]
+def next_number(folder: Path) -> int:
+    """The first number after those of the attention pictures in a folder."""
+    found = (re.match(r"(?:advanced_)?attention_viz_sample_(\d+)\.", name) for name in os.listdir(folder))
+    return 1 + max((int(match[1]) for match in found if match), default=0)
+
+
+def draw_attention(result: Captioned, folder: Path, number: int, args: argparse.Namespace) -> bool:
+    """The attention pictures of an image's best caption; False, and a note, where there is nothing to draw."""
+    caption, name = result.captions[0], printable(str(result.path))
     if not caption.words or caption.attention is None:
-        tqdm.write(f"No attention picture of {printable(str(result.path))}: the model said nothing", file=sys.stderr)
-        return
+        tqdm.write(f"No attention picture of {name}: the model said nothing", file=sys.stderr)
+        return False
     try:
-        photo = open_image(result.path, at_least=900)
-    except UnreadableImage as error:  # it was there a moment ago
+        photo = open_image(result.path, at_least=max(900, 900 * args.attention_viz_dpi // plots.DPI))
+    except UnreadableImage as error:  # it could be read a moment ago
         complain(str(error))
-        return
-    for number in itertools.count(1):
-        name = result.path.stem + (f"_{number}" if number > 1 else "")
-        basic, more = folder / f"{name}_attention.png", folder / f"{name}_attention_advanced.png"
-        if not (os.path.lexists(basic) or os.path.lexists(more)):
-            break
-    title = printable(result.path.name)
-    save_figure(attention_visualization.attention_figure(photo, caption.words, caption.attention, title), basic)
-    if advanced:
-        figure = attention_visualization.advanced_attention_figure(photo, caption.words, caption.attention, title)
-        save_figure(figure, more)
+        return False
+    attention_visualization.save_pictures(
+        folder, number, photo, name, caption.words, caption.attention, args.advanced_attention_viz,
+        args.attention_viz_format, args.attention_viz_dpi,
+    )  # fmt: skip
+    return True

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from experiment_utils import (
+    VIEW_COUNTS,
     config_flags,
     create_run_directory,
     find_checkpoint,
@@ -54,7 +55,6 @@ from safe_io import (
     write_json,
 )
 
-VIEW_COUNTS = {"whole": 1, "mirror": 2, "all": 6}  # of an image, by how many of caption_data.VIEWS they are
 SCHEDULERS = ("reduce_lr_on_plateau", "step", "cosine", "exponential", "one_cycle")
 SCHEDULER_FLAGS = (
     "scheduler_type", "scheduler_patience", "scheduler_factor", "scheduler_step_size", "scheduler_gamma",
@@ -73,7 +73,8 @@ RESUME_FLAGS = (
 # What may be typed beside --mode caption and --mode serve; the first of each belong to that mode alone.
 CAPTION_FLAGS = (
     "images", "json", "num_captions", "output", "mode", "model_path", "config", "device", "num_workers", "resnet_weights",
-    "beam_size", "length_penalty", "save_attention_viz", "advanced_attention_viz",
+    "beam_size", "length_penalty", "save_attention_viz", "advanced_attention_viz", "attention_viz_format",
+    "attention_viz_dpi",
 )  # fmt: skip
 SERVE_FLAGS = (
     "host", "port", "mode", "model_path", "config", "device", "resnet_weights", "beam_size", "length_penalty",
@@ -122,7 +123,7 @@ def get_parser() -> argparse.ArgumentParser:
         help="checkpoint, run directory, folder of runs or exported folder: to test (several are an ensemble), or to go "
         "on training from")  # fmt: skip
     add("--predictions", type=Path, help="--mode test: score the captions in this file (COCO results or CSV) instead")
-    add("--output", type=Path, help="--mode export: folder; --mode caption: .csv or .jsonl file")
+    add("--output", type=Path, help="--mode export: folder; --mode caption: a new .csv or .jsonl, instead of printing")
     add("--onnx", action="store_true", help="--mode export: encoder and decoder as ONNX too (requirements-export.txt)")
     add("--resume", type=Path, metavar="RUN_DIR", help="go on with an interrupted run in its own directory")
     add("--config", type=Path, help="YAML or JSON file of flags, e.g. a run's run_config.json; the command line wins")
@@ -328,7 +329,7 @@ def check_flags(args: argparse.Namespace, typed: set[str], parser: argparse.Argu
 
 
 def check_captioning_flags(args: argparse.Namespace, typed: set[str], parser: argparse.ArgumentParser) -> None:
-    """Refuse what has no effect with --mode caption or serve, or without them; widen the beam for --num_captions."""
+    """Refuse what has no effect with --mode caption or serve, or without them."""
     for mode, its_own, known in (("caption", 3, CAPTION_FLAGS), ("serve", 2, SERVE_FLAGS)):
         idle = typed.difference(known) if args.mode == mode else typed.intersection(known[:its_own])
         if idle:
@@ -337,10 +338,8 @@ def check_captioning_flags(args: argparse.Namespace, typed: set[str], parser: ar
         parser.error("--mode caption needs --images: files, folders, patterns such as 'photos/*.jpg', or - for a list")
     if {"json", "output"} <= typed:
         parser.error("--json has no effect with --output: a FILE that ends in .jsonl has JSON lines")
-    if args.num_captions > args.beam_size:
-        if "beam_size" in typed:
-            parser.error(f"--num_captions {args.num_captions} needs a --beam_size of at least as many")
-        args.beam_size = args.num_captions
+    if "beam_size" in typed and args.num_captions > args.beam_size:
+        parser.error(f"--num_captions {args.num_captions} needs a --beam_size of at least as many")
 
 
 if __name__ == "__main__":  # --help and a mistyped flag are answered before torch's seconds of importing
@@ -1031,11 +1030,11 @@ def main(argv: list[str] | None = None) -> int:
         if args.mode == "caption":
             from captioner import caption_images
 
-            return caption_images(args)
+            return caption_images(args, typed)
         if args.mode == "serve":
             from serve import serve_page
 
-            return serve_page(args)
+            return serve_page(args, typed)
         if args.predictions is not None:
             score_predictions(args)
         elif args.mode == "test":

@@ -269,7 +269,7 @@ def start_page(page: gr.Blocks, host: str, port: int | None) -> str:
     return url
 
 
-def serve_page(args: argparse.Namespace) -> int:
+def serve_page(args: argparse.Namespace, typed: set[str]) -> int:
     """`--mode serve`: serve until Ctrl-C or SIGTERM; returns the exit code.
 
     Raises:
@@ -279,7 +279,7 @@ def serve_page(args: argparse.Namespace) -> int:
         os.environ["GRADIO_TEMP_DIR"] = uploads
         captioner = Captioner(args.model_path[0], args.device, args.resnet_weights)
         print(f"Model: {captioner}. Device: {captioner.device}")
-        page = build_page(captioner, find_examples(captioner, args), args.beam_size, args.length_penalty)
+        page = build_page(captioner, find_examples(captioner, args), *captioner.decoding(args, typed))
         url = start_page(page, args.host, args.port)
         print(f"The page is at {url} (Ctrl-C ends it)", flush=True)
         if args.host not in ("127.0.0.1", "localhost", "::1"):

@@ -46,6 +46,7 @@ def tiny_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             f"--dataset_type custom --encoder efficientnet_lite0 --decoder {decoder} --embed_size 16 --hidden_size 16"
         )
         flags += " --num_layers 1 --freq_threshold 1 --epochs 12 --batch_size 16 --learning_rate 0.02 --max_length 12 --best_metric val_loss"
+        flags += " --views mirror" if decoder == "lstm" else ""
         places = {"data_dir": "tiny", "model_save_dir": decoder, "feature_cache": "cache"}
         typed = [word for name, place in places.items() for word in (f"--{name}", str(folder / place))]
         assert trainer.main([*flags.split(), *typed]) == 0

@@ -103,11 +103,16 @@ def test_attention_pictures_overwrite_nothing(tiny_runs, photos):
     flags = ("--images", "photos/p01.jpg", "photos/below/p01.jpg", "--save_attention_viz")
     assert caption(tiny_runs["attention"], *flags) == 0
     first = {path.name: path.read_bytes() for path in Path("captions_viz").iterdir()}
-    assert set(first) == {"p01_attention.png", "p01_2_attention.png"}
+    assert set(first) == {f"attention_viz_sample_{n}.{ending}" for n in (1, 2) for ending in ("png", "json")}
+    assert json.loads(first["attention_viz_sample_2.json"])["image"] == "photos/below/p01.jpg"
+    assert caption(tiny_runs["attention"], *flags[:2], *flags[3:]) == 0
+    now = {path.name: path.read_bytes() for path in Path("captions_viz").iterdir()}
+    assert set(now) - set(first) == {"attention_viz_sample_3.png", "attention_viz_sample_3.json"}
+    assert first.items() <= now.items()
     Path("results").mkdir()
-    assert caption(tiny_runs["attention"], *flags, "--output", "results/out.csv", "--advanced_attention_viz") == 0
-    assert len(list(Path("results/captions_viz").iterdir())) == 4
-    assert first == {path.name: path.read_bytes() for path in Path("captions_viz").iterdir()}
+    more = ("--output", "results/out.csv", "--advanced_attention_viz", "--attention_viz_format", "svg")
+    assert caption(tiny_runs["attention"], *flags, *more) == 0
+    assert len(list(Path("results/captions_viz").glob("*.svg"))) == 4
 
 
 def test_one_bad_image_never_stops_the_rest(tiny_runs, photos, capsys):
@@ -224,11 +229,20 @@ def test_a_folder_that_leads_back_to_itself_ends(photos):
 def test_images_are_read_a_batch_ahead_and_no_more(tiny_runs, monkeypatch):
     read = []
     monkeypatch.setattr(captioner, "ENCODE_BATCH", 4)
-    monkeypatch.setattr(captioner, "load_pixels", lambda path, size: read.append(path) or load_pixels(path, size))
+    monkeypatch.setattr(captioner, "load_pixels", lambda path, *how: read.append(path) or load_pixels(path, *how))
     results = Captioner(tiny_runs["lstm"]).caption(list(images_below(str(tiny_runs["data"]), [])), 1, 0.7)
     next(results)
     assert len(read) <= 8
     assert sum(1 for _ in results) == 19 and len(read) == 20
+
+
+def test_a_tuned_checkpoint_is_decoded_as_it_was_tuned(tiny_runs):
+    model = Captioner(tiny_runs["lstm"])
+    flags = ["--mode", "caption", "--model_path", "x", "--images", "y"]
+    assert model.decoding(*trainer.parse_flags(flags)) == (3, 0.7)
+    model.tuned = {"beam_size": 5, "length_penalty": 1.1}
+    assert model.decoding(*trainer.parse_flags(flags)) == (5, 1.1)
+    assert model.decoding(*trainer.parse_flags([*flags, "--beam_size", "2"])) == (2, 0.7)
 
 
 def test_asking_for_more_captions_changes_nothing_about_the_best(tiny_runs):
