@@ -999,7 +999,8 @@ def test(args: argparse.Namespace, typed: set[str]) -> None:
     save_gallery(data, images, captions, each.cider, directory / "sample_captions.png")
     if args.save_attention_viz:
         save_attention_pictures(task, images_to_draw(args, data, images), directory)
-    print(f"Report: {write_report(directory, data)}")
+    if (directory / "run_config.json").is_file():  # an exported folder and a lone checkpoint have no run to report
+        print(f"Report: {write_report(directory, data)}")
     print(f"Scores: {metrics_path}. Captions: {directory / results[-1]['captions_file']}")
 
 
