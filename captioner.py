@@ -29,7 +29,7 @@ from caption_models import ENCODE_BATCH, ENCODERS, beam_search, build_decoder, b
 from checkpoints import load_checkpoint, load_weights
 from experiment_utils import VIEW_COUNTS, find_checkpoint
 from feature_cache import mean_of
-from safe_io import UserError, make_directory, printable, write_atomic
+from safe_io import UserError, bars_off, log, make_directory, printable, write_atomic
 from training_utils import pick_device
 
 
@@ -235,7 +235,7 @@ def caption_images(args: argparse.Namespace, typed: set[str]) -> int:
     with redirect_stdout(sys.stderr):
         workers = min(args.num_workers or 1, os.cpu_count() or 1)
         captioner = Captioner(args.model_path[0], args.device, args.resnet_weights, workers)
-        print(f"Model: {captioner}. Device: {captioner.device}")
+        log.info(f"Model: {captioner}. Device: {captioner.device}")
     beam_size, length_penalty = captioner.decoding(args, typed)
     beam_size = max(beam_size, args.num_captions)
     attention = captioner.decoder.uses_grid
@@ -252,7 +252,7 @@ def caption_images(args: argparse.Namespace, typed: set[str]) -> int:
 
     def results() -> Iterator[Captioned]:
         nonlocal failed, number
-        bar = tqdm(total=len(paths), desc="Captioning", unit="image", disable=None, file=sys.stderr)
+        bar = tqdm(total=len(paths), desc="Captioning", unit="image", disable=bars_off(), file=sys.stderr)
         with closing(bar):
             for result in captioner.caption(paths, beam_size, length_penalty, args.num_captions, attention):
                 if result.problem is None:
@@ -273,10 +273,11 @@ def caption_images(args: argparse.Namespace, typed: set[str]) -> int:
     except KeyboardInterrupt:
         print(f"\nStopped{f'; {args.output} is not written' if args.output else ''}", file=sys.stderr)
         return 130
-    if args.output is not None:
-        print(f"Captions of {len(paths) - failed} images: {args.output}", file=sys.stderr)
-    if args.save_attention_viz:
-        print(f"Attention pictures: {pictures / 'attention_viz_sample_*'}", file=sys.stderr)
+    with redirect_stdout(sys.stderr):
+        if args.output is not None:
+            log.info(f"Captions of {len(paths) - failed} images: {args.output}")
+        if args.save_attention_viz:
+            log.info(f"Attention pictures: {pictures / 'attention_viz_sample_*'}")
     if failed:
         print(f"{failed} of {len(paths)} images could not be read; they are named above", file=sys.stderr)
     return 1 if failed or problems else 0

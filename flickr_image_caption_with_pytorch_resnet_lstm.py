@@ -72,12 +72,12 @@ RESUME_FLAGS = (
 )  # fmt: skip
 # What may be typed beside --mode caption and --mode serve; the first of each belong to that mode alone.
 CAPTION_FLAGS = (
-    "images", "json", "num_captions", "output", "mode", "model_path", "config", "device", "num_workers", "resnet_weights",
+    "images", "json", "num_captions", "mode", "model_path", "config", "device", "num_workers", "resnet_weights", "quiet",
     "beam_size", "length_penalty", "save_attention_viz", "advanced_attention_viz", "attention_viz_format",
-    "attention_viz_dpi",
+    "attention_viz_dpi", "output",
 )  # fmt: skip
 SERVE_FLAGS = (
-    "host", "port", "mode", "model_path", "config", "device", "resnet_weights", "beam_size", "length_penalty",
+    "host", "port", "mode", "model_path", "config", "device", "resnet_weights", "quiet", "beam_size", "length_penalty",
     "data_dir", "image_dir", "captions_file",
 )  # fmt: skip
 

@@ -18,6 +18,7 @@ import tempfile
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -26,7 +27,7 @@ from attention_visualization import colours, upsample
 from caption_data import IMAGE_FORMATS, UnreadableImage, load_caption_set, open_image
 from captioner import Caption, Captioner, peak_of
 from plots import shrunk
-from safe_io import UserError, format_bytes
+from safe_io import UserError, format_bytes, log
 
 os.environ |= {
     "GRADIO_ANALYTICS_ENABLED": "False",
@@ -187,7 +188,7 @@ def build_page(captioner: Captioner, examples: Sequence[Path], beam_size: int, l
         gr.Markdown(f"# Image captioner\nDrop a photo or take one. It stays on this computer.  \n{model}.")
         with gr.Row():
             with gr.Column():
-                photo = gr.Image(type="filepath", label="Photo", height=420, buttons=[], elem_id="photo")
+                photo: Any = gr.Image(type="filepath", label="Photo", height=420, buttons=[], elem_id="photo")
                 # The uploaded file as it is, to be opened by our rules rather than Gradio's.
                 photo.preprocess = lambda payload: None if payload is None else payload.path
                 photo.async_move_resource_to_block_cache = refuse_addresses(photo.async_move_resource_to_block_cache)
@@ -243,7 +244,7 @@ def find_examples(captioner: Captioner, args: argparse.Namespace) -> list[Path]:
     except UserError:
         if args.data_dir or args.image_dir or args.captions_file:
             raise
-        print("No example photos: the data set of this model is not here (--data_dir names it)")
+        log.info("No example photos: the data set of this model is not here (--data_dir names it)")
         return []
     chosen = np.random.default_rng(0).permutation(data.splits["test"])[:EXAMPLES]
     return [data.image_dir / data.names[image] for image in chosen]
@@ -278,7 +279,7 @@ def serve_page(args: argparse.Namespace, typed: set[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="captioner-") as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads
         captioner = Captioner(args.model_path[0], args.device, args.resnet_weights)
-        print(f"Model: {captioner}. Device: {captioner.device}")
+        log.info(f"Model: {captioner}. Device: {captioner.device}")
         page = build_page(captioner, find_examples(captioner, args), *captioner.decoding(args, typed))
         url = start_page(page, args.host, args.port)
         print(f"The page is at {url} (Ctrl-C ends it)", flush=True)
@@ -288,7 +289,7 @@ def serve_page(args: argparse.Namespace, typed: set[str]) -> int:
         try:
             threading.Event().wait()
         except KeyboardInterrupt:
-            print("\nThe page is closed.")
+            log.info("\nThe page is closed.")
         finally:
             page.close(verbose=False)
     return 0
