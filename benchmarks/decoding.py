@@ -45,7 +45,7 @@ def measure_decoder(bench: Bench, run: trainer.Training, steps: int) -> list[Fig
         for image in alone:
             trainer.caption(run, np.array([image]), beam)
 
-    ways = {("batch", beam): partial(trainer.generate, run, images, beam) for beam in BEAMS}
+    ways = {("batch", beam): partial(trainer.caption, run, images, beam) for beam in BEAMS}
     singles = {("alone", beam): partial(one_by_one, beam) for beam in BEAMS}
     seconds = interleaved(
         {f"{how} {beam}": way for (how, beam), way in {**ways, **singles}.items()}, scale.repeats, device
