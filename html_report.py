@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -87,7 +88,7 @@ def write_report(directory: Path, data: CaptionSet | None = None, data_dir: Path
     if data is None:
         try:
             data = load_data(run, data_dir)
-        except (UserError, ValueError) as error:  # ValueError: a path that no file can have
+        except (UserError, ValueError, OSError) as error:  # the last two: a path that no file can have
             problem = f"The data set is not at hand, so that there are neither pictures nor references here: {error}"
     text = page(run, data, problem).encode("utf-8", "replace")
     path = directory / "report.html"
@@ -357,7 +358,7 @@ def test_captions(run: Run) -> Said | None:
     row = run.tests[-1] if run.tests else {}
     name = row.get("captions_file")
     path = run.directory / Path(name).name if isinstance(name, str) and Path(name).name else None
-    if path is None or not path.is_file():
+    if path is None or not os.path.isfile(path):  # where Path raises over a name that no file can have
         return None
     content = read_json(path)
     if (

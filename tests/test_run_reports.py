@@ -383,6 +383,17 @@ def test_nothing_of_a_users_is_taken_for_markup(tmp_path, data_dir):
     assert "<b>run" in page.text
 
 
+@pytest.mark.parametrize("name", ("x" * 300, "a\0b", "../two/test_captions.json", ""))
+def test_names_that_no_file_can_have_or_that_lead_elsewhere(runs, name):
+    row = json.loads((runs / "one" / "test_metrics.json").read_text())[0] | {"captions_file": name, "scores_file": name}
+    (runs / "one" / "test_metrics.json").write_text(json.dumps([row]))
+    config = json.loads((runs / "one" / "run_config.json").read_text()) | {"data_dir": name, "feature_cache": name}
+    (runs / "one" / "run_config.json").write_text(json.dumps(config))
+    html_report.write_report(runs / "one")
+    run = run_reports.read_run(runs / "one")
+    assert "No intervals" in run_reports.compare(run, run) or name.startswith("..")
+
+
 def test_pictures_are_left_out_before_the_file_grows_too_large(tmp_path, monkeypatch):
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (400, 400, 3), dtype=np.uint8)).save(tmp_path / "a.png")
     monkeypatch.setattr(html_report, "MAX_PICTURES", 150_000)
