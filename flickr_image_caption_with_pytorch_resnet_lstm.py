@@ -606,6 +606,7 @@ def train_one_epoch(run: Training, stop: StopRequest) -> float:
         Stopped: a signal asked for it; `last.pt` is written.
         UserError: too many batches gave a loss or gradient that is not a finite number.
     """
+    keep_freed_memory()  # not while images are encoded, whose buffers are larger
     args, decoder, device = run.args, run.decoder.train(), run.device
     order = np.random.default_rng([args.seed, run.epoch]).permutation(run.data.splits["train"])
     plan = run.batches.plan(order, args.batch_size)
@@ -750,7 +751,6 @@ def point(task: Task, images: np.ndarray, beam: int) -> dict[str, float]:
 
 def start_training(args: argparse.Namespace, typed: set[str], argv: list[str]) -> Training:
     """Build everything, from nothing, from `--model_path` (a new run) or from `--resume` (the same run)."""
-    keep_freed_memory()
     checkpoint, path = None, None
     if args.resume is not None:
         path = args.resume / "last.pt"
