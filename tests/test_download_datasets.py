@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -625,14 +626,17 @@ def test_another_image_folder_in_the_way_is_said_before_downloading(tiny, tmp_pa
     assert tiny.requests == [] and (tmp_path / "flickr8k" / "Images" / "000.jpg").exists()
 
 
-def test_two_downloads_at_once_take_turns(tiny, tmp_path, capsys):
+def test_two_downloads_at_once_take_turns(tiny, tmp_path, monkeypatch):
     codes: list[int] = []
+    said: list[str] = []  # rather than capsys, which loses what is printed while another thread reads it
+    monkeypatch.setattr(download_datasets, "print", lambda text, **_: said.append(text), raising=False)
     with FileLock(tmp_path / ".download.lock"):
         threads = [threading.Thread(target=lambda: codes.append(call(tmp_path))) for _ in range(2)]
-        for thread in threads:
+        for started, thread in enumerate(threads, 1):
             thread.start()
-            while "is under way; waiting" not in capsys.readouterr().out:
+            while sum("is under way; waiting" in text for text in said) < started:
                 assert thread.is_alive()
+                time.sleep(0.01)
         assert tiny.requests == []
     for thread in threads:
         thread.join()
