@@ -537,6 +537,7 @@ VIEWS = {
     "bottom_left_mirror": View((0.0, 0.15, 0.85, 1.0), mirrored=True),
     "bottom_right": View((0.15, 0.15, 1.0, 1.0)),
 }
+VIEW_SETS = {"whole": ("whole",), "mirror": ("whole", "mirror"), "all": tuple(VIEWS)}  # --views
 
 
 def load_pixels(path: Path, size: int, view: str = "whole") -> np.ndarray:
@@ -669,6 +670,7 @@ class BatchMaker:
 
     def __init__(self, data: CaptionSet, vocabulary: Vocabulary, max_length: int):
         self.first_caption = data.first_caption
+        self.words = len(vocabulary)
         self.lookup = np.array([vocabulary.id_of.get(word, UNK) for word in data.tokens.words], dtype=np.int32)
         self.tokens = data.tokens.ids
         self.starts = data.tokens.offsets[:-1]
@@ -691,6 +693,13 @@ class BatchMaker:
                 filled -= batch_size
                 cuts.append(position - filled)
         return np.split(captions, cuts) if len(captions) else []
+
+    def word_counts(self, images: np.ndarray) -> torch.Tensor:
+        """How often each word, and `<EOS>`, is a target in these images' captions: (V,)."""
+        counts = torch.zeros(self.words)
+        for captions in self.plan(images, 4096):
+            counts += torch.bincount(self.make(captions).targets, minlength=self.words)
+        return counts
 
     def make(self, captions: np.ndarray) -> Batch:
         """Pack the given captions (numbers) with their images."""

@@ -7,10 +7,10 @@ import logging
 import math
 import warnings
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -665,12 +665,9 @@ def hypothesis(
     return Hypothesis(history[image, row].tolist(), log_probability, log_probability / length**penalty, weights)
 
 
-def build_decoder(
-    name: str, vocabulary_size: int, feature_size: int, embed_size: int, hidden_size: int,
-    num_layers: int, drop_prob: float, attention_dim: int,
-) -> LSTMDecoder:  # fmt: skip
-    """The decoder of that name; `attention_dim` is the attention decoder's alone."""
-    sizes = (vocabulary_size, feature_size, embed_size, hidden_size, num_layers, drop_prob)
-    if name == "attention":
-        return AttentionDecoder(*sizes, attention_dim)
-    return LSTMDecoder(*sizes)
+def build_decoder(flags: Mapping[str, Any], vocabulary_size: int, feature_size: int) -> LSTMDecoder:
+    """The decoder that these flags describe (`decoder`, `embed_size`, ...), on features of so many channels."""
+    sizes = {name: flags[name] for name in ("embed_size", "hidden_size", "num_layers", "drop_prob")}
+    if flags["decoder"] == "attention":
+        return AttentionDecoder(vocabulary_size, feature_size, **sizes, attention_dim=flags["attention_dim"])
+    return LSTMDecoder(vocabulary_size, feature_size, **sizes)

@@ -24,10 +24,10 @@ from tqdm import tqdm
 import attention_visualization
 import plots
 from attention_visualization import cell_middles, grid_side
-from caption_data import IMAGE_ENDINGS, VIEWS, UnreadableImage, Vocabulary, load_pixels, open_image
+from caption_data import IMAGE_ENDINGS, VIEW_SETS, UnreadableImage, Vocabulary, load_pixels, open_image
 from caption_models import ENCODE_BATCH, ENCODERS, beam_search, build_decoder, build_encoder, find_weights
 from checkpoints import load_checkpoint, load_weights
-from experiment_utils import VIEW_COUNTS, find_checkpoint
+from experiment_utils import find_checkpoint
 from feature_cache import mean_of
 from safe_io import UserError, bars_off, log, make_directory, printable, write_atomic
 from training_utils import pick_device
@@ -78,7 +78,7 @@ class Captioner:
         self.flags, self.split, self.epoch = checkpoint["flags"], checkpoint["split"], checkpoint["epoch"]
         self.tuned = checkpoint["decoding"]
         flags = self.flags
-        self.views = list(VIEWS)[: VIEW_COUNTS[flags["views"]]]
+        self.views = VIEW_SETS[flags["views"]]
         self.spec = ENCODERS[flags["encoder"]]
         saved = flags["resnet_weights"]
         if resnet_weights is None and saved and (saved == "random" or os.path.isfile(saved)):
@@ -86,10 +86,7 @@ class Captioner:
         weights, _ = find_weights(self.spec.name, resnet_weights, checkpoint["encoder"]["weights_hash"])
         self.encode = build_encoder(self.spec.name, weights).fast_form(self.device)
         self.vocabulary = Vocabulary(checkpoint["vocabulary"])
-        self.decoder = build_decoder(
-            flags["decoder"], len(self.vocabulary), self.spec.channels, flags["embed_size"], flags["hidden_size"],
-            flags["num_layers"], flags["drop_prob"], flags["attention_dim"],
-        )  # fmt: skip
+        self.decoder = build_decoder(flags, len(self.vocabulary), self.spec.channels)
         load_weights(self.decoder, checkpoint["decoder"], self.path)
         self.decoder.to(self.device)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import attention_visualization
 import plots
-from caption_data import CaptionSet, UnreadableImage, captions_of, open_image, tokenize
+from caption_data import CaptionSet, UnreadableImage, Vocabulary, captions_of, open_image, tokenize
 from caption_models import Hypothesis, LSTMDecoder, beam_search
 from experiment_utils import save_numbered
 from feature_cache import Features
@@ -20,6 +23,8 @@ from metrics_utils import (
     METRIC_NAMES,
     ImageScores,
     bootstrap_intervals,
+    by_rank,
+    cider_of_each,
     has_java,
     meteor_score,
     person_scores,
@@ -28,30 +33,76 @@ from metrics_utils import (
     summarize,
     variety,
 )
-from safe_io import UserError, bars_off, read_json, write_json
+from safe_io import UserError, bars_off, log, read_json, write_json
 
 INTERVALS = {"cider": "CIDEr", "bleu4": "BLEU-4", "rouge_l": "ROUGE-L", "wer": "WER"}
 BEAMS, LENGTH_PENALTIES = (1, 2, 3, 4, 5, 8), (0.0, 0.4, 0.7, 1.0, 1.3)  # what `--mode tune` tries
 
 
-def generate(
-    members: Sequence[tuple[LSTMDecoder, Features]], images: np.ndarray, device: torch.device, beam: int,
-    max_length: int, length_penalty: float, attention: bool = False,
-) -> list[Hypothesis]:  # fmt: skip
+@dataclasses.dataclass
+class Task:
+    """What training, testing and captioning work with."""
+
+    args: argparse.Namespace
+    device: torch.device
+    data: CaptionSet
+    vocabulary: Vocabulary
+    members: list[tuple[LSTMDecoder, Features]]  # who captions: a decoder and a view of the images, or several
+
+    def text(self, found: Hypothesis) -> str:
+        return " ".join(self.vocabulary.decode(found.ids))
+
+
+def caption(
+    task: Task, images: np.ndarray, beam: int, attention: bool = False, length_penalty: float | None = None
+) -> list[Hypothesis]:
     """The best caption of each image, decoded freely, many images at a time.
 
     Args:
-        members: one decoder with the features that it looks at, or an ensemble of decoders or views.
         images: positions (n,) in the caption set.
+        length_penalty: another than the task's.
     """
+    penalty = task.args.length_penalty if length_penalty is None else length_penalty
     best: list[Hypothesis] = []
-    chunk = max(1, 384 // (beam * len(members)))
+    chunk = max(1, 384 // (beam * len(task.members)))
     for start in tqdm(range(0, len(images), chunk), "Captioning", unit="batch", disable=bars_off(), leave=False):
         part = images[start : start + chunk]
-        seen = [(decoder, features.gather(part).to(device)) for decoder, features in members]
-        found = beam_search(seen, beam, max_length, length_penalty, attention)
+        seen = [(decoder, features.gather(part).to(task.device)) for decoder, features in task.members]
+        found = beam_search(seen, beam, task.args.max_length, penalty, attention)
         best += [hypotheses[0] for hypotheses in found]
     return best
+
+
+def captions_of_images(task: Task, images: np.ndarray, beam: int, length_penalty: float | None = None) -> list[str]:
+    """The same as texts."""
+    return [task.text(found) for found in caption(task, images, beam, length_penalty=length_penalty)]
+
+
+def images_to_draw(args: argparse.Namespace, data: CaptionSet, images: np.ndarray) -> np.ndarray:
+    """Positions of the images of the attention pictures: the named ones, or a seeded choice of `images`."""
+    if not args.save_attention_viz:
+        return images[:0]
+    if args.attention_viz_images:
+        return attention_visualization.find_images(args.attention_viz_images, data.names)
+    return np.random.default_rng(args.seed).permutation(images)[: args.attention_viz_samples]
+
+
+def save_attention_pictures(task: Task, chosen: np.ndarray, directory: Path) -> None:
+    """`attention_viz_sample_N` (and the advanced ones) of these images, N from 1, with their numbers as JSON."""
+    args, data = task.args, task.data
+    chosen = chosen[~np.isin(chosen, [image for _, features in task.members for image in features.unreadable])]
+    hypotheses = caption(task, chosen, args.beam_size, attention=True)
+    for n, (image, found) in enumerate(zip(chosen, hypotheses, strict=True), 1):
+        words, name = task.vocabulary.decode(found.ids), data.names[image]
+        if not words or found.attention is None:
+            log.warning(f"No attention picture of {name}: the model said nothing")
+            continue
+        picture = open_image(data.image_dir / name, at_least=max(900, 900 * args.attention_viz_dpi // plots.DPI))
+        attention_visualization.save_pictures(
+            directory, n, picture, name, words, found.attention, args.advanced_attention_viz,
+            args.attention_viz_format, args.attention_viz_dpi,
+        )  # fmt: skip
+    log.info(f"Attention pictures of {len(chosen)} images: {directory / 'attention_viz_sample_*'}")
 
 
 def training_captions(data: CaptionSet) -> set[str]:
@@ -76,16 +127,19 @@ def score_test(
     return scores, each
 
 
-def save_test(directory: Path, names: Sequence[str], captions: Sequence[str], each: ImageScores) -> dict[str, str]:
+def save_test(
+    directory: Path, data: CaptionSet, images: np.ndarray, captions: Sequence[str], each: ImageScores
+) -> dict[str, str]:
     """Write `test_captions[_N].json` and, with the same number, `test_scores[_N].json`: the scores image by image.
 
     Returns:
         their names, for the row in `test_metrics.json`.
     """
+    names = [data.names[image] for image in images]
     content = [{"image_id": name, "caption": caption} for name, caption in zip(names, captions, strict=True)]
     file = save_numbered(directory, "test_captions", content)
     scores = {
-        "image_id": list(names), "cider": each.cider.tolist(), "rouge_l": each.rouge_l.tolist(), "wer": each.wer.tolist(),
+        "image_id": names, "cider": each.cider.tolist(), "rouge_l": each.rouge_l.tolist(), "wer": each.wer.tolist(),
         "bleu": {"guess": each.guess.tolist(), "correct": each.correct.tolist(), "length": each.length.tolist(),
                  "reference_length": each.reference_length.tolist()},
     }  # fmt: skip
@@ -145,19 +199,18 @@ def save_gallery(data: CaptionSet, images: np.ndarray, captions: Sequence[str], 
     Args:
         cider: (n,) of each image.
     """
-    order = np.argsort(-cider, kind="stable")
-    middle = max(0, len(order) // 2 - 2)
-    chosen = dict.fromkeys([*order[:4].tolist(), *order[middle : middle + 4].tolist(), *order[-4:].tolist()])
-    samples = []
-    for place in chosen:
-        name = data.names[images[place]]
-        try:
-            picture = open_image(data.image_dir / name, at_least=400)
-        except UnreadableImage:
-            continue
-        references = data.references(int(images[place]))
-        title = f"{name} (CIDEr {100 * cider[place]:.0f})"
-        samples.append({"image": picture, "name": title, "caption": captions[place], "references": references})
+    samples, seen = [], set()
+    for group, places in by_rank(cider, 4).items():
+        for place in (place for place in places.tolist() if place not in seen):
+            seen.add(place)
+            name = data.names[images[place]]
+            try:
+                picture = open_image(data.image_dir / name, at_least=400)
+            except UnreadableImage:
+                continue
+            references = data.references(int(images[place]))
+            title = f"{group.lower()}: CIDEr {100 * cider[place]:.0f}, {name}"
+            samples.append({"image": picture, "name": title, "caption": captions[place], "references": references})
     plots.plot_captions(samples, path)
 
 
@@ -203,20 +256,17 @@ def read_predictions(path: Path, data: CaptionSet, images: np.ndarray) -> list[s
     return [" ".join(words[i] for i in ids[offsets[n] : offsets[n + 1]]) for n in range(len(images))]
 
 
-def tune(
-    members: Sequence[tuple[LSTMDecoder, Features]], data: CaptionSet, words: Any, device: torch.device, max_length: int
-) -> dict[str, Any]:
+def tune(task: Task) -> dict[str, Any]:
     """Try beam sizes and length penalties on the validation images; returns what gave the best CIDEr."""
-    images = data.splits["val"]
-    references = [data.references(image) for image in images]
+    images = task.data.splits["val"]
+    references = [task.data.references(image) for image in images]
     found: list[tuple[float, int, float]] = []
     print(f"CIDEr on {len(images)} validation images, by beam size and length penalty:")
     print("      " + "".join(f"{penalty:>8}" for penalty in LENGTH_PENALTIES))
     for beam in BEAMS:
         line = f"{beam:>6}"
         for penalty in LENGTH_PENALTIES if beam > 1 else LENGTH_PENALTIES[:1]:  # greedy decoding compares no lengths
-            captions = [" ".join(words(f.ids)) for f in generate(members, images, device, beam, max_length, penalty)]
-            cider = float(score_images(captions, references).cider.mean())
+            cider = float(cider_of_each(captions_of_images(task, images, beam, penalty), references).mean())
             found.append((cider, beam, penalty))
             line += f"{100 * cider:8.2f}"
         print(line, flush=True)

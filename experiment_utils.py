@@ -28,7 +28,6 @@ SCRIPT = "flickr_image_caption_with_pytorch_resnet_lstm.py"
 DRY_RUN = "dry_run_"  # begins the names of runs that are no results
 EXPORTED_WEIGHTS = "model.safetensors"  # what `--mode export` writes, beside config.json and vocabulary.json
 CONFIG_NAMES = {"decoder": "decoder_type"}  # our flags under the names that the original's run_config.json has
-VIEW_COUNTS = {"whole": 1, "mirror": 2, "all": 6}  # of an image, by how many of caption_data.VIEWS they are
 
 
 def rate_text(rate: float) -> str:

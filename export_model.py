@@ -277,17 +277,9 @@ def write_onnx(checkpoint: dict[str, Any], folder: Path, resnet_weights: str | N
         UserError: the encoder's weights are not those of training, or a difference is above MOST_DIFFERENCE.
     """
     name, flags = checkpoint["encoder"]["name"], checkpoint["flags"]
-    weights, digest = find_weights(name, resnet_weights)
-    if digest != checkpoint["encoder"]["weights_hash"]:
-        raise UserError(
-            f"the decoder was trained on {name} weights {checkpoint['encoder']['weights_hash'][:8]}, but "
-            f"{weights or 'random ones'} are {digest[:8]}: name the right file with --resnet_weights"
-        )
+    weights, _ = find_weights(name, resnet_weights, checkpoint["encoder"]["weights_hash"])
     encoder = build_encoder(name, weights)
-    decoder = build_decoder(
-        flags["decoder"], len(checkpoint["vocabulary"]), ENCODERS[name].channels, flags["embed_size"],
-        flags["hidden_size"], flags["num_layers"], flags["drop_prob"], flags["attention_dim"],
-    )  # fmt: skip
+    decoder = build_decoder(flags, len(checkpoint["vocabulary"]), ENCODERS[name].channels)
     load_weights(decoder, checkpoint["decoder"], folder)
     begin, step = Begin(decoder).eval(), Step(decoder).eval()
     state_names = ["hidden", "cell", "regions", "keys"] if decoder.uses_grid else ["hidden", "cell", "regions"]

@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Any
 
 from experiment_utils import (
-    VIEW_COUNTS,
     config_flags,
     create_run_directory,
     find_checkpoint,
@@ -42,6 +41,14 @@ from experiment_utils import (
     write_run_config,
     write_run_summary,
     write_training_log,
+)
+from flag_rules import (
+    ARCHITECTURE_FLAGS,
+    MODES_OF,
+    RESUME_FLAGS,
+    SCHEDULERS,
+    check_flags,
+    number,
 )
 from safe_io import (
     UserError,
@@ -55,56 +62,8 @@ from safe_io import (
     write_json,
 )
 
-SCHEDULERS = ("reduce_lr_on_plateau", "step", "cosine", "exponential", "one_cycle")
-SCHEDULER_FLAGS = (
-    "scheduler_type", "scheduler_patience", "scheduler_factor", "scheduler_step_size", "scheduler_gamma",
-    "scheduler_t_max", "min_lr", "warmup_epochs",
-)  # fmt: skip
-# What a checkpoint decides; typing one of these with another value beside --model_path is an error.
-ARCHITECTURE_FLAGS = (
-    "decoder", "encoder", "dataset_type", "embed_size", "hidden_size", "num_layers", "attention_dim",
-    "freq_threshold", "max_length",
-)  # fmt: skip
-# What may be typed beside --resume: where things are and where they run, not what is trained.
-RESUME_FLAGS = (
-    "resume", "device", "num_workers", "compile", "features_on_device", "feature_cache", "checkpoint_minutes",
-    "data_dir", "image_dir", "captions_file", "resnet_weights", "tensorboard", "quiet", "verbose",
-)  # fmt: skip
-# What may be typed beside --mode caption and --mode serve; the first of each belong to that mode alone.
-CAPTION_FLAGS = (
-    "images", "json", "num_captions", "mode", "model_path", "config", "device", "num_workers", "resnet_weights", "quiet",
-    "beam_size", "length_penalty", "save_attention_viz", "advanced_attention_viz", "attention_viz_format",
-    "attention_viz_dpi", "output",
-)  # fmt: skip
-SERVE_FLAGS = (
-    "host", "port", "mode", "model_path", "config", "device", "resnet_weights", "quiet", "beam_size", "length_penalty",
-    "data_dir", "image_dir", "captions_file",
-)  # fmt: skip
-
-
 # --------------------------------------------------------------------------------------------------
 # Flags
-
-
-def number(kind: type, low: float = -math.inf, high: float = math.inf, above: bool = False) -> Any:
-    """An argparse type: a finite number within [low, high], or above `low` where `above` is set."""
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-            finite = math.isfinite(value)
-        except (ValueError, OverflowError):
-            raise argparse.ArgumentTypeError(
-                f"{text[:40]!r} is not {'a whole' if kind is int else 'a'} number"
-            ) from None
-        if not finite or value > high or (value <= low if above else value < low):
-            bounds = f"{'above' if above else 'at least'} {low:g}" + (
-                f" and at most {high:g}" if high < math.inf else ""
-            )
-            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {bounds}")
-        return value
-
-    return parse
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -135,12 +94,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--decoder", choices=("lstm", "attention"), default="lstm", help="attention is better and can be looked at")
     add("--epochs", type=number(int, 0), default=10, help="epochs to train; with --model_path, epochs more")
     add("--batch_size", type=count, default=128, help="captions in a batch (whole images; fewer if memory runs out)")
-    add(
-        "--learning_rate",
-        type=positive,
-        default=0.0001,
-        help="initial rate; the peak for one_cycle. 1e-3 suits Flickr8k",
-    )
+    add("--learning_rate", type=positive, default=0.0001,
+        help="initial rate; the peak for one_cycle. 1e-3 suits Flickr8k")  # fmt: skip
 
     add = parser.add_argument_group("data").add_argument
     add("--data_dir", type=Path, help="data set folder (default: data/<dataset_type>)")
@@ -149,7 +104,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--freq_threshold", type=count, default=3, help="a word seen less often in training becomes <UNK>")
     add("--max_length", type=count, default=40, help="words at most in a caption, read or written")
     add("--num_workers", type=number(int, 0), default=16, help="threads that decode images; capped at the cores")
-    add("--views", choices=VIEW_COUNTS, default="whole",
+    add("--views", choices=("whole", "mirror", "all"), default="whole",
         help="of each image: one is drawn for each training step, all are averaged in testing; each is encoded once")  # fmt: skip
     add("--feature_cache", default="feature_cache", help="folder of encoded images; 'off' encodes them in every batch")
 
@@ -179,29 +134,23 @@ def get_parser() -> argparse.ArgumentParser:
         help="weight of Show-Attend-and-Tell's term that has every region looked at once (attention decoder)")  # fmt: skip
     add("--best_metric", choices=("cider", "bleu4", "val_loss"), default="cider",
         help="what picks best.pt: CIDEr goes on rising after the loss has turned")  # fmt: skip
-    add(
-        "--early_stopping", type=number(int, 0), default=0, help="stop after so many epochs without a new best; 0 never"
-    )
+    add("--early_stopping", type=number(int, 0), default=0,
+        help="stop after so many epochs without a new best; 0 never")  # fmt: skip
 
     add = parser.add_argument_group("self-critical training").add_argument
     add("--scst_epochs", type=number(int, 0), default=0,
         help="epochs of it after the others: sampled captions, rewarded by CIDEr-D; --epochs 0 --model_path X adds only these")  # fmt: skip
     add("--scst_learning_rate", type=positive, default=5e-5, help="its learning rate, which stays")
     add("--scst_samples", type=number(int, 2), default=5, help="captions drawn of each image")
-    add(
-        "--scst_ce_weight",
-        type=number(float, 0),
-        default=0.0,
-        help="weight of the cross-entropy of people's captions in its loss",
-    )
+    add("--scst_ce_weight", type=number(float, 0), default=0.0,
+        help="weight of the cross-entropy of people's captions in its loss")  # fmt: skip
 
     add = parser.add_argument_group("learning rate scheduling").add_argument
     add("--use_scheduler", action="store_true", help="let the learning rate follow a schedule")
     add("--scheduler_type", choices=SCHEDULERS, default="reduce_lr_on_plateau", help="which one")
     add("--scheduler_patience", type=number(int, 0), default=3, help="reduce_lr_on_plateau: epochs without improvement")
-    add(
-        "--scheduler_factor", type=number(float, 0, 0.999, above=True), default=0.5, help="reduce_lr_on_plateau: factor"
-    )
+    add("--scheduler_factor", type=number(float, 0, 0.999, above=True), default=0.5,
+        help="reduce_lr_on_plateau: factor")  # fmt: skip
     add("--scheduler_step_size", type=count, default=7, help="step: epochs between two drops")
     add("--scheduler_gamma", type=number(float, 0, 1, above=True), default=0.1,
         help="step: factor of a drop; exponential: factor of an epoch (not typed: a tenth over the whole run)")  # fmt: skip
@@ -210,18 +159,10 @@ def get_parser() -> argparse.ArgumentParser:
     add("--warmup_epochs", type=number(int, 0), default=0, help="one_cycle: epochs of its rising part")
 
     add = parser.add_argument_group("decoding").add_argument
-    add(
-        "--beam_size",
-        type=count,
-        default=3,
-        help="hypotheses kept in testing, beside greedy decoding (not typed: what --mode tune found, if it did)",
-    )
-    add(
-        "--length_penalty",
-        type=number(float, 0),
-        default=0.7,
-        help="exponent of the length; more makes captions longer",
-    )
+    add("--beam_size", type=count, default=3,
+        help="hypotheses kept in testing, beside greedy decoding (not typed: what --mode tune found, if it did)")  # fmt: skip
+    add("--length_penalty", type=number(float, 0), default=0.7,
+        help="exponent of the length; more makes captions longer")  # fmt: skip
     add("--spice", action="store_true", help="SPICE too (Java; downloads CoreNLP; minutes)")
     add("--split", choices=("test", "val", "val+test"), default="test", help="which images --mode test scores")
 
@@ -279,69 +220,6 @@ def parse_flags(argv: list[str]) -> tuple[argparse.Namespace, set[str]]:
     return args, typed
 
 
-def check_flags(args: argparse.Namespace, typed: set[str], parser: argparse.ArgumentParser) -> None:
-    """Refuse typed flags that would have no effect."""
-    from_checkpoint = args.model_path is not None
-    idle = [name for name in SCHEDULER_FLAGS if name in typed and not args.use_scheduler]
-    if idle and not from_checkpoint:
-        parser.error(f"--{idle[0]} has no effect without --use_scheduler")
-    for name in ("save_attention_viz", "attention_reg", "attention_dim"):
-        if name in typed and args.decoder == "lstm" and ("decoder" in typed or not from_checkpoint):
-            parser.error(f"--{name} has no effect with --decoder lstm: add --decoder attention")
-    for name in sorted(typed):
-        if "attention_viz" in name and not args.save_attention_viz:
-            parser.error(f"--{name} has no effect without --save_attention_viz")
-    if {"attention_viz_samples", "attention_viz_images"} <= typed:
-        parser.error("--attention_viz_samples has no effect with --attention_viz_images, which says which")
-    if args.feature_cache == "off":
-        for name in ("compile", "features_on_device"):
-            if name in typed and getattr(args, name) == "on":
-                parser.error(f"--{name} has no effect with --feature_cache off")
-    if args.use_scheduler and args.scheduler_type == "one_cycle" and args.warmup_epochs >= args.epochs:
-        parser.error(f"--warmup_epochs {args.warmup_epochs} leaves nothing of the {args.epochs} epochs to come down in")
-    if args.mode == "train" and not args.epochs + args.scst_epochs:
-        parser.error("--epochs 0 leaves nothing to do: add --scst_epochs N, or train at least one epoch")
-    if args.scst_epochs and args.early_stopping:
-        parser.error("--early_stopping has no effect with --scst_epochs: best.pt is the best epoch of all of them")
-    for name in typed & {"scst_learning_rate", "scst_samples", "scst_ce_weight"}:
-        if not args.scst_epochs:
-            parser.error(f"--{name} has no effect without --scst_epochs")
-    if args.mode != "test" and "predictions" in typed:
-        parser.error("--predictions has no effect without --mode test")
-    if args.mode != "train" and args.model_path is None and args.predictions is None:
-        parser.error(f"--mode {args.mode} needs --model_path: a checkpoint, a run directory or a folder of runs")
-    if args.mode != "test" and len(args.model_path or []) > 1:
-        parser.error(f"--mode {args.mode} takes one --model_path; several are an ensemble, for --mode test")
-    check_captioning_flags(args, typed, parser)
-    if args.quiet and args.verbose:
-        parser.error("--quiet and --verbose contradict each other: leave one out")
-    if args.mode != "train" and "tensorboard" in typed:
-        parser.error(f"--tensorboard has no effect with --mode {args.mode}: it watches training")
-    if args.mode == "train" and "split" in typed:
-        parser.error("--split has no effect in training: it says which images --mode test scores")
-    if args.mode == "export" and args.output is None:
-        parser.error("--mode export needs --output: a folder that is not there yet")
-    for name, modes in (("output", ("export", "caption")), ("onnx", ("export",))):
-        if name in typed and args.mode not in modes:
-            parser.error(f"--{name} has no effect with --mode {args.mode}")
-    if args.resnet_weights and args.encoder != "resnet50" and "resnet_weights" in typed:
-        parser.error(f"--resnet_weights has no effect with --encoder {args.encoder}")
-
-
-def check_captioning_flags(args: argparse.Namespace, typed: set[str], parser: argparse.ArgumentParser) -> None:
-    """Refuse what has no effect with --mode caption or serve, or without them."""
-    for mode, its_own, known in (("caption", 3, CAPTION_FLAGS), ("serve", 2, SERVE_FLAGS)):
-        idle = typed.difference(known) if args.mode == mode else typed.intersection(known[:its_own])
-        if idle:
-            parser.error(f"--{min(idle)} has no effect with{'' if args.mode == mode else 'out'} --mode {mode}")
-    if args.mode == "caption" and not args.images:
-        parser.error("--mode caption needs --images: files, folders, patterns such as 'photos/*.jpg', or - for a list")
-    if {"json", "output"} <= typed:
-        parser.error("--json has no effect with --output: a FILE that ends in .jsonl has JSON lines")
-    if "beam_size" in typed and args.num_captions > args.beam_size:
-        parser.error(f"--num_captions {args.num_captions} needs a --beam_size of at least as many")
-
-
 if __name__ == "__main__":  # --help and a mistyped flag are answered before torch's seconds of importing
     try:
         parse_flags(sys.argv[1:])
@@ -353,13 +231,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import attention_visualization
 import plots
 import pointing_game
 from caption_data import (
-    PAD,
-    SOS,
-    VIEWS,
+    VIEW_SETS,
     Batch,
     BatchMaker,
     CaptionSet,
@@ -367,12 +242,10 @@ from caption_data import (
     build_vocabulary,
     dump_split,
     load_caption_set,
-    open_image,
     saved_split_of,
 )
 from caption_models import (
     ENCODERS,
-    Hypothesis,
     LSTMDecoder,
     build_decoder,
     build_encoder,
@@ -387,9 +260,13 @@ from checkpoints import (
     save_checkpoint,
 )
 from evaluation import (
-    generate,
+    Task,
+    caption,
+    captions_of_images,
+    images_to_draw,
     print_scores,
     read_predictions,
+    save_attention_pictures,
     save_gallery,
     save_references,
     save_test,
@@ -413,17 +290,6 @@ from training_utils import (
 from watching import Stopwatch, require_tensorboard, write_tensorboard
 
 MAX_BAD_BATCHES = 10  # in an epoch, whose loss or gradient is no finite number
-
-
-@dataclasses.dataclass
-class Task:
-    """What training, testing and captioning work with."""
-
-    args: argparse.Namespace
-    device: torch.device
-    data: CaptionSet
-    vocabulary: Vocabulary
-    members: list[tuple[LSTMDecoder, Features]]  # who captions: a decoder and a view of the images, or several
 
 
 @dataclasses.dataclass
@@ -572,7 +438,7 @@ def build_features(
             lambda: build_encoder(args.encoder, weights), data.paths(), needed, pick_device(args.device),
             args.decoder == "lstm", workers, args.compile, args.features_on_device, view,
         )
-        for view in list(VIEWS)[: VIEW_COUNTS[args.views]]
+        for view in VIEW_SETS[args.views]
     ]  # fmt: skip
     data.drop_images({image for view in views for image in view.unreadable})
     return views, digest
@@ -580,19 +446,7 @@ def build_features(
 
 def build_model(args: argparse.Namespace, vocabulary: Vocabulary) -> LSTMDecoder:
     torch.manual_seed(args.seed)
-    return build_decoder(
-        args.decoder, len(vocabulary), ENCODERS[args.encoder].channels, args.embed_size, args.hidden_size,
-        args.num_layers, args.drop_prob, args.attention_dim,
-    )  # fmt: skip
-
-
-def word_counts(batches: BatchMaker, data: CaptionSet, size: int) -> torch.Tensor:
-    """How often each word (and `<EOS>`) is a target in training: (V,)."""
-    counts = torch.zeros(size)
-    for captions in batches.plan(data.splits["train"], 4096):
-        counts += torch.bincount(batches.make(captions).targets, minlength=size)
-    counts[[PAD, SOS]] = 0
-    return counts
+    return build_decoder(vars(args), len(vocabulary), ENCODERS[args.encoder].channels)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -702,53 +556,6 @@ def validation_loss(run: Training) -> float:
     return total / tokens
 
 
-def caption(task: Task, images: np.ndarray, beam: int, attention: bool = False) -> list[Hypothesis]:
-    """The best caption of each image, decoded freely."""
-    args = task.args
-    return generate(task.members, images, task.device, beam, args.max_length, args.length_penalty, attention)
-
-
-def captions_of_images(task: Task, images: np.ndarray, beam: int) -> list[str]:
-    """The same as texts."""
-    return [" ".join(task.vocabulary.decode(found.ids)) for found in caption(task, images, beam)]
-
-
-def images_to_draw(args: argparse.Namespace, data: CaptionSet, images: np.ndarray) -> np.ndarray:
-    """Positions of the images of the attention pictures: the named ones, or a seeded choice of `images`."""
-    if not args.save_attention_viz:
-        return images[:0]
-    if args.attention_viz_images:
-        return attention_visualization.find_images(args.attention_viz_images, data.names)
-    return np.random.default_rng(args.seed).permutation(images)[: args.attention_viz_samples]
-
-
-def save_attention_pictures(task: Task, chosen: np.ndarray, directory: Path) -> None:
-    """`attention_viz_sample_N` (and the advanced ones) of these images, N from 1, with their numbers as JSON."""
-    args, data = task.args, task.data
-    chosen = chosen[~np.isin(chosen, [image for _, features in task.members for image in features.unreadable])]
-    hypotheses = caption(task, chosen, args.beam_size, attention=True)
-    for n, (image, found) in enumerate(zip(chosen, hypotheses, strict=True), 1):
-        words, name = task.vocabulary.decode(found.ids), data.names[image]
-        if not words or found.attention is None:
-            log.warning(f"No attention picture of {name}: the model said nothing")
-            continue
-        picture = open_image(data.image_dir / name, at_least=max(900, 900 * args.attention_viz_dpi // plots.DPI))
-        attention_visualization.save_pictures(
-            directory, n, picture, name, words, found.attention, args.advanced_attention_viz,
-            args.attention_viz_format, args.attention_viz_dpi,
-        )  # fmt: skip
-    log.info(f"Attention pictures of {len(chosen)} images: {directory / 'attention_viz_sample_*'}")
-
-
-def point(task: Task, images: np.ndarray, beam: int) -> dict[str, float]:
-    """The pointing game, which wants to know where things are; so on the demo set alone, and with attention."""
-    if task.args.dataset_type != "demo" or task.args.decoder != "attention":
-        return {}
-    found = caption(task, images, beam, attention=True)
-    words, maps = [task.vocabulary.decode(each.ids) for each in found], [each.attention for each in found]
-    return pointing_game.play(task.data.captions_file, [task.data.names[i] for i in images], words, maps)
-
-
 def start_training(args: argparse.Namespace, typed: set[str], argv: list[str]) -> Training:
     """Build everything, from nothing, from `--model_path` (a new run) or from `--resume` (the same run)."""
     checkpoint, path = None, None
@@ -783,7 +590,7 @@ def start_training(args: argparse.Namespace, typed: set[str], argv: list[str]) -
     if checkpoint and path:
         load_weights(decoder, checkpoint["decoder"], path)
     else:
-        decoder.set_word_frequencies(word_counts(batches, data, len(vocabulary)))
+        decoder.set_word_frequencies(batches.word_counts(data.splits["train"]))
     decoder.to(device)
     optimizer = torch.optim.AdamW(
         decoder.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
@@ -819,7 +626,11 @@ def start_training(args: argparse.Namespace, typed: set[str], argv: list[str]) -
         run.schedule = choose_schedule(args, typed, checkpoint, steps)
         run.directory = create_run_directory(args.model_save_dir, vars(args), ENCODERS[args.encoder].family)
         lock = lock_run_directory(run.directory)
-        run.flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+        run.flags = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in vars(args).items()
+            if "train" in MODES_OF.get(name, ("train",))
+        }
         run.flags["model_path"] = str(path) if path else None
         if checkpoint and path and checkpoint["best"]["metric"] == args.best_metric:
             run.best = carry_best(checkpoint, path, run.directory) or run.best
@@ -936,59 +747,63 @@ def train(args: argparse.Namespace, typed: set[str], argv: list[str]) -> Path:
     return run.directory
 
 
-def load_task(args: argparse.Namespace, typed: set[str], splits: list[str]) -> tuple[Task, np.ndarray, list[Path]]:
+def load_task(args: argparse.Namespace, typed: set[str], splits: list[str]) -> tuple[Task, np.ndarray, dict[Path, Any]]:
     """Load the checkpoints that `--model_path` names, with what they look at.
 
     Returns:
-        the task, the positions of the splits' images, and the checkpoints' paths.
+        the task, the positions of the splits' images, and the checkpoints by their paths.
 
     Raises:
         UserError: they do not belong together, or their data set is not there.
     """
-    typed_args, device = copy.copy(args), pick_device(args.device)
-    paths = [find_checkpoint(path) for path in args.model_path]
-    first = load_checkpoint(paths[0])
-    apply_checkpoint(args, typed, first, paths[0])
-    data = build_data(args, first["split"])
-    task = Task(args, device, data, Vocabulary(first["vocabulary"]), [])
-    for number, path in enumerate(paths):
-        own, checkpoint = (args, first) if number == 0 else (copy.copy(typed_args), load_checkpoint(path))
+    as_typed, device = copy.copy(args), pick_device(args.device)
+    checkpoints: dict[Path, dict[str, Any]] = {}
+    for path in map(find_checkpoint, args.model_path):
+        checkpoint = load_checkpoint(path)
+        own = copy.copy(as_typed)
         apply_checkpoint(own, typed, checkpoint, path)
+        if not checkpoints:
+            first, first_path = checkpoint, path
+            vars(args).update(vars(own))
+            task = Task(args, device, build_data(args, first["split"]), Vocabulary(first["vocabulary"]), [])
         for what in ("vocabulary", "split"):
             if checkpoint[what] != first[what]:
                 raise UserError(
-                    f"{path} has another {what} than {paths[0]}: an ensemble is trained on the same data set"
+                    f"{path} has another {what} than {first_path}: an ensemble is trained on the same data set"
                 )
         log.info(f"Model: {path} (epoch {checkpoint['epoch']}, {own.decoder} on {own.encoder}, {own.dataset_type})")
-        needed = np.concatenate([data.splits[split] for split in splits])
-        needed = np.union1d(needed, images_to_draw(args, data, needed))
-        views, _ = build_features(own, data, needed, checkpoint["encoder"]["weights_hash"])
+        images = np.concatenate([task.data.splits[split] for split in splits])
+        needed = np.union1d(images, images_to_draw(args, task.data, images))
+        views, _ = build_features(own, task.data, needed, checkpoint["encoder"]["weights_hash"])
         decoder = build_model(own, task.vocabulary)
         load_weights(decoder, checkpoint["decoder"], path)
         task.members += [(decoder.to(device), view) for view in views]
-    return task, np.concatenate([data.splits[split] for split in splits]), paths
+        checkpoints[path] = checkpoint
+    return task, np.concatenate([task.data.splits[split] for split in splits]), checkpoints
 
 
 def test(args: argparse.Namespace, typed: set[str]) -> None:
     """Score checkpoints on the test images, greedily and with a beam, and draw what they looked at."""
-    task, images, paths = load_task(args, typed, args.split.split("+"))
-    data, directory = task.data, paths[0].parent
-    names = [data.names[image] for image in images]
-    metrics_path = directory / "test_metrics.json"
+    task, images, checkpoints = load_task(args, typed, args.split.split("+"))
+    data, (path, *others) = task.data, checkpoints
+    directory, metrics_path = path.parent, path.parent / "test_metrics.json"
     results = read_json(metrics_path) if metrics_path.is_file() else []
+    pointing = args.dataset_type == "demo" and args.decoder == "attention"  # there we know where things are
     columns: list[tuple[str, dict[str, Any]]] = []
     for beam in dict.fromkeys((1, args.beam_size)):
-        captions = captions_of_images(task, images, beam)
+        found = caption(task, images, beam, attention=pointing)
+        captions = [task.text(each) for each in found]
         scores, each = score_test(data, images, captions, args.spice)
-        scores |= point(task, images, beam)
+        if pointing:
+            names, words = [data.names[image] for image in images], [text.split() for text in captions]
+            scores |= pointing_game.play(data.captions_file, names, words, [one.attention for one in found])
         header = {
-            "checkpoint": " + ".join(str(path) if number else path.name for number, path in enumerate(paths)),
-            "epoch": load_checkpoint(paths[0])["epoch"], "dataset": args.dataset_type, "split": args.split,
-            "views": args.views, "images": len(images), "beam_size": beam,
-            "length_penalty": args.length_penalty if beam > 1 else None,
+            "checkpoint": " + ".join([path.name, *map(str, others)]), "epoch": checkpoints[path]["epoch"],
+            "dataset": args.dataset_type, "split": args.split, "views": args.views, "images": len(images),
+            "beam_size": beam, "length_penalty": args.length_penalty if beam > 1 else None,
             "tokenizer": "spacy.blank('en'), lower case, without punctuation",
         }  # fmt: skip
-        entry = {**header, **save_test(directory, names, captions, each), **scores}
+        entry = {**header, **save_test(directory, data, images, captions, each), **scores}
         results = [old for old in results if {key: old.get(key) for key in header} != header] + [entry]
         columns.append((("greedy" if beam == 1 else f"beam {beam}"), scores))
     write_json(metrics_path, results)
@@ -1014,10 +829,11 @@ def score_predictions(args: argparse.Namespace) -> None:
 
 def tune_decoding(args: argparse.Namespace, typed: set[str]) -> None:
     """Find the beam size and length penalty that suit a checkpoint, and keep them in it."""
-    task, _, (path,) = load_task(args, typed, ["val"])
-    require_trainable(load_checkpoint(path), path)
-    best = tune(task.members, task.data, task.vocabulary.decode, task.device, args.max_length)
-    save_checkpoint(path, load_checkpoint(path) | {"decoding": best})
+    task, _, checkpoints = load_task(args, typed, ["val"])
+    ((path, checkpoint),) = checkpoints.items()
+    require_trainable(checkpoint, path)
+    best = tune(task)
+    save_checkpoint(path, checkpoint | {"decoding": best})
     print(f"Best: --beam_size {best['beam_size']} --length_penalty {best['length_penalty']}, "
           f"CIDEr {100 * best['cider']:.2f}. Kept in {path}, which --mode test uses from now on")  # fmt: skip
 

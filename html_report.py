@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from experiment_utils import reproducing_command
-from metrics_utils import METRIC_NAMES, cider_of_each
+from metrics_utils import METRIC_NAMES, by_rank, cider_of_each
 from run_reports import Run, decoding, is_number, read_run, read_scores, score_text
 from safe_io import CONTROL_CHARACTERS, UserError, read_json, write_atomic
 
@@ -395,15 +395,10 @@ def gallery_section(run: Run, said: Said | None, data: CaptionSet | None, proble
         return f"<p>None of the images that were captioned is in {text_of(data.image_dir)}: no pictures here.</p>"
     references = [data.references(position[name]) for name in names]
     cider = cider_by_image(run, said, names, references)
-    order = np.argsort(-cider, kind="stable")
     size = max(1, min(GROUP, len(names) // 4))
-    middle = (len(names) - size) // 2
     seed = run.flags.get("seed")
     drawn = np.random.default_rng(seed if type(seed) is int and seed >= 0 else 0).permutation(len(names))[:size]
-    groups = {
-        "Best": order[:size], "Median": order[middle : middle + size], "Worst": order[-size:],
-        f"Random (--seed {text_of(seed)})": drawn,
-    }  # fmt: skip
+    groups = {**by_rank(cider, size), f"Random (--seed {text_of(seed)})": drawn}
     parts = [
         f'<p class="soft">The latest test ({text_of(said.row.get("split"))}, {text_of(decoding(said.row))}), '
         f"ranked by the CIDEr of each of the {len(names)} images. Bold: the model; below: people.</p>"

@@ -210,6 +210,13 @@ def cider_of_each(hypotheses: Sequence[str], references: Sequence[Sequence[str]]
     return each
 
 
+def by_rank(scores: np.ndarray, size: int) -> dict[str, np.ndarray]:
+    """Positions of the `size` best, middle and worst of the scores (n,); groups of few images may overlap."""
+    order = np.argsort(-scores, kind="stable")
+    middle = max(0, (len(order) - size) // 2)
+    return {"Best": order[:size], "Median": order[middle : middle + size], "Worst": order[-size:]}
+
+
 class Difference(NamedTuple):
     """How much better the second of two systems is on the same images, with the interval of 95 %."""
 

@@ -28,7 +28,8 @@ COMPARED = {"cider": "CIDEr", "bleu4": "BLEU-4", "rouge_l": "ROUGE-L", "wer": "W
 NO_PARAMETERS = {
     "mode", "resume", "config", "command", "timestamp", "model_save_dir", "num_workers", "checkpoint_minutes",
     "keep_checkpoints", "device", "compile", "features_on_device", "feature_cache", "quiet", "verbose", "tensorboard",
-    "save_attention_viz", "attention_viz_samples", "advanced_attention_viz", "dry_run", "spice", "predictions", "split",
+    "save_attention_viz", "attention_viz_samples", "attention_viz_images", "attention_viz_format", "attention_viz_dpi",
+    "advanced_attention_viz", "dry_run", "spice", "predictions", "split",
 }  # fmt: skip
 
 

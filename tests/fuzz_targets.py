@@ -359,7 +359,7 @@ def sound_checkpoint(name: str = "attention") -> dict[str, Any]:
         "precision": "fp32",
     }  # fmt: skip
     words = ["<PAD>", "<SOS>", "<EOS>", "<UNK>", "a", "dog"]
-    decoder = build_decoder(name, len(words), 4, 3, 2, 1, 0.3, 2)
+    decoder = build_decoder(flags, len(words), 4)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-3, fused=True)
     for parameter in decoder.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -488,10 +488,7 @@ def exported_model(value: dict[str, bytes], folder: Path) -> bool:
 
 def fill_decoder(checkpoint: dict[str, Any], path: Path) -> torch.nn.Module:
     flags = checkpoint["flags"]
-    decoder = build_decoder(
-        flags["decoder"], len(Vocabulary(checkpoint["vocabulary"])), 4, flags["embed_size"], flags["hidden_size"],
-        flags["num_layers"], flags["drop_prob"], flags["attention_dim"],
-    )  # fmt: skip
+    decoder = build_decoder(flags, len(Vocabulary(checkpoint["vocabulary"])), 4)
     load_weights(decoder, checkpoint["decoder"], path)
     return decoder
 

@@ -275,7 +275,7 @@ def test_mistyped_flags(flags, message, capsys):
 def test_flags_of_captioning_have_no_effect_elsewhere(capsys):
     with pytest.raises(SystemExit):
         trainer.main(["--images", "x.jpg"])
-    assert "--images has no effect without --mode caption" in capsys.readouterr().err
+    assert "--images has no effect with --mode train, only with caption" in capsys.readouterr().err
 
 
 def test_mistakes_are_one_line(tiny_runs, photos, capsys):

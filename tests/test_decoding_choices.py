@@ -111,7 +111,7 @@ def test_the_official_coco_scorer_reads_what_a_test_writes(trained):
         (["--epochs", "0"], "leaves nothing to do"),
         (["--scst_samples", "3"], "no effect without --scst_epochs"),
         (["--scst_epochs", "1", "--early_stopping", "2"], "no effect with --scst_epochs"),
-        (["--predictions", "x.json"], "no effect without --mode test"),
+        (["--predictions", "x.json"], "no effect with --mode train, only with test"),
         (["--mode", "tune"], "needs --model_path"),
         (["--model_path", "a.pt", "b.pt"], "takes one --model_path"),
     ],

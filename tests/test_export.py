@@ -13,6 +13,7 @@ from fuzz_targets import sound_checkpoint
 from safetensors.torch import load_file, save_file
 from test_main import SMALL
 
+import caption_models
 import export_model
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from checkpoints import load_checkpoint, save_checkpoint
@@ -200,8 +201,8 @@ def test_from_training_to_scores_of_the_exported_model(tiny, monkeypatch, capsys
     [
         (["--mode", "export"], "--mode export needs --model_path"),
         (["--mode", "export", "--model_path", "x"], "--mode export needs --output"),
-        (["--output", "x"], "--output has no effect with --mode train"),
-        (["--mode", "test", "--model_path", "x", "--onnx"], "--onnx has no effect with --mode test"),
+        (["--output", "x"], "--output has no effect with --mode train, only with caption or export"),
+        (["--mode", "test", "--model_path", "x", "--onnx"], "--onnx has no effect with --mode test, only with export"),
     ],
 )
 def test_flags_of_export(flags, message, capsys):
@@ -227,7 +228,7 @@ def test_onnx_of_the_decoder_says_what_pytorch_says(tmp_path, monkeypatch, name)
     small = dict(export_model.ENCODERS)
     small["resnet50"] = small["resnet50"].__class__("resnet50", 4, (0.0,) * 3, (1.0,) * 3)
     monkeypatch.setattr(export_model, "ENCODERS", small)
-    monkeypatch.setattr(export_model, "find_weights", lambda *_: (None, "0676ba61"))
+    monkeypatch.setattr(caption_models, "locate_weights", lambda *_: (None, "0676ba61"))
     monkeypatch.setattr(export_model, "build_encoder", lambda *_: Tiny())
     path = checkpoint_file(tmp_path / "run", name)
     export_model.export(load_checkpoint(path), path, tmp_path / "model", True, None)
@@ -245,10 +246,10 @@ def test_onnx_of_the_decoder_says_what_pytorch_says(tmp_path, monkeypatch, name)
     outcome = step.run(None, dict(zip(names, [np.ones(5, np.int64), *state], strict=True)))
     np.testing.assert_allclose(np.exp(outcome[0]).sum(1), 1, rtol=1e-5)
     assert load_checkpoint(tmp_path / "model" / "model.safetensors")["epoch"] == 1
-    monkeypatch.setattr(export_model, "find_weights", lambda *_: (None, "ffffffff"))
+    monkeypatch.setattr(caption_models, "locate_weights", lambda *_: (None, "ffffffff"))
     with pytest.raises(UserError, match="--resnet_weights"):
         export_model.export(load_checkpoint(path), path, tmp_path / "other", True, None)
-    monkeypatch.setattr(export_model, "find_weights", lambda *_: (None, "0676ba61"))
+    monkeypatch.setattr(caption_models, "locate_weights", lambda *_: (None, "0676ba61"))
     monkeypatch.setattr(export_model, "compare", lambda *_: float("nan"))
     with pytest.raises(UserError, match="differs from PyTorch"):
         export_model.export(load_checkpoint(path), path, tmp_path / "other", True, None)

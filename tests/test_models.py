@@ -21,9 +21,10 @@ from safe_io import UserError
 KINDS = ("lstm", "attention")
 
 
-def tiny_decoder(kind, words=30, layers=2, drop=0.0):
+def tiny_decoder(kind, words=30, layers=2, drop=0.0, attention=16):
     torch.manual_seed(0)
-    return build_decoder(kind, words, 8, 24, 32, layers, drop, 16)
+    sizes = {"embed_size": 24, "hidden_size": 32, "num_layers": layers, "drop_prob": drop, "attention_dim": attention}
+    return build_decoder({"decoder": kind, **sizes}, words, 8)
 
 
 def features_for(kind, images):
@@ -185,7 +186,7 @@ def test_dropout_layers_and_sizes_are_in_force(kind, batch):
     dropping.eval()
     assert torch.equal(dropping(features, made).code, dropping(features, made).code)
     assert tiny_decoder(kind, layers=3).lstm.num_layers == 3
-    assert build_decoder("attention", 30, 8, 24, 32, 1, 0.0, 10).query.out_features == 10
+    assert tiny_decoder("attention", attention=10).query.out_features == 10
 
 
 def test_the_encoder_is_frozen_in_eval_mode_for_ever():
