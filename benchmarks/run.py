@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import decoding
 import encoding
 import memory
+import reward
 import startup
 import torch
 import training
@@ -30,7 +31,14 @@ from measure import FULL, QUICK, Bench, Figure, Scale, machine
 
 from safe_io import write_json
 
-PARTS = {"encoding": encoding, "epoch": training, "decoding": decoding, "memory": memory, "startup": startup}
+PARTS = {
+    "encoding": encoding,
+    "epoch": training,
+    "decoding": decoding,
+    "reward": reward,
+    "memory": memory,
+    "startup": startup,
+}
 
 
 def measure(bench: Bench, parts: list[str]) -> list[Figure]:

@@ -20,7 +20,7 @@ import run
 import training
 
 LINUX = Path("/proc/self/status").is_file()
-PARTS = ["encoding", "epoch", "decoding", "startup", *(["memory"] if LINUX else [])]
+PARTS = ["encoding", "epoch", "decoding", "reward", "startup", *(["memory"] if LINUX else [])]
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_every_part_gives_figures_and_charts(
     tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def in_this_process(command: list[str]) -> dict[str, float]:  # rather than importing PyTorch time and again
-        memory.child(Path(command[2]), int(command[3]), command[4])
+        memory.child(Path(command[2]), int(command[3]), *command[4:])
         return {**json.loads(capsys.readouterr().out.splitlines()[-1]), "peak": 1.0}
 
     monkeypatch.setattr(memory, "watch", in_this_process)
@@ -43,7 +43,9 @@ def test_every_part_gives_figures_and_charts(
     assert all(figure["value"] > 0 and figure["ratio"] > 0 for figure in figures)
     assert part == "memory" or any(figure["target"] for figure in figures)
     drawn = charts.main([str(output), "--directory", str(tmp_path)])
-    assert bool(drawn) == (part != "startup") and all(0 < path.stat().st_size < 60_000 for path in drawn)
+    assert bool(drawn) == (part not in ("reward", "startup")) and all(
+        0 < path.stat().st_size < 60_000 for path in drawn
+    )
 
 
 @pytest.mark.skipif(not LINUX, reason="/proc")
