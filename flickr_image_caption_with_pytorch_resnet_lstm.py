@@ -283,7 +283,6 @@ from training_utils import (
     Stopped,
     StopRequest,
     choose_schedule,
-    keep_freed_memory,
     pick_device,
     seed_step,
 )
@@ -460,7 +459,6 @@ def train_one_epoch(run: Training, stop: StopRequest) -> float:
         Stopped: a signal asked for it; `last.pt` is written.
         UserError: too many batches gave a loss or gradient that is not a finite number.
     """
-    keep_freed_memory()  # not while images are encoded, whose buffers are larger
     args, decoder, device = run.args, run.decoder.train(), run.device
     order = np.random.default_rng([args.seed, run.epoch]).permutation(run.data.splits["train"])
     plan = run.batches.plan(order, args.batch_size)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import math
 import signal
 import zlib
@@ -20,21 +19,6 @@ from safe_io import UserError, log
 def seed_step(seed: int, epoch: int, step: int) -> None:
     """Seed PyTorch for one training step, so that it draws the same whatever ran before it."""
     torch.manual_seed(zlib.crc32(f"{seed} {epoch} {step}".encode()))
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep what is freed for the next allocation, instead of giving every large tensor back to the kernel.
-
-    A training step frees and allocates the same hundred megabytes again, and zeroing their pages anew was a
-    sixth of it on two cores. Elsewhere than on glibc nothing happens.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # musl and macOS have none, Windows has no such handle
-        return
-    trim_threshold, mmap_threshold = -1, -3  # malloc.h
-    mallopt(mmap_threshold, 1 << 30)
-    mallopt(trim_threshold, (1 << 31) - 1)
 
 
 def pick_device(name: str) -> torch.device:

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from shutil import rmtree
 
-from measure import Bench, Figure, quicker
+from measure import Bench, Figure
 
 PART = "memory"
 INTERVAL = 0.01  # seconds between two looks at a process
@@ -27,7 +27,6 @@ def measure(bench: Bench) -> list[Figure]:
     from generated import feature_file, fill_cache_sparsely, write_data_set
 
     figures: list[Figure] = []
-    base = base_of(bench.scale.memory)
     for images in bench.scale.memory:
         folder = bench.directory / f"memory{images}"
         write_data_set(folder / "data", images, [])
@@ -46,23 +45,14 @@ def measure(bench: Bench) -> list[Figure]:
                 )
             )
             figures.append(Figure(PART, f"{images:,} images, {when} run: training", 1e3 * seen["train"], "ms/image"))
-        if images == base:
-            command = [sys.executable, __file__, str(folder), str(bench.scale.memory_steps), bench.device.type]
-            kept, given_back = (1e3 * watch([*command, way])["train"] for way in ("keep", "give back"))
         rmtree(folder)
     compare(figures, bench.scale.memory)
-    name = "freed memory kept: training an image"
-    return [*figures, quicker(PART, name, kept, "it is given back to the kernel", given_back, "ms/image")]
-
-
-def base_of(sizes: tuple[int, ...]) -> int:
-    """The size that the others are compared with."""
-    return 8_000 if 8_000 in sizes else sizes[0]
+    return figures
 
 
 def compare(figures: list[Figure], sizes: tuple[int, ...]) -> None:
     """Add the ratio of each size to 8,000 images (or to the smallest), and the target to the largest."""
-    base = base_of(sizes)
+    base = 8_000 if 8_000 in sizes else sizes[0]
     for figure in figures:
         size, _, what = figure.name.partition(" images, ")
         reference = next(other for other in figures if other.name == f"{base:,} images, {what}")
@@ -88,15 +78,13 @@ def watch(command: list[str]) -> dict[str, float]:
     return {**json.loads(output.splitlines()[-1]), "peak": peak / 1024}
 
 
-def child(folder: Path, steps: int, device: str, memory: str = "keep") -> None:
+def child(folder: Path, steps: int, device: str) -> None:
     """Build the data and train some steps in this process; print the seconds of each."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     import torch
     import training
     from measure import TINY
 
-    if memory != "keep":
-        training.trainer.keep_freed_memory = lambda: None
     bench = Bench(TINY, torch.device(device), folder, None, None, None)
     # The vocabulary is to have one size, and with it the work of a token: more captions bring more words thrice.
     images = len(list((folder / "data" / "Images").iterdir()))
@@ -112,4 +100,4 @@ def child(folder: Path, steps: int, device: str, memory: str = "keep") -> None:
 
 
 if __name__ == "__main__":
-    child(Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
+    child(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -33,7 +33,7 @@ def test_every_part_gives_figures_and_charts(
     tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def in_this_process(command: list[str]) -> dict[str, float]:  # rather than importing PyTorch time and again
-        memory.child(Path(command[2]), int(command[3]), *command[4:])
+        memory.child(Path(command[2]), int(command[3]), command[4])
         return {**json.loads(capsys.readouterr().out.splitlines()[-1]), "peak": 1.0}
 
     monkeypatch.setattr(memory, "watch", in_this_process)
