@@ -608,6 +608,7 @@ class Samples(NamedTuple):
     words: np.ndarray  # int64 (I x count, T) ids, <EOS> from the end on
     lengths: np.ndarray  # int64 (I x count,) words before <EOS>
     ended: np.ndarray  # bool (I x count,) whether it said <EOS> itself
+    log_probabilities: np.ndarray  # float32 (I x count,) of all that it said, by the whole distribution
 
 
 @torch.no_grad()
@@ -628,6 +629,7 @@ def sample(
     state = select_rows(decoder.begin(features), rows // count)
     words = torch.full_like(rows, SOS)
     ended = torch.zeros_like(rows, dtype=torch.bool)
+    totals = torch.zeros(len(said), device=device)
     for time in range(max_length):
         (state,), log_probabilities, _ = next_words([(decoder, features)], [state], words)
         chances = log_probabilities.exp()  # (rows, V)
@@ -638,6 +640,7 @@ def sample(
         sums = chances.cumsum(1)
         drawn = torch.rand(len(rows), 1, device=device) * sums[:, -1:]
         words = torch.searchsorted(sums, drawn, right=True).squeeze(1).clamp(max=sums.shape[1] - 1)
+        totals[rows] += log_probabilities.gather(1, words.unsqueeze(1)).squeeze(1).masked_fill(ended, 0)
         words = torch.where(ended, EOS, words)
         ended = words == EOS
         said[rows, time] = words
@@ -653,7 +656,7 @@ def sample(
     decoder.train(training)
     result = said.cpu().numpy()
     lengths = (result != EOS).sum(1)
-    return Samples(result, lengths, lengths < max_length)
+    return Samples(result, lengths, lengths < max_length, totals.cpu().numpy())
 
 
 def hypothesis(

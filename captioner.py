@@ -25,7 +25,7 @@ import attention_visualization
 import plots
 from attention_visualization import cell_middles, grid_side
 from caption_data import IMAGE_ENDINGS, VIEW_SETS, UnreadableImage, Vocabulary, load_pixels, open_image
-from caption_models import ENCODE_BATCH, ENCODERS, beam_search, build_decoder, build_encoder, find_weights
+from caption_models import ENCODE_BATCH, ENCODERS, beam_search, build_decoder, build_encoder, find_weights, sample
 from checkpoints import load_checkpoint, load_weights
 from experiment_utils import find_checkpoint
 from feature_cache import mean_of
@@ -101,20 +101,22 @@ class Captioner:
         return args.beam_size, args.length_penalty
 
     def caption(
-        self, paths: Sequence[Path], beam_size: int, length_penalty: float, count: int = 1, attention: bool = False
-    ) -> Iterator[Captioned]:
+        self, paths: Sequence[Path], beam_size: int, length_penalty: float, count: int = 1, attention: bool = False,
+        top_p: float | None = None,
+    ) -> Iterator[Captioned]:  # fmt: skip
         """Caption images in their order, a batch at a time, however many there are.
 
         Args:
             count: different captions wanted of each; the beam may find fewer.
             attention: with where each word looked, if the decoder has attention.
+            top_p: draw the captions from the nucleus of this probability (`caption_models.sample`) rather than search.
 
         Raises:
             UserError: the device's memory is too small.
         """
         for batch in self.decoded(paths):
             pixels = [found for _, found in batch if not isinstance(found, UnreadableImage)]
-            captions = iter(self.decode(pixels, beam_size, length_penalty, count, attention) if pixels else ())
+            captions = iter(self.decode(pixels, beam_size, length_penalty, count, attention, top_p) if pixels else ())
             for path, found in batch:
                 if isinstance(found, UnreadableImage):
                     yield Captioned(path, [], str(found))
@@ -139,8 +141,9 @@ class Captioner:
             yield from ([(path, future.result()) for path, future in batch] for batch in ahead)
 
     def decode(
-        self, pixels: list[np.ndarray], beam_size: int, length_penalty: float, count: int, attention: bool
-    ) -> list[list[Caption]]:
+        self, pixels: list[np.ndarray], beam_size: int, length_penalty: float, count: int, attention: bool,
+        top_p: float | None,
+    ) -> list[list[Caption]]:  # fmt: skip
         """The captions of up to ENCODE_BATCH decoded images, uint8 (views, 224, 224, 3) each."""
         # A single image goes alone, since a person waits for it; others fill a batch up, as in feature_cache.
         filler = [np.zeros_like(pixels[0])] * (ENCODE_BATCH - len(pixels) if len(pixels) > 1 else 0)
@@ -150,6 +153,8 @@ class Captioner:
                 grids = self.encode(view)[: len(pixels)].to(torch.float16).cpu().numpy()
                 features = torch.from_numpy(grids if self.decoder.uses_grid else mean_of(grids)).float()
                 members.append((self.decoder, features.to(self.device)))
+            if top_p is not None:
+                return self.drawn(members[0][1], count, top_p)
             found = beam_search(members, beam_size, self.flags["max_length"], length_penalty, attention, count)
         except torch.OutOfMemoryError as error:
             raise UserError(
@@ -158,6 +163,19 @@ class Captioner:
         return [
             [Caption(self.vocabulary.decode(h.ids), h.log_probability, h.attention) for h in hypotheses[:count]]
             for hypotheses in found
+        ]
+
+    def drawn(self, features: torch.Tensor, count: int, top_p: float) -> list[list[Caption]]:
+        """Up to `count` different captions of each image, drawn at random; the likeliest first."""
+        samples = sample(self.decoder, features, count, self.flags["max_length"], top_p)
+        captions = [
+            Caption(self.vocabulary.decode(words), float(log_probability), None)
+            for words, log_probability in zip(samples.words, samples.log_probabilities, strict=True)
+        ]
+        images = (captions[first : first + count] for first in range(0, len(captions), count))
+        return [
+            sorted({each.text: each for each in found}.values(), key=lambda each: -each.log_probability)
+            for found in images
         ]
 
 
@@ -244,6 +262,7 @@ def caption_images(args: argparse.Namespace, typed: set[str]) -> int:
     form = csv_lines if args.output is not None and args.output.suffix.lower() == ".csv" else json_lines
     if args.output is None and not args.json:
         form, attention = tab_lines, args.save_attention_viz
+    torch.manual_seed(args.seed)  # of what --top_p draws
     failed = 0
     number = next_number(make_directory(pictures, "the attention pictures")) if args.save_attention_viz else 0
 
@@ -251,7 +270,7 @@ def caption_images(args: argparse.Namespace, typed: set[str]) -> int:
         nonlocal failed, number
         bar = tqdm(total=len(paths), desc="Captioning", unit="image", disable=bars_off(), file=sys.stderr)
         with closing(bar):
-            for result in captioner.caption(paths, beam_size, length_penalty, args.num_captions, attention):
+            for result in captioner.caption(paths, beam_size, length_penalty, args.num_captions, attention, args.top_p):
                 if result.problem is None:
                     if args.save_attention_viz:
                         number += draw_attention(result, pictures, number, args)

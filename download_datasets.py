@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from safe_io import UserError, first_line, format_bytes, make_directory, require_free_space
+from safe_io import UserError, first_line, format_bytes, make_directory, require_free_space, run_command
 
 if TYPE_CHECKING:
     import requests
@@ -834,14 +834,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Progress must show line by line in a log file too.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)
-    try:
-        return run(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; run the same command again to go on where it stopped", file=sys.stderr)
-        return 130
+    return run_command(lambda: run(arguments), "stopped; run the same command again to go on where it stopped")
 
 
 if __name__ == "__main__":

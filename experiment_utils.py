@@ -22,7 +22,17 @@ from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from safe_io import CONTROL_CHARACTERS, UserError, first_line, log, make_directory, read_json, write_atomic, write_json
+from safe_io import (
+    CONTROL_CHARACTERS,
+    UserError,
+    first_line,
+    log,
+    make_directory,
+    read_json,
+    run_command,
+    write_atomic,
+    write_json,
+)
 
 SCRIPT = "flickr_image_caption_with_pytorch_resnet_lstm.py"
 DRY_RUN = "dry_run_"  # begins the names of runs that are no results
@@ -36,7 +46,7 @@ def rate_text(rate: float) -> str:
 
 
 def run_name(flags: dict[str, Any], timestamp: str) -> str:
-    """`{dataset}_{decoder}_ep{E}_bs{B}_lr{lr}[_{scheduler_type}][_att]_{timestamp}`."""
+    """`{dataset}_{decoder}_ep{E}_bs{B}_lr{lr}[_{scheduler_type}][_att][_scst{N}]_{timestamp}`."""
     parts = [
         flags["dataset_type"], flags["decoder"], f"ep{flags['epochs']}", f"bs{flags['batch_size']}",
         f"lr{rate_text(flags['learning_rate'])}",
@@ -45,6 +55,8 @@ def run_name(flags: dict[str, Any], timestamp: str) -> str:
         parts.append(flags["scheduler_type"])
     if flags["save_attention_viz"]:
         parts.append("att")
+    if flags.get("scst_epochs"):
+        parts.append(f"scst{flags['scst_epochs']}")
     prefix = DRY_RUN if flags.get("dry_run") else ""
     return prefix + "_".join([*parts, timestamp])
 
@@ -295,33 +307,31 @@ def agreed(question: str) -> bool:
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit code (2 for a user's mistake)."""
     args = get_parser().parse_args(argv)
-    import run_reports  # it needs this module: upwards, for the command line alone
-
     try:
-        if args.command == "list":
-            runs, notes = run_reports.read_runs(args.folder)
-            runs = run_reports.sort_runs(run_reports.select(runs, args.where), args.sort)
-            print(run_reports.runs_csv(runs) if args.csv else run_reports.runs_table(runs, args.folder))
-            for note in notes:
-                print(note, file=sys.stderr)
-        elif args.command == "diff":
-            pair = [run_reports.read_run(run_reports.find_run(path)) for path in (args.first, args.second)]
-            print(run_reports.compare(*pair))
-        elif args.command == "prune":
-            print(run_reports.prune(args.folder, lambda question: args.yes or agreed(question)))
-        else:
-            import html_report
-
-            print(f"Report: {html_report.write_report(run_reports.find_run(args.run), data_dir=args.data_dir)}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nStopped; nothing more was changed.", file=sys.stderr)
-        return 130
+        return run_command(lambda: run(args), "Stopped; nothing more was changed.")
     except BrokenPipeError:  # `... list | head`
         sys.stderr.close()
         return 0
+
+
+def run(args: argparse.Namespace) -> int:
+    import run_reports  # it needs this module: upwards, for the command line alone
+
+    if args.command == "list":
+        runs, notes = run_reports.read_runs(args.folder)
+        runs = run_reports.sort_runs(run_reports.select(runs, args.where), args.sort)
+        print(run_reports.runs_csv(runs) if args.csv else run_reports.runs_table(runs, args.folder))
+        for note in notes:
+            print(note, file=sys.stderr)
+    elif args.command == "diff":
+        pair = [run_reports.read_run(run_reports.find_run(path)) for path in (args.first, args.second)]
+        print(run_reports.compare(*pair))
+    elif args.command == "prune":
+        print(run_reports.prune(args.folder, lambda question: args.yes or agreed(question)))
+    else:
+        import html_report
+
+        print(f"Report: {html_report.write_report(run_reports.find_run(args.run), data_dir=args.data_dir)}")
     return 0
 
 

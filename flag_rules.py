@@ -23,14 +23,14 @@ RESUME_FLAGS = (
 )  # fmt: skip
 # Flags of some modes alone.
 MODES_OF = {
-    "images": ("caption",), "json": ("caption",), "num_captions": ("caption",), "output": ("caption", "export"),
+    "images": ("caption",), "json": ("caption",), "num_captions": ("caption",), "top_p": ("caption",), "output": ("caption", "export"),
     "host": ("serve",), "port": ("serve",), "onnx": ("export",),
     "predictions": ("test",), "spice": ("test",), "split": ("test",), "tensorboard": ("train",),
 }  # fmt: skip
 # These modes read no data set and train nothing: what else they take.
 ALLOWED = {
     "caption": (
-        "mode", "model_path", "config", "device", "num_workers", "resnet_weights", "quiet", "beam_size", "length_penalty",
+        "mode", "model_path", "config", "device", "num_workers", "resnet_weights", "quiet", "seed", "beam_size", "length_penalty",
         "save_attention_viz", "advanced_attention_viz", "attention_viz_format", "attention_viz_dpi",
     ),
     "serve": (
@@ -102,6 +102,11 @@ def check_flags(args: argparse.Namespace, typed: set[str], parser: argparse.Argu
         parser.error("--mode caption needs --images: files, folders, patterns such as 'photos/*.jpg', or - for a list")
     if {"json", "output"} <= typed:
         parser.error("--json has no effect with --output: a FILE that ends in .jsonl has JSON lines")
+    for name in ("beam_size", "length_penalty", "save_attention_viz"):
+        if args.top_p is not None and name in typed:
+            parser.error(f"--{name} has no effect with --top_p, which draws captions at random")
+    if "seed" in typed and args.mode == "caption" and args.top_p is None:
+        parser.error("--seed has no effect with --mode caption without --top_p")
     if "beam_size" in typed and args.num_captions > args.beam_size:
         parser.error(f"--num_captions {args.num_captions} needs a --beam_size of at least as many")
     if args.quiet and args.verbose:

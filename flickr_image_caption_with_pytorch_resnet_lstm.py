@@ -58,6 +58,7 @@ from safe_io import (
     publish_copy,
     read_json,
     require_free_space,
+    run_command,
     write_atomic,
     write_json,
 )
@@ -169,6 +170,8 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("captioning and the page").add_argument
     add("--images", nargs="+", metavar="IMAGE", help="files, folders, patterns; - for a list of them on standard input")
     add("--num_captions", type=count, default=1, help="different captions of each image, best first")
+    add("--top_p", type=number(float, 0, 1, above=True),
+        help="draw them from the likeliest words of this probability together, e.g. 0.9: more varied than the beam's")  # fmt: skip
     add("--json", action="store_true", help="print JSON lines, which say more, instead of path<TAB>caption")
     add("--host", default="127.0.0.1", help="address that the page listens on; 0.0.0.0 lets the whole network in")
     add("--port", type=number(int, 1, 65535), help="and its port (default: the first free one from 7860 on)")
@@ -621,7 +624,10 @@ def start_training(args: argparse.Namespace, typed: set[str], argv: list[str]) -
         log.info(f"Resuming {run.directory} after {run.epoch} epochs and {run.step} steps")
     else:
         steps = len(batches.plan(data.splits["train"], args.batch_size))
-        run.schedule = choose_schedule(args, typed, checkpoint, steps)
+        if args.epochs:
+            run.schedule = choose_schedule(args, typed, checkpoint, steps)
+        elif checkpoint and checkpoint["schedule"]:  # self-critical epochs alone: it is kept for who trains on
+            run.schedule = Schedule.from_state(checkpoint["schedule"])
         run.directory = create_run_directory(args.model_save_dir, vars(args), ENCODERS[args.encoder].family)
         lock = lock_run_directory(run.directory)
         run.flags = {
@@ -836,52 +842,50 @@ def tune_decoding(args: argparse.Namespace, typed: set[str]) -> None:
           f"CIDEr {100 * best['cider']:.2f}. Kept in {path}, which --mode test uses from now on")  # fmt: skip
 
 
+def run(argv: list[str]) -> int:
+    """What the flags ask for; returns the exit code."""
+    args, typed = parse_flags(argv)
+    log.setLevel(logging.WARNING if args.quiet else logging.DEBUG if args.verbose else logging.INFO)
+    if args.mode == "caption":
+        from captioner import caption_images
+
+        return caption_images(args, typed)
+    if args.mode == "serve":
+        from serve import serve_page
+
+        return serve_page(args, typed)
+    if args.predictions is not None:
+        score_predictions(args)
+    elif args.mode == "test":
+        test(args, typed)
+    elif args.mode == "tune":
+        tune_decoding(args, typed)
+    elif args.mode == "export":
+        import export_model
+
+        path = find_checkpoint(args.model_path[0])
+        export_model.export(load_checkpoint(path), path, args.output, args.onnx, args.resnet_weights)
+    else:
+        directory = train(args, typed, argv)
+        if args.dry_run:
+            log.info("\nDry run: testing what was trained")
+            test(parse_flags(["--mode", "test", "--dry_run", "--model_path", str(directory)])[0], set())
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the program; returns the exit code (2 for a user's mistake, 130 or 143 after SIGINT or SIGTERM)."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        args, typed = parse_flags(argv)
-        log.setLevel(logging.WARNING if args.quiet else logging.DEBUG if args.verbose else logging.INFO)
-        if args.mode == "caption":
-            from captioner import caption_images
-
-            return caption_images(args, typed)
-        if args.mode == "serve":
-            from serve import serve_page
-
-            return serve_page(args, typed)
-        if args.predictions is not None:
-            score_predictions(args)
-        elif args.mode == "test":
-            test(args, typed)
-        elif args.mode == "tune":
-            tune_decoding(args, typed)
-        elif args.mode == "export":
-            import export_model
-
-            path = find_checkpoint(args.model_path[0])
-            export_model.export(load_checkpoint(path), path, args.output, args.onnx, args.resnet_weights)
-        else:
-            directory = train(args, typed, argv)
-            if args.dry_run:
-                log.info("\nDry run: testing what was trained")
-                test(parse_flags(["--mode", "test", "--dry_run", "--model_path", str(directory)])[0], set())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Stopped as stopped:
-        print(
-            f"\nStopped. Go on where it stands: {reproducing_command(['--resume', str(stopped.directory)])}",
-            file=sys.stderr,
+        return run_command(
+            lambda: run(argv),
+            "Stopped. What is saved stays: go on with --resume and the run directory named above, or, where none is, "
+            "with the same command.",
         )
+    except Stopped as stopped:
+        command = reproducing_command(["--resume", str(stopped.directory)])
+        print(f"\nStopped. Go on where it stands: {command}", file=sys.stderr)
         return 128 + stopped.signal
-    except KeyboardInterrupt:
-        print(
-            "\nStopped. What is saved stays: go on with --resume and the run directory named above, or, where none "
-            "is, with the same command.", file=sys.stderr,
-        )  # fmt: skip
-        return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +40,22 @@ log.propagate = False  # a library that sets up logging for itself does not prin
 def bars_off() -> bool | None:
     """tqdm's `disable`: with --quiet there are no progress bars, else there are on a terminal."""
     return None if log.isEnabledFor(logging.INFO) else True
+
+
+def run_command(command: Callable[[], int], stopped: str) -> int:
+    """The exit code of a command: its own, 2 after a user's mistake, which is said in one line, or 130 after Ctrl-C.
+
+    Args:
+        stopped: what to say after Ctrl-C.
+    """
+    try:
+        return command()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{stopped}", file=sys.stderr)
+        return 130
 
 
 class UserError(Exception):

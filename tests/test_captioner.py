@@ -292,3 +292,19 @@ def test_mistakes_are_one_line(tiny_runs, photos, capsys):
         assert caption(model, *flags) == 2
         error = capsys.readouterr().err
         assert message in error and "Traceback" not in error
+
+
+def test_drawn_captions_are_varied_and_the_same_for_a_seed(tiny_runs, photos, capsys):
+    run, flags = tiny_runs["attention"], ["--num_captions", "8", "--top_p", "0.99"]
+    lines = []
+    for seed in ("1", "1", "2"):
+        assert caption(run, "--images", "photos/p01.jpg", *flags, "--seed", seed) == 0
+        lines.append(capsys.readouterr().out.splitlines())
+    assert lines[0] == lines[1] != lines[2]
+    assert 1 < len(lines[0]) <= 8 and len(set(lines[0])) == len(lines[0])
+    assert (
+        caption(run, "--images", "photos/p01.jpg", "--top_p", "0.0001") == 0
+    )  # one word is the nucleus: the greedy caption
+    drawn = capsys.readouterr().out
+    assert caption(run, "--images", "photos/p01.jpg", "--beam_size", "1") == 0
+    assert capsys.readouterr().out == drawn

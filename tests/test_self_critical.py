@@ -78,8 +78,20 @@ def test_the_nucleus_keeps_the_likeliest_words():
 def test_samples_end_and_say_so():
     decoder = small(AttentionDecoder, 9)
     drawn = sample(decoder, torch.randn(6, 49, 8), 5, 12)
-    for words, length, ended in zip(*drawn, strict=True):
+    for words, length, ended, _ in zip(*drawn, strict=True):
         assert (words[length:] == EOS).all() and EOS not in words[:length] and ended == (length < 12)
+
+
+def test_samples_know_their_log_probability():
+    decoder, features = small(AttentionDecoder, 9), torch.randn(2, 49, 8)
+    drawn = sample(decoder, features, 2, 12, top_p=0.8)
+    decoder.eval()
+    for row, (words, length, ended, log_probability) in enumerate(zip(*drawn, strict=True)):
+        state, word, total = decoder.begin(features[row // 2 : row // 2 + 1]), torch.tensor([SOS]), 0.0
+        for target in [*words[:length].tolist(), *([EOS] if ended else [])]:
+            (state,), known, _ = next_words([(decoder, features)], [state], word)
+            total, word = total + known[0, target].item(), torch.tensor([target])
+        assert log_probability == pytest.approx(total, abs=1e-4)
 
 
 def test_a_batch_of_samples_is_packed_as_captions_are(data):
