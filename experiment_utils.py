@@ -13,6 +13,7 @@ import csv
 import io
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -229,6 +230,12 @@ def write_training_log(
     write_atomic(directory / "training_log.csv", lambda file: file.write(text.getvalue().encode()))
 
 
+def begun(directory: Path) -> tuple[str, int, str]:
+    """When a run began, to sort by: the second in its name, which copies keep, then its `run_config.json`."""
+    config, second = directory / "run_config.json", re.search(r"\d{8}_\d{6}", directory.name)
+    return second[0] if second else "", config.stat().st_mtime_ns if config.is_file() else 0, directory.name
+
+
 def find_checkpoint(model_path: Path) -> Path:
     """What `--model_path` means: a checkpoint, a run directory, an exported folder, or what the original README writes.
 
@@ -251,7 +258,7 @@ def find_checkpoint(model_path: Path) -> Path:
             f"--model_path {model_path} is not there, and no run below {folder} has a {name}: "
             "give a checkpoint (.pt), a run directory, a folder of runs, or an exported folder"
         )
-    newest = max(runs, key=lambda path: (path.parent.name[-15:], path.stat().st_mtime_ns))
+    newest = max(runs, key=lambda path: begun(path.parent))
     log.info(f"Using {newest} (the newest run below {folder} that has {name})")
     return newest
 

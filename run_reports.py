@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiment_utils import CONFIG_NAMES, DRY_RUN, lock_run_directory, reproducing_command, training_rows
+from experiment_utils import CONFIG_NAMES, DRY_RUN, begun, lock_run_directory, reproducing_command, training_rows
 from metrics_utils import METRIC_NAMES, Difference, ImageScores, corpus_bleu, paired_bootstrap
 from safe_io import UserError, check_tensor_zip, first_line, format_bytes, printable, read_json
 
@@ -136,11 +136,6 @@ def run_directories(folder: Path) -> list[Path]:
     if not found:
         raise UserError(f"no run directory at or below {folder} (a folder with a run_config.json): give one of both")
     return sorted(found, key=begun)
-
-
-def begun(directory: Path) -> tuple[int, str]:
-    """When a run began; runs of the same moment by name."""
-    return (directory / "run_config.json").stat().st_mtime_ns, directory.name
 
 
 def find_run(path: Path) -> Path:

@@ -1,5 +1,6 @@
 """Run names and run directories; runs under pytest and as a script, which shows what it made."""
 
+import os
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -49,6 +50,16 @@ def test_model_path_finds_the_newest_run_that_has_the_file(tmp_path):
     assert found.parent.name.endswith("20241203_000000")
     with pytest.raises(UserError, match="best.pt"):
         find_checkpoint(tmp_path / "flickr8k")
+
+
+def test_of_two_runs_of_one_second_the_later_is_the_newest_whatever_its_checkpoints_are(tmp_path):
+    made = [create_run_directory(tmp_path, FLAGS | {"epochs": epochs}, "resnet", NOW) for epochs in (2, 1, 2)]
+    for second, directory in enumerate(made):
+        write_run_config(directory, FLAGS, "python x")
+        os.utime(directory / "run_config.json", ns=(second, second))
+    for directory in made:  # a best.pt carried over from the run before is the same file
+        (directory / "best.pt").touch() if directory == made[0] else os.link(made[0] / "best.pt", directory / "best.pt")
+    assert find_checkpoint(tmp_path) == made[2] / "best.pt"
 
 
 if __name__ == "__main__":
