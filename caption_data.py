@@ -701,9 +701,13 @@ class BatchMaker:
             counts += torch.bincount(self.make(captions).targets, minlength=self.words)
         return counts
 
+    def owner(self, captions: np.ndarray) -> np.ndarray:
+        """The image, int64 (R,), of each of these captions (R,)."""
+        return np.searchsorted(self.first_caption, captions, side="right") - 1
+
     def make(self, captions: np.ndarray) -> Batch:
         """Pack the given captions (numbers) with their images."""
-        owner = np.searchsorted(self.first_caption, captions, side="right") - 1
+        owner = self.owner(captions)
         # The words are looked up by `lookup` once they are few.
         return pack_captions(self.tokens, self.starts[captions], self.lengths[captions], owner, self.lookup)[0]
 

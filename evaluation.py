@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 import attention_visualization
+import distributed
 import plots
 from caption_data import CaptionSet, UnreadableImage, Vocabulary, captions_of, open_image, tokenize
 from caption_models import Hypothesis, LSTMDecoder, beam_search
@@ -56,7 +57,7 @@ class Task:
 def caption(
     task: Task, images: np.ndarray, beam: int, attention: bool = False, length_penalty: float | None = None
 ) -> list[Hypothesis]:
-    """The best caption of each image, decoded freely, many images at a time.
+    """The best caption of each image, decoded freely, many images at a time; of several processes each takes its share.
 
     Args:
         images: positions (n,) in the caption set.
@@ -65,12 +66,13 @@ def caption(
     penalty = task.args.length_penalty if length_penalty is None else length_penalty
     best: list[Hypothesis] = []
     chunk = max(1, 384 // (beam * len(task.members)))
-    for start in tqdm(range(0, len(images), chunk), "Captioning", unit="batch", disable=bars_off(), leave=False):
-        part = images[start : start + chunk]
+    mine = distributed.share(images)
+    for start in tqdm(range(0, len(mine), chunk), "Captioning", unit="batch", disable=bars_off(), leave=False):
+        part = mine[start : start + chunk]
         seen = [(decoder, features.gather(part).to(task.device)) for decoder, features in task.members]
         found = beam_search(seen, beam, task.args.max_length, penalty, attention)
         best += [hypotheses[0] for hypotheses in found]
-    return best
+    return distributed.gather(best)
 
 
 def captions_of_images(task: Task, images: np.ndarray, beam: int, length_penalty: float | None = None) -> list[str]:
@@ -92,6 +94,8 @@ def save_attention_pictures(task: Task, chosen: np.ndarray, directory: Path) -> 
     args, data = task.args, task.data
     chosen = chosen[~np.isin(chosen, [image for _, features in task.members for image in features.unreadable])]
     hypotheses = caption(task, chosen, args.beam_size, attention=True)
+    if not distributed.is_first():
+        return
     for n, (image, found) in enumerate(zip(chosen, hypotheses, strict=True), 1):
         words, name = task.vocabulary.decode(found.ids), data.names[image]
         if not words or found.attention is None:
@@ -266,7 +270,8 @@ def tune(task: Task) -> dict[str, Any]:
     for beam in BEAMS:
         line = f"{beam:>6}"
         for penalty in LENGTH_PENALTIES if beam > 1 else LENGTH_PENALTIES[:1]:  # greedy decoding compares no lengths
-            cider = float(cider_of_each(captions_of_images(task, images, beam, penalty), references).mean())
+            captions = captions_of_images(task, images, beam, penalty)
+            cider = distributed.from_first(lambda: float(cider_of_each(captions, references).mean()))  # noqa: B023
             found.append((cider, beam, penalty))
             line += f"{100 * cider:8.2f}"
         print(line, flush=True)

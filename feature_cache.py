@@ -6,8 +6,9 @@ One folder per encoder, weights and transform, in it one per image directory:
         grid.000.f16, grid.001.f16, ...   float16 rows (49, C), ROWS_PER_FILE to a file
         grid.jsonl                        a line per row: whose features, of which version of the file, checksum
         mean.000.f16, mean.jsonl          the grids' means (C,), which is all the `lstm` decoder wants
+        grid-p1.000.f16, grid-p1.jsonl    another part: of several processes each writes its own
 
-Rows are appended and synced to the disk before the index names them: whatever interrupts an encoding pass
+Parts are dealt out to the folders that `--feature_cache` names, so that they can lie on several disks. Rows are appended and synced to the disk before the index names them: whatever interrupts an encoding pass
 costs the images of one flush. A changed image is encoded again; a damaged row is found by its checksum.
 """
 
@@ -16,18 +17,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import zlib
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from filelock import AcquireReturnProxy, FileLock, Timeout
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+import distributed
 from caption_data import UnreadableImage, load_pixels
 from caption_models import ENCODE_BATCH, Encoder, EncoderSpec
 from safe_io import UserError, bars_off, log, make_directory, require_free_space
@@ -35,6 +40,7 @@ from safe_io import UserError, bars_off, log, make_directory, require_free_space
 ROWS_PER_FILE = 4096  # half a gigabyte of EfficientNet-Lite0 grids
 BATCHES_AHEAD = 3
 INDEX_LINE = 4096  # bytes; a file name has 255 at most, which JSON writes in six times as many
+SHARED_CACHE = "processes on several machines need a --feature_cache on a disk that they share"
 FLUSH_IMAGES = 512  # images between two syncs: a dozen seconds of work on two cores
 
 
@@ -66,12 +72,13 @@ class Entry(NamedTuple):
 
 
 class FeatureFile:
-    """Append-only rows of one kind ('grid' or 'mean') with their index."""
+    """Append-only rows of one kind ('grid' or 'mean') with their index: one part of a `FeatureStore`."""
 
-    def __init__(self, directory: Path, kind: str, row_shape: tuple[int, ...]):
+    def __init__(self, directory: Path, kind: str, row_shape: tuple[int, ...], part: int = 0):
         self.directory, self.kind, self.row_shape = directory, kind, row_shape
+        self.stem = f"{kind}-p{part}" if part else kind
         self.row_bytes = 2 * int(np.prod(row_shape))
-        self.index_path = directory / f"{kind}.jsonl"
+        self.index_path = directory / f"{self.stem}.jsonl"
         self.entries: dict[str, Entry] = {}  # by image name
         self.rows = 0  # rows named by the index, whether or not a later version replaced them
         self.index_bytes = 0  # length of the index up to its last whole line
@@ -107,7 +114,7 @@ class FeatureFile:
         return rows
 
     def file(self, number: int) -> Path:
-        return self.directory / f"{self.kind}.{number:03d}.f16"
+        return self.directory / f"{self.stem}.{number:03d}.f16"
 
     def holds(self, path: Path) -> bool:
         """Whether the features of this very version of an image are here; its bytes are read if the time differs."""
@@ -179,18 +186,65 @@ def write_synced(path: Path, position: int, data: bytes | memoryview) -> None:
         ) from error
 
 
+class FeatureStore:
+    """All rows of one kind, in as many parts as processes and disks have made of them."""
+
+    def __init__(self, directories: Sequence[Path], kind: str, row_shape: tuple[int, ...]):
+        """Args: directories: one per disk; part n lies in directory n modulo their number."""
+        self.directories, self.kind, self.row_shape = directories, kind, row_shape
+        found = {(directory, path.name) for directory in directories for path in directory.glob(f"{kind}*.jsonl")}
+        numbers = {(place, int(match[1] or 0)) for place, name in found if (match := PART_NAME.fullmatch(name))}
+        # Where the folders were named otherwise before, a part lies where it lies.
+        self.parts = [FeatureFile(place, kind, row_shape, number) for place, number in sorted(numbers)]
+
+    @property
+    def row_bytes(self) -> int:
+        return 2 * int(np.prod(self.row_shape))
+
+    def part(self, number: int) -> FeatureFile:
+        """The part that is written under this number."""
+        place = self.directories[number % len(self.directories)]
+        made = FeatureFile(place, self.kind, self.row_shape, number)
+        return next((part for part in self.parts if part.index_path == made.index_path), made)
+
+    def find(self, path: Path) -> FeatureFile | None:
+        """The part that holds the features of this very version of an image."""
+        return next((part for part in self.parts if part.holds(path)), None)
+
+    def note_times(self, paths: Sequence[Path]) -> None:
+        """See `FeatureFile.note_times`; of all these images some part holds the features."""
+        for part in self.parts:
+            part.note_times([path for path in paths if path.name in part.entries and part.holds(path)])
+
+
+# grid.jsonl, mean-p3.jsonl
+PART_NAME = re.compile(r"(?:grid|mean)(?:-p([1-9]\d{0,5}))?\.jsonl")
+
+
 class CachedFeatures:
     """Features read from the store by image position. Implements `Features`."""
 
-    def __init__(self, file: FeatureFile, paths: Sequence[Path], unreadable: dict[int, str]):
-        self.file, self.paths, self.unreadable = file, paths, unreadable
-        nothing = Entry(-1, -1, -1, 0, 0)
-        entries = [file.entries.get(path.name, nothing) for path in paths]
-        self.rows = np.array([entry.row for entry in entries], dtype=np.int64)
-        self.checksums = np.array([entry.checksum for entry in entries], dtype=np.int64)
-        file.entries.clear()  # half a kilobyte an image, and not needed any more
-        self.verified = np.zeros(len(entries), dtype=bool)
-        self.maps = file.maps()
+    def __init__(
+        self, store: FeatureStore, paths: Sequence[Path], unreadable: dict[int, str], holders: dict[int, FeatureFile]
+    ):
+        """Args: holders: which part of the store has an image, for every image that will be asked for."""
+        self.store, self.paths, self.unreadable = store, paths, unreadable
+        self.rows = np.full(len(paths), -1, dtype=np.int64)  # as if all parts' files were one
+        self.checksums = np.zeros(len(paths), dtype=np.int64)
+        self.maps: list[np.ndarray] = []
+        self.first_map = []  # of each part
+        first_row = {}
+        for part in store.parts:
+            first_row[part.stem, part.directory] = len(self.maps) * ROWS_PER_FILE
+            self.first_map.append(len(self.maps))
+            self.maps += part.maps()
+        for image, part in holders.items():
+            entry = part.entries[paths[image].name]
+            self.rows[image] = first_row[part.stem, part.directory] + entry.row
+            self.checksums[image] = entry.checksum
+        for part in store.parts:
+            part.entries.clear()  # half a kilobyte an image, and not needed any more
+        self.verified = np.zeros(len(paths), dtype=bool)
 
     def gather(self, images: np.ndarray) -> torch.Tensor:
         """See `Features.gather`; each row's checksum is compared the first time it is used.
@@ -198,15 +252,16 @@ class CachedFeatures:
         Raises:
             UserError: a row was damaged since it was written.
         """
-        out = np.empty((len(images), *self.file.row_shape), dtype=np.float16)
+        out = np.empty((len(images), *self.store.row_shape), dtype=np.float16)
         for place, image in enumerate(images):
             number, offset = divmod(int(self.rows[image]), ROWS_PER_FILE)
             out[place] = self.maps[number][offset]
             if not self.verified[image]:
                 if zlib.crc32(out[place].data) != self.checksums[image]:
-                    self.file.forget(self.paths[image].name)
+                    part = self.store.parts[bisect_right(self.first_map, number) - 1]
+                    part.forget(self.paths[image].name)
                     raise UserError(
-                        f"the cached features of {self.paths[image].name} in {self.file.directory} are damaged "
+                        f"the cached features of {self.paths[image].name} in {part.directory} are damaged "
                         "(checksum differs): run the same command again, and that image is encoded anew"
                     )
                 self.verified[image] = True
@@ -220,7 +275,7 @@ class DeviceFeatures:
         self.unreadable = cached.unreadable
         self.place = np.full(len(cached.paths), -1, dtype=np.int64)
         self.place[images] = np.arange(len(images))
-        self.rows = torch.empty(len(images), *cached.file.row_shape, dtype=torch.float16, device=device)
+        self.rows = torch.empty(len(images), *cached.store.row_shape, dtype=torch.float16, device=device)
         for start in range(0, len(images), ENCODE_BATCH):
             self.rows[start : start + ENCODE_BATCH] = cached.gather(images[start : start + ENCODE_BATCH]).to(device)
 
@@ -228,11 +283,10 @@ class DeviceFeatures:
         return self.rows[torch.from_numpy(self.place[images]).to(self.rows.device)].float()
 
 
-def gather_any_view(views: Sequence[Features], images: np.ndarray, random: np.random.Generator) -> torch.Tensor:
-    """Features of the images, each in a view drawn at random: float (I, 49, C) or (I, C)."""
+def gather_views(views: Sequence[Features], images: np.ndarray, drawn: np.ndarray) -> torch.Tensor:
+    """Features of the images, of each in the view of this number: float (I, 49, C) or (I, C)."""
     if len(views) == 1:
         return views[0].gather(images)
-    drawn = random.integers(len(views), size=len(images))
     order = np.argsort(drawn, kind="stable")
     parts = [views[v].gather(images[drawn == v]) for v in np.unique(drawn)]
     return torch.cat(parts)[torch.from_numpy(np.argsort(order)).to(parts[0].device)]
@@ -253,12 +307,9 @@ class LiveFeatures:
         self.encode = encoder.fast_form(device)
         self.paths, self.size, self.means, self.view = paths, encoder.spec.image_size, means, view
         self.pool = ThreadPoolExecutor(workers)
-        self.unreadable = {}
-        for image, problem in zip(
-            needed.tolist(), self.pool.map(self.problem_of, [paths[i] for i in needed]), strict=True
-        ):
-            if problem:
-                self.unreadable[image] = problem
+        problems = list(self.pool.map(self.problem_of, [paths[i] for i in distributed.share(needed)]))
+        found = zip(needed.tolist(), distributed.gather(problems), strict=True)
+        self.unreadable = {image: problem for image, problem in found if problem}
 
     def problem_of(self, path: Path) -> str | None:
         try:
@@ -273,12 +324,18 @@ class LiveFeatures:
         return grid.mean(1) if self.means else grid
 
 
+def cache_folders(text: str) -> list[Path]:
+    """The folders of a `--feature_cache`: one, or several with the system's `os.pathsep` between; none for `off`."""
+    return [] if text == "off" else [Path(part) for part in text.split(os.pathsep) if part]
+
+
 def open_features(
-    cache: Path | None,
+    caches: Sequence[Path],
     spec: EncoderSpec,
     weights_hash: str,
     build_encoder: Callable[[], Encoder],
     paths: Sequence[Path],
+    folder: Path,
     needed: np.ndarray,
     device: torch.device,
     means: bool,
@@ -290,9 +347,10 @@ def open_features(
     """Features of images, encoding those that the cache lacks.
 
     Args:
-        cache: the cache's directory, or None for no cache.
+        caches: the cache's directories, one per disk, or none for no cache.
         build_encoder: called only when something has to be encoded.
-        paths: of all images of the caption set, which lie in one directory.
+        paths: of all images of the caption set; no two have the same name.
+        folder: the directory under which they all lie.
         needed: positions of the images that are wanted; the others are left alone.
         means: the mean over the 49 regions (the `lstm` decoder) rather than the regions.
         workers: threads that decode images while the encoder runs.
@@ -300,39 +358,81 @@ def open_features(
         keep_on_device: auto, on or off: a copy of the features in the memory of a GPU.
         view: one of `caption_data.VIEWS`.
 
+    Of several processes each encodes its share of the images.
+
     Raises:
         UserError: too many images cannot be read, the disk is too small, or the cache cannot be written.
     """
-    if cache is None:
+    if not caches:
         live = LiveFeatures(build_encoder(), device, paths, needed, means, workers, view)
         check_unreadable(live.unreadable, len(needed))
         return live
-    folder = paths[0].parent.resolve()
-    identity = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
+    folder = folder.resolve()
     transform = f"squash{spec.image_size}" + ("" if view == "whole" else f"-{view}")
-    directory = cache / f"{spec.name}-{weights_hash[:8]}-{transform}" / f"{folder.name}-{identity}"
-    make_directory(directory, "the feature cache; --feature_cache DIR chooses another place, off does without")
-    with waiting_lock(directory):
-        grid = FeatureFile(directory, "grid", (spec.regions, spec.channels))
-        mean = FeatureFile(directory, "mean", (spec.channels,))
-        wanted = mean if means else grid
-        held = [wanted.holds(paths[i]) for i in needed]
-        wanted.note_times([paths[i] for i, known in zip(needed, held, strict=True) if known])
-        todo = [int(i) for i, known in zip(needed, held, strict=True) if not known]
-        if means and todo:
-            todo = derive_means(grid, mean, paths, todo)
-        unreadable: dict[int, str] = {}
-        if todo:
-            require_free_space(directory, len(todo) * (wanted.row_bytes + 128), "encoding the images")
-            worth_it = spec.compile_from is not None and len(todo) >= spec.compile_from
-            compiled = compile_encoder == "on" or (compile_encoder == "auto" and worth_it)
-            unreadable = encode_images(build_encoder(), device, wanted, paths, todo, workers, compiled, view)
+    identity = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
+    place = Path(f"{spec.name}-{weights_hash[:8]}-{transform}") / f"{folder.name}-{identity}"
+    directories = [cache / place for cache in caches]
+    purpose = "the feature cache; --feature_cache DIR chooses another place, off does without"
+
+    def read(means: bool = means) -> FeatureStore:
+        return FeatureStore(
+            directories, *(("mean", (spec.channels,)) if means else ("grid", (spec.regions, spec.channels)))
+        )
+
+    def look() -> tuple[FeatureStore, dict[int, FeatureFile]]:
+        store = read()
+        return store, {int(i): part for i in needed if (part := store.find(paths[i])) is not None}
+
+    def prepare() -> list[int]:
+        """What nobody has encoded yet; the first process finds out for all, since it also mends the indexes."""
+        for directory in directories:
+            make_directory(directory, purpose)
+        store, holders = look()
+        store.note_times([paths[i] for i in holders])
+        return [int(i) for i in needed if int(i) not in holders]
+
+    unreadable: dict[int, str] = {}
+    with waiting_lock(directories[0]):
+        todo = distributed.from_first(prepare)
+        unseen = [directory for directory in directories if not directory.is_dir()]
+        if unseen:
+            raise UserError(f"rank {distributed.rank()} does not see {unseen[0]}, which rank 0 made: {SHARED_CACHE}")
+        store = read()
+        worth_it = spec.compile_from is not None and len(todo) >= spec.compile_from
+        compiled = compile_encoder == "on" or (compile_encoder == "auto" and worth_it)
+        numbers = range(-(-len(caches) // distributed.size()) * distributed.size())  # of the parts: all disks take part
+        for number, mine in zip(
+            distributed.share(numbers),
+            split_evenly(distributed.share(todo), len(numbers) // distributed.size()),
+            strict=True,
+        ):
+            file = store.part(number)
+            if means and mine:
+                mine = derive_means(read(means=False), file, paths, mine)
+            if mine:
+                require_free_space(file.directory, len(mine) * (file.row_bytes + 128), "encoding the images")
+                unreadable |= encode_images(build_encoder(), device, file, paths, mine, workers, compiled, view)
+        distributed.wait_for_all()
+    for theirs in distributed.everybodys(unreadable):
+        unreadable |= theirs
     check_unreadable(unreadable, len(needed))
-    cached = CachedFeatures(wanted, paths, unreadable)
-    good = np.array([image for image in needed if image not in unreadable], dtype=np.int64)
-    if keep_on_device == "on" or (keep_on_device == "auto" and fits_on(device, len(good) * wanted.row_bytes)):
+    store, holders = look()
+    missing = [i for i in needed.tolist() if i not in holders and i not in unreadable]
+    if missing:
+        raise UserError(
+            f"rank {distributed.rank()} does not see the features of {paths[missing[0]].name} in {directories[0]}, which "
+            f"another process encoded (or the image changed meanwhile): {SHARED_CACHE}"
+        )
+    cached = CachedFeatures(store, paths, unreadable, holders)
+    good = np.array(list(holders), dtype=np.int64)
+    if keep_on_device == "on" or (keep_on_device == "auto" and fits_on(device, len(good) * store.row_bytes)):
         return DeviceFeatures(cached, good, device)
     return cached
+
+
+def split_evenly(items: list[int], parts: int) -> list[list[int]]:
+    """The items in their order, in so many runs of about the same length."""
+    return [[int(item) for item in run] for run in np.array_split(np.array(items, dtype=np.int64), parts)]
 
 
 def version_of(path: Path) -> Version:
@@ -340,8 +440,14 @@ def version_of(path: Path) -> Version:
     return Version(stat.st_size, stat.st_mtime_ns, zlib.crc32(path.read_bytes()))
 
 
-def waiting_lock(directory: Path) -> AcquireReturnProxy:
-    """Hold the store, until the `with` ends; where another process is encoding into it, say so and wait."""
+def waiting_lock(directory: Path) -> AbstractContextManager[Any]:
+    """Hold the store, until the `with` ends; where another run is encoding into it, say so and wait.
+
+    Of several processes of one run the first holds it for all.
+    """
+    if not distributed.is_first():
+        return nullcontext()
+    directory.mkdir(parents=True, exist_ok=True)
     lock = FileLock(directory / "lock")
     try:
         return lock.acquire(timeout=0.1)
@@ -350,17 +456,19 @@ def waiting_lock(directory: Path) -> AcquireReturnProxy:
         return lock.acquire()
 
 
-def derive_means(grid: FeatureFile, mean: FeatureFile, paths: Sequence[Path], todo: list[int]) -> list[int]:
+def derive_means(grids: FeatureStore, mean: FeatureFile, paths: Sequence[Path], todo: list[int]) -> list[int]:
     """Fill means from grids that are already there; returns the images that still need the encoder."""
-    have = [i for i in todo if grid.holds(paths[i])]
-    maps = grid.maps()
-    for start in range(0, len(have), FLUSH_IMAGES):
-        entries = [grid.entries[paths[i].name] for i in have[start : start + FLUSH_IMAGES]]
-        places = [divmod(entry.row, ROWS_PER_FILE) for entry in entries]
-        rows = np.stack([maps[number][offset] for number, offset in places])  # (n, 49, C)
-        versions = [Version(*entry[1:4]) for entry in entries]
-        mean.append([paths[i].name for i in have[start : start + FLUSH_IMAGES]], versions, mean_of(rows))
-    done = set(have)
+    done: set[int] = set()
+    for grid in grids.parts:
+        have = [i for i in todo if i not in done and grid.holds(paths[i])]
+        maps = grid.maps()
+        for start in range(0, len(have), FLUSH_IMAGES):
+            entries = [grid.entries[paths[i].name] for i in have[start : start + FLUSH_IMAGES]]
+            places = [divmod(entry.row, ROWS_PER_FILE) for entry in entries]
+            rows = np.stack([maps[number][offset] for number, offset in places])  # (n, 49, C)
+            versions = [Version(*entry[1:4]) for entry in entries]
+            mean.append([paths[i].name for i in have[start : start + FLUSH_IMAGES]], versions, mean_of(rows))
+        done.update(have)
     return [i for i in todo if i not in done]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from typing import Any
 
 SCHEDULERS = ("reduce_lr_on_plateau", "step", "cosine", "exponential", "one_cycle")
@@ -69,6 +70,10 @@ def check_flags(args: argparse.Namespace, typed: set[str], parser: argparse.Argu
             parser.error(f"--{name} has no effect with --mode {args.mode}, only with {' or '.join(modes)}")
         if args.mode in ALLOWED and name not in ALLOWED[args.mode] and name not in MODES_OF:
             parser.error(f"--{name} has no effect with --mode {args.mode}")
+    alone = args.mode in (*ALLOWED, "export") or args.predictions is not None
+    if alone and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        what = "--predictions" if args.predictions is not None else f"--mode {args.mode}"
+        parser.error(f"{what} runs in one process: start it with python rather than torchrun")
     from_checkpoint = args.model_path is not None
     idle = [name for name in SCHEDULER_FLAGS if name in typed and not args.use_scheduler]
     if idle and not from_checkpoint:

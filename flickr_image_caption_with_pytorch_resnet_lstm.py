@@ -27,6 +27,7 @@ import dataclasses
 import logging
 import math
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -223,7 +224,8 @@ def parse_flags(argv: list[str]) -> tuple[argparse.Namespace, set[str]]:
     return args, typed
 
 
-if __name__ == "__main__":  # --help and a mistyped flag are answered before torch's seconds of importing
+# --help and a mistyped flag are answered before torch's seconds of importing, under torchrun by a machine's first process.
+if __name__ == "__main__" and os.environ.get("LOCAL_RANK", "0") == "0":
     try:
         parse_flags(sys.argv[1:])
     except UserError as problem:
@@ -234,11 +236,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import distributed
 import plots
 import pointing_game
 from caption_data import (
     VIEW_SETS,
-    Batch,
     BatchMaker,
     CaptionSet,
     Vocabulary,
@@ -276,10 +278,11 @@ from evaluation import (
     score_test,
     tune,
 )
-from feature_cache import Features, gather_any_view, open_features
+from feature_cache import Features, cache_folders, open_features
 from html_report import write_report
 from metrics_utils import score_captions
 from self_critical import SelfCritic
+from training_step import StepLoss, shared_out, take_share, validation_loss
 from training_utils import (
     Precision,
     Schedule,
@@ -301,7 +304,7 @@ class Training(Task):
     decoder: LSTMDecoder
     views: list[Features]  # of the images
     batches: BatchMaker
-    critic: SelfCritic | None  # for self-critical training
+    step_loss: torch.nn.Module  # a StepLoss, of several processes with their gradients meaned
     optimizer: torch.optim.Optimizer
     precision: Precision
     schedule: Schedule | None
@@ -311,7 +314,7 @@ class Training(Task):
     first_epoch: int  # epochs that were trained before this run
     epoch: int  # finished epochs
     step: int  # finished steps of the epoch in hand
-    loss_sum: torch.Tensor  # over the tokens of these steps, on the device, float64 where it has that
+    loss_sum: torch.Tensor  # over this process's tokens of these steps, on the device, float64 where it has that
     reward_sum: float  # of self-critical training: the samples' mean CIDEr-D, summed over steps
     tokens: int
     curve: dict[str, list[Any]]
@@ -321,7 +324,10 @@ class Training(Task):
     clock: Stopwatch = dataclasses.field(default_factory=Stopwatch)
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint: whoever has it can go on from this very step, or caption."""
+        """Write a checkpoint: whoever has it can go on from this very step, or caption. All processes come here."""
+        (loss_sum,) = distributed.total(float(self.loss_sum))
+        if not distributed.is_first():
+            return
         save_checkpoint(
             path,
             {
@@ -330,7 +336,7 @@ class Training(Task):
                 "optimizer": self.optimizer.state_dict(), "scaler": self.precision.scaler.state_dict(),
                 "schedule": self.schedule.state() if self.schedule else None,
                 "vocabulary": self.vocabulary.words, "flags": self.flags, "split": saved_split_of(self.data),
-                "progress": {"first_epoch": self.first_epoch, "step": self.step, "loss_sum": float(self.loss_sum),
+                "progress": {"first_epoch": self.first_epoch, "step": self.step, "loss_sum": loss_sum,
                              "reward_sum": self.reward_sum, "tokens": self.tokens},
                 "decoding": None,
                 "loss_curve": self.curve, "metrics_history": self.history, "best": self.best,
@@ -379,7 +385,8 @@ def apply_checkpoint(args: argparse.Namespace, typed: set[str], checkpoint: dict
         raise UserError(f"--save_attention_viz has no effect: {path} is an lstm decoder, which has no attention")
     follow = ["data_dir", "image_dir", "captions_file", "resnet_weights", "seed"]
     # A stranger's checkpoint makes no cache elsewhere: only what is one already is used.
-    if saved["feature_cache"] == "off" or any(Path(saved["feature_cache"]).glob(f"{args.encoder}-*")):
+    caches = cache_folders(saved["feature_cache"])
+    if not caches or any(any(cache.glob(f"{args.encoder}-*")) for cache in caches):
         follow.append("feature_cache")
     follow.append("views")
     if checkpoint["decoding"] and not typed & {"beam_size", "length_penalty"}:
@@ -409,7 +416,7 @@ def build_data(args: argparse.Namespace, saved_split: dict[str, Any] | None) -> 
     data_dir = args.data_dir
     if data_dir is None and not (args.image_dir and args.captions_file):
         data_dir = Path("data") / args.dataset_type
-    cache = None if args.feature_cache == "off" else Path(args.feature_cache)
+    cache = next(iter(cache_folders(args.feature_cache)), None)
     data = load_caption_set(data_dir, args.image_dir, args.captions_file, args.seed, saved_split, cache)
     if args.dry_run:
         data.splits = {split: images[:n] for (split, images), n in zip(data.splits.items(), (8, 4, 4), strict=True)}
@@ -430,14 +437,14 @@ def build_features(
         UserError: the weights are not those that a checkpoint was trained with.
     """
     weights, digest = find_weights(args.encoder, args.resnet_weights, weights_hash)
-    cores = os.cpu_count() or 1
+    cores = distributed.local_cores()
     workers = min(args.num_workers or 1, cores)
     if args.num_workers > cores:
         log.info(f"Image decoding threads: {workers} (--num_workers {args.num_workers}, capped at the cores)")
     views = [
         open_features(
-            None if args.feature_cache == "off" else Path(args.feature_cache), ENCODERS[args.encoder], digest,
-            lambda: build_encoder(args.encoder, weights), data.paths(), needed, pick_device(args.device),
+            cache_folders(args.feature_cache), ENCODERS[args.encoder], digest,
+            lambda: build_encoder(args.encoder, weights), data.paths(), data.image_dir, needed, pick_device(args.device),
             args.decoder == "lstm", workers, args.compile, args.features_on_device, view,
         )
         for view in VIEW_SETS[args.views]
@@ -462,7 +469,8 @@ def train_one_epoch(run: Training, stop: StopRequest) -> float:
         Stopped: a signal asked for it; `last.pt` is written.
         UserError: too many batches gave a loss or gradient that is not a finite number.
     """
-    args, decoder, device = run.args, run.decoder.train(), run.device
+    args, device = run.args, run.device
+    run.decoder.train()
     order = np.random.default_rng([args.seed, run.epoch]).permutation(run.data.splits["train"])
     plan = run.batches.plan(order, args.batch_size)
     saved = time.monotonic()
@@ -473,56 +481,36 @@ def train_one_epoch(run: Training, stop: StopRequest) -> float:
         seed_step(args.seed, run.epoch, run.step)
         for group in run.optimizer.param_groups:
             group["lr"] = run.rate()
-        batch = run.batches.make(captions)
+        share = take_share(run.batches, captions, len(run.views), [args.seed, run.epoch, run.step])
         run.clock.lap("making batches")
-        drawing = np.random.default_rng([args.seed, run.epoch, run.step])
-        features = gather_any_view(run.views, batch.images, drawing).to(
-            device, non_blocking=True
-        )  # (I, 49, C) or (I, C)
-        run.clock.lap("gathering features")
-        loss = torch.zeros((), device=device)
-        if run.self_critical and run.critic is not None:
-            loss, reward = run.critic.loss(decoder, features, batch.images, run.precision.autocast())
-            run.reward_sum += reward
-        weight = args.scst_ce_weight if run.self_critical else 1.0
-        if weight:
-            loss = loss + weight * cross_entropy(decoder, features, batch.to(device), run)
-        token_loss = loss.detach().to(run.loss_sum.dtype) * len(batch.targets)
+        loss, part, reward = run.step_loss(share, run.views, device, run.self_critical)
+        run.clock.lap("features and forward")
+        token_loss = part.to(run.loss_sum.dtype) * share.tokens
         norm = run.precision.step(loss, run.optimizer, args.grad_clip)
         finite = token_loss.isfinite() & (norm.isfinite() | run.precision.scaler.is_enabled())  # fp16 may overflow
         fine.append(finite)
         run.loss_sum += torch.where(finite, token_loss, 0.0)
-        run.tokens += len(batch.targets)
+        run.reward_sum += reward
+        run.tokens += share.tokens
         run.step += 1
         bar.update()
-        due = stop.signal is not None or time.monotonic() - saved > 60 * args.checkpoint_minutes
-        if device.type == "cpu" or len(fine) == 100 or run.step == len(plan) or due:
+        asked, due = float(stop.signal or 0), time.monotonic() - saved > 60 * args.checkpoint_minutes
+        alone = distributed.size() == 1  # several processes look, and act on what they see, together
+        if device.type == "cpu" or len(fine) == 100 or run.step == len(plan) or (alone and (asked or due)):
+            asked, due, *wrong = distributed.largest(asked, due, *(~torch.stack(fine)).tolist())
             looked_at = range(run.step - len(fine), run.step)
-            for number in (n for n, good in zip(looked_at, torch.stack(fine).tolist(), strict=True) if not good):
+            for number in (n for n, failed in zip(looked_at, wrong, strict=True) if failed):
                 bad += 1
                 report_bad_batch(run, number, plan[number], bad)
             fine.clear()
-        if due:
-            run.save(run.directory / "last.pt")
-            saved = time.monotonic()
-        run.clock.lap("steps")
-        if stop.signal:
-            raise Stopped(stop.signal, run.directory)
-    return float(run.loss_sum) / max(1, run.tokens)
-
-
-def cross_entropy(decoder: LSTMDecoder, features: torch.Tensor, batch: Batch, run: Training) -> torch.Tensor:
-    """The loss per token of people's captions, with what the flags add to it."""
-    args = run.args
-    with run.precision.autocast():
-        output = decoder(features, batch)
-        loss = decoder.cross_entropy(output.code, batch.targets, args.label_smoothing) / len(batch.targets)
-        if args.attention_reg and output.attention is not None:
-            # Doubly stochastic attention (Xu et al., 2015, section 4.2.1): every region is looked at once in all.
-            looked = output.attention.new_zeros(len(batch.row_image), output.attention.shape[1])
-            looked = looked.index_add(0, batch.token_row, output.attention)  # (R, 49)
-            loss = loss + args.attention_reg * ((1 - looked) ** 2).mean()
-    return loss
+            if asked or due:
+                run.save(run.directory / "last.pt")
+                saved = time.monotonic()
+            if asked:
+                raise Stopped(signal.Signals(int(asked)), run.directory)
+        run.clock.lap("backward and update")
+    (loss_sum,) = distributed.total(float(run.loss_sum))
+    return loss_sum / max(1, run.tokens)
 
 
 def report_bad_batch(run: Training, number: int, captions: np.ndarray, bad: int) -> None:
@@ -544,25 +532,12 @@ def report_bad_batch(run: Training, number: int, captions: np.ndarray, bad: int)
     log.warning(f"\nSkipped {where}: its loss or gradient is not a finite number ({bad} of at most {MAX_BAD_BATCHES})")
 
 
-@torch.inference_mode()
-def validation_loss(run: Training) -> float:
-    """Plain cross-entropy per token, whatever the training loss adds."""
-    decoder = run.decoder.eval()
-    total, tokens = 0.0, 0
-    for captions in run.batches.plan(run.data.splits["val"], max(run.args.batch_size, 64)):
-        batch = run.batches.make(captions)
-        output = decoder(run.views[0].gather(batch.images).to(run.device), batch.to(run.device))
-        total += float(decoder.cross_entropy(output.code, batch.targets.to(run.device)))
-        tokens += len(batch.targets)
-    return total / tokens
-
-
 def start_training(args: argparse.Namespace, typed: set[str], argv: list[str]) -> Training:
     """Build everything, from nothing, from `--model_path` (a new run) or from `--resume` (the same run)."""
     checkpoint, path = None, None
     if args.resume is not None:
         path = args.resume / "last.pt"
-        lock = lock_run_directory(args.resume)
+        lock = lock_run_directory(args.resume) if distributed.is_first() else None
         if not path.is_file():
             command = read_json(args.resume / "run_config.json").get("command", "its command")
             raise UserError(f"{path} is not there: nothing of this run was saved yet. Start it again: {command}")
@@ -580,6 +555,7 @@ def start_training(args: argparse.Namespace, typed: set[str], argv: list[str]) -
     precision = Precision(args.precision, device)
     args.precision = precision.name
     log.info(f"Device: {device}, matrix products of training in {precision.name}")
+    distributed.agree_on_flags(vars(args))
     data = build_data(args, checkpoint["split"] if checkpoint else None)
     needed = np.unique(np.concatenate([*data.splits.values(), images_to_draw(args, data, data.splits["test"])]))
     views, weights_hash = build_features(
@@ -593,14 +569,16 @@ def start_training(args: argparse.Namespace, typed: set[str], argv: list[str]) -
     else:
         decoder.set_word_frequencies(batches.word_counts(data.splits["train"]))
     decoder.to(device)
+    distributed.agree_on_data(data, vocabulary, weights_hash, checkpoint)
     optimizer = torch.optim.AdamW(
         decoder.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
     )
     parameters = sum(parameter.numel() for parameter in decoder.parameters())
     log.info(f"Vocabulary: {len(vocabulary)} words. Decoder: {args.decoder}, {parameters:,} parameters")
     critic = SelfCritic(data, vocabulary, args.scst_samples, args.max_length) if args.scst_epochs else None
+    step_loss = shared_out(StepLoss(decoder, critic, args, precision))
     run = Training(
-        args, device, data, vocabulary, [(decoder, views[0])], decoder, views, batches, critic, optimizer, precision, None,
+        args, device, data, vocabulary, [(decoder, views[0])], decoder, views, batches, step_loss, optimizer, precision, None,
         Path(), weights_hash, {}, 0, 0, 0,
         torch.zeros((), device=device, dtype=torch.float32 if device.type == "mps" else torch.float64), 0.0, 0,
         {"epochs": [], "training_losses": [], "validation_losses": [], "learning_rates": []}, [],
@@ -617,7 +595,7 @@ def start_training(args: argparse.Namespace, typed: set[str], argv: list[str]) -
     if args.resume is not None and checkpoint:
         progress = checkpoint["progress"]
         run.first_epoch, run.step, run.tokens = progress["first_epoch"], progress["step"], progress["tokens"]
-        run.loss_sum += progress["loss_sum"]
+        run.loss_sum += progress["loss_sum"] if distributed.is_first() else 0.0
         run.reward_sum = progress["reward_sum"]
         run.schedule = Schedule.from_state(checkpoint["schedule"]) if checkpoint["schedule"] else None
         run.best, run.flags, run.directory = checkpoint["best"], checkpoint["flags"], args.resume
@@ -628,8 +606,9 @@ def start_training(args: argparse.Namespace, typed: set[str], argv: list[str]) -
             run.schedule = choose_schedule(args, typed, checkpoint, steps)
         elif checkpoint and checkpoint["schedule"]:  # self-critical epochs alone: it is kept for who trains on
             run.schedule = Schedule.from_state(checkpoint["schedule"])
-        run.directory = create_run_directory(args.model_save_dir, vars(args), ENCODERS[args.encoder].family)
-        lock = lock_run_directory(run.directory)
+        family = ENCODERS[args.encoder].family
+        run.directory = distributed.from_first(lambda: create_run_directory(args.model_save_dir, vars(args), family))
+        lock = lock_run_directory(run.directory) if distributed.is_first() else None
         run.flags = {
             name: str(value) if isinstance(value, Path) else value
             for name, value in vars(args).items()
@@ -637,14 +616,17 @@ def start_training(args: argparse.Namespace, typed: set[str], argv: list[str]) -
         }
         run.flags["model_path"] = str(path) if path else None
         if checkpoint and path and checkpoint["best"]["metric"] == args.best_metric:
-            run.best = carry_best(checkpoint, path, run.directory) or run.best
-        write_run_config(run.directory, run.flags, reproducing_command(argv))
-        write_atomic(run.directory / "split.json", lambda file: file.write(dump_split(data).encode()))
+            carried: dict[str, Any] | None = distributed.from_first(lambda: carry_best(checkpoint, path, run.directory))
+            run.best = carried or run.best
+        if distributed.is_first():
+            write_run_config(run.directory, run.flags, reproducing_command(argv))
+            write_atomic(run.directory / "split.json", lambda file: file.write(dump_split(data).encode()))
+            distributed.remember_launch(run.directory)
     run.lock = lock
     left = run.last_epoch - run.epoch
     files = min(left, args.keep_checkpoints + 1) if args.keep_checkpoints else left
     space = (files + 2) * 3 * 4 * parameters + 20_000_000  # weights and Adam's two moments, last.pt twice; pictures
-    free = require_free_space(run.directory, space, "this run")
+    free = distributed.from_first(lambda: require_free_space(run.directory, space, "this run"))
     log.info(f"Run directory: {run.directory} (will take up to {format_bytes(space)}; {format_bytes(free)} are free)")
     if args.resume is None:
         run.save(run.directory / "last.pt")  # from here on the run can be resumed
@@ -655,10 +637,11 @@ def finish_epoch(run: Training, training: float) -> None:
     """Score the epoch, save its checkpoint and say how it went."""
     steps, run.step, self_critical = run.step, 0, run.self_critical
     rate = run.rate()
-    validation = validation_loss(run)
-    run.clock.lap("validation loss")
     images = run.data.splits["val"]
-    scores = score_captions(captions_of_images(run, images, 1), [run.data.references(image) for image in images])
+    validation = validation_loss(run.decoder, run.views[0], run.batches, images, run.args.batch_size, run.device)
+    run.clock.lap("validation loss")
+    captions = captions_of_images(run, images, 1)
+    scores = distributed.from_first(lambda: score_captions(captions, [run.data.references(image) for image in images]))
     run.clock.lap("validation captions and scores")
     if self_critical:
         scores["reward"] = run.reward_sum / max(1, steps)
@@ -692,6 +675,13 @@ def finish_epoch(run: Training, training: float) -> None:
 
 def publish_epoch(run: Training) -> None:
     """What follows from a finished epoch's checkpoint; done again on resuming, if a crash came in between."""
+    spoken = []
+    if run.args.tensorboard:
+        chosen = np.random.default_rng(run.args.seed).permutation(run.data.splits["val"])[:4]
+        spoken = [(int(image), run.vocabulary.decode(found.ids), found.attention)
+                  for image, found in zip(chosen, caption(run, chosen, 1, attention=True), strict=True)]  # fmt: skip
+    if not distributed.is_first():
+        return
     saved = run.directory / f"model_epoch_{run.epoch}.pt"
     if saved.is_file():
         if run.best["epoch"] == run.epoch:
@@ -705,9 +695,6 @@ def publish_epoch(run: Training) -> None:
         plots.draw_curves(run.directory, run.curve, run.history, run.best["epoch"])
         run.clock.lap("drawing")
     if run.args.tensorboard:
-        chosen = np.random.default_rng(run.args.seed).permutation(run.data.splits["val"])[:4]
-        spoken = [(int(image), run.vocabulary.decode(found.ids), found.attention)
-                  for image, found in zip(chosen, caption(run, chosen, 1, attention=True), strict=True)]  # fmt: skip
         write_tensorboard(run.directory, run.curve, run.history, run.data, spoken)
         run.clock.lap("TensorBoard")
 
@@ -724,31 +711,40 @@ def train(args: argparse.Namespace, typed: set[str], argv: list[str]) -> Path:
     with StopRequest() as stop:
         while run.epoch < run.last_epoch and not run.stopped_early():
             finish_epoch(run, train_one_epoch(run, stop))
-            if stop.signal:
-                raise Stopped(stop.signal, run.directory)
+            (asked,) = distributed.largest(stop.signal or 0)
+            if asked:
+                raise Stopped(signal.Signals(int(asked)), run.directory)
     if run.stopped_early():
         log.info(f"Stopped early: no better {args.best_metric} in {args.early_stopping} epochs")
-    plots.draw_curves(run.directory, run.curve, run.history, run.best["epoch"])
+    distributed.wait_for_all()  # until the first has written all
     best_path = run.directory / "best.pt"
     load_weights(run.decoder, load_checkpoint(best_path)["decoder"], best_path)
     if args.save_attention_viz:
         save_attention_pictures(run, images_to_draw(args, run.data, run.data.splits["test"]), run.directory)
+    if distributed.is_first():
+        sum_up(run, argv, (time.time() - started) / 60)
+    return run.directory
+
+
+def sum_up(run: Training, argv: list[str], minutes: float) -> None:
+    """The files that a finished run ends with, and where to go from here."""
+    plots.draw_curves(run.directory, run.curve, run.history, run.best["epoch"])
     facts = {
         "Images": ", ".join(f"{split} {len(images)}" for split, images in run.data.splits.items()),
         "Split": run.data.split_source,
         "Vocabulary": len(run.vocabulary),
-        "Best Epoch": f"{run.best['epoch']} (validation {args.best_metric} {abs(run.best['score']):.4f})",
-        "Minutes": f"{(time.time() - started) / 60:.1f}" + (" since it was resumed" if args.resume else ""),
+        "Best Epoch": f"{run.best['epoch']} (validation {run.args.best_metric} {abs(run.best['score']):.4f})",
+        "Minutes": f"{minutes:.1f}" + (" since it was resumed" if run.args.resume else ""),
+        **({"Processes": distributed.size()} if distributed.size() > 1 else {}),
+        **({"Peak GPU Memory": format_bytes(torch.cuda.max_memory_allocated())} if run.device.type == "cuda" else {}),
         **({"Resumed From": run.flags["model_path"]} if run.flags.get("model_path") else {}),
     }
     command = read_json(run.directory / "run_config.json").get("command", reproducing_command(argv))
     write_run_summary(run.directory, run.flags, command, facts)
-    print(f"\nBest epoch: {run.best['epoch']} by {args.best_metric}. Everything is in {run.directory}")
+    print(f"\nBest epoch: {run.best['epoch']} by {run.args.best_metric}. Everything is in {run.directory}")
     print(f"Report: {write_report(run.directory, run.data)}")
-    print(
-        f"Score it on the test images: {reproducing_command(['--mode', 'test', '--model_path', str(run.directory)])}",
-    )
-    return run.directory
+    test_command = reproducing_command(["--mode", "test", "--model_path", str(run.directory)])
+    print(f"Score it on the test images: {test_command}")
 
 
 def load_task(args: argparse.Namespace, typed: set[str], splits: list[str]) -> tuple[Task, np.ndarray, dict[Path, Any]]:
@@ -761,6 +757,7 @@ def load_task(args: argparse.Namespace, typed: set[str], splits: list[str]) -> t
         UserError: they do not belong together, or their data set is not there.
     """
     as_typed, device = copy.copy(args), pick_device(args.device)
+    distributed.agree_on_flags(vars(args))
     checkpoints: dict[Path, dict[str, Any]] = {}
     for path in map(find_checkpoint, args.model_path):
         checkpoint = load_checkpoint(path)
@@ -782,6 +779,7 @@ def load_task(args: argparse.Namespace, typed: set[str], splits: list[str]) -> t
         decoder = build_model(own, task.vocabulary)
         load_weights(decoder, checkpoint["decoder"], path)
         task.members += [(decoder.to(device), view) for view in views]
+        distributed.agree_on_data(task.data, task.vocabulary, checkpoint["encoder"]["weights_hash"], checkpoint)
         checkpoints[path] = checkpoint
     return task, np.concatenate([task.data.splits[split] for split in splits]), checkpoints
 
@@ -796,6 +794,8 @@ def test(args: argparse.Namespace, typed: set[str]) -> None:
     columns: list[tuple[str, dict[str, Any]]] = []
     for beam in dict.fromkeys((1, args.beam_size)):
         found = caption(task, images, beam, attention=pointing)
+        if not distributed.is_first():
+            continue
         captions = [task.text(each) for each in found]
         scores, each = score_test(data, images, captions, args.spice)
         if pointing:
@@ -810,14 +810,16 @@ def test(args: argparse.Namespace, typed: set[str]) -> None:
         entry = {**header, **save_test(directory, data, images, captions, each), **scores}
         results = [old for old in results if {key: old.get(key) for key in header} != header] + [entry]
         columns.append((("greedy" if beam == 1 else f"beam {beam}"), scores))
+    if args.save_attention_viz:
+        save_attention_pictures(task, images_to_draw(args, data, images), directory)
+    if not distributed.is_first():
+        return
     write_json(metrics_path, results)
     print_scores(columns, [data.references(image) for image in images], args.split)
     if "pointing_game" in scores:
         print(f"  {pointing_game.describe(scores)}")
     save_references(directory, data, images, args.split)
     save_gallery(data, images, captions, each.cider, directory / "sample_captions.png")
-    if args.save_attention_viz:
-        save_attention_pictures(task, images_to_draw(args, data, images), directory)
     if (directory / "run_config.json").is_file():  # an exported folder and a lone checkpoint have no run to report
         print(f"Report: {write_report(directory, data)}")
     print(f"Scores: {metrics_path}. Captions: {directory / results[-1]['captions_file']}")
@@ -837,7 +839,8 @@ def tune_decoding(args: argparse.Namespace, typed: set[str]) -> None:
     ((path, checkpoint),) = checkpoints.items()
     require_trainable(checkpoint, path)
     best = tune(task)
-    save_checkpoint(path, checkpoint | {"decoding": best})
+    if distributed.is_first():
+        save_checkpoint(path, checkpoint | {"decoding": best})
     print(f"Best: --beam_size {best['beam_size']} --length_penalty {best['length_penalty']}, "
           f"CIDEr {100 * best['cider']:.2f}. Kept in {path}, which --mode test uses from now on")  # fmt: skip
 
@@ -854,6 +857,12 @@ def run(argv: list[str]) -> int:
         from serve import serve_page
 
         return serve_page(args, typed)
+    distributed.join()
+    interrupted = distributed.interrupted_run(args.model_save_dir) if args.mode == "train" else None
+    if interrupted is not None:  # torchrun has started everybody anew after one was lost
+        log.warning(f"Going on with {interrupted}, which this torchrun began")
+        argv = ["--resume", str(interrupted)]
+        args, typed = parse_flags(argv)
     if args.predictions is not None:
         score_predictions(args)
     elif args.mode == "test":
@@ -870,6 +879,7 @@ def run(argv: list[str]) -> int:
         if args.dry_run:
             log.info("\nDry run: testing what was trained")
             test(parse_flags(["--mode", "test", "--dry_run", "--model_path", str(directory)])[0], set())
+    distributed.leave()
     return 0
 
 
@@ -878,13 +888,14 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         return run_command(
-            lambda: run(argv),
+            lambda: distributed.with_one_voice(lambda: run(argv)),
             "Stopped. What is saved stays: go on with --resume and the run directory named above, or, where none is, "
             "with the same command.",
         )
     except Stopped as stopped:
         command = reproducing_command(["--resume", str(stopped.directory)])
-        print(f"\nStopped. Go on where it stands: {command}", file=sys.stderr)
+        if distributed.is_first():
+            print(f"\nStopped. Go on where it stands: {command}", file=sys.stderr)
         return 128 + stopped.signal
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+import distributed
 from caption_data import EOS, CaptionSet, Vocabulary, pack_captions
 from caption_models import DecoderOutput, LSTMDecoder, sample
 from cider_reward import CiderReward
@@ -25,17 +26,22 @@ class SelfCritic:
         self.word_of = np.array([number.get(word, -1) for word in vocabulary.words])  # vocabulary id -> data's word
 
     def loss(
-        self, decoder: LSTMDecoder, features: torch.Tensor, images: np.ndarray, autocast: torch.autocast
+        self, decoder: LSTMDecoder, features: torch.Tensor | None, images: np.ndarray, autocast: torch.autocast
     ) -> tuple[torch.Tensor, float]:
         """Draw, reward, and run the decoder over what was drawn.
 
         Args:
-            features: (I, C) or (I, 49, C) of the images, whose positions in the data are `images` (I,).
+            features: (I, C) or (I, 49, C) of the images, whose positions in the data are `images` (I,); of several
+                processes each gives its own, which may be none.
             autocast: around the pass with gradients.
 
         Returns:
-            the loss per token, whose gradient is that of minus the expected reward, and the samples' mean CIDEr-D.
+            this process's part of the loss per token, whose gradient is that of minus the expected reward, and the mean
+            CIDEr-D of everybody's samples.
         """
+        if features is None:
+            _, reward, samples = distributed.total(0, 0, 0)
+            return torch.zeros(()), reward / samples
         drawn = sample(decoder, features, self.samples, self.max_length)
         rewards = self.rewards(drawn.words, drawn.lengths, drawn.ended, images)  # (I, S)
         others = (rewards.sum(1, keepdims=True) - rewards) / (self.samples - 1)
@@ -47,11 +53,12 @@ class SelfCritic:
         weights = advantage[order][row]
         weights[(batch.targets.numpy() == EOS) & ~drawn.ended[order][row]] = 0  # an <EOS> that was never said
         batch = batch.to(features.device)
+        tokens, reward, samples = distributed.total(len(row), rewards.sum(), rewards.size)
         with autocast:
             output: DecoderOutput = decoder(features, batch)
             token_weights = torch.from_numpy(weights).float().to(features.device)
-            loss = decoder.cross_entropy(output.code, batch.targets, 0.0, token_weights) / len(row)
-        return loss, float(rewards.mean())
+            loss = decoder.cross_entropy(output.code, batch.targets, 0.0, token_weights) / tokens
+        return loss, reward / samples
 
     def rewards(self, words: np.ndarray, lengths: np.ndarray, ended: np.ndarray, images: np.ndarray) -> np.ndarray:
         """CIDEr-D (I, S) of samples (I x S, T); one that never ends earns nothing."""

@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 
+import distributed
 from safe_io import UserError, log
 
 
 def seed_step(seed: int, epoch: int, step: int) -> None:
-    """Seed PyTorch for one training step, so that it draws the same whatever ran before it."""
-    torch.manual_seed(zlib.crc32(f"{seed} {epoch} {step}".encode()))
+    """Seed PyTorch for one training step, so that it draws the same whatever ran before it, and each process its own."""
+    own = f" {distributed.rank()}" if distributed.rank() else ""
+    torch.manual_seed(zlib.crc32(f"{seed} {epoch} {step}{own}".encode()))
 
 
 def pick_device(name: str) -> torch.device:
@@ -32,7 +34,15 @@ def pick_device(name: str) -> torch.device:
         name = next(kind for kind in ("cuda", "mps", "cpu") if has[kind])
     if not has[name]:
         raise UserError(f"--device {name}: this PyTorch sees no such device here; use --device auto or cpu")
-    return torch.device(name)
+    if name != "cuda":
+        return torch.device(name)
+    if distributed.local_rank() >= torch.cuda.device_count():
+        raise UserError(
+            f"rank {distributed.rank()} finds no GPU for itself, this machine has {torch.cuda.device_count()}: "
+            "torchrun's --nproc_per_node is at most that"
+        )
+    torch.cuda.set_device(distributed.local_rank())
+    return torch.device(name, distributed.local_rank())
 
 
 class Precision:

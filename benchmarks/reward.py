@@ -27,7 +27,7 @@ def measure_decoder(bench: Bench, data_dir: Path, decoder: str) -> list[Figure]:
     scale, device = bench.scale, bench.device
     flags = [*training.flags_for(bench, data_dir, decoder, "small"), "--scst_epochs", "1", "--batch_size", "320"]
     run = training.start(bench, flags)
-    critic, train = run.critic, run.data.splits["train"]
+    critic, train = run.step_loss.critic, run.data.splits["train"]
     assert critic is not None
     training.restrict(run, scale.training)
     training.epoch(run)

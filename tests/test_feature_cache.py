@@ -37,9 +37,11 @@ def paths(tmp_path):
 
 
 def features(tmp_path, paths, build, means=False, cache="cache", needed=None, compiled="off"):
-    place = None if cache is None else tmp_path / cache
+    places = [] if cache is None else [tmp_path / part for part in cache.split()]
     wanted = np.arange(len(paths)) if needed is None else np.array(needed)
-    return open_features(place, SPEC, "0123456789abcdef", build, paths, wanted, torch.device("cpu"), means, 2, compiled)
+    return open_features(
+        places, SPEC, "0123456789abcdef", build, paths, paths[0].parent, wanted, torch.device("cpu"), means, 2, compiled
+    )
 
 
 def test_an_image_is_encoded_once(tmp_path, paths):

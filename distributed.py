@@ -1,0 +1,294 @@
+"""Several processes that train one model, as `torchrun` starts them: who is who, and what they tell each other.
+
+    torchrun --nproc_per_node=4 flickr_image_caption_with_pytorch_resnet_lstm.py --decoder attention ...
+
+Without `torchrun` there is one process, and every function here returns at once what it was given.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+import sys
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from caption_data import SPLITS, CaptionSet, Vocabulary
+from experiment_utils import begun
+from safe_io import UserError, first_line, log
+
+T = TypeVar("T")
+# How long one process waits for another. Long: encoding shares end at different times, and torchrun itself ends
+# everybody as soon as one has died.
+PATIENCE = datetime.timedelta(hours=12)
+LAUNCH_FILE = ".torchrun"  # in a run directory: which torchrun began it
+_store: Any = None  # of the process group; messages go through it while errors end the processes one by one
+
+
+def rank() -> int:
+    """This process's number, from 0 on."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes files and speaks."""
+    return rank() == 0
+
+
+def launched() -> bool:
+    """Whether `torchrun` started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def local_rank() -> int:
+    """This process's number on its machine, which is also that of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if launched() else 0
+
+
+def local_cores() -> int:
+    """Cores for this process: the machine's, shared among its processes."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched() else 1
+    return max(1, (os.cpu_count() or 1) // local)
+
+
+def join() -> None:
+    """Meet the other processes, if there are any. Only the first goes on saying what happens.
+
+    Gradients go through NCCL on GPUs and Gloo on CPUs, everything else, which is small, through Gloo.
+    """
+    global _store
+    if not launched() or dist.is_initialized():
+        return
+    if os.environ.get("OMP_NUM_THREADS") == "1":  # what torchrun sets where nothing else is said
+        torch.set_num_threads(local_cores())
+    with_gpus = torch.cuda.is_available() and dist.is_nccl_available()
+    _store, number, count = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":  # after a restart it still holds what the processes before it wrote
+        _store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", _store)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if with_gpus else "gloo", store=_store, rank=number, world_size=count, timeout=PATIENCE
+    )
+    if not is_first():
+        log.disabled = True
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (for as long as the process lives)
+    log.info(f"{count} processes, {local_cores()} of the cores each")
+
+
+def leave() -> None:
+    """Say good-bye, once everybody has come so far."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What `make` returns in the first process, which alone runs it.
+
+    Raises:
+        UserError: `make` raised it there; then in every process.
+    """
+    if size() == 1:
+        return make()
+    answer: list[Any] = [None, None]
+    if is_first():
+        try:
+            answer[0] = make()
+        except UserError as error:
+            answer[1] = str(error)
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise UserError(answer[1])
+    return answer[0]  # type: ignore[no-any-return]
+
+
+def share(items: Sequence[T] | np.ndarray) -> Any:
+    """This process's part of a sequence: every `size()`-th."""
+    return items[rank() :: size()]
+
+
+def gather(mine: list[T]) -> list[T]:
+    """Everybody's `share` put together again, in every process."""
+    if size() == 1:
+        return mine
+    parts: list[list[T]] = everybodys(mine)
+    return [parts[place % size()][place // size()] for place in range(sum(map(len, parts)))]
+
+
+def everybodys(value: T) -> list[T]:
+    """One value of each process, by rank."""
+    if size() == 1:
+        return [value]
+    values: list[Any] = [None] * size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def total(*numbers: float) -> list[float]:
+    """The sums of these numbers over the processes, in float64."""
+    return _reduced(numbers, dist.ReduceOp.SUM)
+
+
+def largest(*numbers: float) -> list[float]:
+    """Of each of these numbers the largest that a process has."""
+    return _reduced(numbers, dist.ReduceOp.MAX)
+
+
+def _reduced(numbers: Sequence[float], operation: Any) -> list[float]:
+    if size() == 1:
+        return [float(number) for number in numbers]
+    values = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(values, operation)
+    return values.tolist()
+
+
+def wait_for_all() -> None:
+    """Go on when everybody has come here."""
+    if size() > 1:
+        dist.barrier()
+
+
+def deal(weights: np.ndarray, shares: int) -> np.ndarray:
+    """Share things out so that their weights are balanced: the heaviest first, each to who has least so far.
+
+    Args:
+        weights: (n,) of each thing.
+
+    Returns:
+        (n,) to which of the shares each goes; the same in every process.
+    """
+    loads = np.zeros(shares)
+    owner = np.zeros(len(weights), dtype=np.int64)
+    for thing in np.argsort(-weights, kind="stable"):
+        owner[thing] = loads.argmin()
+        loads[owner[thing]] += weights[thing]
+    return owner
+
+
+def check_agreement(facts: dict[str, Any], advice: str) -> None:
+    """Make sure that all processes mean the same.
+
+    Args:
+        facts: plain values by what they are called.
+
+    Raises:
+        UserError: they differ; the message names the first thing in which they do, with its values by rank.
+    """
+    all_facts = everybodys(facts)
+    for name in facts:
+        values = [each.get(name) for each in all_facts]
+        if any(value != values[0] for value in values):
+            other = next(number for number, value in enumerate(values) if value != values[0])
+            raise UserError(
+                f"the processes disagree: {name} is {values[0]!r} in rank 0 and {values[other]!r} in rank {other}. {advice}"
+            )
+
+
+def fingerprint(*parts: np.ndarray | list[str]) -> str:
+    """A short hash of arrays and lists of words, to compare between processes."""
+    crc = 0
+    for part in parts:
+        crc = zlib.crc32(part.tobytes() if isinstance(part, np.ndarray) else "\n".join(part).encode(), crc)
+    return f"{crc:08x}"
+
+
+def launch_name() -> str:
+    """What tells this `torchrun` from others, over its restarts."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return name if name != "none" else f"{socket.gethostname()} {os.getppid()}"
+
+
+def remember_launch(directory: Path) -> None:
+    """Note in a run directory which `torchrun` began it, for `interrupted_run` after a restart."""
+    if launched():
+        (directory / LAUNCH_FILE).write_text(launch_name(), encoding="utf-8")
+
+
+def interrupted_run(folder: Path) -> Path | None:
+    """The run below `folder` that this `torchrun` began before it restarted its processes, if it got that far."""
+    (restarts,) = largest(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))  # each machine counts its own
+
+    def find() -> Path | None:
+        notes = folder.rglob(LAUNCH_FILE) if folder.is_dir() else ()
+        ours = [note.parent for note in notes if note.read_text(encoding="utf-8") == launch_name()]
+        return max((run for run in ours if (run / "last.pt").is_file()), key=begun, default=None)
+
+    return from_first(find) if restarts else None
+
+
+def agree_on_flags(flags: dict[str, Any]) -> None:
+    """Make sure that all processes were started alike.
+
+    Raises:
+        UserError: they were not.
+    """
+    facts = {"PyTorch": torch.__version__, **{f"--{name}": str(value) for name, value in flags.items()}}
+    check_agreement(facts, "Start every process with the same command, on the same PyTorch")
+
+
+def agree_on_data(
+    data: CaptionSet, vocabulary: Vocabulary, weights_hash: str, checkpoint: dict[str, Any] | None
+) -> None:
+    """Make sure that all processes read the same.
+
+    Raises:
+        UserError: they did not.
+    """
+    words, ids, offsets = data.tokens
+    facts = {
+        "the number of images": len(data.names),
+        "the hash of the captions and the split": fingerprint(
+            data.names, words, ids, offsets, data.first_caption, *(data.splits[split] for split in SPLITS)
+        ),
+        "the hash of the vocabulary": fingerprint(vocabulary.words),
+        "the hash of the encoder's weights": weights_hash,
+        "the checkpoint's epoch and step": [checkpoint["epoch"], checkpoint["progress"]["step"]]
+        if checkpoint
+        else None,
+    }
+    check_agreement(facts, "Processes on several machines need the same data and weights, and disks that they share")
+
+
+def with_one_voice(command: Callable[[], int]) -> int:
+    """Run a command; what several processes have to complain of alike, one of them says."""
+    try:
+        return command()
+    except UserError as error:
+        if is_first():
+            first_to_say(str(error))
+            raise
+        time.sleep(1)  # mostly the first has found the same; torchrun then ends this process
+        if not first_to_say(str(error)):
+            return 2
+        raise UserError(f"rank {rank()}: {error}") from error
+    except KeyboardInterrupt:
+        if is_first():
+            raise
+        return 130
+    except RuntimeError as error:
+        if size() == 1 or not any(word in str(error).lower() for word in ("gloo", "nccl", "connection")):
+            raise
+        print(f"rank {rank()} has lost another process ({first_line(error)}) and ends", file=sys.stderr)
+        return 1
+
+
+def first_to_say(message: str) -> bool:
+    """Whether no other process has said this yet."""
+    if _store is None:
+        return True
+    try:
+        return int(_store.add(f"said {zlib.crc32(message.encode())}", 1)) == 1
+    except RuntimeError:  # the store has ended with whoever kept it
+        return True

@@ -1,0 +1,242 @@
+"""Several processes under torchrun do what one does; what they cannot agree on is said; a lost one is made good."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import draw_tiny
+
+import distributed
+import flickr_image_caption_with_pytorch_resnet_lstm as trainer
+from safe_io import UserError
+
+SCRIPT = Path(trainer.__file__)
+WHAT = (
+    "--dataset_type custom --data_dir tiny --encoder efficientnet_lite0 --embed_size 16 --hidden_size 16 --num_layers 1"
+)
+HOW = "--freq_threshold 1 --batch_size 16 --learning_rate 0.01 --max_length 12 --precision fp32 --compile off"
+TRAIN = [*WHAT.split(), *HOW.split()]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the tiny set, whose features all tests here share."""
+    folder = tmp_path_factory.mktemp("distributed")
+    draw_tiny(folder / "tiny")
+    return folder
+
+
+def torchrun(place: Path, processes: int, *flags: str) -> subprocess.Popen[str]:
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        str(processes),
+        "--master_port",
+        free_port(),
+    ]
+    restarts = ["--max_restarts", "1"] if "--checkpoint_minutes" in flags else []
+    return subprocess.Popen(
+        [*launcher, *restarts, str(SCRIPT), *flags],
+        cwd=place,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def free_port() -> str:
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return str(opened.getsockname()[1])
+
+
+def finished(process: subprocess.Popen[str]) -> str:
+    said, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, said
+    return said
+
+
+def only_run(folder: Path) -> Path:
+    (run,) = folder.glob("custom/*/*")
+    return run
+
+
+def alone(place: Path, monkeypatch, *flags: str) -> None:
+    monkeypatch.chdir(place)
+    assert trainer.main(list(flags)) == 0
+
+
+def check_same_training(first: Path, second: Path) -> None:
+    """The same but for the order in which floats were added."""
+    a, b = (torch.load(run / "last.pt", weights_only=True) for run in (first, second))
+    for name, weights in a["decoder"].items():
+        torch.testing.assert_close(weights, b["decoder"][name], atol=1e-3, rtol=0)
+    for name in ("training_losses", "validation_losses"):
+        assert a["loss_curve"][name] == pytest.approx(b["loss_curve"][name], abs=1e-5)
+    assert a["epoch"] == b["epoch"] and a["progress"]["tokens"] == b["progress"]["tokens"]
+
+
+@pytest.mark.parametrize(
+    "processes, decoder, more", [(2, "attention", ["--views", "mirror", "--attention_reg", "0.1"]), (4, "lstm", [])]
+)
+def test_several_processes_train_as_one(place, monkeypatch, processes, decoder, more):
+    """Sixteen images in batches of eight: with four processes, the last batch of an epoch leaves none without."""
+    flags = [*TRAIN, "--decoder", decoder, "--epochs", "2", "--drop_prob", "0", *more, "--batch_size", "10"]
+    alone(place, monkeypatch, *flags, "--model_save_dir", f"one_{decoder}")
+    said = finished(torchrun(place, processes, *flags, "--model_save_dir", f"several_{decoder}"))
+    several = only_run(place / f"several_{decoder}")
+    check_same_training(only_run(place / f"one_{decoder}"), several)
+    assert said.count("Epoch 2 completed") == said.count("Run directory") == 1 and f"{processes} processes" in said
+    assert f"Processes: {processes}" in (several / "run_summary.txt").read_text()
+
+
+def test_each_process_encodes_its_part_and_all_share_them(place, monkeypatch):
+    """Then two processes test; their captions are those of one."""
+    flags = [*TRAIN, "--epochs", "1", "--scst_epochs", "1", "--feature_cache", os.pathsep.join(("disk1", "disk2"))]
+    finished(torchrun(place, 2, *flags, "--decoder", "attention", "--model_save_dir", "parts"))
+    ((first,), (second,)) = (list((place / disk).rglob("grid*.jsonl")) for disk in ("disk1", "disk2"))
+    assert (first.name, second.name) == ("grid.jsonl", "grid-p1.jsonl")
+    names = [{json.loads(line)[0] for line in index.read_text().splitlines()} for index in (first, second)]
+    assert len(names[0]) == len(names[1]) == 10 and not names[0] & names[1]
+    run = only_run(place / "parts")
+    reward = json.loads((run / "metrics_history.json").read_text())[1]["reward"]
+    assert 0 <= reward < 1
+    testing = ["--mode", "test", "--split", "val+test", "--model_path", str(run)]
+    assert finished(torchrun(place, 2, *testing)).count("Captions:") == 1
+    together = json.loads((run / "test_metrics.json").read_text())
+    (run / "test_metrics.json").unlink()
+    alone(place, monkeypatch, *testing)
+    assert json.loads((run / "test_metrics.json").read_text()) == together
+
+
+def wait_for(condition, process: subprocess.Popen[str]) -> None:
+    for _ in range(1200):
+        if condition():
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    raise AssertionError("it did not come to pass within a minute")
+
+
+def saved_steps(folder: Path) -> int:
+    """Epochs of the only run that are saved, so far."""
+    return len(list(folder.glob("custom/*/*/model_epoch_*.pt")))
+
+
+def workers(launcher: int) -> list[int]:
+    """Process numbers of the processes that a torchrun started, by rank."""
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(launcher)], capture_output=True, text=True, check=True)
+    return sorted(map(int, children.stdout.split()))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks ps for a process's children as Linux has it")
+def test_after_a_killed_process_torchrun_goes_on_from_the_last_save(place):
+    epochs = 40
+    flags = [*TRAIN, "--epochs", str(epochs), "--checkpoint_minutes", "0.0001", "--model_save_dir", "killed"]
+    process = torchrun(place, 2, *flags)
+    wait_for(lambda: saved_steps(place / "killed") >= 2, process)
+    os.kill(workers(process.pid)[1], signal.SIGKILL)
+    said = finished(process)
+    run = only_run(place / "killed")
+    curve = json.loads((run / "loss_curve.json").read_text())
+    assert curve["epochs"] == list(range(1, epochs + 1)) and len(list(run.glob("model_epoch_*.pt"))) == epochs
+    assert f"Going on with {run.relative_to(place)}" in said and "Resuming" in said
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks ps for a process's children as Linux has it")
+def test_stopped_together_and_resumed_alone(place, monkeypatch):
+    flags = [*TRAIN, "--epochs", "300", "--drop_prob", "0", "--keep_checkpoints", "400"]
+    process = torchrun(place, 2, *flags, "--model_save_dir", "stopped")
+    wait_for(lambda: saved_steps(place / "stopped") >= 2, process)
+    os.kill(process.pid, signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and said.count("Stopped. Go on where it stands") == 1
+    run = only_run(place / "stopped")
+    config = json.loads((run / "run_config.json").read_text())
+    done = torch.load(run / "last.pt", weights_only=True)["epoch"]
+    assert 2 <= done < 300
+    last = done + 2
+    config["epochs"] = last
+    (run / "run_config.json").write_text(json.dumps(config))
+    alone(place, monkeypatch, "--resume", str(run))
+    alone(place, monkeypatch, *flags, "--epochs", str(last), "--model_save_dir", "undisturbed")
+    check_same_training(run, only_run(place / "undisturbed"))
+
+
+def by_hand(places: list[Path], *commands: list[str]) -> list[subprocess.CompletedProcess[str]]:
+    """Processes as torchrun would start them, each in a directory and with flags of its own."""
+    meeting = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": free_port(),
+        "WORLD_SIZE": str(len(commands)),
+        "LOCAL_WORLD_SIZE": "1",
+    }
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), *flags], cwd=place, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={**os.environ, **meeting, "RANK": str(rank), "LOCAL_RANK": "0"},
+        )
+        for rank, (place, flags) in enumerate(zip(places, commands, strict=True))
+    ]  # fmt: skip
+    said = [process.communicate(timeout=120) for process in started]
+    return [
+        subprocess.CompletedProcess([], process.returncode, *texts)
+        for process, texts in zip(started, said, strict=True)
+    ]
+
+
+def test_processes_that_were_started_otherwise_say_so(place):
+    flags = [*TRAIN, "--model_save_dir", "otherwise"]
+    first, second = by_hand([place, place], [*flags, "--drop_prob", "0.2"], [*flags, "--drop_prob", "0.4"])
+    assert (first.returncode, second.returncode) == (2, 2) and "Traceback" not in first.stderr + second.stderr
+    assert "error: the processes disagree: --drop_prob is '0.2' in rank 0 and '0.4' in rank 1" in first.stderr
+    assert not (place / "otherwise").exists()
+
+
+def test_machines_without_a_common_cache_say_so(place):
+    """As on two machines: the second process stands elsewhere, where the relative --feature_cache is another folder."""
+    elsewhere = place / "elsewhere"
+    elsewhere.mkdir()
+    flags = [
+        *TRAIN,
+        "--data_dir",
+        str(place / "tiny"),
+        "--model_save_dir",
+        str(place / "apart"),
+        "--feature_cache",
+        "own",
+    ]
+    _, second = by_hand([place, elsewhere], flags, flags)
+    assert second.returncode == 2 and "rank 1 does not see own" in second.stderr and "that they share" in second.stderr
+
+
+def test_captioning_takes_no_torchrun(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        trainer.main(["--mode", "caption", "--images", "a.jpg", "--model_path", "x"])
+    assert "--mode caption runs in one process" in capsys.readouterr().err
+
+
+def test_work_is_dealt_out_evenly():
+    weights = np.random.default_rng(0).integers(20, 90, 64)
+    owner = distributed.deal(weights, 4)
+    loads = np.bincount(owner, weights, minlength=4)
+    assert loads.sum() == weights.sum() and loads.max() - loads.min() < 15
+    assert set(distributed.deal(np.array([5, 5]), 4)) == {0, 1}
+
+
+def test_one_process_needs_nobody():
+    assert distributed.share([1, 2, 3]) == distributed.gather([1, 2, 3]) == [1, 2, 3]
+    assert distributed.total(1, 2.5) == [1.0, 2.5] and distributed.is_first() and distributed.size() == 1
+    with pytest.raises(UserError, match="spoken"):
+        distributed.from_first(lambda: (_ for _ in ()).throw(UserError("spoken")))
