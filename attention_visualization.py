@@ -138,7 +138,8 @@ def find_images(wanted: Sequence[str], names: Sequence[str]) -> np.ndarray:
     Raises:
         UserError: a name is not among `names`.
     """
-    place = {name: number for number, name in enumerate(names)}
+    place = {name.rpartition("/")[2]: number for number, name in enumerate(names)}  # COCO's have a folder
+    place |= {name: number for number, name in enumerate(names)}
     for name in wanted:
         if name not in place:
             close = difflib.get_close_matches(name, names, n=2, cutoff=0.5) or list(names[:2])

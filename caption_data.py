@@ -41,7 +41,8 @@ IMAGE_DIRECTORIES = (
 )  # fmt: skip
 CAPTION_FILES = (
     "captions.txt", "captions.csv", "Flickr8k.token.txt", "results.csv", "flickr30k_images/results.csv",
-    "results_20130124.token", "dataset_flickr8k.json", "dataset_flickr30k.json", "dataset.json",
+    "results_20130124.token", "dataset_flickr8k.json", "dataset_flickr30k.json", "dataset_coco.json", "dataset.json",
+    "annotations/captions_train2014.json", "captions_train2014.json",
 )  # fmt: skip
 SPLIT_LISTS = (
     ("Flickr_8k.trainImages.txt", "Flickr_8k.devImages.txt", "Flickr_8k.testImages.txt"),
@@ -49,7 +50,10 @@ SPLIT_LISTS = (
     ("train.txt", "val.txt", "test.txt"),
 )
 LONG_CAPTION = 100  # words; nothing is wrong with more, but one caption per row is what people mean
-KARPATHY_FILES = ("dataset_flickr8k.json", "dataset_flickr30k.json", "dataset.json")
+KARPATHY_FILES = ("dataset_flickr8k.json", "dataset_flickr30k.json", "dataset_coco.json", "dataset.json")
+COCO_HELD_OUT = 5000  # validation and test images of COCO, as many as Karpathy's split has
+# COCO_val2014_000000391895.jpg: the number is the image's id in COCO's own files.
+COCO_NAME = re.compile(r"(?:[^/]+/)?COCO_(?:train|val|test)\d{4}_0*(\d{1,12})\.jpg")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -184,7 +188,9 @@ class CaptionSet:
     """Images with their tokenized captions and their split."""
 
     image_dir: Path
-    names: list[str]  # image file names, sorted; a position in this list is how an image is known
+    names: list[
+        str
+    ]  # image file names, COCO's with their folder, sorted; a position in this list is how an image is known
     first_caption: np.ndarray  # int64 (images + 1,): image i has captions first_caption[i]:first_caption[i + 1]
     tokens: Tokens  # one text per caption
     splits: dict[str, np.ndarray]  # 'train' | 'val' | 'test' -> int64 positions
@@ -195,6 +201,11 @@ class CaptionSet:
     def paths(self) -> Sequence[Path]:
         """Every image's path, by position."""
         return ImagePaths(self.image_dir, self.names)
+
+    def image_id(self, image: int) -> str | int:
+        """What the COCO evaluation calls an image: COCO's number, else the file name."""
+        found = COCO_NAME.fullmatch(self.names[image])
+        return int(found[1]) if found else self.names[image]
 
     def references(self, image: int) -> list[str]:
         """All captions of an image, tokenized and joined with spaces, as the metrics take them."""
@@ -278,7 +289,7 @@ def load_caption_set(
     captions_path = captions_file or find_captions_file(data_dir)
     captions, notes = read_captions(captions_path)
     directory = find_image_directory(data_dir, image_dir, captions)
-    on_disk = {entry.name for entry in os.scandir(directory) if entry.is_file()}
+    on_disk = files_in(directory, {name.rpartition("/")[0] for name in captions})
     missing = sorted(name for name in captions if name not in on_disk)
     if len(missing) == len(captions):
         raise UserError(
@@ -293,6 +304,12 @@ def load_caption_set(
     if missing:
         notes.append(f"{len(missing)} captioned image(s) not on disk, left out: {', '.join(missing[:3])}")
     names = sorted(set(captions) & on_disk)
+    files = {name.rpartition("/")[2]: name for name in names}
+    twice = next((name for name in names if files[name.rpartition("/")[2]] != name), None)
+    if twice:
+        raise UserError(
+            f"{captions_path}: {twice} and {files[twice.rpartition('/')[2]]} have the same file name; rename one"
+        )
     uncaptioned = sum(Path(name).suffix.lower() in IMAGE_ENDINGS and name not in captions for name in on_disk)
     if uncaptioned:
         notes.append(f"{uncaptioned} image(s) without captions, left out")
@@ -308,6 +325,17 @@ def load_caption_set(
     search = [place for place in (data_dir, captions_path.parent) if place is not None]
     splits, source = find_splits(search, names, seed, saved_split, notes)
     return CaptionSet(directory, names, first_caption, tokens, splits, source, captions_path, notes)
+
+
+def files_in(directory: Path, folders: set[str]) -> set[str]:
+    """The files in these folders below a directory, as captions name them: `a.jpg`, `val2014/a.jpg`."""
+    return {
+        f"{folder}/{entry.name}" if folder else entry.name
+        for folder in folders
+        if (directory / folder).is_dir()
+        for entry in os.scandir(directory / folder)
+        if entry.is_file()
+    }
 
 
 def find_captions_file(data_dir: Path | None) -> Path:
@@ -350,7 +378,7 @@ def read_captions(path: Path) -> tuple[dict[str, list[str]], list[str]]:
         UserError: unreadable, or a malformed row (named with its line).
     """
     if path.suffix == ".json":
-        rows: Iterable[tuple[int, str, str]] = karpathy_rows(path)
+        rows: Iterable[tuple[int, str, str]] = json_rows(path)
     else:
         text = read_text(path)
         header = text[:200].split("\n", 1)[0].strip().lower()
@@ -365,7 +393,8 @@ def read_captions(path: Path) -> tuple[dict[str, list[str]], list[str]]:
     for line, name, caption in rows:
         if not name:
             raise UserError(f"{path}, line {line}: a row without an image name")
-        if os.path.basename(name.replace("\\", "/")) != name or name in (".", ".."):
+        folder, _, file = name.rpartition("/")
+        if any(os.path.basename(part.replace("\\", "/")) != part or part in (".", "..") for part in (folder, file)):
             raise UserError(f"{path}, line {line}: {name[:80]!r} is not a plain file name; images lie in one folder")
         if CONTROL_CHARACTERS.search(name) or len(name.encode()) > 255:
             raise UserError(
@@ -419,16 +448,55 @@ def read_text(path: Path) -> str:
         ) from error
 
 
-def karpathy_rows(path: Path) -> Iterator[tuple[int, str, str]]:
+def json_rows(path: Path) -> Iterator[tuple[int, str, str]]:
+    """The rows of Karpathy's files or of COCO's own, which come in two."""
+    content = read_json(path)
+    if not isinstance(content, dict) or "annotations" not in content:
+        yield from karpathy_rows(path, content)
+        return
+    yield from coco_rows(path, content)
+    other = path.with_name("captions_val2014.json")
+    if path.name == "captions_train2014.json":
+        if not other.is_file():
+            raise UserError(f"{other} is not there: COCO's captions come in two files, {path.name} and {other.name}")
+        yield from coco_rows(other, read_json(other))
+
+
+def karpathy_rows(path: Path, content: Any) -> Iterator[tuple[int, str, str]]:
     """`{"images": [{"filename", "split", "sentences": [{"raw"}]}]}`, Karpathy and Fei-Fei's form."""
     try:
-        for number, image in enumerate(read_json(path)["images"], start=1):
+        for number, image in enumerate(content["images"], start=1):
+            name = karpathy_name(image)
             for sentence in image["sentences"]:
-                if not isinstance(image["filename"], str) or not isinstance(sentence["raw"], str):
-                    raise TypeError("filename and raw are texts")
-                yield number, image["filename"], sentence["raw"]
+                if not isinstance(sentence["raw"], str):
+                    raise TypeError("raw is a text")
+                yield number, name, sentence["raw"]
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is not a Karpathy caption file (images / filename / sentences / raw)") from error
+
+
+def karpathy_name(image: Any) -> str:
+    """An image's file name, with its folder where there are several, as COCO has."""
+    name, folder = image["filename"], image.get("filepath", "")
+    if not isinstance(name, str) or not isinstance(folder, str):
+        raise TypeError("filename and filepath are texts")
+    return f"{folder}/{name}" if folder else name
+
+
+def coco_rows(path: Path, content: Any) -> Iterator[tuple[int, str, str]]:
+    """`{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}`; the images of captions_X.json lie in X."""
+    part = re.fullmatch(r"captions_(\w+)\.json", path.name)
+    folder = f"{part[1]}/" if part else ""
+    try:
+        names = {image["id"]: folder + image["file_name"] for image in content["images"]}
+        for number, note in enumerate(content["annotations"], start=1):
+            if not isinstance(note["caption"], str):
+                raise TypeError("caption is a text")
+            yield number, names[note["image_id"]], note["caption"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is not a COCO caption file (images / id, file_name; annotations / image_id, caption)"
+        ) from error
 
 
 def token_file_rows(path: Path, text: str) -> Iterator[tuple[int, str, str]]:
@@ -577,6 +645,14 @@ def find_splits(
         held = max(1, round(0.1 * len(names)))
         lists = {"train": shuffled[2 * held :], "val": shuffled[:held], "test": shuffled[held : 2 * held]}
         source = f"drawn by image with --seed {seed}: 80 % / 10 % / 10 %"
+        for_tests = [name for name in shuffled if name.startswith("val2014/")]
+        if for_tests:
+            held = min(COCO_HELD_OUT, len(for_tests) // 2)
+            lists = {"val": for_tests[:held], "test": for_tests[held : 2 * held]}
+            lists["train"] = [name for name in names if not name.startswith("val2014/")] + for_tests[2 * held :]
+            source = (
+                f"drawn from val2014 with --seed {seed}, {held} images each; Karpathy's own is in his dataset_coco.json"
+            )
     owner: dict[str, str] = {}
     for split in SPLITS:
         for name in lists[split]:
@@ -616,9 +692,7 @@ def karpathy_split(place: Path) -> tuple[dict[str, list[str]], str] | None:
             try:
                 for image in read_json(place / file)["images"]:
                     split = "train" if image["split"] == "restval" else image["split"]
-                    if not isinstance(image["filename"], str):
-                        raise TypeError("a filename is a text")
-                    lists[split].append(image["filename"])
+                    lists[split].append(karpathy_name(image))
             except (KeyError, TypeError) as error:
                 raise UserError(
                     f"{place / file} is not a Karpathy caption file: no images, split or filename"

@@ -232,7 +232,7 @@ CHECKPOINT: dict[str, Any] = {
     "encoder": {"name": ENCODERS, "weights_hash": TEXT, "transform": one_of("squash224")},
     "vocabulary": Rule(is_vocabulary, "a list of different words that begins with <PAD>, <SOS>, <EOS>, <UNK>"),
     "flags": {
-        "decoder": DECODERS, "encoder": ENCODERS, "dataset_type": one_of("flickr8k", "flickr30k", "custom", "demo"),
+        "decoder": DECODERS, "encoder": ENCODERS, "dataset_type": one_of("flickr8k", "flickr30k", "coco", "custom", "demo"),
         "embed_size": whole(1), "hidden_size": whole(1), "num_layers": whole(1), "attention_dim": whole(1),
         "freq_threshold": whole(1), "max_length": whole(1), "batch_size": whole(1), "seed": whole(),
         "drop_prob": real(0, 0.95), "grad_clip": real(0, 1e30), "label_smoothing": real(0, 0.9),

@@ -139,8 +139,10 @@ def save_test(
     Returns:
         their names, for the row in `test_metrics.json`.
     """
-    names = [data.names[image] for image in images]
-    content = [{"image_id": name, "caption": caption} for name, caption in zip(names, captions, strict=True)]
+    names = [str(data.image_id(image)) for image in images]
+    content = [
+        {"image_id": data.image_id(image), "caption": caption} for image, caption in zip(images, captions, strict=True)
+    ]
     file = save_numbered(directory, "test_captions", content)
     scores = {
         "image_id": names, "cider": each.cider.tolist(), "rouge_l": each.rouge_l.tolist(), "wer": each.wer.tolist(),
@@ -156,11 +158,11 @@ def save_references(directory: Path, data: CaptionSet, images: np.ndarray, split
     """The references as the COCO evaluation reads them, under the `image_id`s of `test_captions.json`."""
     content = {
         "info": {"description": f"{split} of {data.captions_file.name}"}, "type": "captions", "licenses": [],
-        "images": [{"id": data.names[image]} for image in images],
+        "images": [{"id": data.image_id(image)} for image in images],
         "annotations": [
             {"id": number, "image_id": name, "caption": caption}
             for number, (name, caption) in enumerate(
-                (data.names[image], caption) for image in images for caption in data.references(image)
+                (data.image_id(image), caption) for image in images for caption in data.references(image)
             )
         ],
     }  # fmt: skip
@@ -223,7 +225,7 @@ def read_predictions(path: Path, data: CaptionSet, images: np.ndarray) -> list[s
 
     Args:
         path: COCO results (`[{"image_id": ..., "caption": ...}]`) or a CSV file with the header `image,caption`;
-            an image by its file name.
+            an image by its file name, or by COCO's number.
 
     Raises:
         UserError: another form, an image twice, or one of the images without a caption.
@@ -241,22 +243,23 @@ def read_predictions(path: Path, data: CaptionSet, images: np.ndarray) -> list[s
     form = '[{"image_id": "a.jpg", "caption": "a dog"}, ...], or a .csv with the header image,caption'
     if not isinstance(rows, list):
         raise UserError(f"--predictions {path} is no list of captions: expected {form}")
-    found: dict[str, str] = {}
+    found: dict[str | int, str] = {}
     for number, row in enumerate(rows, 1):
         values = (row.get("image_id"), row.get("caption")) if isinstance(row, dict) else (None, None)
         name, caption = values
-        if not isinstance(name, str) or not isinstance(caption, str):
+        if not isinstance(name, str | int) or not isinstance(caption, str):
             raise UserError(f"--predictions {path}: entry {number} has no image_id and caption: expected {form}")
         if name in found:
             raise UserError(f"--predictions {path}: {name} has two captions (entry {number} is the second)")
         found[name] = caption
-    missing = [data.names[image] for image in images if data.names[image] not in found]
+    names = [data.image_id(image) for image in images]
+    missing = [name for name in names if name not in found]
     if missing:
         raise UserError(
             f"--predictions {path} has no caption for {len(missing)} of the {len(images)} images, {missing[0]} for "
-            "example: an image is known by its file name; --split chooses which are scored"
+            "example: an image is known by its file name (COCO's by their number); --split chooses which are scored"
         )
-    words, ids, offsets = tokenize(found[data.names[image]] for image in images)
+    words, ids, offsets = tokenize(found[name] for name in names)
     return [" ".join(words[i] for i in ids[offsets[n] : offsets[n + 1]]) for n in range(len(images))]
 
 

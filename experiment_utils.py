@@ -263,7 +263,7 @@ def find_checkpoint(model_path: Path) -> Path:
     return newest
 
 
-def save_numbered(directory: Path, name: str, content: list[dict[str, str]]) -> str:
+def save_numbered(directory: Path, name: str, content: Sequence[Mapping[str, Any]]) -> str:
     """Write JSON under the first free `name[_N].json`; a file that already says the same serves again."""
     number = 1
     while True:

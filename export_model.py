@@ -57,6 +57,8 @@ DATA_NOTES = {
     "education. The careful reading is that this goes for a model trained on them too.",
     "flickr30k": "Flickr30k (Young et al., 2014): images and captions were released for non-commercial research and "
     "education. The careful reading is that this goes for a model trained on them too.",
+    "coco": "COCO captions (Lin et al., 2014; Chen et al., 2015): the captions are under CC BY 4.0, each image is its Flickr "
+    "user's, under the terms that Flickr shows for it.",
     "demo": "The project's drawn demo set: coloured shapes in front of simple landscapes, no photographs, Apache-2.0.",
     "custom": "The exporter's own images and captions. Say here whose they are, and what they allow.",
 }

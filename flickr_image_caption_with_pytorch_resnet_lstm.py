@@ -91,7 +91,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--dry_run", action="store_true", help="go through everything on a handful of images in seconds")
 
     add = parser.add_argument_group("basic").add_argument
-    add("--dataset_type", choices=("flickr8k", "flickr30k", "custom", "demo"), default="flickr30k",
+    add("--dataset_type", choices=("flickr8k", "flickr30k", "coco", "custom", "demo"), default="flickr30k",
         help="custom is your own folder, demo the drawn set of download_datasets.py")  # fmt: skip
     add("--decoder", choices=("lstm", "attention"), default="lstm", help="attention is better and can be looked at")
     add("--epochs", type=number(int, 0), default=10, help="epochs to train; with --model_path, epochs more")
@@ -282,7 +282,7 @@ from feature_cache import Features, cache_folders, open_features
 from html_report import write_report
 from metrics_utils import score_captions
 from self_critical import SelfCritic
-from training_step import StepLoss, shared_out, take_share, validation_loss
+from training_step import StepLoss, advise_on_memory, report_bad_batch, shared_out, take_share, validation_loss
 from training_utils import (
     Precision,
     Schedule,
@@ -293,8 +293,6 @@ from training_utils import (
     seed_step,
 )
 from watching import Stopwatch, require_tensorboard, write_tensorboard
-
-MAX_BAD_BATCHES = 10  # in an epoch, whose loss or gradient is no finite number
 
 
 @dataclasses.dataclass
@@ -501,7 +499,11 @@ def train_one_epoch(run: Training, stop: StopRequest) -> float:
             looked_at = range(run.step - len(fine), run.step)
             for number in (n for n, failed in zip(looked_at, wrong, strict=True) if failed):
                 bad += 1
-                report_bad_batch(run, number, plan[number], bad)
+                skipped = run.batches.make(plan[number])
+                run.tokens -= len(skipped.targets)
+                names = ", ".join(run.data.names[image] for image in skipped.images[:3])
+                where = f"batch {number + 1} of epoch {run.epoch + 1} ({names}, ...)"
+                report_bad_batch(where, bad, run.directory, args)
             fine.clear()
             if asked or due:
                 run.save(run.directory / "last.pt")
@@ -511,25 +513,6 @@ def train_one_epoch(run: Training, stop: StopRequest) -> float:
         run.clock.lap("backward and update")
     (loss_sum,) = distributed.total(float(run.loss_sum))
     return loss_sum / max(1, run.tokens)
-
-
-def report_bad_batch(run: Training, number: int, captions: np.ndarray, bad: int) -> None:
-    """Name a batch that was skipped, and take its tokens out of the epoch's.
-
-    Raises:
-        UserError: it is one too many.
-    """
-    batch = run.batches.make(captions)
-    run.tokens -= len(batch.targets)
-    images = [run.data.names[i] for i in batch.images[:3]]
-    where = f"batch {number + 1} of epoch {run.epoch + 1} ({', '.join(images)}, ...)"
-    if bad > MAX_BAD_BATCHES:
-        raise UserError(
-            f"{where} is the {bad}th of this epoch whose loss or gradient is not a finite number. The weights in "
-            f"{run.directory} are good: train on from them with a lower --learning_rate (now {run.args.learning_rate:g}) "
-            f"or a smaller --grad_clip, e.g. --model_path {run.directory / 'last.pt'} --learning_rate {run.args.learning_rate / 10:g}"
-        )
-    log.warning(f"\nSkipped {where}: its loss or gradient is not a finite number ({bad} of at most {MAX_BAD_BATCHES})")
 
 
 def start_training(args: argparse.Namespace, typed: set[str], argv: list[str]) -> Training:
@@ -710,7 +693,10 @@ def train(args: argparse.Namespace, typed: set[str], argv: list[str]) -> Path:
         publish_epoch(run)
     with StopRequest() as stop:
         while run.epoch < run.last_epoch and not run.stopped_early():
-            finish_epoch(run, train_one_epoch(run, stop))
+            try:
+                finish_epoch(run, train_one_epoch(run, stop))
+            except torch.OutOfMemoryError as error:
+                raise UserError(advise_on_memory(run.device, args, run.directory, run.views)) from error
             (asked,) = distributed.largest(stop.signal or 0)
             if asked:
                 raise Stopped(signal.Signals(int(asked)), run.directory)

@@ -346,7 +346,7 @@ class Said(NamedTuple):
     """The captions of the latest test."""
 
     row: Mapping[str, Any]  # of test_metrics.json
-    captions: dict[str, str]  # by image name
+    captions: dict[str, str]  # by image id: COCO's number, else the file name
 
 
 def test_captions(run: Run) -> Said | None:
@@ -365,12 +365,14 @@ def test_captions(run: Run) -> Said | None:
         not isinstance(content, list)
         or not content
         or not all(
-            isinstance(entry, dict) and isinstance(entry.get("image_id"), str) and isinstance(entry.get("caption"), str)
+            isinstance(entry, dict)
+            and type(entry.get("image_id")) in (str, int)
+            and isinstance(entry.get("caption"), str)
             for entry in content
         )
     ):
         raise UserError(f'{path} is no list of {{"image_id": ..., "caption": ...}}: test the run again')
-    return Said(row, {entry["image_id"]: entry["caption"] for entry in content})
+    return Said(row, {str(entry["image_id"]): entry["caption"] for entry in content})
 
 
 def cider_by_image(run: Run, said: Said, names: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
@@ -389,7 +391,7 @@ def gallery_section(run: Run, said: Said | None, data: CaptionSet | None, proble
         return ""
     if data is None:
         return f"<p>{text_of(problem)}</p>"
-    position = {name: number for number, name in enumerate(data.names)}
+    position = {str(data.image_id(number)): number for number in range(len(data.names))}
     names = [name for name in said.captions if name in position]
     if not names:
         return f"<p>None of the images that were captioned is in {text_of(data.image_dir)}: no pictures here.</p>"
@@ -406,7 +408,7 @@ def gallery_section(run: Run, said: Said | None, data: CaptionSet | None, proble
     for title, chosen in groups.items():
         cards = []
         for number in chosen:
-            uri = pictures.uri(data.image_dir / names[number], 480)
+            uri = pictures.uri(data.image_dir / data.names[position[names[number]]], 480)
             image = f'<img src="{uri}" alt="{text_of(names[number])}">' if uri else "<p>(picture left out)</p>"
             people = "".join(f"<li>{text_of(reference)}</li>" for reference in references[number][:5])
             cards.append(
@@ -452,7 +454,7 @@ def words_section(run: Run, said: Said | None, data: CaptionSet | None) -> str:
             parts.append(f"<p>{text_of(error)}</p>")
     if said is None:
         return "".join(parts)
-    known = dict(zip(data.names, range(len(data.names)), strict=True)) if data is not None else {}
+    known = {str(data.image_id(number)): number for number in range(len(data.names))} if data is not None else {}
     people = [text.split() for name in said.captions if name in known for text in data.references(known[name])]  # type: ignore[union-attr]
     model = [caption.split() for caption in said.captions.values()]
     spoken, heard = Counter(w for words in model for w in words), Counter(w for words in people for w in words)

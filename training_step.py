@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -13,9 +15,12 @@ from torch.nn.parallel import DistributedDataParallel
 import distributed
 from caption_data import Batch, BatchMaker
 from caption_models import LSTMDecoder
-from feature_cache import Features, gather_views
+from feature_cache import DeviceFeatures, Features, gather_views
+from safe_io import UserError, format_bytes, log
 from self_critical import SelfCritic
 from training_utils import Precision
+
+MAX_BAD_BATCHES = 10  # in an epoch, whose loss or gradient is no finite number
 
 
 class Share(NamedTuple):
@@ -102,6 +107,37 @@ def shared_out(step_loss: StepLoss) -> nn.Module:
         return step_loss
     # Without device_ids, with which it would move the batch's sizes to the GPU too.
     return DistributedDataParallel(step_loss)
+
+
+def report_bad_batch(where: str, bad: int, directory: Path, args: argparse.Namespace) -> None:
+    """Name a batch that was skipped, the `bad`th of its epoch.
+
+    Raises:
+        UserError: it is one too many.
+    """
+    if bad > MAX_BAD_BATCHES:
+        raise UserError(
+            f"{where} is the {bad}th of this epoch whose loss or gradient is not a finite number. The weights in "
+            f"{directory} are good: train on from them with a lower --learning_rate (now {args.learning_rate:g}) "
+            f"or a smaller --grad_clip, e.g. --model_path {directory / 'last.pt'} --learning_rate {args.learning_rate / 10:g}"
+        )
+    log.warning(f"\nSkipped {where}: its loss or gradient is not a finite number ({bad} of at most {MAX_BAD_BATCHES})")
+
+
+def advise_on_memory(device: torch.device, args: argparse.Namespace, directory: Path, views: Sequence[Features]) -> str:
+    """What to do after a GPU's memory ran out: which flag, and a value that needs less.
+
+    A step's memory grows with the captions in it, so that half of them take about half of what is not weights.
+    """
+    smaller = max(1, args.batch_size // 2)
+    copies = [view.rows for view in views if isinstance(view, DeviceFeatures)]
+    size = sum(rows.numel() * rows.element_size() for rows in copies)
+    spent = f" (at its peak {format_bytes(torch.cuda.max_memory_allocated())})" if device.type == "cuda" else ""
+    return (
+        f"the memory of {device} ran out{spent} in a step of --batch_size {args.batch_size}. A step of half as many captions "
+        f"takes about half: go on from the last save with --model_path {directory / 'last.pt'} --batch_size {smaller}"
+        + (f", or free the {format_bytes(size)} of features kept there with --features_on_device off" if size else "")
+    )
 
 
 @torch.inference_mode()

@@ -46,6 +46,56 @@ def test_layouts(tmp_path, name, text):
     assert {k: [c.strip() for c in v] for k, v in captions.items()} == {"a.jpg": ["A dog, big"], "b.jpg": ["A cat"]}
 
 
+def coco(folder: Path, karpathy: bool) -> Path:
+    """Two training and six validation pictures (empty files) in COCO's folders, with Karpathy's file or COCO's own two."""
+    numbers = {"train2014": (9, 25), "val2014": (42, 73, 74, 133, 136, 139)}
+    images = []
+    for part, ids in numbers.items():
+        (folder / part).mkdir(parents=True)
+        files = {number: f"COCO_{part}_{number:012d}.jpg" for number in ids}
+        for name in files.values():
+            (folder / part / name).touch()
+        notes = [{"id": 10 * n + k, "image_id": n, "caption": f"picture {n} again"} for n in ids for k in range(2)]
+        content = {"images": [{"id": n, "file_name": name} for n, name in files.items()], "annotations": notes}
+        if not karpathy:
+            (folder / "annotations").mkdir(exist_ok=True)
+            (folder / "annotations" / f"captions_{part}.json").write_text(json.dumps(content))
+        for n, name in files.items():
+            split = {9: "train", 25: "train", 42: "restval", 73: "val", 74: "val"}.get(n, "test")
+            said = [{"raw": f"picture {n} again"}, {"raw": f"picture {n} again"}]
+            images.append({"filepath": part, "filename": name, "cocoid": n, "split": split, "sentences": said})
+    if karpathy:
+        (folder / "dataset_coco.json").write_text(json.dumps({"dataset": "coco", "images": images}))
+    return folder
+
+
+def test_coco_with_karpathys_split(tmp_path):
+    data = load_caption_set(coco(tmp_path / "coco", karpathy=True))
+    ids = {split: [data.image_id(image) for image in images] for split, images in data.splits.items()}
+    assert ids == {"train": [9, 25, 42], "val": [73, 74], "test": [133, 136, 139]}
+    assert data.paths()[0] == tmp_path / "coco" / "train2014" / "COCO_train2014_000000000009.jpg"
+    assert data.paths()[0].is_file() and data.references(0) == ["picture 9 again"] * 2
+
+
+def test_cocos_own_files_come_in_two_and_its_validation_images_are_held_out(tmp_path):
+    data = load_caption_set(coco(tmp_path / "coco", karpathy=False), seed=1)
+    assert len(data.names) == 8 and data.first_caption[-1] == 16
+    held = {data.image_id(image) for split in ("val", "test") for image in data.splits[split]}
+    assert held == {42, 73, 74, 133, 136, 139} and len(data.splits["val"]) == len(data.splits["test"]) == 3
+    assert [data.image_id(image) for image in data.splits["train"]] == [9, 25] and "Karpathy" in data.split_source
+    (tmp_path / "coco" / "annotations" / "captions_val2014.json").unlink()
+    with pytest.raises(UserError, match="captions_val2014.json is not there"):
+        load_caption_set(tmp_path / "coco")
+
+
+@pytest.mark.parametrize("folder", ["..", "a/../..", "/etc", "a\\..", "a/b"])
+def test_a_caption_file_names_no_folder_elsewhere(tmp_path, folder):
+    image = {"filepath": folder, "filename": "x.jpg", "split": "train", "sentences": [{"raw": "a dog"}]}
+    (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": [image]}))
+    with pytest.raises(UserError, match="not a plain file name"):
+        read_captions(tmp_path / "dataset_coco.json")
+
+
 def test_a_malformed_row_is_named_with_its_line(tmp_path):
     path = tmp_path / "captions.txt"
     path.write_text("image,caption\na.jpg,fine\nb.jpg\n")

@@ -86,7 +86,7 @@ def test_anybodys_captions_get_the_scores_that_ours_get(trained, capsys):
     assert "distinct words" in capsys.readouterr().out
     for content, message in (
         ("{}", "no list of captions"),
-        ('[{"image_id": 3, "caption": "a"}]', "entry 1"),
+        ('[{"image_id": null, "caption": "a"}]', "entry 1"),
         (json.dumps(entries[:1]), "has no caption for 1 of the 2 images"),
         (json.dumps(entries + entries[:1]), "has two captions"),
     ):

@@ -10,6 +10,7 @@ import torch
 
 import feature_cache
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
+import training_step
 from experiment_utils import lock_run_directory
 from training_utils import Precision
 
@@ -217,7 +218,7 @@ def test_a_batch_without_a_finite_loss_is_named_and_skipped(here, monkeypatch, c
 
 def test_too_many_such_batches_end_training_with_good_weights(here, monkeypatch, capsys):
     poison(monkeypatch, set(range(20)))
-    monkeypatch.setattr(trainer, "MAX_BAD_BATCHES", 2)
+    monkeypatch.setattr(training_step, "MAX_BAD_BATCHES", 2)
     assert run(here, "bad", "lstm") == 2
     assert "lower --learning_rate" in capsys.readouterr().err
     saved = torch.load(only_run("bad") / "last.pt", weights_only=True)
@@ -242,3 +243,15 @@ def test_reduced_precision_trains_and_resumes(here, monkeypatch, precision):
         assert run(here, "parts", "attention", *flags) == 130
     assert trainer.main(["--resume", str(only_run("parts"))]) == 0
     assert_same(only_run("whole"), only_run("parts"))
+
+
+def test_when_memory_runs_out_a_smaller_batch_is_named(here, monkeypatch, capsys):
+    def out_of_memory():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    at_step(monkeypatch, 2, out_of_memory)
+    assert run(here, "full", "lstm", "--batch_size", "8") == 2
+    directory, error = only_run("full"), capsys.readouterr().err
+    again = f"--model_path {directory / 'last.pt'} --batch_size 4"
+    assert error.startswith("error: the memory of cpu ran out") and again in error and "Traceback" not in error
+    assert trainer.main([*again.split(), "--epochs", "1"]) == 0
