@@ -23,9 +23,9 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -372,7 +372,6 @@ def open_features(
     identity = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
     place = Path(f"{spec.name}-{weights_hash[:8]}-{transform}") / f"{folder.name}-{identity}"
     directories = [cache / place for cache in caches]
-    purpose = "the feature cache; --feature_cache DIR chooses another place, off does without"
 
     def read(means: bool = means) -> FeatureStore:
         return FeatureStore(
@@ -385,14 +384,12 @@ def open_features(
 
     def prepare() -> list[int]:
         """What nobody has encoded yet; the first process finds out for all, since it also mends the indexes."""
-        for directory in directories:
-            make_directory(directory, purpose)
         store, holders = look()
         store.note_times([paths[i] for i in holders])
         return [int(i) for i in needed if int(i) not in holders]
 
     unreadable: dict[int, str] = {}
-    with waiting_lock(directories[0]):
+    with waiting_locks(directories):
         todo = distributed.from_first(prepare)
         unseen = [directory for directory in directories if not directory.is_dir()]
         if unseen:
@@ -440,20 +437,22 @@ def version_of(path: Path) -> Version:
     return Version(stat.st_size, stat.st_mtime_ns, zlib.crc32(path.read_bytes()))
 
 
-def waiting_lock(directory: Path) -> AbstractContextManager[Any]:
-    """Hold the store, until the `with` ends; where another run is encoding into it, say so and wait.
+@contextmanager
+def waiting_locks(directories: Sequence[Path]) -> Iterator[None]:
+    """Hold the store; where another run is encoding into it, say so and wait.
 
     Of several processes of one run the first holds it for all.
     """
-    if not distributed.is_first():
-        return nullcontext()
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(directory / "lock")
-    try:
-        return lock.acquire(timeout=0.1)
-    except Timeout:
-        log.info(f"Another process is encoding into {directory}; waiting to share its work ...")
-        return lock.acquire()
+    with ExitStack() as held:
+        for directory in sorted(directories) if distributed.is_first() else ():
+            make_directory(directory, "the feature cache; --feature_cache DIR chooses another place, off does without")
+            lock = FileLock(directory / "lock")
+            try:
+                held.enter_context(lock.acquire(timeout=0.1))
+            except Timeout:
+                log.info(f"Another process is encoding into {directory}; waiting to share its work ...")
+                held.enter_context(lock.acquire())
+        yield
 
 
 def derive_means(grids: FeatureStore, mean: FeatureFile, paths: Sequence[Path], todo: list[int]) -> list[int]:

@@ -143,6 +143,31 @@ def test_a_damaged_row_is_found_and_encoded_again(tmp_path, paths):
     assert torch.equal(features(tmp_path, paths, build).gather(np.arange(6)), whole)
 
 
+def test_parts_lie_on_several_disks_and_outlive_a_change_of_disks(tmp_path, paths):
+    build = Counting()
+    whole = features(tmp_path, paths, Counting()).gather(np.arange(6))
+    spread = features(tmp_path, paths, build, cache="one two").gather(np.arange(6))
+    assert torch.equal(spread, whole)
+    lying = [sorted(file.name for file in (tmp_path / disk).rglob("*.jsonl")) for disk in ("one", "two")]
+    assert lying == [["grid.jsonl"], ["grid-p1.jsonl"]]
+    assert torch.equal(features(tmp_path, paths, build, cache="two one").gather(np.arange(6)), whole)
+    assert build.built == 2  # once for each part, and not again
+    means = features(tmp_path, paths, build, means=True, cache="one two").gather(np.arange(6))
+    assert build.built == 2 and torch.allclose(means, whole.mean(1), atol=1e-3)
+    features(tmp_path, paths, build, cache="one")  # without the second disk its images are encoded again
+    assert build.built == 3
+
+
+def test_a_newer_version_in_another_part_wins(tmp_path, paths):
+    features(tmp_path, paths, Counting(), cache="one")
+    Image.new("RGB", (40, 30), "red").save(paths[5])
+    features(tmp_path, paths, Counting(), cache="two one")
+    build = Counting()
+    after = features(tmp_path, paths, build, cache="one two").gather(np.array([5]))
+    assert build.built == 0
+    assert torch.equal(after, features(tmp_path, paths, Counting(), cache="alone").gather(np.array([5])))
+
+
 def test_only_what_is_needed_is_encoded(tmp_path, paths):
     features(tmp_path, paths, Counting(), needed=[1, 3])
     (index,) = (tmp_path / "cache").rglob("grid.jsonl")
