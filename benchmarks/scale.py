@@ -1,0 +1,317 @@
+"""How long training takes for more images and on more machines: a small model of it, and a check of the model here.
+
+    python benchmarks/scale.py             # known data sets on 1, 8 and 64 GPUs (docs/scale.md explains the table)
+    python benchmarks/scale.py --check     # predict 2 and 4 processes of this machine from 1, run them, compare
+
+The model: encoding takes as long as the slowest of its parts, which overlap (encoder, JPEG decoding, reading, writing); a
+training step takes its arithmetic shared among the workers, and what does not get less with more of them (waiting for the
+slowest, launching, adding up gradients), or as long as reading its features where these are more than the memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from measure import TINY, Bench, Scale
+
+GB = 1e9
+REGIONS, CHANNELS = 49, 2048  # of ResNet50's grids, which are kept in float16
+EMBED, HIDDEN, ATTENTION = 512, 512, 512  # the attention decoder of the plan, one layer
+COUNTS = (1, 2, 4)  # of processes that the check runs
+INDEX_BYTES = 800  # of memory an image takes in each process: benchmarks/memory.py, from 8,000 to 128,000 images
+
+
+class DataSet(NamedTuple):
+    """What a plan has to know of a data set."""
+
+    name: str
+    images: float
+    captions: float  # of each image
+    tokens: float  # of a caption, with its end
+    words: int  # in the vocabulary
+    image_bytes: float  # of an image file
+
+
+DATA_SETS = (
+    DataSet("Flickr8k", 8e3, 5, 11.9, 3_500, 130e3),
+    DataSet("Flickr30k", 31e3, 5, 13.4, 9_500, 140e3),
+    DataSet("COCO", 123e3, 5, 11.5, 10_000, 160e3),
+    DataSet("Conceptual Captions 3M", 3e6, 1, 11.3, 16_000, 100e3),
+    DataSet("Conceptual Captions 12M", 12e6, 1, 21, 50_000, 100e3),
+    DataSet("400 M pairs", 400e6, 1, 12, 50_000, 50e3),
+)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What one worker (a GPU, or a process) does in a second, and what its machine does."""
+
+    encode: float  # images through the encoder
+    decode: float  # JPEGs decoded and resized by one core
+    cores: float  # of a worker
+    arithmetic: float  # operations of a training step's matrix products
+    fixed: float  # seconds of a step that do not get less with more workers
+    network: float  # bytes of gradients that a worker sends and takes
+    latency: float  # seconds of adding up gradients, however few
+    disk: float  # bytes read or written by a machine
+    memory: float  # bytes of a machine that can hold features
+    workers: int  # of a machine
+
+
+# Assumed, not measured: nobody had such a machine at hand. Eight GPUs of H100's kind, 16 cores each, one NVMe drive.
+GPU = Rates(
+    encode=2500, decode=250, cores=16, arithmetic=60e12, fixed=6e-3, network=20 * GB, latency=0.3e-3, disk=5 * GB,
+    memory=1500 * GB, workers=8,
+)  # fmt: skip
+
+
+class Plan(NamedTuple):
+    """What training costs."""
+
+    encoding: float  # seconds, once
+    epoch: float  # seconds of every epoch
+    feature_bytes: float
+    index_bytes: float  # of memory in each process
+    slowest: str  # what encoding waits for
+    limit: str  # what a step waits for
+
+
+def step_arithmetic(data: DataSet, captions: float) -> float:
+    """Operations of a step of the attention decoder: see `training.multiply_adds`."""
+    tokens, images = captions * data.tokens, captions / data.captions
+    needed = 4 * HIDDEN * (images * EMBED + tokens * (EMBED + HIDDEN)) + tokens * (HIDDEN * EMBED + EMBED * data.words)
+    needed += images * REGIONS * EMBED * ATTENTION
+    needed += tokens * (HIDDEN * ATTENTION + HIDDEN * EMBED + EMBED * EMBED + REGIONS * (ATTENTION + EMBED))
+    return 2 * (3 * needed + 2 * images * REGIONS * CHANNELS * EMBED)
+
+
+def parameters(data: DataSet) -> float:
+    """Of the attention decoder: embeddings, image projection, LSTM, output, attention."""
+    lstm = 4 * HIDDEN * (EMBED + HIDDEN)
+    return data.words * EMBED + CHANNELS * EMBED + lstm + HIDDEN * EMBED + HIDDEN * ATTENTION + 3 * EMBED * EMBED
+
+
+def step_seconds(rates: Rates, workers: int, arithmetic: float, gradient_bytes: float) -> dict[str, float]:
+    """What a step spends on arithmetic, on what does not get less, and on gradients."""
+    spent = {"arithmetic": arithmetic / rates.arithmetic / workers, "fixed costs": rates.fixed, "gradients": 0.0}
+    if workers > 1:  # a ring passes everything on twice
+        spent["gradients"] = rates.latency + 2 * (workers - 1) / workers * gradient_bytes / rates.network
+    return spent
+
+
+def plan(data: DataSet, rates: Rates, workers: int, batch: int) -> Plan:
+    """Predict a training. Args: batch: captions of a step, of all workers together."""
+    machines = max(1, workers // rates.workers)
+    feature_bytes = data.images * REGIONS * CHANNELS * 2
+    encoding = {
+        "encoder": data.images / (rates.encode * workers),
+        "JPEG decoding": data.images / (rates.decode * rates.cores * workers),
+        "reading images": data.images * data.image_bytes / (rates.disk * machines),
+        "writing features": feature_bytes / (rates.disk * machines),
+    }
+    spent = step_seconds(rates, workers, step_arithmetic(data, batch), 4 * parameters(data))
+    reading = batch / data.captions * REGIONS * CHANNELS * 2 / (rates.disk * machines)
+    computing = sum(spent.values())
+    from_disk = feature_bytes > rates.memory * machines
+    limit = "reading features" if from_disk and reading > computing else max(spent, key=lambda part: spent[part])
+    step = max(computing, reading) if from_disk else computing
+    epoch = step * data.images * data.captions / batch
+    slowest = max(encoding, key=lambda part: encoding[part])
+    return Plan(encoding[slowest], epoch, feature_bytes, INDEX_BYTES * data.images, slowest, limit)
+
+
+def duration(seconds: float) -> str:
+    for unit, length in (("s", 60), ("min", 60), ("h", 48)):
+        if seconds < length:
+            return f"{seconds:.1f} {unit}" if seconds < 10 else f"{seconds:.0f} {unit}"
+        seconds /= length if unit != "h" else 24
+    return f"{seconds:.1f} days" if seconds < 10 else f"{seconds:.0f} days"
+
+
+def size_of(count: float) -> str:
+    unit, scale = next((unit, scale) for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)) if count >= scale)
+    return f"{count / scale:.3g} {unit}"
+
+
+def print_plans(rates: Rates, batch: int, epochs: int) -> None:
+    """Every data set on 1, 8 and 64 workers; the batch grows with the workers, up to a fiftieth of an epoch."""
+    print(f"{'data set':<26}{'features':>9}{'index':>8}{'GPUs':>6}{'captions a step':>17}{'encoding':>10}  waits for")
+    print(
+        f"{'':<26}{'':>9}{'':>8}{'':>6}{f'(x {epochs} epochs)':>17}{'an epoch':>10}  waits for{'all':>22}{'GPU hours':>11}"
+    )
+    for data in DATA_SETS:
+        for workers in (1, 8, 64):
+            captions = min(batch * workers, max(batch, int(data.images * data.captions / 50)))
+            found = plan(data, rates, workers, captions)
+            whole = found.encoding + epochs * found.epoch
+            first = (
+                f"{data.name:<26}{size_of(found.feature_bytes):>9}{size_of(found.index_bytes):>8}"
+                if workers == 1
+                else " " * 43
+            )
+            print(f"{first}{workers:>6}{captions:>17,}{duration(found.encoding):>10}  {found.slowest}")
+            hours = whole * workers / 3600
+            print(f"{'':<66}{duration(found.epoch):>10}  {found.limit:<18}{duration(whole):>13}{hours:>11.2f}")
+
+
+# --------------------------------------------------------------------------------------------------
+# The check
+
+
+def work(folder: Path, epochs: int) -> None:
+    """One of the processes that are measured: encode, train, and (the first) print what it took as JSON."""
+    import numpy as np
+    import torch
+    import training
+
+    import distributed
+    import flickr_image_caption_with_pytorch_resnet_lstm as trainer
+
+    distributed.join()
+    flags = json.loads((folder / "flags.json").read_text())
+    args, typed = trainer.parse_flags(flags)
+    build, encoding = trainer.build_features, [0.0]
+    weights, _ = trainer.find_weights(args.encoder, None)
+    encoder = trainer.build_encoder(args.encoder, weights)
+    start = time.perf_counter()
+    encode = encoder.fast_form(torch.device("cpu"))
+    for _ in range(3):  # the first calls optimize the graph
+        encode(np.zeros((2, 224, 224, 3), np.uint8))
+    making = time.perf_counter() - start
+
+    def timed(*rest: Any) -> Any:
+        distributed.wait_for_all()
+        start = time.perf_counter()
+        found = build(*rest)
+        encoding[0] = time.perf_counter() - start
+        return found
+
+    trainer.build_features = timed
+    run = trainer.start_training(args, typed, flags)
+    plan = run.batches.plan(run.data.splits["train"], args.batch_size)
+
+    def median_epoch() -> float:
+        seconds = []
+        for _ in range(epochs):
+            distributed.wait_for_all()
+            start = time.perf_counter()
+            training.epoch(run)
+            seconds.append(time.perf_counter() - start)
+        return statistics.median(seconds[1:])
+
+    whole = median_epoch()
+    parts = {}  # alone: what a step takes that has a second or a fourth of the captions
+    for shares in COUNTS if distributed.size() == 1 else ():
+        args.batch_size = training.BATCH // shares
+        parts[shares] = median_epoch() / len(run.batches.plan(run.data.splits["train"], args.batch_size))
+    gradient = torch.zeros(sum(parameter.numel() for parameter in run.decoder.parameters()))
+    adding = 0.0
+    if distributed.size() > 1:
+        for repeat in range(6):
+            start = time.perf_counter() if repeat else 0.0  # the first makes the connections
+            torch.distributed.all_reduce(gradient)
+        adding = (time.perf_counter() - start) if start else 0.0
+    if distributed.is_first():
+        result = {
+            "encoding": encoding[0], "making": making, "images": len(run.data.names), "epoch": whole, "parts": parts,
+            "steps": len(plan), "arithmetic": 2 * training.multiply_adds(run, plan), "adding": adding,
+            "parameters": len(gradient),
+        }  # fmt: skip
+        (folder / "result.json").write_text(json.dumps(result))
+    distributed.leave()
+
+
+def measure(scale: Scale, directory: Path, processes: int, epochs: int, images: int) -> dict[str, Any]:
+    """Encoding and training by so many processes of one thread each, from an empty cache."""
+    import torch
+    import training
+
+    bench = Bench(replace(scale, images=images), torch.device("cpu"), directory, None, None, None)
+    data_dir, _ = training.prepare_data(bench)
+    folder = directory / f"processes{processes}"
+    folder.mkdir()
+    flags = training.flags_for(bench, data_dir, "attention", "small")
+    for name, value in {
+        "--encoder": "efficientnet_lite0", "--feature_cache": str(folder / "cache"), "--model_save_dir": str(folder),
+        "--compile": "off", "--precision": "fp32",
+    }.items():  # fmt: skip
+        flags = [*flags[: flags.index(name)], *flags[flags.index(name) + 2 :]] if name in flags else flags
+        flags += [name, value]
+    weights = flags.index("--resnet_weights")
+    flags = flags[:weights] + flags[weights + 2 :]
+    (folder / "flags.json").write_text(json.dumps(flags))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    own = [__file__, "--work", str(folder), "--epochs", str(epochs)]
+    done = subprocess.run([*launcher, *own], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr[-3000:])
+    return json.loads((folder / "result.json").read_text())  # type: ignore[no-any-return]
+
+
+def check(scale: Scale, epochs: int, images: int) -> list[dict[str, float]]:
+    """Predict several processes from one, and run them; prints a table and returns its rows."""
+    cores = os.cpu_count() or 1
+    rows = []
+    with TemporaryDirectory(prefix="benchmark-") as place:
+        found = {count: measure(scale, Path(place), count, epochs, images) for count in COUNTS}
+    one = found[1]
+    print(
+        f"{cores} cores; one thread a process; {one['images']} images, {one['steps']} steps an epoch; predicted from one process"
+    )
+    print(
+        f"{'processes':>10}{'encoding s':>12}{'predicted':>11}{'epoch s':>10}{'predicted':>11}{'speed-up':>10}{'gradients, ms a step':>22}"
+    )
+    for count, seen in found.items():
+        busy = max(1.0, count / cores)  # processes that share a core
+        encoding = one["making"] * busy + (one["encoding"] - one["making"]) * busy / count
+        step = one["parts"][str(count)] * busy + seen["adding"]
+        row = {
+            "processes": count, "encoding": seen["encoding"], "encoding_predicted": encoding, "epoch": seen["epoch"],
+            "epoch_predicted": step * one["steps"], "adding": seen["adding"],
+        }  # fmt: skip
+        rows.append(row)
+        print(
+            f"{count:>10}{row['encoding']:>12.2f}{row['encoding_predicted']:>11.2f}{row['epoch']:>10.2f}"
+            f"{row['epoch_predicted']:>11.2f}{one['epoch'] / row['epoch']:>10.2f}{1000 * row['adding']:>22.1f}"
+        )
+    step, half = one["epoch"] / one["steps"], one["parts"]["2"]
+    print(
+        f"Of a step's {1000 * step:.0f} ms, {1000 * max(0.0, 2 * half - step):.0f} do not get less with fewer captions"
+    )
+    return rows
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, float]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="measure this machine with 1, 2 and 4 processes")
+    parser.add_argument("--images", type=int, default=700, help="of the check's data set")
+    parser.add_argument("--epochs", type=int, default=None, help="of the plan (15), or of the check (4)")
+    parser.add_argument("--batch_size", type=int, default=640, help="captions of a step on one GPU, in the plan")
+    for name in ("encode", "decode", "disk", "network", "arithmetic", "memory"):
+        parser.add_argument(f"--{name}", type=float, default=getattr(GPU, name), help="of the plan: see `Rates`")
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.work:
+        work(args.work, args.epochs)
+        return []
+    if args.check:
+        return check(TINY, args.epochs or 4, args.images)
+    named = {name: getattr(args, name) for name in ("encode", "decode", "disk", "network", "arithmetic", "memory")}
+    print_plans(replace(GPU, **named), args.batch_size, args.epochs or 15)
+    return []
+
+
+if __name__ == "__main__":
+    main()
