@@ -69,7 +69,7 @@ def caption(
     mine = distributed.share(images)
     for start in tqdm(range(0, len(mine), chunk), "Captioning", unit="batch", disable=bars_off(), leave=False):
         part = mine[start : start + chunk]
-        seen = [(decoder, features.gather(part).to(task.device)) for decoder, features in task.members]
+        seen = [(decoder, features.gather(part, task.device)) for decoder, features in task.members]
         found = beam_search(seen, beam, task.args.max_length, penalty, attention)
         best += [hypotheses[0] for hypotheses in found]
     return distributed.gather(best)

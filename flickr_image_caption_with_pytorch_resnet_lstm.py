@@ -142,7 +142,7 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("self-critical training").add_argument
     add("--scst_epochs", type=number(int, 0), default=0,
         help="epochs of it after the others: sampled captions, rewarded by CIDEr-D; --epochs 0 --model_path X adds only these")  # fmt: skip
-    add("--scst_learning_rate", type=positive, default=5e-5, help="its learning rate, which stays")
+    add("--scst_learning_rate", type=positive, default=5e-5, help="its learning rate at first; it falls to zero over its epochs, by half a cosine")  # fmt: skip
     add("--scst_samples", type=number(int, 2), default=5, help="captions drawn of each image")
     add("--scst_ce_weight", type=number(float, 0), default=0.0,
         help="weight of the cross-entropy of people's captions in its loss")  # fmt: skip
@@ -289,6 +289,7 @@ from training_utils import (
     Stopped,
     StopRequest,
     choose_schedule,
+    cosine,
     pick_device,
     seed_step,
 )
@@ -312,6 +313,7 @@ class Training(Task):
     first_epoch: int  # epochs that were trained before this run
     epoch: int  # finished epochs
     step: int  # finished steps of the epoch in hand
+    steps: int  # of an epoch
     loss_sum: torch.Tensor  # over this process's tokens of these steps, on the device, float64 where it has that
     reward_sum: float  # of self-critical training: the samples' mean CIDEr-D, summed over steps
     tokens: int
@@ -352,8 +354,9 @@ class Training(Task):
 
     def rate(self) -> float:
         """The learning rate of the step in hand."""
-        if self.self_critical:
-            return float(self.args.scst_learning_rate)
+        if self.self_critical:  # down to nothing: its last steps settle what its first ones found
+            done = self.epoch - self.first_epoch - self.args.epochs + self.step / self.steps
+            return cosine(self.args.scst_learning_rate, 0.0, done / self.args.scst_epochs)
         return self.schedule.rate(self.epoch, self.step) if self.schedule else float(self.args.learning_rate)
 
     def stopped_early(self) -> bool:
@@ -562,7 +565,7 @@ def start_training(args: argparse.Namespace, typed: set[str], argv: list[str]) -
     step_loss = shared_out(StepLoss(decoder, critic, args, precision))
     run = Training(
         args, device, data, vocabulary, [(decoder, views[0])], decoder, views, batches, step_loss, optimizer, precision, None,
-        Path(), weights_hash, {}, 0, 0, 0,
+        Path(), weights_hash, {}, 0, 0, 0, len(batches.plan(data.splits["train"], args.batch_size)),
         torch.zeros((), device=device, dtype=torch.float32 if device.type == "mps" else torch.float64), 0.0, 0,
         {"epochs": [], "training_losses": [], "validation_losses": [], "learning_rates": []}, [],
         {"score": -math.inf, "epoch": 0, "metric": args.best_metric},
@@ -584,9 +587,8 @@ def start_training(args: argparse.Namespace, typed: set[str], argv: list[str]) -
         run.best, run.flags, run.directory = checkpoint["best"], checkpoint["flags"], args.resume
         log.info(f"Resuming {run.directory} after {run.epoch} epochs and {run.step} steps")
     else:
-        steps = len(batches.plan(data.splits["train"], args.batch_size))
         if args.epochs:
-            run.schedule = choose_schedule(args, typed, checkpoint, steps)
+            run.schedule = choose_schedule(args, typed, checkpoint, run.steps)
         elif checkpoint and checkpoint["schedule"]:  # self-critical epochs alone: it is kept for who trains on
             run.schedule = Schedule.from_state(checkpoint["schedule"])
         family = ENCODERS[args.encoder].family

@@ -69,7 +69,7 @@ class StepLoss(nn.Module):
         loss, reward = torch.zeros((), device=device), 0.0
         features = None
         if share.batch is not None:
-            features = to_device(gather_views(views, share.batch.images, share.views), device)  # (I, 49, C) or (I, C)
+            features = gather_views(views, share.batch.images, share.views, device)  # (I, 49, C) or (I, C)
         if self_critical and self.critic is not None:
             images = share.batch.images if share.batch is not None else np.zeros(0, dtype=np.int64)
             loss, reward = self.critic.loss(self.decoder, features, images, self.precision.autocast())
@@ -92,13 +92,6 @@ class StepLoss(nn.Module):
                 looked = looked.index_add(0, batch.token_row, output.attention)  # (R, 49)
                 loss = loss + self.args.attention_reg * ((1 - looked) ** 2).mean(1).sum() / share.captions
         return loss
-
-
-def to_device(features: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy to a GPU from pinned memory, which it reads while the processor goes on."""
-    if device.type == "cuda" and features.device.type == "cpu":
-        features = features.pin_memory()
-    return features.to(device, non_blocking=True)
 
 
 def shared_out(step_loss: StepLoss) -> nn.Module:
@@ -154,7 +147,7 @@ def validation_loss(
     total, tokens = 0.0, 0.0
     for captions in distributed.share(batches.plan(images, max(batch_size, 64))):
         batch = batches.make(captions)
-        output = decoder(features.gather(batch.images).to(device), batch.to(device))
+        output = decoder(features.gather(batch.images, device), batch.to(device))
         total += float(decoder.cross_entropy(output.code, batch.targets.to(device)))
         tokens += len(batch.targets)
     total, tokens = distributed.total(total, tokens)

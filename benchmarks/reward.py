@@ -52,7 +52,7 @@ def measure_decoder(bench: Bench, data_dir: Path, decoder: str) -> list[Figure]:
     usual, step = (1000 * taken[name] / len(plan) for name in ("cross-entropy", "self-critical"))
     rewards = 1000 * spent[0] / (len(plan) * (scale.repeats + 1))
     images = run.batches.make(plan[0]).images
-    drawn = sample(run.decoder, run.views[0].gather(images).to(device), critic.samples, critic.max_length)
+    drawn = sample(run.decoder, run.views[0].gather(images, device), critic.samples, critic.max_length)
     texts = [
         " ".join(run.vocabulary.decode(row[:length])) for row, length in zip(drawn.words, drawn.lengths, strict=True)
     ]

@@ -4,8 +4,8 @@
     python benchmarks/scale.py --check     # predict 2 and 4 processes of this machine from 1, run them, compare
 
 The model: encoding takes as long as the slowest of its parts, which overlap (encoder, JPEG decoding, reading, writing); a
-training step takes its arithmetic shared among the workers, and what does not get less with more of them (waiting for the
-slowest, launching, adding up gradients), or as long as reading its features where these are more than the memory.
+training step takes its arithmetic shared among the workers, and what does not get less with more of them (launching,
+adding up gradients), or as long as it takes to collect the next step's features, where that is longer.
 """
 
 from __future__ import annotations
@@ -31,6 +31,11 @@ REGIONS, CHANNELS = 49, 2048  # of ResNet50's grids, which are kept in float16
 EMBED, HIDDEN, ATTENTION = 512, 512, 512  # the attention decoder of the plan, one layer
 COUNTS = (1, 2, 4)  # of processes that the check runs
 INDEX_BYTES = 800  # of memory an image takes in each process: benchmarks/memory.py, from 8,000 to 128,000 images
+
+
+# Seconds an image takes in every process before the first step (captions, index, checks), the first time, which tokenizes:
+# benchmarks/memory.py at 128,000 images of five captions. Later runs take half of it.
+FIRST_START = 138e-6
 
 
 class DataSet(NamedTuple):
@@ -67,19 +72,22 @@ class Rates:
     latency: float  # seconds of adding up gradients, however few
     disk: float  # bytes read or written by a machine
     memory: float  # bytes of a machine that can hold features
+    gather: float  # bytes of features that a process collects from memory for its next step, meanwhile
+    own_memory: float  # bytes of features that a GPU can hold itself
     workers: int  # of a machine
 
 
 # Assumed, not measured: nobody had such a machine at hand. Eight GPUs of H100's kind, 16 cores each, one NVMe drive.
 GPU = Rates(
     encode=2500, decode=250, cores=16, arithmetic=60e12, fixed=6e-3, network=20 * GB, latency=0.3e-3, disk=5 * GB,
-    memory=1500 * GB, workers=8,
+    memory=1500 * GB, gather=5 * GB, own_memory=40 * GB, workers=8,
 )  # fmt: skip
 
 
 class Plan(NamedTuple):
     """What training costs."""
 
+    start: float  # seconds until the first step, the first time, beside encoding
     encoding: float  # seconds, once
     epoch: float  # seconds of every epoch
     feature_bytes: float
@@ -122,14 +130,19 @@ def plan(data: DataSet, rates: Rates, workers: int, batch: int) -> Plan:
         "writing features": feature_bytes / (rates.disk * machines),
     }
     spent = step_seconds(rates, workers, step_arithmetic(data, batch), 4 * parameters(data))
-    reading = batch / data.captions * REGIONS * CHANNELS * 2 / (rates.disk * machines)
-    computing = sum(spent.values())
-    from_disk = feature_bytes > rates.memory * machines
-    limit = "reading features" if from_disk and reading > computing else max(spent, key=lambda part: spent[part])
-    step = max(computing, reading) if from_disk else computing
-    epoch = step * data.images * data.captions / batch
+    step_bytes = batch / data.captions * REGIONS * CHANNELS * 2
+    meanwhile = {"": 0.0}  # while the GPU computes
+    if feature_bytes > rates.own_memory:
+        meanwhile["gathering features"] = step_bytes / (rates.gather * workers)
+    if feature_bytes > rates.memory * machines:
+        meanwhile["reading features"] = step_bytes / (rates.disk * machines)
+    waiting, computing = max(meanwhile, key=lambda part: meanwhile[part]), sum(spent.values())
+    limit = waiting if meanwhile[waiting] > computing else max(spent, key=lambda part: spent[part])
+    epoch = max(computing, meanwhile[waiting]) * data.images * data.captions / batch
     slowest = max(encoding, key=lambda part: encoding[part])
-    return Plan(encoding[slowest], epoch, feature_bytes, INDEX_BYTES * data.images, slowest, limit)
+    return Plan(
+        FIRST_START * data.images, encoding[slowest], epoch, feature_bytes, INDEX_BYTES * data.images, slowest, limit
+    )
 
 
 def duration(seconds: float) -> str:
@@ -147,23 +160,32 @@ def size_of(count: float) -> str:
 
 def print_plans(rates: Rates, batch: int, epochs: int) -> None:
     """Every data set on 1, 8 and 64 workers; the batch grows with the workers, up to a fiftieth of an epoch."""
-    print(f"{'data set':<26}{'features':>9}{'index':>8}{'GPUs':>6}{'captions a step':>17}{'encoding':>10}  waits for")
-    print(
-        f"{'':<26}{'':>9}{'':>8}{'':>6}{f'(x {epochs} epochs)':>17}{'an epoch':>10}  waits for{'all':>22}{'GPU hours':>11}"
+    columns = (
+        "GPUs",
+        "captions/step",
+        "start",
+        "encoding",
+        "waits for",
+        "epoch",
+        "waits for",
+        f"{epochs} epochs",
+        "GPU hours",
     )
+    widths = (5, 14, 9, 10, 17, 9, 20, 11, 11)
     for data in DATA_SETS:
+        sizes = plan(data, rates, 1, batch)
+        print(f"\n{data.name}: {data.images:,.0f} images, features {size_of(sizes.feature_bytes)}, "
+              f"{size_of(sizes.index_bytes)} of memory a process")  # fmt: skip
+        print("".join(f"{column:>{width}}" for column, width in zip(columns, widths, strict=True)))
         for workers in (1, 8, 64):
             captions = min(batch * workers, max(batch, int(data.images * data.captions / 50)))
             found = plan(data, rates, workers, captions)
-            whole = found.encoding + epochs * found.epoch
-            first = (
-                f"{data.name:<26}{size_of(found.feature_bytes):>9}{size_of(found.index_bytes):>8}"
-                if workers == 1
-                else " " * 43
-            )
-            print(f"{first}{workers:>6}{captions:>17,}{duration(found.encoding):>10}  {found.slowest}")
-            hours = whole * workers / 3600
-            print(f"{'':<66}{duration(found.epoch):>10}  {found.limit:<18}{duration(whole):>13}{hours:>11.2f}")
+            whole = found.start + found.encoding + epochs * found.epoch
+            cells = (
+                workers, f"{captions:,}", duration(found.start), duration(found.encoding), found.slowest,
+                duration(found.epoch), found.limit, duration(whole), f"{whole * workers / 3600:.2f}",
+            )  # fmt: skip
+            print("".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -299,7 +321,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, float]]:
     parser.add_argument("--images", type=int, default=700, help="of the check's data set")
     parser.add_argument("--epochs", type=int, default=None, help="of the plan (15), or of the check (4)")
     parser.add_argument("--batch_size", type=int, default=640, help="captions of a step on one GPU, in the plan")
-    for name in ("encode", "decode", "disk", "network", "arithmetic", "memory"):
+    for name in ("encode", "decode", "disk", "network", "arithmetic", "memory", "gather"):
         parser.add_argument(f"--{name}", type=float, default=getattr(GPU, name), help="of the plan: see `Rates`")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -308,7 +330,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, float]]:
         return []
     if args.check:
         return check(TINY, args.epochs or 4, args.images)
-    named = {name: getattr(args, name) for name in ("encode", "decode", "disk", "network", "arithmetic", "memory")}
+    named = {
+        name: getattr(args, name) for name in ("encode", "decode", "disk", "network", "arithmetic", "memory", "gather")
+    }
     print_plans(replace(GPU, **named), args.batch_size, args.epochs or 15)
     return []
 

@@ -148,7 +148,7 @@ def measure_decoder(bench: Bench, data_dir: Path, decoder: str, size: str, encod
     plain_adam = torch.optim.Adam(training.decoder.parameters(), lr=training.args.learning_rate)
 
     def slow() -> None:
-        features = training.views[0].gather(owner).to(device)
+        features = training.views[0].gather(owner, device)
         padded_step(training.decoder, plain_adam, features, inputs, targets)
 
     def ours(precision: Precision) -> None:

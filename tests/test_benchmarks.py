@@ -17,6 +17,7 @@ import generated
 import measure
 import memory
 import run
+import scale
 import training
 
 LINUX = Path("/proc/self/status").is_file()
@@ -99,3 +100,26 @@ def test_the_arithmetic_is_what_pytorch_counts(bench: measure.Bench, layers: int
     # Left out on purpose: at the image's step the recurrent weights multiply zeros, forward and for their gradient.
     zeros = 2 * layers * images * 4 * 512 * 512
     assert counter.get_total_flops() == 2 * (training.multiply_adds(task, plan) + zeros)
+
+
+def test_the_plans_arithmetic_is_that_of_the_benchmark(bench: measure.Bench) -> None:
+    data_dir, _ = training.prepare_data(bench)
+    training.prepare_features(bench, data_dir)
+    trained = training.start(bench, training.flags_for(bench, data_dir, "attention", "small"))
+    plan = trained.batches.plan(trained.data.splits["train"], 128)
+    captions, images = sum(map(len, plan)), len(trained.data.splits["train"])
+    tokens = sum(len(trained.batches.make(part).targets) for part in plan)
+    data = scale.DataSet("tiny", images, captions / images, tokens / captions, len(trained.vocabulary), 1.0)
+    assert 2 * training.multiply_adds(trained, plan) == pytest.approx(scale.step_arithmetic(data, captions))
+    ours = sum(weights.numel() for weights in trained.decoder.parameters())
+    assert scale.parameters(data) == pytest.approx(ours, rel=0.02)
+
+
+def test_more_workers_are_never_slower_and_the_plan_says_what_they_wait_for(capsys) -> None:
+    for data in scale.DATA_SETS:
+        plans = [scale.plan(data, scale.GPU, workers, 5120) for workers in (1, 8, 64)]
+        assert [plan.encoding for plan in plans] == sorted((plan.encoding for plan in plans), reverse=True)
+    crawling = scale.replace(scale.GPU, disk=1e6, memory=0.0)
+    assert scale.plan(scale.DATA_SETS[0], crawling, 8, 640).limit == "reading features"
+    scale.main(["--disk", "1e6"])
+    assert "writing features" in capsys.readouterr().out

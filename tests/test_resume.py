@@ -198,8 +198,8 @@ def test_what_resume_refuses(here, capsys):
 def poison(monkeypatch, images: set[int]) -> None:
     plain = feature_cache.CachedFeatures.gather
 
-    def gather(self, wanted):
-        features = plain(self, wanted)
+    def gather(self, wanted, device):
+        features = plain(self, wanted, device)
         features[[int(image) in images for image in wanted]] = torch.nan
         return features
 
