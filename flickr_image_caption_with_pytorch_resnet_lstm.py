@@ -111,9 +111,9 @@ def get_parser() -> argparse.ArgumentParser:
     add("--feature_cache", default="feature_cache", help="folder of encoded images; 'off' encodes them in every batch")
 
     add = parser.add_argument_group("model").add_argument
-    add("--encoder", choices=("resnet50", "efficientnet_lite0"), default="resnet50",
-        help="efficientnet_lite0 needs no download")  # fmt: skip
-    add("--resnet_weights", help="file of ResNet50 weights, or 'random'; by default looked for, then downloaded")
+    add("--encoder", choices=("resnet50", "resnet101", "resnet152", "convnext_base", "efficientnet_lite0"),
+        default="resnet50", help="the later ones see better and take longer; efficientnet_lite0 needs no download")  # fmt: skip
+    add("--resnet_weights", help="file of the encoder's weights, or 'random'; by default looked for, then downloaded")
     add("--embed_size", type=count, default=512, help="size of word and image embeddings")
     add("--hidden_size", type=count, default=1024, help="LSTM size; 512 with one layer suits Flickr8k and a laptop")
     add("--num_layers", type=count, default=3, help="LSTM layers")
@@ -356,7 +356,7 @@ class Training(Task):
         """The learning rate of the step in hand."""
         if self.self_critical:  # down to nothing: its last steps settle what its first ones found
             done = self.epoch - self.first_epoch - self.args.epochs + self.step / self.steps
-            return cosine(self.args.scst_learning_rate, 0.0, done / self.args.scst_epochs)
+            return cosine(self.args.scst_learning_rate, 0.0, min(1.0, done / self.args.scst_epochs))
         return self.schedule.rate(self.epoch, self.step) if self.schedule else float(self.args.learning_rate)
 
     def stopped_early(self) -> bool:

@@ -177,5 +177,8 @@ def test_only_what_is_needed_is_encoded(tmp_path, paths):
 def test_the_encoders_say_what_they_are():
     assert {name: (spec.family, spec.regions) for name, spec in ENCODERS.items()} == {
         "resnet50": ("resnet", 49),
+        "resnet101": ("resnet", 49),
+        "resnet152": ("resnet", 49),
+        "convnext_base": ("convnext_base", 49),
         "efficientnet_lite0": ("efficientnet_lite0", 49),
     }

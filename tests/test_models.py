@@ -1,5 +1,7 @@
 """Decoders, encoders and beam search: among them the original's defects 1, 2, 6 and 10."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -219,3 +221,23 @@ def test_resnet50_weights_come_from_a_file(tmp_path):
         find_weights("resnet50", str(tmp_path / "resnet50-0676ba61.pth"))
     with pytest.raises(UserError, match="not there"):
         find_weights("resnet50", str(tmp_path / "absent.pth"))
+
+
+def test_every_encoder_of_torchvisions_knows_its_files_and_its_normalisation():
+    for name, spec in ENCODERS.items():
+        if name == "efficientnet_lite0":
+            continue
+        known = list(torchvision.models.get_model_weights(name))
+        assert spec.files[0] == Path(known[0].url).name and {Path(each.url).name for each in known} <= set(spec.files)
+        transforms = known[0].transforms()
+        assert spec.mean == pytest.approx([255 * value for value in transforms.mean])
+        assert spec.deviation == pytest.approx([255 * value for value in transforms.std])
+        assert transforms.crop_size == [spec.image_size]
+
+
+@pytest.mark.parametrize("name", ["resnet101", "convnext_base"])
+def test_other_encoders_give_a_grid(name):
+    weights, digest = find_weights(name, "random")
+    encoder = build_encoder(name, weights)
+    assert encoder(torch.zeros(1, 3, 224, 224, dtype=torch.uint8)).shape == (1, 49, ENCODERS[name].channels)
+    assert digest == "random0000000000"
