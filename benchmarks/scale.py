@@ -2,6 +2,7 @@
 
     python benchmarks/scale.py             # known data sets on 1, 8 and 64 GPUs (docs/scale.md explains the table)
     python benchmarks/scale.py --check     # predict 2 and 4 processes of this machine from 1, run them, compare
+    python benchmarks/scale.py --same -- --dataset_type demo --epochs 3 ...    # what 1, 2 and 4 processes arrive at
 
 The model: encoding takes as long as the slowest of its parts, which overlap (encoder, JPEG decoding, reading, writing); a
 training step takes its arithmetic shared among the workers, and what does not get less with more of them (launching,
@@ -315,9 +316,43 @@ def check(scale: Scale, epochs: int, images: int) -> list[dict[str, float]]:
     return rows
 
 
+def same(flags: list[str]) -> None:
+    """Train with the main program's `flags` in 1, 2 and 4 processes, and print what came out."""
+    import torch
+
+    program = Path(__file__).resolve().parent.parent / "flickr_image_caption_with_pytorch_resnet_lstm.py"
+    print(
+        f"{'processes':>10}{'training loss':>15}{'validation loss':>17}{'validation CIDEr':>18}{'seconds':>9}{'largest difference of a weight':>32}"
+    )
+    weights: dict[str, Any] = {}
+    with TemporaryDirectory(prefix="benchmark-") as place:
+        for count in COUNTS:
+            folder = Path(place) / str(count)
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+            start = time.perf_counter()
+            done = subprocess.run(
+                [*launcher, str(program), *flags, "--model_save_dir", str(folder)],
+                env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+            )  # fmt: skip
+            if done.returncode:
+                raise SystemExit(done.stderr[-3000:])
+            seconds = time.perf_counter() - start
+            (last,) = folder.rglob("last.pt")
+            checkpoint = torch.load(last, weights_only=True)
+            curve, found = checkpoint["loss_curve"], checkpoint["decoder"]
+            weights = weights or found
+            apart = max(float((found[name] - weights[name]).abs().max()) for name in found)
+            print(
+                f"{count:>10}{curve['training_losses'][-1]:>15.5f}{curve['validation_losses'][-1]:>17.5f}"
+                f"{100 * checkpoint['metrics_history'][-1]['cider']:>18.2f}{seconds:>9.0f}{apart:>32.2e}",
+                flush=True,
+            )
+
+
 def main(argv: list[str] | None = None) -> list[dict[str, float]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="measure this machine with 1, 2 and 4 processes")
+    parser.add_argument("--same", nargs=argparse.REMAINDER, help="flags of a training, after --")
     parser.add_argument("--images", type=int, default=700, help="of the check's data set")
     parser.add_argument("--epochs", type=int, default=None, help="of the plan (15), or of the check (4)")
     parser.add_argument("--batch_size", type=int, default=640, help="captions of a step on one GPU, in the plan")
@@ -327,6 +362,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, float]]:
     args = parser.parse_args(argv)
     if args.work:
         work(args.work, args.epochs)
+        return []
+    if args.same is not None:
+        same([flag for flag in args.same if flag != "--"])
         return []
     if args.check:
         return check(TINY, args.epochs or 4, args.images)

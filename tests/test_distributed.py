@@ -220,6 +220,19 @@ def test_machines_without_a_common_cache_say_so(place):
     assert second.returncode == 2 and "rank 1 does not see own" in second.stderr and "that they share" in second.stderr
 
 
+def test_machines_with_another_data_set_say_so(place):
+    """The second process stands where the relative --data_dir has other captions."""
+    other = place / "other"
+    other.mkdir()
+    captions = draw_tiny(other / "tiny") / "captions.txt"
+    captions.write_text(captions.read_text().replace("p07.jpg,A", "p07.jpg,The"))
+    flags = [*TRAIN, "--model_save_dir", str(place / "data"), "--feature_cache", str(place / "feature_cache")]
+    flags += ["--image_dir", str(place / "tiny" / "Images")]
+    first, _ = by_hand([place, other], flags, flags)
+    assert first.returncode == 2 and "disagree: the hash of the captions and the split is" in first.stderr
+    assert not (place / "data").exists()
+
+
 def test_captioning_takes_no_torchrun(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit):

@@ -1,0 +1,38 @@
+"""The recipes under configs/ are flags that the program takes, and train."""
+
+from pathlib import Path
+
+import pytest
+
+import flickr_image_caption_with_pytorch_resnet_lstm as trainer
+
+RECIPES = sorted((Path(trainer.__file__).parent / "configs").glob("*.yaml"))
+
+
+def test_there_is_a_recipe_for_both_sets_and_decoders_on_both_machines():
+    wanted = {
+        f"{data}_{kind}_{place}"
+        for data in ("flickr8k", "flickr30k")
+        for kind in ("lstm", "attention")
+        for place in ("cpu", "gpu")
+    }
+    assert {path.stem for path in RECIPES} == wanted
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_is_what_its_name_says(path):
+    args, _ = trainer.parse_flags(["--config", str(path)])
+    encoder = {"cpu": "efficientnet_lite0", "gpu": "resnet50"}
+    data, decoder, place = path.stem.split("_")
+    assert (args.dataset_type, args.decoder, args.encoder) == (data, decoder, encoder[place])
+    assert f"--config configs/{path.name}" in path.read_text()
+    assert args.warmup_epochs < args.epochs and args.views == "all"
+
+
+def test_a_recipe_trains(tiny, monkeypatch, capsys):
+    monkeypatch.chdir(tiny.parent)
+    recipe = next(path for path in RECIPES if path.stem == "flickr8k_attention_cpu")
+    tiny_set = ["--dataset_type", "custom", "--data_dir", str(tiny), "--freq_threshold", "1", "--views", "whole"]
+    assert trainer.main(["--config", str(recipe), *tiny_set, "--dry_run"]) == 0
+    said = capsys.readouterr().out
+    assert "Self-critical: mean reward" in said and "Report: " in said
