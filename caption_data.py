@@ -393,8 +393,10 @@ def read_captions(path: Path) -> tuple[dict[str, list[str]], list[str]]:
     for line, name, caption in rows:
         if not name:
             raise UserError(f"{path}, line {line}: a row without an image name")
-        folder, _, file = name.rpartition("/")
-        if any(os.path.basename(part.replace("\\", "/")) != part or part in (".", "..") for part in (folder, file)):
+        folder, slash, file = name.rpartition("/")
+        if (slash and not (folder and file)) or any(
+            os.path.basename(part.replace("\\", "/")) != part or part in (".", "..") for part in (folder, file)
+        ):
             raise UserError(f"{path}, line {line}: {name[:80]!r} is not a plain file name; images lie in one folder")
         if CONTROL_CHARACTERS.search(name) or len(name.encode()) > 255:
             raise UserError(

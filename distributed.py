@@ -12,25 +12,28 @@ import os
 import socket
 import sys
 import time
+import uuid
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from caption_data import SPLITS, CaptionSet, Vocabulary
+from caption_data import SPLITS, CaptionSet
 from experiment_utils import begun
 from safe_io import UserError, first_line, log
 
 T = TypeVar("T")
-# How long one process waits for another. Long: encoding shares end at different times, and torchrun itself ends
-# everybody as soon as one has died.
-PATIENCE = datetime.timedelta(hours=12)
+# How long one process waits for another before it takes it for lost; torchrun notices a process that died at once, but not
+# a machine that vanished. Shares of the encoding end at very different times.
+PATIENCE, LONG_PATIENCE = datetime.timedelta(minutes=30), datetime.timedelta(hours=24)
+SAME_FILES = "Processes on several machines need the same data and weights, and disks that they share"
 LAUNCH_FILE = ".torchrun"  # in a run directory: which torchrun began it
 _store: Any = None  # of the process group; messages go through it while errors end the processes one by one
+_patient: Any = None  # all processes, with the long patience
 
 
 def rank() -> int:
@@ -49,8 +52,13 @@ def is_first() -> bool:
 
 
 def launched() -> bool:
-    """Whether `torchrun` started this process as one of several."""
+    """Whether this process was started as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def by_torchrun() -> bool:
+    """Whether `torchrun` started this process, be it alone."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def local_rank() -> int:
@@ -69,29 +77,60 @@ def join() -> None:
 
     Gradients go through NCCL on GPUs and Gloo on CPUs, everything else, which is small, through Gloo.
     """
-    global _store
+    global _store, _patient
     if not launched() or dist.is_initialized():
         return
     if os.environ.get("OMP_NUM_THREADS") == "1":  # what torchrun sets where nothing else is said
         torch.set_num_threads(local_cores())
     with_gpus = torch.cuda.is_available() and dist.is_nccl_available()
-    _store, number, count = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
-    if os.environ.get("GROUP_WORLD_SIZE") == "1":  # after a restart it still holds what the processes before it wrote
-        _store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", _store)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if with_gpus else "gloo", store=_store, rank=number, world_size=count, timeout=PATIENCE
-    )
+    shared, number, count = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
+    _store = fresh_part(shared, number, count)
+    backends = "cpu:gloo,cuda:nccl" if with_gpus else "gloo"
+    dist.init_process_group(backends, store=_store, rank=number, world_size=count, timeout=PATIENCE)
+    _patient = dist.new_group(backend="gloo", timeout=LONG_PATIENCE)
     if not is_first():
         log.disabled = True
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (for as long as the process lives)
     log.info(f"{count} processes, {local_cores()} of the cores each")
 
 
+def fresh_part(store: Any, number: int, count: int) -> Any:
+    """A part of torchrun's store that only this start of the processes uses.
+
+    After a restart the store still holds what the processes before wrote, their addresses among it, and machines count
+    restarts differently. So the first process invents a name and tells it to all others that are alive now.
+    """
+    if number:
+        own = uuid.uuid4().hex
+        store.set(f"hello {number}", own)
+        name = store.get(f"welcome {own}").decode()  # waits
+        store.set(f"here {name} {number}", "")
+    else:
+        name, missing = uuid.uuid4().hex, set(range(1, count))
+        while missing:
+            for other in tuple(missing):
+                if store.check([f"hello {other}"]):
+                    store.set("welcome " + store.get(f"hello {other}").decode(), name)
+                if store.check([f"here {name} {other}"]):
+                    missing.remove(other)
+            time.sleep(0.02)
+    return dist.PrefixStore(name, store)
+
+
 def leave() -> None:
     """Say good-bye, once everybody has come so far."""
     if dist.is_initialized():
-        dist.barrier()
+        wait_for_all()
         dist.destroy_process_group()
+
+
+def end(code: int) -> NoReturn:
+    """End this process, of several without taking the interpreter down: threads of Gloo now and then abort that."""
+    if launched():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def from_first(make: Callable[[], T]) -> T:
@@ -108,7 +147,7 @@ def from_first(make: Callable[[], T]) -> T:
             answer[0] = make()
         except UserError as error:
             answer[1] = str(error)
-    dist.broadcast_object_list(answer, src=0)
+    dist.broadcast_object_list(answer, src=0, group=_patient)
     if answer[1] is not None:
         raise UserError(answer[1])
     return answer[0]  # type: ignore[no-any-return]
@@ -157,11 +196,11 @@ def _reduced(numbers: Sequence[float], operation: Any) -> list[float]:
 def wait_for_all() -> None:
     """Go on when everybody has come here."""
     if size() > 1:
-        dist.barrier()
+        dist.barrier(group=_patient)
 
 
 def deal(weights: np.ndarray, shares: int) -> np.ndarray:
-    """Share things out so that their weights are balanced: the heaviest first, each to who has least so far.
+    """Share things out so that their weights are balanced: by falling weight, to and fro over the shares.
 
     Args:
         weights: (n,) of each thing.
@@ -169,11 +208,10 @@ def deal(weights: np.ndarray, shares: int) -> np.ndarray:
     Returns:
         (n,) to which of the shares each goes; the same in every process.
     """
-    loads = np.zeros(shares)
-    owner = np.zeros(len(weights), dtype=np.int64)
-    for thing in np.argsort(-weights, kind="stable"):
-        owner[thing] = loads.argmin()
-        loads[owner[thing]] += weights[thing]
+    turn = np.arange(len(weights))
+    there, back = turn % shares, shares - 1 - turn % shares
+    owner = np.empty(len(weights), dtype=np.int64)
+    owner[np.argsort(-weights, kind="stable")] = np.where(turn // shares % 2, back, there)
     return owner
 
 
@@ -212,7 +250,7 @@ def launch_name() -> str:
 
 def remember_launch(directory: Path) -> None:
     """Note in a run directory which `torchrun` began it, for `interrupted_run` after a restart."""
-    if launched():
+    if by_torchrun():
         (directory / LAUNCH_FILE).write_text(launch_name(), encoding="utf-8")
 
 
@@ -221,44 +259,65 @@ def interrupted_run(folder: Path) -> Path | None:
     (restarts,) = largest(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))  # each machine counts its own
 
     def find() -> Path | None:
-        notes = folder.rglob(LAUNCH_FILE) if folder.is_dir() else ()
-        ours = [note.parent for note in notes if note.read_text(encoding="utf-8") == launch_name()]
-        return max((run for run in ours if (run / "last.pt").is_file()), key=begun, default=None)
+        notes = list(folder.rglob(LAUNCH_FILE)) if folder.is_dir() and by_torchrun() else []
+        ours = [note for note in notes if note.read_text(encoding="utf-8") == launch_name()]
+        if not restarts:  # names come again: what has this one's is an earlier torchrun's
+            for note in ours:
+                note.unlink()
+            return None
+        return max((note.parent for note in ours if (note.parent / "last.pt").is_file()), key=begun, default=None)
 
-    return from_first(find) if restarts else None
+    return from_first(find)
 
 
-def agree_on_flags(flags: dict[str, Any]) -> None:
-    """Make sure that all processes were started alike.
+def agree_on_flags(flags: dict[str, Any], checkpoint: dict[str, Any] | None = None) -> None:
+    """Make sure that all processes were started alike, and from the same checkpoint.
 
     Raises:
         UserError: they were not.
     """
     facts = {"PyTorch": torch.__version__, **{f"--{name}": str(value) for name, value in flags.items()}}
-    check_agreement(facts, "Start every process with the same command, on the same PyTorch")
+    if checkpoint:
+        facts["the checkpoint's epoch and step"] = f"{checkpoint['epoch']}, {checkpoint['progress']['step']}"
+    check_agreement(facts, "Start every process with the same command and files, on the same PyTorch")
 
 
-def agree_on_data(
-    data: CaptionSet, vocabulary: Vocabulary, weights_hash: str, checkpoint: dict[str, Any] | None
-) -> None:
+def agree_on_data(data: CaptionSet) -> None:
     """Make sure that all processes read the same.
 
     Raises:
         UserError: they did not.
     """
     words, ids, offsets = data.tokens
+    splits = [data.splits[split] for split in SPLITS]
     facts = {
-        "the number of images": len(data.names),
+        "the number of captioned images": len(data.names),
         "the hash of the captions and the split": fingerprint(
-            data.names, words, ids, offsets, data.first_caption, *(data.splits[split] for split in SPLITS)
+            data.names, words, ids, offsets, data.first_caption, *splits
         ),
-        "the hash of the vocabulary": fingerprint(vocabulary.words),
-        "the hash of the encoder's weights": weights_hash,
-        "the checkpoint's epoch and step": [checkpoint["epoch"], checkpoint["progress"]["step"]]
-        if checkpoint
-        else None,
+        "the folder of the images": str(data.image_dir.resolve()),
     }
-    check_agreement(facts, "Processes on several machines need the same data and weights, and disks that they share")
+    check_agreement(facts, SAME_FILES)
+
+
+def agree_on_encoder(weights_hash: str) -> None:
+    """Make sure that all processes found the same weights of the encoder.
+
+    Raises:
+        UserError: they did not.
+    """
+    check_agreement({"the hash of the encoder's weights": weights_hash}, SAME_FILES)
+
+
+def agree_on_directory(directory: Path, file: str) -> None:
+    """Make sure that all processes see what the first wrote into the run directory.
+
+    Raises:
+        UserError: one does not.
+    """
+    wait_for_all()
+    if not (directory / file).is_file():
+        raise UserError(f"rank {rank()} does not see {directory / file}, which rank 0 wrote: {SAME_FILES}")
 
 
 def with_one_voice(command: Callable[[], int]) -> int:

@@ -252,7 +252,15 @@ def read_predictions(path: Path, data: CaptionSet, images: np.ndarray) -> list[s
         if name in found:
             raise UserError(f"--predictions {path}: {name} has two captions (entry {number} is the second)")
         found[name] = caption
-    names = [data.image_id(image) for image in images]
+    names: list[str | int] = []
+    for image in images:
+        ways = (
+            data.image_id(image),
+            str(data.image_id(image)),
+            data.names[image],
+            data.names[image].rpartition("/")[2],
+        )
+        names.append(next((way for way in ways if way in found), ways[0]))  # a CSV has COCO's numbers as text
     missing = [name for name in names if name not in found]
     if missing:
         raise UserError(

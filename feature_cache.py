@@ -83,6 +83,7 @@ class FeatureFile:
         self.row_bytes = 2 * int(np.prod(row_shape))
         self.index_path = directory / f"{self.stem}.jsonl"
         self.entries: dict[str, Entry] = {}  # by image name
+        self.retimed: list[str] = []  # images whose modification time is another than the index has
         self.rows = 0  # rows named by the index, whether or not a later version replaced them
         self.index_bytes = 0  # length of the index up to its last whole line
         self.read_index()
@@ -127,15 +128,17 @@ class FeatureFile:
         stat = path.stat()
         if (entry.size, entry.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
             return True
-        return entry.size == stat.st_size and entry.content == zlib.crc32(path.read_bytes())
+        if entry.size != stat.st_size or entry.content != zlib.crc32(path.read_bytes()):
+            return False
+        self.entries[path.name] = entry._replace(mtime_ns=stat.st_mtime_ns)
+        self.retimed.append(path.name)
+        return True
 
-    def note_times(self, paths: Sequence[Path]) -> None:
+    def note_times(self) -> None:
         """Remember the modification times of images that `holds` knew by their bytes."""
-        stale = [path for path in paths if self.entries[path.name].mtime_ns != path.stat().st_mtime_ns]
-        for path in stale:
-            self.entries[path.name] = self.entries[path.name]._replace(mtime_ns=path.stat().st_mtime_ns)
-        if stale:
-            self.add_lines([path.name for path in stale])
+        if self.retimed:
+            self.add_lines(self.retimed)
+            self.retimed = []
 
     def add_lines(self, names: Sequence[str]) -> None:
         """Write these images' entries to the index."""
@@ -214,10 +217,10 @@ class FeatureStore:
         """The part that holds the features of this very version of an image."""
         return next((part for part in self.parts if part.holds(path)), None)
 
-    def note_times(self, paths: Sequence[Path]) -> None:
-        """See `FeatureFile.note_times`; of all these images some part holds the features."""
+    def note_times(self) -> None:
+        """See `FeatureFile.note_times`."""
         for part in self.parts:
-            part.note_times([path for path in paths if path.name in part.entries and part.holds(path)])
+            part.note_times()
 
 
 # grid.jsonl, mean-p3.jsonl
@@ -329,12 +332,12 @@ class LiveFeatures:
     def gather(self, images: np.ndarray, device: torch.device = CPU) -> torch.Tensor:
         pixels = list(self.pool.map(lambda image: load_pixels(self.paths[image], self.size, self.view), images))
         grid = self.encode(np.stack(pixels)).to(device)
-        return grid.mean(1) if self.means else grid
+        return (grid.mean(1) if self.means else grid.clone()).float()  # a clone may be trained through
 
 
 def cache_folders(text: str) -> list[Path]:
     """The folders of a `--feature_cache`: one, or several with the system's `os.pathsep` between; none for `off`."""
-    return [] if text == "off" else [Path(part) for part in text.split(os.pathsep) if part]
+    return [] if text == "off" else [Path(part) for part in dict.fromkeys(text.split(os.pathsep)) if part]
 
 
 def open_features(
@@ -393,16 +396,18 @@ def open_features(
     def prepare() -> list[int]:
         """What nobody has encoded yet; the first process finds out for all, since it also mends the indexes."""
         store, holders = look()
-        store.note_times([paths[i] for i in holders])
+        store.note_times()
+        seen.append((store, holders))
         return [int(i) for i in needed if int(i) not in holders]
 
+    seen: list[tuple[FeatureStore, dict[int, FeatureFile]]] = []  # by the first process
     unreadable: dict[int, str] = {}
     with waiting_locks(directories):
         todo = distributed.from_first(prepare)
         unseen = [directory for directory in directories if not directory.is_dir()]
         if unseen:
             raise UserError(f"rank {distributed.rank()} does not see {unseen[0]}, which rank 0 made: {SHARED_CACHE}")
-        store = read()
+        store = seen[0][0] if seen else read()
         worth_it = spec.compile_from is not None and len(todo) >= spec.compile_from
         compiled = compile_encoder == "on" or (compile_encoder == "auto" and worth_it)
         numbers = range(-(-len(caches) // distributed.size()) * distributed.size())  # of the parts: all disks take part
@@ -421,7 +426,7 @@ def open_features(
     for theirs in distributed.everybodys(unreadable):
         unreadable |= theirs
     check_unreadable(unreadable, len(needed))
-    store, holders = look()
+    store, holders = look() if todo or not seen else seen[0]
     missing = [i for i in needed.tolist() if i not in holders and i not in unreadable]
     if missing:
         raise UserError(

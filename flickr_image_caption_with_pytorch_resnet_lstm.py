@@ -426,6 +426,7 @@ def build_data(args: argparse.Namespace, saved_split: dict[str, Any] | None) -> 
     log.info(f"Split by image: {sizes} (from {data.split_source})")
     for note in data.notes:
         log.warning(f"Note: {note}")
+    distributed.agree_on_data(data)
     return data
 
 
@@ -438,6 +439,7 @@ def build_features(
         UserError: the weights are not those that a checkpoint was trained with.
     """
     weights, digest = find_weights(args.encoder, args.resnet_weights, weights_hash)
+    distributed.agree_on_encoder(digest)
     cores = distributed.local_cores()
     workers = min(args.num_workers or 1, cores)
     if args.num_workers > cores:
@@ -474,7 +476,8 @@ def train_one_epoch(run: Training, stop: StopRequest) -> float:
     run.decoder.train()
     order = np.random.default_rng([args.seed, run.epoch]).permutation(run.data.splits["train"])
     plan = run.batches.plan(order, args.batch_size)
-    saved = time.monotonic()
+    saved = looked = time.monotonic()
+    interval = 100  # steps between two looks of a GPU's processes
     fine: list[torch.Tensor] = []  # for the steps since the last look, which makes the device wait
     bad = 0
     bar = tqdm(plan, f"Epoch {run.epoch + 1}", initial=run.step, unit="batch", disable=bars_off(), leave=False)
@@ -497,8 +500,10 @@ def train_one_epoch(run: Training, stop: StopRequest) -> float:
         bar.update()
         asked, due = float(stop.signal or 0), time.monotonic() - saved > 60 * args.checkpoint_minutes
         alone = distributed.size() == 1  # several processes look, and act on what they see, together
-        if device.type == "cpu" or len(fine) == 100 or run.step == len(plan) or (alone and (asked or due)):
-            asked, due, *wrong = distributed.largest(asked, due, *(~torch.stack(fine)).tolist())
+        if device.type == "cpu" or len(fine) >= interval or run.step == len(plan) or (alone and (asked or due)):
+            pace, looked = (time.monotonic() - looked) / len(fine), time.monotonic()
+            asked, due, pace, *wrong = distributed.largest(asked, due, pace, *(~torch.stack(fine)).tolist())
+            interval = min(100, max(1, int(5 / pace)))  # torchrun kills half a minute after a signal
             looked_at = range(run.step - len(fine), run.step)
             for number in (n for n, failed in zip(looked_at, wrong, strict=True) if failed):
                 bad += 1
@@ -541,7 +546,7 @@ def start_training(args: argparse.Namespace, typed: set[str], argv: list[str]) -
     precision = Precision(args.precision, device)
     args.precision = precision.name
     log.info(f"Device: {device}, matrix products of training in {precision.name}")
-    distributed.agree_on_flags(vars(args))
+    distributed.agree_on_flags(vars(args), checkpoint)
     data = build_data(args, checkpoint["split"] if checkpoint else None)
     needed = np.unique(np.concatenate([*data.splits.values(), images_to_draw(args, data, data.splits["test"])]))
     views, weights_hash = build_features(
@@ -555,7 +560,6 @@ def start_training(args: argparse.Namespace, typed: set[str], argv: list[str]) -
     else:
         decoder.set_word_frequencies(batches.word_counts(data.splits["train"]))
     decoder.to(device)
-    distributed.agree_on_data(data, vocabulary, weights_hash, checkpoint)
     optimizer = torch.optim.AdamW(
         decoder.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
     )
@@ -615,6 +619,7 @@ def start_training(args: argparse.Namespace, typed: set[str], argv: list[str]) -
     log.info(f"Run directory: {run.directory} (will take up to {format_bytes(space)}; {format_bytes(free)} are free)")
     if args.resume is None:
         run.save(run.directory / "last.pt")  # from here on the run can be resumed
+    distributed.agree_on_directory(run.directory, "last.pt")
     return run
 
 
@@ -767,7 +772,6 @@ def load_task(args: argparse.Namespace, typed: set[str], splits: list[str]) -> t
         decoder = build_model(own, task.vocabulary)
         load_weights(decoder, checkpoint["decoder"], path)
         task.members += [(decoder.to(device), view) for view in views]
-        distributed.agree_on_data(task.data, task.vocabulary, checkpoint["encoder"]["weights_hash"], checkpoint)
         checkpoints[path] = checkpoint
     return task, np.concatenate([task.data.splits[split] for split in splits]), checkpoints
 
@@ -846,7 +850,8 @@ def run(argv: list[str]) -> int:
 
         return serve_page(args, typed)
     distributed.join()
-    interrupted = distributed.interrupted_run(args.model_save_dir) if args.mode == "train" else None
+    fresh_run = args.mode == "train" and args.resume is None
+    interrupted = distributed.interrupted_run(args.model_save_dir) if fresh_run else None
     if interrupted is not None:  # torchrun has started everybody anew after one was lost
         log.warning(f"Going on with {interrupted}, which this torchrun began")
         argv = ["--resume", str(interrupted)]
@@ -888,4 +893,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    distributed.end(main())

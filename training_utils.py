@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import signal
+import time
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ def pick_device(name: str) -> torch.device:
         UserError: the named device is not there.
     """
     has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    has["mps"] &= distributed.size() == 1  # for which torch.distributed has no backend
     if name == "auto":
         name = next(kind for kind in ("cuda", "mps", "cpu") if has[kind])
     if not has[name]:
@@ -97,14 +99,18 @@ class Stopped(Exception):
         self.signal, self.directory = number, directory
 
 
+SAME_SIGNAL = 5.0  # seconds in which a second signal may be the first one, passed on by torchrun
+
+
 class StopRequest:
     """Remembers the first SIGINT or SIGTERM while training runs, so that the step in hand is finished and saved.
 
-    A second SIGINT stops at once. Used as a context manager, which puts the old handlers back.
+    A second one stops at once, but for what torchrun passes on of a signal that a job's processes got already. Used as a context manager, which puts the old handlers back.
     """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self.when = 0.0
 
     def __enter__(self) -> StopRequest:
         self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -116,8 +122,10 @@ class StopRequest:
 
     def handle(self, number: int, _: FrameType | None) -> None:
         if self.signal is not None:
+            if distributed.launched() and time.monotonic() - self.when < SAME_SIGNAL:
+                return
             raise KeyboardInterrupt
-        self.signal = signal.Signals(number)
+        self.signal, self.when = signal.Signals(number), time.monotonic()
         log.warning(f"\n{self.signal.name}: saving after this step; a second time stops at once")
 
 

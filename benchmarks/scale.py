@@ -203,6 +203,7 @@ def work(folder: Path, epochs: int) -> None:
     import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 
     distributed.join()
+    torch.set_num_threads(1)
     flags = json.loads((folder / "flags.json").read_text())
     args, typed = trainer.parse_flags(flags)
     build, encoding = trainer.build_features, [0.0]

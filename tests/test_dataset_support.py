@@ -88,7 +88,7 @@ def test_cocos_own_files_come_in_two_and_its_validation_images_are_held_out(tmp_
         load_caption_set(tmp_path / "coco")
 
 
-@pytest.mark.parametrize("folder", ["..", "a/../..", "/etc", "a\\..", "a/b"])
+@pytest.mark.parametrize("folder", ["..", "a/../..", "/etc", "a\\..", "a/b", "/"])
 def test_a_caption_file_names_no_folder_elsewhere(tmp_path, folder):
     image = {"filepath": folder, "filename": "x.jpg", "split": "train", "sentences": [{"raw": "a dog"}]}
     (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": [image]}))

@@ -95,8 +95,9 @@ def test_resuming_is_training_on(here):
     assert all(torch.equal(whole["decoder"][name], parts["decoder"][name]) for name in whole["decoder"])
 
 
-def test_the_plain_path_without_a_cache(here):
-    assert run(here, "--feature_cache", "off", "--dry_run") == 0
+@pytest.mark.parametrize("decoder", ["lstm", "attention"])
+def test_the_plain_path_without_a_cache(here, decoder):
+    assert run(here, "--decoder", decoder, "--feature_cache", "off", "--dry_run") == 0
     assert not Path("feature_cache").exists()
 
 
