@@ -17,7 +17,9 @@ from conftest import draw_tiny
 
 import distributed
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
+import training_utils
 from safe_io import UserError
+from training_utils import StopRequest
 
 SCRIPT = Path(trainer.__file__)
 WHAT = (
@@ -247,6 +249,19 @@ def test_work_is_dealt_out_evenly():
     loads = np.bincount(owner, weights, minlength=4)
     assert loads.sum() == weights.sum() and loads.max() - loads.min() < 20
     assert set(distributed.deal(np.array([5, 5]), 4)) == {0, 1}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_a_signal_that_torchrun_passes_on_is_no_second_one(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with StopRequest() as stop:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal == signal.SIGTERM
+        monkeypatch.setattr(training_utils, "SAME_SIGNAL", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
 
 
 def test_after_a_restart_nobody_reads_what_the_processes_before_wrote(tmp_path):
