@@ -189,7 +189,7 @@ checks() {
     local failed=''
     say "ruff check ." && .venv/bin/python -m ruff check . || failed="$failed ruff"
     say "mypy" && .venv/bin/python -m mypy || failed="$failed mypy"
-    say "pytest" && .venv/bin/python -m pytest || failed="$failed pytest"
+    say "pytest -n 2" && .venv/bin/python -m pytest -n 2 --dist worksteal || failed="$failed pytest"
     if [ -n "$failed" ]; then
         say "error: failed:$failed" >&2
         exit 1

@@ -3,6 +3,7 @@
 import csv
 import os
 import signal
+import re
 import time
 from pathlib import Path
 
@@ -108,7 +109,7 @@ def test_quiet_says_what_came_out_and_verbose_where_the_time_went(here, monkeypa
     assert "Note: 1 image(s) without captions" in capsys.readouterr().out  # warnings stay
     assert run(here, "--epochs", "1", "--verbose") == 0
     out = capsys.readouterr().out
-    assert "Epoch 1 completed" in out and "  Time: " in out and "drawing 0." in out
+    assert "Epoch 1 completed" in out and "  Time: " in out and re.search(r"drawing \d", out)
 
 
 def test_quiet_and_verbose_contradict_each_other_but_the_typed_one_wins_over_a_config(here, capsys):
