@@ -2,8 +2,8 @@
 
 import csv
 import os
-import signal
 import re
+import signal
 import time
 from pathlib import Path
 
