@@ -2,7 +2,7 @@
 
     python benchmarks/scale.py             # known data sets on 1, 8 and 64 GPUs (docs/scale.md explains the table)
     python benchmarks/scale.py --check     # predict 2 and 4 processes of this machine from 1, run them, compare
-    python benchmarks/scale.py --same -- --dataset_type demo --epochs 3 ...    # what 1, 2 and 4 processes arrive at
+    python benchmarks/scale.py --same --dataset_type demo --epochs 3 ...    # what 1, 2 and 4 processes arrive at
 
 The model: encoding takes as long as the slowest of its parts, which overlap (encoder, JPEG decoding, reading, writing); a
 training step takes its arithmetic shared among the workers, and what does not get less with more of them (launching,
@@ -353,7 +353,7 @@ def same(flags: list[str]) -> None:
 def main(argv: list[str] | None = None) -> list[dict[str, float]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="measure this machine with 1, 2 and 4 processes")
-    parser.add_argument("--same", nargs=argparse.REMAINDER, help="flags of a training, after --")
+    parser.add_argument("--same", nargs=argparse.REMAINDER, help="and then the flags of a training")
     parser.add_argument("--images", type=int, default=700, help="of the check's data set")
     parser.add_argument("--epochs", type=int, default=None, help="of the plan (15), or of the check (4)")
     parser.add_argument("--batch_size", type=int, default=640, help="captions of a step on one GPU, in the plan")
@@ -365,7 +365,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, float]]:
         work(args.work, args.epochs)
         return []
     if args.same is not None:
-        same([flag for flag in args.same if flag != "--"])
+        same(args.same)
         return []
     if args.check:
         return check(TINY, args.epochs or 4, args.images)
