@@ -142,9 +142,10 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("self-critical training").add_argument
     add("--scst_epochs", type=number(int, 0), default=0,
         help="epochs of it after the others: sampled captions, rewarded by CIDEr-D; --epochs 0 --model_path X adds only these")  # fmt: skip
-    add("--scst_learning_rate", type=positive, default=5e-5, help="its learning rate at first; it falls to zero over its epochs, by half a cosine")  # fmt: skip
+    add("--scst_learning_rate", type=positive, default=2e-4,
+        help="its learning rate at first; it falls to zero over its epochs, by half a cosine")  # fmt: skip
     add("--scst_samples", type=number(int, 2), default=5, help="captions drawn of each image")
-    add("--scst_ce_weight", type=number(float, 0), default=0.0,
+    add("--scst_ce_weight", type=number(float, 0), default=0.05,
         help="weight of the cross-entropy of people's captions in its loss")  # fmt: skip
 
     add = parser.add_argument_group("learning rate scheduling").add_argument
