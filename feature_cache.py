@@ -463,7 +463,7 @@ def waiting_locks(directories: Sequence[Path]) -> Iterator[None]:
             try:
                 held.enter_context(lock.acquire(timeout=0.1))
             except Timeout:
-                log.info(f"Another process is encoding into {directory}; waiting to share its work ...")
+                log.info(f"Another run is at work in {directory}; waiting for it, to share what it encodes ...")
                 held.enter_context(lock.acquire())
         yield
 
