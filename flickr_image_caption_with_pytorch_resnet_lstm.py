@@ -45,6 +45,7 @@ from experiment_utils import (
 )
 from flag_rules import (
     ARCHITECTURE_FLAGS,
+    ENCODER_NAMES,
     MODES_OF,
     RESUME_FLAGS,
     SCHEDULERS,
@@ -111,8 +112,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--feature_cache", default="feature_cache", help="folder of encoded images; 'off' encodes them in every batch")
 
     add = parser.add_argument_group("model").add_argument
-    add("--encoder", choices=("resnet50", "resnet101", "resnet152", "convnext_base", "efficientnet_lite0"),
-        default="resnet50", help="the later ones see better and take longer; efficientnet_lite0 needs no download")  # fmt: skip
+    add("--encoder", choices=ENCODER_NAMES, default="resnet50",
+        help="frozen network that sees; efficientnet_lite0 needs no download; with _stages better captions, a larger cache")  # fmt: skip
     add("--resnet_weights", help="file of the encoder's weights, or 'random'; by default looked for, then downloaded")
     add("--embed_size", type=count, default=512, help="size of word and image embeddings")
     add("--hidden_size", type=count, default=1024, help="LSTM size; 512 with one layer suits Flickr8k and a laptop")

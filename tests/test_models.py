@@ -224,10 +224,10 @@ def test_resnet50_weights_come_from_a_file(tmp_path):
 
 
 def test_every_encoder_of_torchvisions_knows_its_files_and_its_normalisation():
-    for name, spec in ENCODERS.items():
-        if name == "efficientnet_lite0":
+    for spec in ENCODERS.values():
+        if spec.network == "efficientnet_lite0":
             continue
-        known = list(torchvision.models.get_model_weights(name))
+        known = list(torchvision.models.get_model_weights(spec.network))
         assert spec.files[0] == Path(known[0].url).name and {Path(each.url).name for each in known} <= set(spec.files)
         transforms = known[0].transforms()
         assert spec.mean == pytest.approx([255 * value for value in transforms.mean])
@@ -241,3 +241,18 @@ def test_other_encoders_give_a_grid(name):
     encoder = build_encoder(name, weights)
     assert encoder(torch.zeros(1, 3, 224, 224, dtype=torch.uint8)).shape == (1, 49, ENCODERS[name].channels)
     assert digest == "random0000000000"
+
+
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "resnet50", "convnext_base"])
+def test_all_stages_are_the_last_one_and_the_earlier_ones_on_its_grid(name):
+    pixels = torch.randint(256, (1, 3, 224, 224), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    weights, _ = find_weights(name, None if name == "efficientnet_lite0" else "random")
+    plain, full = build_encoder(name, weights), build_encoder(name + "_stages", weights)
+    features = full(pixels)
+    assert features.shape == (1, 49, full.spec.channels)
+    assert torch.equal(features[..., : plain.spec.channels], plain(pixels))
+    normal = (pixels.float() - full.mean) / full.deviation
+    first = torch.nn.functional.adaptive_avg_pool2d(full.stages[0](normal), 7).flatten(2).transpose(1, 2)
+    last = features[..., -first.shape[2] :]
+    torch.testing.assert_close(last, first / first.square().mean().sqrt())
+    assert last.square().mean().item() == pytest.approx(1)
