@@ -277,10 +277,10 @@ def build_encoder(name: str, weights: Path | None) -> Encoder:
     if weights is not None:
         load_weights(network, weights)
     if spec.network.startswith("resnet"):
-        stem = (network.conv1, network.bn1, network.relu, network.maxpool)
-        return Encoder(spec, [nn.Sequential(*stem, network.layer1), network.layer2, network.layer3, network.layer4])
+        first = nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool, network.layer1)
+        return Encoder(spec, [first, network.layer2, network.layer3, network.layer4])
     layers = list(network.features)  # of ConvNeXt: a stage is what makes the image smaller, and its blocks
-    return Encoder(spec, [nn.Sequential(*layers[first : first + 2]) for first in range(0, len(layers), 2)])
+    return Encoder(spec, [nn.Sequential(*layers[start : start + 2]) for start in range(0, len(layers), 2)])
 
 
 def load_weights(network: nn.Module, path: Path) -> None:

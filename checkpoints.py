@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import math
 from collections.abc import Callable
@@ -10,7 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from flag_rules import ENCODER_NAMES
+from feature_cache import cache_folders
+from flag_rules import ARCHITECTURE_FLAGS, ENCODER_NAMES
 from safe_io import (
     CONTROL_CHARACTERS,
     UserError,
@@ -68,6 +70,50 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     check_architecture(checkpoint, path)
     check_optimizer(checkpoint["optimizer"], list(checkpoint["decoder"].values()), path)
     return checkpoint
+
+
+def apply_checkpoint(args: argparse.Namespace, typed: set[str], checkpoint: dict[str, Any], path: Path) -> None:
+    """Take from a checkpoint what it decides; only a flag that was typed can contradict it.
+
+    Raises:
+        UserError: a typed flag says otherwise.
+    """
+    saved = checkpoint["flags"]
+    for name in ARCHITECTURE_FLAGS:
+        if name in typed and getattr(args, name) != saved[name]:
+            raise UserError(
+                f"--{name} {getattr(args, name)} contradicts {path}, which was trained with {saved[name]}: "
+                f"leave the flag out, or train a new model without --model_path"
+            )
+        setattr(args, name, saved[name])
+    if args.decoder == "lstm" and args.save_attention_viz:
+        raise UserError(f"--save_attention_viz has no effect: {path} is an lstm decoder, which has no attention")
+    follow = ["data_dir", "image_dir", "captions_file", "resnet_weights", "seed"]
+    # A stranger's checkpoint makes no cache elsewhere: only what is one already is used.
+    caches = cache_folders(saved["feature_cache"])
+    if not caches or any(any(cache.glob(f"{args.encoder}-*")) for cache in caches):
+        follow.append("feature_cache")
+    follow.append("views")
+    if checkpoint["decoding"] and not typed & {"beam_size", "length_penalty"}:
+        args.beam_size = checkpoint["decoding"]["beam_size"]
+        args.length_penalty = checkpoint["decoding"]["length_penalty"]
+    if args.mode == "train":
+        follow += [
+            "weight_decay",
+            "batch_size",
+            "drop_prob",
+            "grad_clip",
+            "label_smoothing",
+            "attention_reg",
+            "best_metric",
+            "precision",
+        ]
+        if not args.use_scheduler and "learning_rate" not in typed:
+            follow.append("learning_rate")
+    for name in follow:
+        if name not in typed:
+            value = saved[name]
+            setattr(args, name, Path(value) if value and name in ("data_dir", "image_dir", "captions_file") else value)
 
 
 def upgrade_from_1(checkpoint: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""CIDEr-D of many sampled captions at once: the reward of self-critical training.
+"""CIDEr-D of many captions at once: the reward of self-critical training, and how well captions agree.
 
 pycocoevalcap's scorer walks over dictionaries of strings; here n-grams are integers, and a batch is a few
 sorts and searches. The figures are the same (tested to 1e-9).
@@ -6,6 +6,7 @@ sorts and searches. The figures are the same (tested to 1e-9).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -101,14 +102,7 @@ class CiderReward:
         pair_row = np.repeat(np.arange(len(images)), references)
         first_pair = np.cumsum(references) - references
         similarity = np.zeros(len(pair_row))
-        known = np.zeros(1, dtype=np.int64)  # where the tables have each n-gram, -1 nowhere; of 0-grams to begin with
-        for table, grams in zip(self.tables, count_grams(ids, offsets, self.words), strict=True):
-            before = known[grams.keys // self.words]
-            keys = before * self.words + grams.keys % self.words
-            at = find(table.keys, keys)
-            known = np.where(before >= 0, at, -1)
-            weights = grams.times * np.where(known >= 0, table.idf[known], self.log_images)[grams.gram]
-            norms = np.sqrt(np.bincount(grams.text, weights**2, len(images)))
+        for table, grams, known, weights, norms in self.weigh(ids, offsets):
             # Every n-gram of a caption that the tables know, against every reference of its image.
             entry = np.flatnonzero(known[grams.gram] >= 0)
             row = grams.text[entry]
@@ -123,6 +117,47 @@ class CiderReward:
         difference = np.diff(offsets)[pair_row] - self.lengths[pair_reference]
         similarity *= np.exp(-(difference**2) / (2 * SIGMA**2)) / N
         return 10 * np.bincount(pair_row, similarity, len(images)) / references
+
+    def agreement(self, ids: np.ndarray, offsets: np.ndarray, count: int) -> np.ndarray:
+        """Compare the first `count` of some captions with each of the others, as if that were the only reference.
+
+        Args:
+            ids, offsets: as for `score`.
+
+        Returns:
+            (count, others) CIDEr-D, float64, times 10.
+        """
+        lengths = np.diff(offsets)
+        similarity = np.zeros((count, len(lengths) - count))
+        for _, grams, _, weights, norms in self.weigh(ids, offsets):
+            table = np.zeros((len(lengths), len(grams.keys)))
+            table[grams.text, grams.gram] = weights
+            ours, others = table[:count], table[count:]
+            product = np.empty_like(similarity)
+            for number, other in enumerate(others):
+                has = np.flatnonzero(other)
+                product[:, number] = np.minimum(ours[:, has], other[has]) @ other[has]
+            norm = norms[:count, None] * norms[count:]
+            similarity += product / np.where(norm > 0, norm, 1)
+        difference = lengths[:count, None] - lengths[count:]
+        return 10 * similarity * np.exp(-(difference**2) / (2 * SIGMA**2)) / N
+
+    def weigh(
+        self, ids: np.ndarray, offsets: np.ndarray
+    ) -> Iterator[tuple[Table, Grams, np.ndarray, np.ndarray, np.ndarray]]:
+        """The n-grams of captions with their weights, for n from 1 to N.
+
+        Yields:
+            the references' table, the captions' n-grams, where the table has each of these (-1 nowhere), the tf-idf of
+            each entry and the norm of each caption.
+        """
+        known = np.zeros(1, dtype=np.int64)  # of 0-grams to begin with
+        for table, grams in zip(self.tables, count_grams(ids, offsets, self.words), strict=True):
+            before = known[grams.keys // self.words]
+            at = find(table.keys, before * self.words + grams.keys % self.words)
+            known = np.where(before >= 0, at, -1)
+            weights = grams.times * np.where(known >= 0, table.idf[known], self.log_images)[grams.gram]
+            yield table, grams, known, weights, np.sqrt(np.bincount(grams.text, weights**2, len(offsets) - 1))
 
 
 def find(values: np.ndarray, wanted: np.ndarray) -> np.ndarray:

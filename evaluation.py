@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import distributed
 import plots
 from caption_data import CaptionSet, UnreadableImage, Vocabulary, captions_of, open_image, tokenize
 from caption_models import Hypothesis, LSTMDecoder, beam_search
+from consensus import Consensus
 from experiment_utils import save_numbered
 from feature_cache import Features
 from metrics_utils import (
@@ -49,6 +50,7 @@ class Task:
     data: CaptionSet
     vocabulary: Vocabulary
     members: list[tuple[LSTMDecoder, Features]]  # who captions: a decoder and a view of the images, or several
+    consensus: Consensus | None = dataclasses.field(default=None, kw_only=True)  # who chooses among their captions
 
     def text(self, found: Hypothesis) -> str:
         return " ".join(self.vocabulary.decode(found.ids))
@@ -57,22 +59,49 @@ class Task:
 def caption(
     task: Task, images: np.ndarray, beam: int, attention: bool = False, length_penalty: float | None = None
 ) -> list[Hypothesis]:
-    """The best caption of each image, decoded freely, many images at a time; of several processes each takes its share.
+    """The best caption of each image, as `search` finds it."""
+    return [hypotheses[0] for hypotheses in search(task, images, beam, attention, length_penalty)]
+
+
+def search(
+    task: Task, images: np.ndarray, beam: int, attention: bool = False, length_penalty: float | None = None,
+    wanted: int = 1,
+) -> list[list[Hypothesis]]:  # fmt: skip
+    """Captions of images, decoded freely, many images at a time; of several processes each takes its share.
 
     Args:
         images: positions (n,) in the caption set.
         length_penalty: another than the task's.
+        wanted: keep all that the beam ends with, which are at least so many where there are as many; 1 for the best alone.
     """
     penalty = task.args.length_penalty if length_penalty is None else length_penalty
-    best: list[Hypothesis] = []
+    captions: list[list[Hypothesis]] = []
     chunk = max(1, 384 // (beam * len(task.members)))
     mine = distributed.share(images)
     for start in tqdm(range(0, len(mine), chunk), "Captioning", unit="batch", disable=bars_off(), leave=False):
         part = mine[start : start + chunk]
         seen = [(decoder, features.gather(part, task.device)) for decoder, features in task.members]
-        found = beam_search(seen, beam, task.args.max_length, penalty, attention)
-        best += [hypotheses[0] for hypotheses in found]
-    return distributed.gather(best)
+        found = beam_search(seen, beam, task.args.max_length, penalty, attention, wanted)
+        captions += found if wanted > 1 else [hypotheses[:1] for hypotheses in found]
+    return distributed.gather(captions)
+
+
+def ways_to_decode(
+    task: Task, images: np.ndarray, attention: bool
+) -> Iterator[tuple[str, dict[str, Any], list[Hypothesis]]]:
+    """Caption images greedily, with the beam, and by consensus of what the beam found, where that is asked for.
+
+    Yields:
+        a way's name, what a row of `test_metrics.json` says of it, and a caption per image.
+    """
+    beam, penalty = task.args.beam_size, task.args.length_penalty
+    yield "greedy", {"beam_size": 1, "length_penalty": None, "consensus": None}, caption(task, images, 1, attention)
+    if beam > 1:
+        found = search(task, images, beam, attention, wanted=beam if task.consensus else 1)
+        about = {"beam_size": beam, "length_penalty": penalty, "consensus": None}
+        yield f"beam {beam}", about, [hypotheses[0] for hypotheses in found]
+        if task.consensus is not None and distributed.is_first():
+            yield "consensus", about | {"consensus": task.args.consensus}, task.consensus.choose(images, found)
 
 
 def captions_of_images(task: Task, images: np.ndarray, beam: int, length_penalty: float | None = None) -> list[str]:

@@ -287,9 +287,9 @@ def get_parser() -> argparse.ArgumentParser:
     add("--sort", metavar="SCORE", help="the best first: cider, bleu4, wer, val_cider, val_loss, ...; else by age")
     add("--where", nargs="+", action="extend", default=[], metavar="PARAMETER=VALUE", help="only the runs that have it")
     add("--csv", action="store_true", help="print CSV with every parameter and score")
-    add = commands.add_parser("diff", help="what differs between two runs, and whether the scores do").add_argument
+    add = commands.add_parser("diff", help="what differs between two runs, or between a run's own tests").add_argument
     add("first", type=Path, metavar="RUN_A", help="a run directory, or a folder of runs: its newest")
-    add("second", type=Path, metavar="RUN_B")
+    add("second", type=Path, metavar="RUN_B", help="the same again: compares that run's tests with each other")
     add = commands.add_parser("report", help="write the run's report.html anew").add_argument
     add("run", type=Path, metavar="RUN", help="a run directory, or a folder of runs: its newest")
     add("--data_dir", type=Path, help="the data set, where it lies elsewhere now")

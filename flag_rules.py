@@ -31,7 +31,7 @@ RESUME_FLAGS = (
 MODES_OF = {
     "images": ("caption",), "json": ("caption",), "num_captions": ("caption",), "top_p": ("caption",), "output": ("caption", "export"),
     "host": ("serve",), "port": ("serve",), "onnx": ("export",),
-    "predictions": ("test",), "spice": ("test",), "split": ("test",), "tensorboard": ("train",),
+    "predictions": ("test",), "spice": ("test",), "split": ("test",), "consensus": ("test",), "tensorboard": ("train",),
 }  # fmt: skip
 # These modes read no data set and train nothing: what else they take.
 ALLOWED = {
@@ -119,6 +119,10 @@ def check_flags(args: argparse.Namespace, typed: set[str], parser: argparse.Argu
         parser.error("--seed has no effect with --mode caption without --top_p")
     if "beam_size" in typed and args.num_captions > args.beam_size:
         parser.error(f"--num_captions {args.num_captions} needs a --beam_size of at least as many")
+    if args.consensus != "off" and ("beam_size" in typed and args.beam_size == 1):
+        parser.error("--consensus chooses among a beam's captions: it needs a --beam_size above 1, best 20 or more")
+    if args.consensus != "off" and args.predictions is not None:
+        parser.error("--consensus has no effect with --predictions, which are captions already")
     if args.quiet and args.verbose:
         parser.error("--quiet and --verbose contradict each other: leave one out")
     if args.mode == "export" and args.output is None:

@@ -44,7 +44,6 @@ from experiment_utils import (
     write_training_log,
 )
 from flag_rules import (
-    ARCHITECTURE_FLAGS,
     ENCODER_NAMES,
     MODES_OF,
     RESUME_FLAGS,
@@ -167,6 +166,9 @@ def get_parser() -> argparse.ArgumentParser:
         help="hypotheses kept in testing, beside greedy decoding (not typed: what --mode tune found, if it did)")  # fmt: skip
     add("--length_penalty", type=number(float, 0), default=0.7,
         help="exponent of the length; more makes captions longer")  # fmt: skip
+    add("--consensus", choices=("off", "beam", "neighbours"), default="off",
+        help="--mode test: choose among the beam's captions that which agrees best with them all, or also with the captions "
+        "of similar training images; with a wide beam, 20 if not typed")  # fmt: skip
     add("--spice", action="store_true", help="SPICE too (Java; downloads CoreNLP; minutes)")
     add("--split", choices=("test", "val", "val+test"), default="test", help="which images --mode test scores")
 
@@ -259,6 +261,7 @@ from caption_models import (
     find_weights,
 )
 from checkpoints import (
+    apply_checkpoint,
     carry_best,
     load_checkpoint,
     load_weights,
@@ -266,6 +269,7 @@ from checkpoints import (
     require_trainable,
     save_checkpoint,
 )
+from consensus import BEAM_SIZE, Consensus
 from evaluation import (
     Task,
     caption,
@@ -279,6 +283,7 @@ from evaluation import (
     save_test,
     score_test,
     tune,
+    ways_to_decode,
 )
 from feature_cache import Features, cache_folders, open_features
 from html_report import write_report
@@ -368,50 +373,6 @@ class Training(Task):
 
 # --------------------------------------------------------------------------------------------------
 # Building
-
-
-def apply_checkpoint(args: argparse.Namespace, typed: set[str], checkpoint: dict[str, Any], path: Path) -> None:
-    """Take from a checkpoint what it decides; only a flag that was typed can contradict it.
-
-    Raises:
-        UserError: a typed flag says otherwise.
-    """
-    saved = checkpoint["flags"]
-    for name in ARCHITECTURE_FLAGS:
-        if name in typed and getattr(args, name) != saved[name]:
-            raise UserError(
-                f"--{name} {getattr(args, name)} contradicts {path}, which was trained with {saved[name]}: "
-                f"leave the flag out, or train a new model without --model_path"
-            )
-        setattr(args, name, saved[name])
-    if args.decoder == "lstm" and args.save_attention_viz:
-        raise UserError(f"--save_attention_viz has no effect: {path} is an lstm decoder, which has no attention")
-    follow = ["data_dir", "image_dir", "captions_file", "resnet_weights", "seed"]
-    # A stranger's checkpoint makes no cache elsewhere: only what is one already is used.
-    caches = cache_folders(saved["feature_cache"])
-    if not caches or any(any(cache.glob(f"{args.encoder}-*")) for cache in caches):
-        follow.append("feature_cache")
-    follow.append("views")
-    if checkpoint["decoding"] and not typed & {"beam_size", "length_penalty"}:
-        args.beam_size = checkpoint["decoding"]["beam_size"]
-        args.length_penalty = checkpoint["decoding"]["length_penalty"]
-    if args.mode == "train":
-        follow += [
-            "weight_decay",
-            "batch_size",
-            "drop_prob",
-            "grad_clip",
-            "label_smoothing",
-            "attention_reg",
-            "best_metric",
-            "precision",
-        ]
-        if not args.use_scheduler and "learning_rate" not in typed:
-            follow.append("learning_rate")
-    for name in follow:
-        if name not in typed:
-            value = saved[name]
-            setattr(args, name, Path(value) if value and name in ("data_dir", "image_dir", "captions_file") else value)
 
 
 def build_data(args: argparse.Namespace, saved_split: dict[str, Any] | None) -> CaptionSet:
@@ -775,6 +736,12 @@ def load_task(args: argparse.Namespace, typed: set[str], splits: list[str]) -> t
         load_weights(decoder, checkpoint["decoder"], path)
         task.members += [(decoder.to(device), view) for view in views]
         checkpoints[path] = checkpoint
+    if args.consensus != "off":
+        one = argparse.Namespace(**vars(args) | {"decoder": "lstm", "views": "whole"})  # means of whole images
+        shown = np.union1d(task.data.splits["train"], images)
+        means = build_features(one, task.data, shown)[0][0] if args.consensus == "neighbours" else None
+        args.beam_size = args.beam_size if "beam_size" in typed else BEAM_SIZE
+        task.consensus = Consensus(task.data, task.vocabulary, means)
     return task, np.concatenate([task.data.splits[split] for split in splits]), checkpoints
 
 
@@ -786,8 +753,7 @@ def test(args: argparse.Namespace, typed: set[str]) -> None:
     results = read_json(metrics_path) if metrics_path.is_file() else []
     pointing = args.dataset_type == "demo" and args.decoder == "attention"  # there we know where things are
     columns: list[tuple[str, dict[str, Any]]] = []
-    for beam in dict.fromkeys((1, args.beam_size)):
-        found = caption(task, images, beam, attention=pointing)
+    for way, about, found in ways_to_decode(task, images, attention=pointing):
         if not distributed.is_first():
             continue
         captions = [task.text(each) for each in found]
@@ -798,12 +764,11 @@ def test(args: argparse.Namespace, typed: set[str]) -> None:
         header = {
             "checkpoint": " + ".join([path.name, *map(str, others)]), "epoch": checkpoints[path]["epoch"],
             "dataset": args.dataset_type, "split": args.split, "views": args.views, "images": len(images),
-            "beam_size": beam, "length_penalty": args.length_penalty if beam > 1 else None,
-            "tokenizer": "spacy.blank('en'), lower case, without punctuation",
+            **about, "tokenizer": "spacy.blank('en'), lower case, without punctuation",
         }  # fmt: skip
         entry = {**header, **save_test(directory, data, images, captions, each), **scores}
         results = [old for old in results if {key: old.get(key) for key in header} != header] + [entry]
-        columns.append((("greedy" if beam == 1 else f"beam {beam}"), scores))
+        columns.append((way, scores))
     if args.save_attention_viz:
         save_attention_pictures(task, images_to_draw(args, data, images), directory)
     if not distributed.is_first():

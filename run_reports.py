@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import difflib
 import io
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -239,8 +240,9 @@ def tested(run: Run) -> str:
 
 
 def decoding(row: Mapping[str, Any]) -> str:
-    beam = row.get("beam_size")
-    return "greedy" if beam == 1 else f"beam {plain(beam)}"
+    beam, consensus = row.get("beam_size"), row.get("consensus")
+    chosen = {None: "", "beam": ", consensus"}.get(consensus, f", consensus with {plain(consensus)}")
+    return "greedy" if beam == 1 else f"beam {plain(beam)}{chosen}"
 
 
 def runs_table(runs: Sequence[Run], folder: Path) -> str:
@@ -306,7 +308,12 @@ def runs_csv(runs: Sequence[Run]) -> str:
 
 
 def compare(first: Run, second: Run) -> str:
-    """The parameters that differ, validation scores, and each kind of test that both had, with paired bootstraps."""
+    """The parameters that differ, validation scores, and each kind of test that both had, with paired bootstraps.
+
+    Of one run twice, its own tests of the same images, each against the next.
+    """
+    if first.directory == second.directory:
+        return compare_ways(first)
     lines = [f"A  {plain(first.directory)}", f"B  {plain(second.directory)}", "", "Parameters that differ"]
     flags = first.parameters(), second.parameters()
     names = [name for name in dict.fromkeys([*flags[0], *flags[1]]) if flags[0].get(name) != flags[1].get(name)]
@@ -321,7 +328,10 @@ def compare(first: Run, second: Run) -> str:
         lines += ["", f"Validation images, greedy captions, best epoch ({a} and {b})"]
         cells = [[f"  {name_of(key)}", *(score_text(key, each[key]) for each in scores)] for key in keys]
         lines += align([["", "A", "B"], *cells])
-    latest = [{(row.get("split"), row.get("beam_size") == 1): row for row in run.tests} for run in (first, second)]
+    latest = [
+        {(row.get("split"), row.get("beam_size") == 1, row.get("consensus")): row for row in run.tests}
+        for run in (first, second)
+    ]
     common = [kind for kind in latest[0] if kind in latest[1]]
     for kind in common:
         lines += ["", *compare_tests(first, latest[0][kind], second, latest[1][kind])]
@@ -329,6 +339,22 @@ def compare(first: Run, second: Run) -> str:
         missing = first if not first.tests else second
         command = reproducing_command(["--mode", "test", "--model_path", str(missing.directory)])
         lines += ["", f"The two have no test on the same split: {command}"]
+    return "\n".join(lines)
+
+
+def compare_ways(run: Run) -> str:
+    """The tests of one run: its ways of decoding, views of the images and checkpoints."""
+    latest: dict[Any, dict[Any, Mapping[str, Any]]] = {}
+    for row in run.tests:
+        way = (row.get("checkpoint"), row.get("epoch"), row.get("views"), decoding(row), row.get("length_penalty"))
+        latest.setdefault((row.get("split"), row.get("images")), {})[way] = row
+    lines = [f"A and B  {plain(run.directory)}"]
+    for rows in latest.values():
+        for a, b in itertools.pairwise(rows.values()):
+            lines += ["", *compare_tests(run, a, run, b)]
+    if len(lines) == 1:
+        command = reproducing_command(["--mode", "test", "--model_path", str(run.directory)])
+        lines += ["", f"The run has no two tests of the same images: {command}"]
     return "\n".join(lines)
 
 
@@ -342,6 +368,7 @@ def compare_tests(first: Run, a: Mapping[str, Any], second: Run, b: Mapping[str,
     ways = [
         decoding(row) + (f", length penalty {plain(row['length_penalty'])}" if row.get("length_penalty") is not None else "")
         + ("" if row.get("views", "whole") == "whole" else f", views {plain(row['views'])}")
+        + ("" if a.get("checkpoint") == b.get("checkpoint") else f", {plain(row.get('checkpoint'))}")
         for row in (a, b)
     ]  # fmt: skip
     way = ways[0] if ways[0] == ways[1] else f"{ways[0]}; B {ways[1]}"

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from test_main import newest, run
 
+import experiment_utils
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from caption_data import VIEWS, load_pixels
 from checkpoints import load_checkpoint
@@ -64,6 +65,26 @@ def test_an_ensemble_of_both_decoders_is_scored_in_the_first_ones_directory(trai
     assert low <= row["cider"] <= high
 
 
+@pytest.mark.parametrize("evidence", ["beam", "neighbours"])
+def test_consensus_is_a_third_way_beside_greedy_and_beam(trained, capsys, monkeypatch, evidence):
+    _, _, lstm, attention = trained
+    monkeypatch.setattr("evaluation.has_java", lambda: False)  # METEOR's seconds are spent elsewhere
+    for run_directory in (lstm, attention):
+        flags = ["--mode", "test", "--model_path", str(run_directory), "--consensus", evidence]
+        assert trainer.main(flags) == 0
+        printed = capsys.readouterr().out
+        greedy, beam, chosen = rows(run_directory)[-3:]
+        assert [row["beam_size"] for row in (greedy, beam, chosen)] == [1, 20, 20]
+        assert [row["consensus"] for row in (greedy, beam, chosen)] == [None, None, evidence]
+        assert "consensus" in printed and f"{100 * chosen['cider']:.2f}" in printed
+        assert trainer.main(flags) == 0  # the same again: nothing is drawn at random, and no row is added
+        assert rows(run_directory)[-1] == chosen and rows(run_directory).count(chosen) == 1
+    capsys.readouterr()
+    assert experiment_utils.main(["diff", str(lstm), str(lstm)]) == 0
+    printed = capsys.readouterr().out
+    assert "B beam 20, consensus" in printed and "B - A" in printed and "beam 20, length penalty" in printed
+
+
 def test_members_of_other_data_are_refused(trained, capsys):
     _, tiny, _, attention = trained
     assert run(tiny, "--decoder", "lstm", "--freq_threshold", "9", "--model_save_dir", "others") == 0
@@ -113,6 +134,9 @@ def test_the_official_coco_scorer_reads_what_a_test_writes(trained):
         (["--scst_epochs", "1", "--early_stopping", "2"], "no effect with --scst_epochs"),
         (["--predictions", "x.json"], "no effect with --mode train, only with test"),
         (["--mode", "tune"], "needs --model_path"),
+        (["--consensus", "beam"], "no effect with --mode train, only with test"),
+        (["--mode", "test", "--model_path", "a.pt", "--consensus", "beam", "--beam_size", "1"], "above 1"),
+        (["--mode", "test", "--predictions", "a.csv", "--consensus", "beam"], "captions already"),
         (["--model_path", "a.pt", "b.pt"], "takes one --model_path"),
     ],
 )

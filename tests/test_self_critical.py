@@ -13,8 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from reward import CocoReward
 
 from caption_data import EOS, PAD, SOS, UNK, BatchMaker, CaptionSet, Tokens, build_vocabulary, pack_captions
-from caption_models import AttentionDecoder, LSTMDecoder, beam_search, next_words, sample
+from caption_models import AttentionDecoder, Hypothesis, LSTMDecoder, beam_search, next_words, sample
 from cider_reward import CiderReward
+from consensus import Consensus
 from self_critical import SelfCritic
 
 WORDS = [f"w{n}" for n in range(30)]
@@ -44,6 +45,53 @@ def test_the_reward_is_pycocoevalcaps(data):
     ours = CiderReward(data, data.splits["train"]).score(ids, offsets, images)
     theirs = CocoReward(data, data.splits["train"]).score([" ".join(text) for text in texts], images)
     assert np.abs(ours - theirs).max() < 1e-9 and ours.max() > 1
+
+
+def test_agreement_is_the_reward_with_one_reference(data):
+    reward = CiderReward(data, data.splits["train"])
+    image = int(np.argmax(np.diff(data.first_caption[:11])))  # the one with the most captions
+    own = [reference.split() for reference in data.references(image)]
+    texts = [own[0], own[1][:2], [*own[0], "w29"], [], *own]
+    ids = np.array([WORDS.index(word) for text in texts for word in text])
+    offsets = np.concatenate([[0], np.cumsum([len(text) for text in texts])])
+    together = reward.agreement(ids, offsets, 4)
+    assert together.shape == (4, len(own))
+    alone = reward.score(ids[: offsets[4]], offsets[:5], np.full(4, image))
+    assert np.abs(together.mean(1) - alone).max() < 1e-9 and alone[0] > 1
+
+
+def said(data: CaptionSet, text: str, log_probability: float) -> Hypothesis:
+    known = build_vocabulary(data, 1).id_of
+    return Hypothesis([known[word] for word in text.split()], log_probability, log_probability, None)
+
+
+def test_consensus_weighs_the_beam_by_its_probability(data):
+    consensus = Consensus(data, build_vocabulary(data, 1), None)
+    likely, lone = "w9 w3 w4", "w1 w2 w5"
+    found = [[said(data, lone, -4.0), said(data, likely, -4.5), said(data, likely + " w6", -4.6)]]
+    assert consensus.choose(np.array([10]), found) == [found[0][1]]  # two that agree outweigh the likeliest
+    found[0][0] = found[0][0]._replace(log_probability=0.0)
+    assert consensus.choose(np.array([10]), found) == [found[0][0]]  # but not one that has nearly all
+
+
+class Means:
+    """Features of twelve images: the first one's neighbours in order of their number."""
+
+    def gather(self, images: np.ndarray, device: torch.device | None = None) -> torch.Tensor:
+        angles = torch.from_numpy(np.asarray(images)).float() * 0.4
+        return torch.stack([angles.cos(), angles.sin()], 1) + 5  # the offset is what centring takes away
+
+
+def test_consensus_hears_the_captions_of_images_that_look_alike(data, monkeypatch):
+    monkeypatch.setattr("consensus.NEIGHBOURS", 3)
+    consensus = Consensus(data, build_vocabulary(data, 1), Means())
+    assert set(consensus.similar(np.array([10]))[0].tolist()) == {9, 8, 7}
+    spoken = " ".join(data.references(9)[0].split()[:40])
+    assert len(spoken.split()) > 1
+    found = [[said(data, "w1 w2 w5", -4.0), said(data, spoken, -4.2)]]
+    assert consensus.choose(np.array([10]), found) == [found[0][1]]
+    consensus.means = None
+    assert consensus.choose(np.array([10]), found) == [found[0][0]]
 
 
 def small(kind: type, words: int) -> LSTMDecoder:
