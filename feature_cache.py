@@ -379,7 +379,7 @@ def open_features(
         check_unreadable(live.unreadable, len(needed))
         return live
     folder = folder.resolve()
-    transform = f"squash{spec.image_size}" + ("" if view == "whole" else f"-{view}")
+    transform = spec.transform + ("" if view == "whole" else f"-{view}")
     identity = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
     place = Path(f"{spec.name}-{weights_hash[:8]}-{transform}") / f"{folder.name}-{identity}"
     directories = [cache / place for cache in caches]

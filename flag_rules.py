@@ -20,7 +20,7 @@ ARCHITECTURE_FLAGS = (
 ENCODER_NAMES = tuple(
     name + form
     for form in ("", "_stages")
-    for name in ("resnet50", "resnet101", "resnet152", "convnext_base", "efficientnet_lite0")
+    for name in ("resnet50", "resnet101", "resnet152", "convnext_base", "efficientnet_lite0", "efficientnet_lite2")
 )
 # What may be typed beside --resume: where things are and where they run, not what is trained.
 RESUME_FLAGS = (
@@ -127,5 +127,5 @@ def check_flags(args: argparse.Namespace, typed: set[str], parser: argparse.Argu
         parser.error("--quiet and --verbose contradict each other: leave one out")
     if args.mode == "export" and args.output is None:
         parser.error("--mode export needs --output: a folder that is not there yet")
-    if args.encoder.startswith("efficientnet_lite0") and "resnet_weights" in typed:
+    if args.encoder.startswith("efficientnet") and "resnet_weights" in typed:
         parser.error(f"--resnet_weights has no effect with --encoder {args.encoder}")

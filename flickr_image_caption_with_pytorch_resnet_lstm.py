@@ -339,7 +339,7 @@ class Training(Task):
             path,
             {
                 "epoch": self.epoch, "decoder_type": self.args.decoder, "decoder": self.decoder.state_dict(),
-                "encoder": {"name": self.args.encoder, "weights_hash": self.weights_hash, "transform": "squash224"},
+                "encoder": {"name": self.args.encoder, "weights_hash": self.weights_hash, "transform": ENCODERS[self.args.encoder].transform},
                 "optimizer": self.optimizer.state_dict(), "scaler": self.precision.scaler.state_dict(),
                 "schedule": self.schedule.state() if self.schedule else None,
                 "vocabulary": self.vocabulary.words, "flags": self.flags, "split": saved_split_of(self.data),
@@ -421,7 +421,8 @@ def build_features(
 
 def build_model(args: argparse.Namespace, vocabulary: Vocabulary) -> LSTMDecoder:
     torch.manual_seed(args.seed)
-    return build_decoder(vars(args), len(vocabulary), ENCODERS[args.encoder].channels)
+    spec = ENCODERS[args.encoder]
+    return build_decoder(vars(args), len(vocabulary), spec.channels, spec.regions)
 
 
 # --------------------------------------------------------------------------------------------------

