@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import baselines
 import charts
+import encoders
 import generated
 import measure
 import memory
@@ -123,3 +124,11 @@ def test_more_workers_are_never_slower_and_the_plan_says_what_they_wait_for(caps
     assert scale.plan(scale.DATA_SETS[0], crawling, 8, 640).limit == "reading features"
     scale.main(["--disk", "1e6"])
     assert "writing features" in capsys.readouterr().out
+
+
+def test_encoders_are_compared_with_resnet50(capsys: pytest.CaptureFixture[str]) -> None:
+    encoders.main(["--images", "1", "--repeats", "1", "--encoder", "efficientnet_lite0_stages"])
+    header, names, *lines = capsys.readouterr().out.splitlines()
+    assert header.startswith("1 images, ") and "cache" in names
+    assert [line.split()[0] for line in lines] == ["resnet50", "efficientnet_lite0_stages"]
+    assert lines[0].split()[2] == "1.00" and lines[1].split()[-1] == "174"  # 2 x 49 x 1776 bytes
