@@ -241,8 +241,10 @@ def tested(run: Run) -> str:
 
 def decoding(row: Mapping[str, Any]) -> str:
     beam, consensus = row.get("beam_size"), row.get("consensus")
-    chosen = {None: "", "beam": ", consensus"}.get(consensus, f", consensus with {plain(consensus)}")
-    return "greedy" if beam == 1 else f"beam {plain(beam)}{chosen}"
+    if beam == 1:
+        return "greedy"
+    chosen = "" if consensus is None else ", consensus" + (f" with {plain(consensus)}" if consensus != "beam" else "")
+    return f"beam {plain(beam)}{chosen}"
 
 
 def runs_table(runs: Sequence[Run], folder: Path) -> str:
@@ -329,7 +331,7 @@ def compare(first: Run, second: Run) -> str:
         cells = [[f"  {name_of(key)}", *(score_text(key, each[key]) for each in scores)] for key in keys]
         lines += align([["", "A", "B"], *cells])
     latest = [
-        {(row.get("split"), row.get("beam_size") == 1, row.get("consensus")): row for row in run.tests}
+        {(plain(row.get("split")), row.get("beam_size") == 1, plain(row.get("consensus"))): row for row in run.tests}
         for run in (first, second)
     ]
     common = [kind for kind in latest[0] if kind in latest[1]]
@@ -343,15 +345,20 @@ def compare(first: Run, second: Run) -> str:
 
 
 def compare_ways(run: Run) -> str:
-    """The tests of one run: its ways of decoding, views of the images and checkpoints."""
-    latest: dict[Any, dict[Any, Mapping[str, Any]]] = {}
+    """The tests of one run that differ in one thing: the way of decoding, the views of the images, or the checkpoint."""
+    latest: dict[Any, dict[str, Any]] = {}
     for row in run.tests:
-        way = (row.get("checkpoint"), row.get("epoch"), row.get("views"), decoding(row), row.get("length_penalty"))
-        latest.setdefault((row.get("split"), row.get("images")), {})[way] = row
+        things = (("split", "images"), ("length_penalty",), ("views",), ("checkpoint", "epoch"))
+        images, penalty, views, checkpoint = (tuple(plain(row.get(key)) for key in keys) for keys in things)
+        latest[images, (decoding(row), *penalty), views, checkpoint] = row
     lines = [f"A and B  {plain(run.directory)}"]
-    for rows in latest.values():
-        for a, b in itertools.pairwise(rows.values()):
-            lines += ["", *compare_tests(run, a, run, b)]
+    for thing in (1, 2, 3):
+        alike: dict[Any, list[dict[str, Any]]] = {}
+        for key, row in latest.items():
+            alike.setdefault((*key[:thing], *key[thing + 1 :]), []).append(row)
+        for rows in alike.values():
+            for a, b in itertools.pairwise(rows):
+                lines += ["", *compare_tests(run, a, run, b)]
     if len(lines) == 1:
         command = reproducing_command(["--mode", "test", "--model_path", str(run.directory)])
         lines += ["", f"The run has no two tests of the same images: {command}"]
@@ -365,12 +372,14 @@ def name_of(key: str) -> str:
 
 def compare_tests(first: Run, a: Mapping[str, Any], second: Run, b: Mapping[str, Any]) -> list[str]:
     """Two rows of test_metrics.json side by side, with the paired bootstrap where both have scores by image."""
-    ways = [
-        decoding(row) + (f", length penalty {plain(row['length_penalty'])}" if row.get("length_penalty") is not None else "")
-        + ("" if row.get("views", "whole") == "whole" else f", views {plain(row['views'])}")
-        + ("" if a.get("checkpoint") == b.get("checkpoint") else f", {plain(row.get('checkpoint'))}")
-        for row in (a, b)
-    ]  # fmt: skip
+    ways = []
+    for row in (a, b):
+        penalty = row.get("length_penalty")
+        parts = [decoding(row), "" if penalty is None else f"length penalty {plain(penalty)}"]
+        for key, usual in (("views", "whole"), ("checkpoint", "best.pt")):
+            if not a.get(key, usual) == b.get(key, usual) == usual:
+                parts.append(f"views {plain(row.get(key, usual))}" if key == "views" else plain(row.get(key, usual)))
+        ways.append(", ".join(filter(None, parts)))
     way = ways[0] if ways[0] == ways[1] else f"{ways[0]}; B {ways[1]}"
     lines = [f"Test on {plain(a.get('images'))} {plain(a.get('split'))} images, {way}"]
     differences: dict[str, Difference] = {}

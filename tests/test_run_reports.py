@@ -169,6 +169,35 @@ def test_diff_shows_what_differs_and_whether_the_scores_do(runs, capsys):
     assert "no test on the same split: python" in capsys.readouterr().out
 
 
+def test_a_runs_own_tests_are_compared_where_one_thing_differs(runs, capsys):
+    path = runs / "one" / "test_metrics.json"
+    assert command("diff", runs / "one", runs / "one") == 0
+    assert "no two tests of the same images: python" in capsys.readouterr().out
+    (beam,) = json.loads(path.read_text())
+    ways = [
+        beam | {"checkpoint": checkpoint, "epoch": epoch, "views": views, "consensus": consensus}
+        for checkpoint, epoch in (("best.pt", 3), ("model_epoch_1.pt", 1))
+        for views, consensus in (("whole", None), ("whole", "neighbours"), ("all", None))
+    ]
+    path.write_text(json.dumps(ways))
+    assert command("diff", runs / "one", runs / "one") == 0
+    headings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Test on")]
+    plain, other = "beam 3, length penalty 0.7", "model_epoch_1.pt"
+    by_consensus = "beam 3, consensus with neighbours, length penalty 0.7"
+    assert headings == [
+        f"Test on 6 test images, {way}"
+        for way in (
+            f"{plain}; B {by_consensus}",
+            f"{plain}, {other}; B {by_consensus}, {other}",
+            f"{plain}, views whole; B {plain}, views all",
+            f"{plain}, views whole, {other}; B {plain}, views all, {other}",
+            f"{plain}, best.pt; B {plain}, {other}",
+            f"{by_consensus}, best.pt; B {by_consensus}, {other}",
+            f"{plain}, views all, best.pt; B {plain}, views all, {other}",
+        )
+    ]
+
+
 def test_images_are_paired_by_name_whatever_their_order(tmp_path):
     first = run_reports.read_run(write_run(tmp_path / "a"))
     second = run_reports.read_run(write_run(tmp_path / "b", order=(3, 5, 0, 1, 4, 2)))
@@ -391,7 +420,8 @@ def test_names_that_no_file_can_have_or_that_lead_elsewhere(runs, name):
     (runs / "one" / "run_config.json").write_text(json.dumps(config))
     html_report.write_report(runs / "one")
     run = run_reports.read_run(runs / "one")
-    assert "No intervals" in run_reports.compare(run, run) or name.startswith("..")
+    other = run_reports.read_run(runs / "two")
+    assert "No intervals" in run_reports.compare(run, other) or name.startswith("..")
 
 
 def test_pictures_are_left_out_before_the_file_grows_too_large(tmp_path, monkeypatch):
