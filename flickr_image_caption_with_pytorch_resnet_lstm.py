@@ -112,7 +112,7 @@ def get_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("model").add_argument
     add("--encoder", choices=ENCODER_NAMES, default="resnet50",
-        help="frozen network that sees; efficientnet_lite0 needs no download; with _stages better captions, a larger cache")  # fmt: skip
+        help="frozen network that sees; efficientnet_lite0 needs no download; _stages: what its earlier stages see too, for a larger cache")  # fmt: skip
     add("--resnet_weights", help="file of the encoder's weights, or 'random'; by default looked for, then downloaded")
     add("--embed_size", type=count, default=512, help="size of word and image embeddings")
     add("--hidden_size", type=count, default=1024, help="LSTM size; 512 with one layer suits Flickr8k and a laptop")
