@@ -188,7 +188,7 @@ def test_from_training_to_scores_of_the_exported_model(tiny, monkeypatch, capsys
     ]
     assert trainer.main(["--mode", "export", "--model_path", "shared", "--output", "again"]) == 0
     assert Path("again/model.safetensors").read_bytes() == Path("shared/model.safetensors").read_bytes()
-    assert "| test | 2 | 3 |" in Path("again/README.md").read_text()
+    assert "| test | 2 | beam 3 |" in Path("again/README.md").read_text()
     capsys.readouterr()
     assert trainer.main(["--model_path", "shared", *data]) == 2
     assert "no optimizer state" in capsys.readouterr().err

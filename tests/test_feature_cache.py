@@ -9,6 +9,7 @@ from PIL import Image
 
 from caption_models import ENCODERS, Encoder, EncoderSpec
 from feature_cache import DeviceFeatures, open_features
+from flag_rules import ENCODER_NAMES
 from safe_io import UserError
 
 SPEC = EncoderSpec("toy", 6, (0.0,) * 3, (255.0,) * 3, image_size=28)
@@ -23,7 +24,7 @@ class Counting:
     def __call__(self):
         self.built += 1
         torch.manual_seed(0)
-        return Encoder(SPEC, torch.nn.Conv2d(3, 6, 4, 4))
+        return Encoder(SPEC, [torch.nn.Conv2d(3, 6, 4, 4)])
 
 
 @pytest.fixture
@@ -175,10 +176,17 @@ def test_only_what_is_needed_is_encoded(tmp_path, paths):
 
 
 def test_the_encoders_say_what_they_are():
-    assert {name: (spec.family, spec.regions) for name, spec in ENCODERS.items()} == {
-        "resnet50": ("resnet", 49),
-        "resnet101": ("resnet", 49),
-        "resnet152": ("resnet", 49),
-        "convnext_base": ("convnext_base", 49),
-        "efficientnet_lite0": ("efficientnet_lite0", 49),
+    said = {name: (spec.network, spec.family, spec.regions, spec.transform) for name, spec in ENCODERS.items()}
+    plain = {
+        "resnet50": ("resnet50", "resnet", 49, "squash224"),
+        "resnet101": ("resnet101", "resnet", 49, "squash224"),
+        "resnet152": ("resnet152", "resnet", 49, "squash224"),
+        "convnext_base": ("convnext_base", "convnext_base", 49, "squash224"),
+        "efficientnet_lite0": ("efficientnet_lite0", "efficientnet_lite0", 49, "squash224"),
+        "efficientnet_lite2": ("efficientnet_lite2", "efficientnet_lite2", 64, "squash256"),
     }
+    stages = {
+        f"{name}_stages": (network, family if family == "resnet" else f"{family}_stages", regions, transform)
+        for name, (network, family, regions, transform) in plain.items()
+    }
+    assert said == plain | stages and set(said) == set(ENCODER_NAMES)
