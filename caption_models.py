@@ -102,7 +102,7 @@ WEIGHTS_PLACES = (Path("resources/models"), Path("../../resources/models"))
 
 
 class Encoder(nn.Module):
-    """A frozen network: pixels in, a 7x7 grid of features out.
+    """A frozen network: pixels in, a grid of features out, 7x7 but for EfficientNet-Lite2 (8x8).
 
     What an image shows is in the last stage; of colours and textures, which classifying it does not need, the
     earlier ones know more. Where they are kept too, each is averaged over the cells of the same grid and
@@ -127,7 +127,7 @@ class Encoder(nn.Module):
         return self
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Args: pixels: uint8 or float (B, 3, 224, 224), 0..255. Returns: (B, 49, C), row by row."""
+        """Args: pixels: uint8 or float (B, 3, size, size), 0..255. Returns: (B, regions, C), row by row."""
         grid = (pixels.float() - self.mean) / self.deviation
         seen: list[torch.Tensor] = []
         for stage in self.stages:
@@ -138,7 +138,7 @@ class Encoder(nn.Module):
         return torch.cat([grid, *reversed(seen)], 1).flatten(2).transpose(1, 2)
 
     def fast_form(self, device: torch.device, compiled: bool = False) -> Callable[[np.ndarray], torch.Tensor]:
-        """The same function of uint8 arrays (B, 224, 224, 3), in the form that runs fastest on `device`.
+        """The same function of uint8 arrays (B, size, size, 3), in the form that runs fastest on `device`.
 
         Everywhere the pixels stay channels-last, as Pillow delivers them. On the CPU the graph is traced and
         frozen, which folds BatchNorm into the convolutions; on a GPU it runs in float16, which is what is kept.

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from caption_data import CaptionSet, captions_of, concatenate_ranges
+from caption_data import CaptionSet, Vocabulary, captions_of, concatenate_ranges
 
 N = 4  # n-grams of one to four words
 SIGMA = 6.0  # words: how fast a length unlike the reference's costs (CIDEr-D, Vedantam et al., 2015)
@@ -65,7 +65,8 @@ class CiderReward:
 
     def __init__(self, data: CaptionSet, images: np.ndarray):
         """Args: images: int64 (I,) positions of the images whose captions are the references."""
-        self.words = len(data.tokens.words) + 1
+        self.known = data.tokens.words
+        self.words = len(self.known) + 2  # and one for all words that the data lacks, and the end token
         captions = captions_of(data, images)
         starts, ends = data.tokens.offsets[captions], data.tokens.offsets[captions + 1]
         ids = data.tokens.ids[concatenate_ranges(starts, ends)]
@@ -84,6 +85,11 @@ class CiderReward:
             weights = grams.times * idf[grams.gram]
             norms = np.sqrt(np.bincount(grams.text, weights**2, len(captions)))
             self.tables.append(Table(grams.keys, idf, grams.text * size + grams.gram, weights, norms))
+
+    def words_of(self, vocabulary: Vocabulary) -> np.ndarray:
+        """From the ids of a vocabulary to words by their place in the data: int64 (V,)."""
+        number = {word: place for place, word in enumerate(self.known)}
+        return np.array([number.get(word, len(number)) for word in vocabulary.words])
 
     def score(self, ids: np.ndarray, offsets: np.ndarray, images: np.ndarray) -> np.ndarray:
         """Compare captions with all captions of their images.

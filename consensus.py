@@ -37,8 +37,7 @@ class Consensus:
         self.data, self.means = data, means
         self.train = data.splits["train"]
         self.reward = CiderReward(data, self.train)
-        number = {word: place for place, word in enumerate(data.tokens.words)}
-        self.word_of = np.array([number.get(word, -1) for word in vocabulary.words])  # vocabulary id -> data's word
+        self.word_of = self.reward.words_of(vocabulary)
 
     def choose(self, images: np.ndarray, found: Sequence[list[Hypothesis]]) -> list[Hypothesis]:
         """One caption of each image.
@@ -47,6 +46,8 @@ class Consensus:
             images: positions (n,) in the caption set.
             found: the hypotheses of each, best first, among which the choice is.
         """
+        if not len(images):  # one of several processes may have none
+            return []
         similar = self.similar(images) if self.means is not None else np.zeros((len(images), 0), dtype=np.int64)
         bar = tqdm(zip(found, similar, strict=True), "Comparing captions", len(found), disable=bars_off(), leave=False)
         return [hypotheses[int(self.expected(hypotheses[:CANDIDATES], alike).argmax())] for hypotheses, alike in bar]
@@ -72,7 +73,7 @@ class Consensus:
         """The training images that look most like each: positions (n, k), by the cosine of their centred features."""
         train = self.gather(self.train)  # (T, C)
         centre = train.mean(0)
-        train = torch.nn.functional.normalize(train - centre)
+        train = torch.nn.functional.normalize(train.sub_(centre))
         nearest = []
         for start in range(0, len(images), ENCODE_BATCH):
             some = torch.nn.functional.normalize(self.gather(images[start : start + ENCODE_BATCH]) - centre)
@@ -83,5 +84,5 @@ class Consensus:
     def gather(self, images: np.ndarray) -> torch.Tensor:
         """Their features (n, C), in batches."""
         assert self.means is not None
-        starts = range(0, len(images), 1024)
-        return torch.cat([self.means.gather(images[start : start + 1024]).cpu() for start in starts])
+        starts = range(0, len(images), ENCODE_BATCH)  # without a cache each batch goes through the encoder
+        return torch.cat([self.means.gather(images[start : start + ENCODE_BATCH]).cpu() for start in starts])

@@ -72,7 +72,7 @@ def search(
     Args:
         images: positions (n,) in the caption set.
         length_penalty: another than the task's.
-        wanted: keep all that the beam ends with, which are at least so many where there are as many; 1 for the best alone.
+        wanted: keep all that the beam ends with, which are mostly at least so many; 1 for the best alone.
     """
     penalty = task.args.length_penalty if length_penalty is None else length_penalty
     captions: list[list[Hypothesis]] = []
@@ -100,8 +100,10 @@ def ways_to_decode(
         found = search(task, images, beam, attention, wanted=beam if task.consensus else 1)
         about = {"beam_size": beam, "length_penalty": penalty, "consensus": None}
         yield f"beam {beam}", about, [hypotheses[0] for hypotheses in found]
-        if task.consensus is not None and distributed.is_first():
-            yield "consensus", about | {"consensus": task.args.consensus}, task.consensus.choose(images, found)
+        if task.consensus is not None:
+            mine = distributed.share(np.arange(len(images)))
+            chosen = distributed.gather(task.consensus.choose(images[mine], [found[n] for n in mine]))
+            yield "consensus", about | {"consensus": task.args.consensus}, chosen
 
 
 def captions_of_images(task: Task, images: np.ndarray, beam: int, length_penalty: float | None = None) -> list[str]:
@@ -123,6 +125,8 @@ def save_attention_pictures(task: Task, chosen: np.ndarray, directory: Path) -> 
     args, data = task.args, task.data
     chosen = chosen[~np.isin(chosen, [image for _, features in task.members for image in features.unreadable])]
     hypotheses = caption(task, chosen, args.beam_size, attention=True)
+    if task.consensus is not None:
+        log.info("The attention pictures are of the beam's likeliest captions, not of those that consensus chose")
     if not distributed.is_first():
         return
     drawn = 0

@@ -198,6 +198,8 @@ def model_card(checkpoint: dict[str, Any], scores: Sequence[Mapping[str, Any]], 
             cells += [f"{100 * entry[name]:.1f}" if is_number(entry.get(name)) else "" for name in names]
             lines.append(f"| {' | '.join(cells)} |")
         lines += ["", "x100, on lower-cased tokens without punctuation; CIDEr depends on how many images are scored."]
+        if any(entry.get("consensus") for entry in scores):
+            lines.append("Consensus needs the training captions beside the model: `--mode caption` does without.")
     else:
         lines.append("Not tested yet.")
     lines += [

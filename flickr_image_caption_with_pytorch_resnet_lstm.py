@@ -737,7 +737,7 @@ def load_task(args: argparse.Namespace, typed: set[str], splits: list[str]) -> t
         load_weights(decoder, checkpoint["decoder"], path)
         task.members += [(decoder.to(device), view) for view in views]
         checkpoints[path] = checkpoint
-    if args.consensus != "off":
+    if args.mode == "test" and args.consensus != "off":
         one = argparse.Namespace(**vars(args) | {"decoder": "lstm", "views": "whole"})  # means of whole images
         shown = np.union1d(task.data.splits["train"], images)
         means = build_features(one, task.data, shown)[0][0] if args.consensus == "neighbours" else None

@@ -293,7 +293,7 @@ def runs_csv(runs: Sequence[Run]) -> str:
     rows = [
         {
             "run": run.directory, "epochs": len(run.epochs), "best_epoch": (run.best or {}).get("epoch"),
-            **{key: run.tests[-1].get(key) for key in ("split", "images", "beam_size", "length_penalty") if run.tests},
+            **{key: run.tests[-1].get(key) for key in ("split", "images", "views", "beam_size", "length_penalty", "consensus") if run.tests},
             **run.scores(), **{f"flag_{name}": value for name, value in run.flags.items() if name not in ("command",)},
         }
         for run in runs
@@ -314,7 +314,7 @@ def compare(first: Run, second: Run) -> str:
 
     Of one run twice, its own tests of the same images, each against the next.
     """
-    if first.directory == second.directory:
+    if first.directory.resolve() == second.directory.resolve():
         return compare_ways(first)
     lines = [f"A  {plain(first.directory)}", f"B  {plain(second.directory)}", "", "Parameters that differ"]
     flags = first.parameters(), second.parameters()
@@ -361,7 +361,7 @@ def compare_ways(run: Run) -> str:
                 lines += ["", *compare_tests(run, a, run, b)]
     if len(lines) == 1:
         command = reproducing_command(["--mode", "test", "--model_path", str(run.directory)])
-        lines += ["", f"The run has no two tests of the same images: {command}"]
+        lines += ["", f"The run has no two tests of the same images that differ in one thing alone: {command}"]
     return "\n".join(lines)
 
 
@@ -379,6 +379,8 @@ def compare_tests(first: Run, a: Mapping[str, Any], second: Run, b: Mapping[str,
         for key, usual in (("views", "whole"), ("checkpoint", "best.pt")):
             if not a.get(key, usual) == b.get(key, usual) == usual:
                 parts.append(f"views {plain(row.get(key, usual))}" if key == "views" else plain(row.get(key, usual)))
+        if first is second and a.get("epoch") != b.get("epoch"):
+            parts.append(f"epoch {plain(row.get('epoch'))}")
         ways.append(", ".join(filter(None, parts)))
     way = ways[0] if ways[0] == ways[1] else f"{ways[0]}; B {ways[1]}"
     lines = [f"Test on {plain(a.get('images'))} {plain(a.get('split'))} images, {way}"]

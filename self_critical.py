@@ -22,8 +22,7 @@ class SelfCritic:
         """Args: samples: captions drawn of an image, at least 2."""
         self.samples, self.max_length = samples, max_length
         self.reward = CiderReward(data, data.splits["train"])
-        number = {word: place for place, word in enumerate(data.tokens.words)}
-        self.word_of = np.array([number.get(word, -1) for word in vocabulary.words])  # vocabulary id -> data's word
+        self.word_of = self.reward.words_of(vocabulary)
 
     def loss(
         self, decoder: LSTMDecoder, features: torch.Tensor | None, images: np.ndarray, autocast: torch.autocast

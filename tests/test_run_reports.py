@@ -172,7 +172,7 @@ def test_diff_shows_what_differs_and_whether_the_scores_do(runs, capsys):
 def test_a_runs_own_tests_are_compared_where_one_thing_differs(runs, capsys):
     path = runs / "one" / "test_metrics.json"
     assert command("diff", runs / "one", runs / "one") == 0
-    assert "no two tests of the same images: python" in capsys.readouterr().out
+    assert "no two tests of the same images that differ in one thing alone: python" in capsys.readouterr().out
     (beam,) = json.loads(path.read_text())
     ways = [
         beam | {"checkpoint": checkpoint, "epoch": epoch, "views": views, "consensus": consensus}
@@ -191,9 +191,9 @@ def test_a_runs_own_tests_are_compared_where_one_thing_differs(runs, capsys):
             f"{plain}, {other}; B {by_consensus}, {other}",
             f"{plain}, views whole; B {plain}, views all",
             f"{plain}, views whole, {other}; B {plain}, views all, {other}",
-            f"{plain}, best.pt; B {plain}, {other}",
-            f"{by_consensus}, best.pt; B {by_consensus}, {other}",
-            f"{plain}, views all, best.pt; B {plain}, views all, {other}",
+            f"{plain}, best.pt, epoch 3; B {plain}, {other}, epoch 1",
+            f"{by_consensus}, best.pt, epoch 3; B {by_consensus}, {other}, epoch 1",
+            f"{plain}, views all, best.pt, epoch 3; B {plain}, views all, {other}, epoch 1",
         )
     ]
 

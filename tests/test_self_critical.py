@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 from reward import CocoReward
 
-from caption_data import EOS, PAD, SOS, UNK, BatchMaker, CaptionSet, Tokens, build_vocabulary, pack_captions
+from caption_data import EOS, PAD, SOS, UNK, BatchMaker, CaptionSet, Tokens, Vocabulary, build_vocabulary, pack_captions
 from caption_models import AttentionDecoder, Hypothesis, LSTMDecoder, beam_search, next_words, sample
 from cider_reward import CiderReward
 from consensus import Consensus
@@ -58,6 +58,20 @@ def test_agreement_is_the_reward_with_one_reference(data):
     assert together.shape == (4, len(own))
     alone = reward.score(ids[: offsets[4]], offsets[:5], np.full(4, image))
     assert np.abs(together.mean(1) - alone).max() < 1e-9 and alone[0] > 1
+
+
+def test_a_word_that_the_data_lacks_is_no_end_of_the_caption(data):
+    reward = CiderReward(data, data.splits["train"])
+    words = reward.words_of(Vocabulary([*build_vocabulary(data, 1).words, "unheard", "of"]))
+    assert (words[-2:] == len(WORDS)).all() and words.min() >= 0
+    own = [WORDS.index(word) for word in data.references(0)[0].split()]
+    rare = [word for word in range(len(WORDS)) if word not in data.tokens.ids]
+    score = [
+        float(reward.score(np.array([*own, last]), np.array([0, len(own) + 1]), np.array([0]))[0])
+        for last in (len(WORDS), *rare)
+    ]
+    assert all(each == pytest.approx(score[0]) for each in score)
+    assert score[0] < reward.score(np.array(own), np.array([0, len(own)]), np.array([0]))[0]
 
 
 def said(data: CaptionSet, text: str, log_probability: float) -> Hypothesis:
