@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from caption_data import EOS, PAD, SOS, UNK, Batch
 from decoder_kernels import Dropout, PackedLSTMLayer, projected_cross_entropy
+from flag_rules import STAGES
 from safe_io import UserError, check_tensor_zip, first_line, log
 
 # --------------------------------------------------------------------------------------------------
@@ -38,7 +39,6 @@ class EncoderSpec:
     deviation: tuple[float, float, float]
     image_size: int = 224
     grid: int = 7  # regions along each side
-    every_stage: bool = False  # the channels are of every stage, not of the last alone
     files: tuple[str, ...] = ()  # of torchvision's weights, the first of which is downloaded; a hash is in their names
     compile_from: int | None = None  # images from which on compiling it pays (docs/benchmarks.md), None for never
 
@@ -50,6 +50,11 @@ class EncoderSpec:
     def transform(self) -> str:
         """What happens to an image before: it is squashed to this size."""
         return f"squash{self.image_size}"
+
+    @property
+    def every_stage(self) -> bool:
+        """Whether the channels are of every stage rather than of the last alone."""
+        return self.name.endswith(STAGES)
 
     @property
     def network(self) -> str:
@@ -75,10 +80,9 @@ def torchvision_spec(name: str, channels: int, *hashes: str) -> EncoderSpec:
 def both_forms(spec: EncoderSpec, *earlier: int) -> Iterator[EncoderSpec]:
     """The encoder, and its other form that gives what every stage sees. Args: earlier: channels of the earlier stages."""
     yield spec
-    yield replace(spec, name=spec.name + STAGES, channels=spec.channels + sum(earlier), every_stage=True)
+    yield replace(spec, name=spec.name + STAGES, channels=spec.channels + sum(earlier))
 
 
-STAGES = "_stages"  # ends the names of those that give every stage
 LITE0 = EncoderSpec("efficientnet_lite0", 1280, (127.0,) * 3, (128.0,) * 3, compile_from=8192)
 LITE2 = EncoderSpec("efficientnet_lite2", 1280, (127.0,) * 3, (128.0,) * 3, 256, 8)  # trained at 260, no multiple of 32
 ENCODERS = {
@@ -93,10 +97,7 @@ ENCODERS = {
     )
     for spec in forms
 }
-PACKAGED_WEIGHTS = {
-    "efficientnet_lite0": "0.1.0",
-    "efficientnet_lite2": "0.1.0",
-}  # versions of packages that carry them
+PACKAGED_WEIGHTS = {"efficientnet_lite0": "0.1.0", "efficientnet_lite2": "0.1.0"}  # the versions of the packages
 ENCODE_BATCH = 32  # images that go through the encoder together
 WEIGHTS_PLACES = (Path("resources/models"), Path("../../resources/models"))
 
@@ -130,11 +131,12 @@ class Encoder(nn.Module):
         """Args: pixels: uint8 or float (B, 3, size, size), 0..255. Returns: (B, regions, C), row by row."""
         grid = (pixels.float() - self.mean) / self.deviation
         seen: list[torch.Tensor] = []
-        for stage in self.stages:
+        for stage in self.stages[:-1]:
             grid = stage(grid)  # (B, channels of the stage, side, side)
-            if self.spec.every_stage and len(seen) < len(self.stages) - 1:
+            if self.spec.every_stage:
                 cells = F.avg_pool2d(grid, grid.shape[-1] // self.spec.grid)
                 seen.append(cells / cells.square().mean((1, 2, 3), keepdim=True).sqrt().clamp(min=1e-6))
+        grid = self.stages[-1](grid)
         return torch.cat([grid, *reversed(seen)], 1).flatten(2).transpose(1, 2)
 
     def fast_form(self, device: torch.device, compiled: bool = False) -> Callable[[np.ndarray], torch.Tensor]:

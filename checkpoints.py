@@ -88,26 +88,17 @@ def apply_checkpoint(args: argparse.Namespace, typed: set[str], checkpoint: dict
         setattr(args, name, saved[name])
     if args.decoder == "lstm" and args.save_attention_viz:
         raise UserError(f"--save_attention_viz has no effect: {path} is an lstm decoder, which has no attention")
-    follow = ["data_dir", "image_dir", "captions_file", "resnet_weights", "seed"]
+    follow = ["data_dir", "image_dir", "captions_file", "resnet_weights", "seed", "views"]
     # A stranger's checkpoint makes no cache elsewhere: only what is one already is used.
     caches = cache_folders(saved["feature_cache"])
     if not caches or any(any(cache.glob(f"{args.encoder}-*")) for cache in caches):
         follow.append("feature_cache")
-    follow.append("views")
     if checkpoint["decoding"] and not typed & {"beam_size", "length_penalty"}:
         args.beam_size = checkpoint["decoding"]["beam_size"]
         args.length_penalty = checkpoint["decoding"]["length_penalty"]
     if args.mode == "train":
-        follow += [
-            "weight_decay",
-            "batch_size",
-            "drop_prob",
-            "grad_clip",
-            "label_smoothing",
-            "attention_reg",
-            "best_metric",
-            "precision",
-        ]
+        follow += ["weight_decay", "batch_size", "drop_prob", "grad_clip", "label_smoothing", "attention_reg"]
+        follow += ["best_metric", "precision"]
         if not args.use_scheduler and "learning_rate" not in typed:
             follow.append("learning_rate")
     for name in follow:

@@ -65,8 +65,8 @@ class CiderReward:
 
     def __init__(self, data: CaptionSet, images: np.ndarray):
         """Args: images: int64 (I,) positions of the images whose captions are the references."""
-        self.known = data.tokens.words
-        self.words = len(self.known) + 2  # and one for all words that the data lacks, and the end token
+        self.data_words = data.tokens.words
+        self.words = len(self.data_words) + 2  # and one for all words that the data lacks, and the end token
         captions = captions_of(data, images)
         starts, ends = data.tokens.offsets[captions], data.tokens.offsets[captions + 1]
         ids = data.tokens.ids[concatenate_ranges(starts, ends)]
@@ -88,7 +88,7 @@ class CiderReward:
 
     def words_of(self, vocabulary: Vocabulary) -> np.ndarray:
         """From the ids of a vocabulary to words by their place in the data: int64 (V,)."""
-        number = {word: place for place, word in enumerate(self.known)}
+        number = {word: place for place, word in enumerate(self.data_words)}
         return np.array([number.get(word, len(number)) for word in vocabulary.words])
 
     def score(self, ids: np.ndarray, offsets: np.ndarray, images: np.ndarray) -> np.ndarray:
@@ -125,27 +125,26 @@ class CiderReward:
         return 10 * np.bincount(pair_row, similarity, len(images)) / references
 
     def agreement(self, ids: np.ndarray, offsets: np.ndarray, count: int) -> np.ndarray:
-        """Compare the first `count` of some captions with each of the others, as if that were the only reference.
+        """Compare the first `count` of some captions with each of them all, as if that were the only reference.
 
         Args:
             ids, offsets: as for `score`.
 
         Returns:
-            (count, others) CIDEr-D, float64, times 10.
+            (count, captions) CIDEr-D, float64, times 10.
         """
         lengths = np.diff(offsets)
-        similarity = np.zeros((count, len(lengths) - count))
+        similarity = np.zeros((count, len(lengths)))
         for _, grams, _, weights, norms in self.weigh(ids, offsets):
             table = np.zeros((len(lengths), len(grams.keys)))
             table[grams.text, grams.gram] = weights
-            ours, others = table[:count], table[count:]
             product = np.empty_like(similarity)
-            for number, other in enumerate(others):
-                has = np.flatnonzero(other)
-                product[:, number] = np.minimum(ours[:, has], other[has]) @ other[has]
-            norm = norms[:count, None] * norms[count:]
+            for number, reference in enumerate(table):
+                has = np.flatnonzero(reference)
+                product[:, number] = np.minimum(table[:count, has], reference[has]) @ reference[has]
+            norm = norms[:count, None] * norms
             similarity += product / np.where(norm > 0, norm, 1)
-        difference = lengths[:count, None] - lengths[count:]
+        difference = lengths[:count, None] - lengths
         return 10 * similarity * np.exp(-(difference**2) / (2 * SIGMA**2)) / N
 
     def weigh(

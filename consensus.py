@@ -32,12 +32,12 @@ NEIGHBOUR_WEIGHT = 4.0  # of all their captions together, against one of all the
 class Consensus:
     """Chooses by expected CIDEr-D, with the document frequencies of the training captions."""
 
-    def __init__(self, data: CaptionSet, vocabulary: Vocabulary, means: Features | None):
-        """Args: means: features (I, C) by which images are compared, or None for the beam's captions alone."""
-        self.data, self.means = data, means
+    def __init__(self, data: CaptionSet, vocabulary: Vocabulary, looks: Features | None):
+        """Args: looks: features (I, C) by which images are compared, or None for the beam's captions alone."""
+        self.data, self.looks = data, looks
         self.train = data.splits["train"]
-        self.reward = CiderReward(data, self.train)
-        self.word_of = self.reward.words_of(vocabulary)
+        self.cider = CiderReward(data, self.train)
+        self.word_of = self.cider.words_of(vocabulary)
 
     def choose(self, images: np.ndarray, found: Sequence[list[Hypothesis]]) -> list[Hypothesis]:
         """One caption of each image.
@@ -46,43 +46,60 @@ class Consensus:
             images: positions (n,) in the caption set.
             found: the hypotheses of each, best first, among which the choice is.
         """
-        if not len(images):  # one of several processes may have none
-            return []
-        similar = self.similar(images) if self.means is not None else np.zeros((len(images), 0), dtype=np.int64)
-        bar = tqdm(zip(found, similar, strict=True), "Comparing captions", len(found), disable=bars_off(), leave=False)
-        return [hypotheses[int(self.expected(hypotheses[:CANDIDATES], alike).argmax())] for hypotheses, alike in bar]
+        bar = tqdm(found, "Comparing captions", unit="image", disable=bars_off(), leave=False)
+        return [
+            hypotheses[int(utility(*self.agreement(hypotheses, alike)).argmax())]
+            for hypotheses, alike in zip(bar, self.similar(images), strict=True)
+        ]
 
-    def expected(self, hypotheses: Sequence[Hypothesis], similar: np.ndarray) -> np.ndarray:
-        """How well each of an image's captions (H,) agrees with them all and with those of `similar` images (k,)."""
-        ours = [self.word_of[each.ids] for each in hypotheses]
-        tokens = self.data.tokens
-        captions = captions_of(self.data, similar)
+    def agreement(
+        self, hypotheses: Sequence[Hypothesis], similar: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What speaks for each of an image's candidates, which are its first H = CANDIDATES hypotheses at most.
+
+        Args:
+            similar: positions (k,) of images that look alike.
+
+        Returns:
+            log-probabilities (H,), CIDEr-D (H, H) of each candidate against each, and its mean (H,) against the captions of
+            the similar images, 0 where there are none.
+        """
+        candidates = hypotheses[:CANDIDATES]
+        ours = [self.word_of[each.ids] for each in candidates]
+        tokens, captions = self.data.tokens, captions_of(self.data, similar)
         starts, ends = tokens.offsets[captions], tokens.offsets[captions + 1]
-        theirs = tokens.ids[concatenate_ranges(starts, ends)]
-        lengths = [*map(len, ours), *map(len, ours), *(ends - starts)]
-        ids = np.concatenate([*ours, *ours, theirs])
-        agreement = self.reward.agreement(ids, np.concatenate([[0], np.cumsum(lengths)]), len(ours))
-        chances = np.array([each.log_probability for each in hypotheses]) / TEMPERATURE
-        weights = np.exp(chances - chances.max())
-        utility: np.ndarray = agreement[:, : len(ours)] @ (weights / weights.sum())
-        if len(captions):
-            utility = utility + NEIGHBOUR_WEIGHT * agreement[:, len(ours) :].mean(1)
-        return utility
+        ids = np.concatenate([*ours, tokens.ids[concatenate_ranges(starts, ends)]])
+        offsets = np.cumsum([0, *map(len, ours), *(ends - starts)])
+        with_each, with_others = np.split(self.cider.agreement(ids, offsets, len(ours)), [len(ours)], axis=1)
+        chances = np.array([each.log_probability for each in candidates])
+        return chances, with_each, with_others.mean(1) if len(captions) else np.zeros(len(ours))
 
     def similar(self, images: np.ndarray) -> np.ndarray:
         """The training images that look most like each: positions (n, k), by the cosine of their centred features."""
-        train = self.gather(self.train)  # (T, C)
+        if self.looks is None or not len(images):  # one of several processes may have none
+            return np.zeros((len(images), 0), dtype=np.int64)
+        train = self.gather(self.looks, self.train)  # (T, C)
         centre = train.mean(0)
         train = torch.nn.functional.normalize(train.sub_(centre))
         nearest = []
         for start in range(0, len(images), ENCODE_BATCH):
-            some = torch.nn.functional.normalize(self.gather(images[start : start + ENCODE_BATCH]) - centre)
+            some = torch.nn.functional.normalize(self.gather(self.looks, images[start : start + ENCODE_BATCH]) - centre)
             closeness = some @ train.T  # (B, T)
             nearest.append(closeness.topk(min(NEIGHBOURS, len(self.train))).indices.numpy())
         return self.train[np.concatenate(nearest)]
 
-    def gather(self, images: np.ndarray) -> torch.Tensor:
-        """Their features (n, C), in batches."""
-        assert self.means is not None
-        starts = range(0, len(images), ENCODE_BATCH)  # without a cache each batch goes through the encoder
-        return torch.cat([self.means.gather(images[start : start + ENCODE_BATCH]).cpu() for start in starts])
+    @staticmethod
+    def gather(looks: Features, images: np.ndarray) -> torch.Tensor:
+        """Their features (n, C), in batches, each of which goes through the encoder where there is no cache."""
+        starts = range(0, len(images), ENCODE_BATCH)
+        return torch.cat([looks.gather(images[start : start + ENCODE_BATCH]).cpu() for start in starts])
+
+
+def utility(
+    log_probabilities: np.ndarray, with_each: np.ndarray, with_others: np.ndarray, temperature: float = TEMPERATURE,
+    weight: float = NEIGHBOUR_WEIGHT,
+) -> np.ndarray:  # fmt: skip
+    """The expected CIDEr-D (H,) of each candidate. Args: what `Consensus.agreement` returns, and the weights of both."""
+    chances = np.exp((log_probabilities - log_probabilities.max()) / temperature)
+    expected: np.ndarray = with_each @ (chances / chances.sum()) + weight * with_others
+    return expected

@@ -17,9 +17,10 @@ ARCHITECTURE_FLAGS = (
     "decoder", "encoder", "dataset_type", "embed_size", "hidden_size", "num_layers", "attention_dim",
     "freq_threshold", "max_length",
 )  # fmt: skip
+STAGES = "_stages"  # ends the names of encoders that give what every stage sees
 ENCODER_NAMES = tuple(
     name + form
-    for form in ("", "_stages")
+    for form in ("", STAGES)
     for name in ("resnet50", "resnet101", "resnet152", "convnext_base", "efficientnet_lite0", "efficientnet_lite2")
 )
 # What may be typed beside --resume: where things are and where they run, not what is trained.

@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import functools
 import logging
 import math
 import os
@@ -394,29 +395,42 @@ def build_data(args: argparse.Namespace, saved_split: dict[str, Any] | None) -> 
 
 
 def build_features(
-    args: argparse.Namespace, data: CaptionSet, needed: np.ndarray, weights_hash: str | None = None
+    args: argparse.Namespace,
+    data: CaptionSet,
+    needed: np.ndarray,
+    means: bool,
+    views: str,
+    weights_hash: str | None = None,
 ) -> tuple[list[Features], str]:
-    """Features of the images at the positions `needed`, in each view, and the hash of the encoder's weights.
+    """Features of the images at the positions `needed`, in each of the views, and the hash of the encoder's weights.
+
+    Args:
+        means: of the whole image, which the `lstm` decoder sees, rather than of its regions.
 
     Raises:
         UserError: the weights are not those that a checkpoint was trained with.
     """
     weights, digest = find_weights(args.encoder, args.resnet_weights, weights_hash)
     distributed.agree_on_encoder(digest)
-    cores = distributed.local_cores()
-    workers = min(args.num_workers or 1, cores)
-    if args.num_workers > cores:
-        log.info(f"Image decoding threads: {workers} (--num_workers {args.num_workers}, capped at the cores)")
-    views = [
+    found = [
         open_features(
             cache_folders(args.feature_cache), ENCODERS[args.encoder], digest,
             lambda: build_encoder(args.encoder, weights), data.paths(), data.image_dir, needed, pick_device(args.device),
-            args.decoder == "lstm", workers, args.compile, args.features_on_device, view,
+            means, decoding_threads(args.num_workers), args.compile, args.features_on_device, view,
         )
-        for view in VIEW_SETS[args.views]
+        for view in VIEW_SETS[views]
     ]  # fmt: skip
-    data.drop_images({image for view in views for image in view.unreadable})
-    return views, digest
+    data.drop_images({image for view in found for image in view.unreadable})
+    return found, digest
+
+
+@functools.cache  # says it once
+def decoding_threads(wanted: int) -> int:
+    """How many threads decode images: no more than cores."""
+    cores = distributed.local_cores()
+    if wanted > cores:
+        log.info(f"Image decoding threads: {cores} (--num_workers {wanted}, capped at the cores)")
+    return min(wanted or 1, cores)
 
 
 def build_model(args: argparse.Namespace, vocabulary: Vocabulary) -> LSTMDecoder:
@@ -513,9 +527,8 @@ def start_training(args: argparse.Namespace, typed: set[str], argv: list[str]) -
     distributed.agree_on_flags(vars(args), checkpoint)
     data = build_data(args, checkpoint["split"] if checkpoint else None)
     needed = np.unique(np.concatenate([*data.splits.values(), images_to_draw(args, data, data.splits["test"])]))
-    views, weights_hash = build_features(
-        args, data, needed, checkpoint["encoder"]["weights_hash"] if checkpoint else None
-    )
+    known_hash = checkpoint["encoder"]["weights_hash"] if checkpoint else None
+    views, weights_hash = build_features(args, data, needed, args.decoder == "lstm", args.views, known_hash)
     vocabulary = Vocabulary(checkpoint["vocabulary"]) if checkpoint else build_vocabulary(data, args.freq_threshold)
     batches = BatchMaker(data, vocabulary, args.max_length)
     decoder = build_model(args, vocabulary)
@@ -732,17 +745,19 @@ def load_task(args: argparse.Namespace, typed: set[str], splits: list[str]) -> t
         log.info(f"Model: {path} (epoch {checkpoint['epoch']}, {own.decoder} on {own.encoder}, {own.dataset_type})")
         images = np.concatenate([task.data.splits[split] for split in splits])
         needed = np.union1d(images, images_to_draw(args, task.data, images))
-        views, _ = build_features(own, task.data, needed, checkpoint["encoder"]["weights_hash"])
+        means, weights_hash = own.decoder == "lstm", checkpoint["encoder"]["weights_hash"]
+        views, _ = build_features(own, task.data, needed, means, own.views, weights_hash)
         decoder = build_model(own, task.vocabulary)
         load_weights(decoder, checkpoint["decoder"], path)
         task.members += [(decoder.to(device), view) for view in views]
         checkpoints[path] = checkpoint
     if args.mode == "test" and args.consensus != "off":
-        one = argparse.Namespace(**vars(args) | {"decoder": "lstm", "views": "whole"})  # means of whole images
-        shown = np.union1d(task.data.splits["train"], images)
-        means = build_features(one, task.data, shown)[0][0] if args.consensus == "neighbours" else None
         args.beam_size = args.beam_size if "beam_size" in typed else BEAM_SIZE
-        task.consensus = Consensus(task.data, task.vocabulary, means)
+        looks = None
+        if args.consensus == "neighbours":
+            shown = np.union1d(task.data.splits["train"], images)
+            (looks,), _ = build_features(args, task.data, shown, True, "whole", first["encoder"]["weights_hash"])
+        task.consensus = Consensus(task.data, task.vocabulary, looks)
     return task, np.concatenate([task.data.splits[split] for split in splits]), checkpoints
 
 

@@ -55,9 +55,9 @@ def test_agreement_is_the_reward_with_one_reference(data):
     ids = np.array([WORDS.index(word) for text in texts for word in text])
     offsets = np.concatenate([[0], np.cumsum([len(text) for text in texts])])
     together = reward.agreement(ids, offsets, 4)
-    assert together.shape == (4, len(own))
+    assert together.shape == (4, 4 + len(own)) and together[0, 0] == pytest.approx(10)
     alone = reward.score(ids[: offsets[4]], offsets[:5], np.full(4, image))
-    assert np.abs(together.mean(1) - alone).max() < 1e-9 and alone[0] > 1
+    assert np.abs(together[:, 4:].mean(1) - alone).max() < 1e-9 and alone[0] > 1
 
 
 def test_a_word_that_the_data_lacks_is_no_end_of_the_caption(data):
@@ -104,7 +104,7 @@ def test_consensus_hears_the_captions_of_images_that_look_alike(data, monkeypatc
     assert len(spoken.split()) > 1
     found = [[said(data, "w1 w2 w5", -4.0), said(data, spoken, -4.2)]]
     assert consensus.choose(np.array([10]), found) == [found[0][1]]
-    consensus.means = None
+    consensus.looks = None
     assert consensus.choose(np.array([10]), found) == [found[0][0]]
 
 
