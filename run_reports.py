@@ -382,7 +382,7 @@ def compare_tests(first: Run, a: Mapping[str, Any], second: Run, b: Mapping[str,
         if first is second and a.get("epoch") != b.get("epoch"):
             parts.append(f"epoch {plain(row.get('epoch'))}")
         ways.append(", ".join(filter(None, parts)))
-    way = ways[0] if ways[0] == ways[1] else f"{ways[0]}; B {ways[1]}"
+    way = ways[0] if ways[0] == ways[1] else f"A {ways[0]}; B {ways[1]}"
     lines = [f"Test on {plain(a.get('images'))} {plain(a.get('split'))} images, {way}"]
     differences: dict[str, Difference] = {}
     try:

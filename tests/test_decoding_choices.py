@@ -82,7 +82,7 @@ def test_consensus_is_a_third_way_beside_greedy_and_beam(trained, capsys, monkey
     capsys.readouterr()
     assert experiment_utils.main(["diff", str(lstm), str(lstm)]) == 0
     printed = capsys.readouterr().out
-    assert "B beam 20, consensus" in printed and "B - A" in printed and "beam 20, length penalty" in printed
+    assert "B beam 20, consensus" in printed and "B - A" in printed and "A beam 20, length penalty" in printed
 
 
 def test_members_of_other_data_are_refused(trained, capsys):

@@ -185,7 +185,7 @@ def test_a_runs_own_tests_are_compared_where_one_thing_differs(runs, capsys):
     plain, other = "beam 3, length penalty 0.7", "model_epoch_1.pt"
     by_consensus = "beam 3, consensus with neighbours, length penalty 0.7"
     assert headings == [
-        f"Test on 6 test images, {way}"
+        f"Test on 6 test images, A {way}"
         for way in (
             f"{plain}; B {by_consensus}",
             f"{plain}, {other}; B {by_consensus}, {other}",
