@@ -88,6 +88,8 @@ def apply_checkpoint(args: argparse.Namespace, typed: set[str], checkpoint: dict
         setattr(args, name, saved[name])
     if args.decoder == "lstm" and args.save_attention_viz:
         raise UserError(f"--save_attention_viz has no effect: {path} is an lstm decoder, which has no attention")
+    if args.encoder.startswith("efficientnet") and "resnet_weights" in typed:
+        raise UserError(f"--resnet_weights has no effect with {path}, whose encoder is {args.encoder}")
     follow = ["data_dir", "image_dir", "captions_file", "resnet_weights", "seed", "views"]
     # A stranger's checkpoint makes no cache elsewhere: only what is one already is used.
     caches = cache_folders(saved["feature_cache"])

@@ -164,7 +164,10 @@ def text_of(value: Any) -> str:
 def scores_section(run: Run) -> str:
     """A column for each test, with its interval of 95 %, and one for the best epoch's validation scores."""
     columns: list[tuple[str, Mapping[str, Any]]] = [
-        (f"{text_of(row.get('split'))}, {text_of(row.get('images'))} images<br>{text_of(decoding(row)).replace(', ', '<br>')}", row)
+        (
+            f"{text_of(row.get('split'))}, {text_of(row.get('images'))} images<br>{text_of(decoding(row)).replace(', ', '<br>')}",
+            row,
+        )
         for row in run.tests[-6:]
     ]
     if run.best:

@@ -85,6 +85,12 @@ def test_consensus_is_a_third_way_beside_greedy_and_beam(trained, capsys, monkey
     assert "B beam 20, consensus" in printed and "B - A" in printed and "A beam 20, length penalty" in printed
 
 
+def test_weights_are_refused_where_the_checkpoints_encoder_brings_its_own(trained, capsys):
+    _, _, lstm, _ = trained
+    assert trainer.main(["--mode", "test", "--model_path", str(lstm), "--resnet_weights", "x.pth"]) == 2
+    assert "whose encoder is efficientnet_lite0" in capsys.readouterr().err
+
+
 def test_members_of_other_data_are_refused(trained, capsys):
     _, tiny, _, attention = trained
     assert run(tiny, "--decoder", "lstm", "--freq_threshold", "9", "--model_save_dir", "others") == 0
@@ -162,3 +168,14 @@ def test_views_show_the_parts_that_their_names_say(tmp_path):
     assert red["top_right"] == red["bottom_left_mirror"] == pytest.approx(part * 0.35 / 0.85, abs=0.03)
     mirrored = load_pixels(tmp_path / "corner.png", 64, "top_left_mirror")[..., 0]
     assert mirrored[5, 60] > 200 and mirrored[5, 5] < 50
+
+
+def test_the_benchmark_of_consensus_shows_its_settings(trained, capsys, monkeypatch):
+    _, _, lstm, _ = trained
+    monkeypatch.syspath_prepend(str(Path(trainer.__file__).parent / "benchmarks"))
+    import consensus_settings
+
+    assert consensus_settings.main([str(lstm)]) == 0
+    printed = capsys.readouterr().out
+    assert "temperature 3, neighbours' weight 4 (used)" in printed and printed.count("(used)") == 2
+    assert "2 validation images" in printed and "ms an image" in printed

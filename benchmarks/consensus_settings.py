@@ -1,6 +1,6 @@
 """What consensus decoding (`--consensus`) brings and costs: its settings on the validation images of a trained run.
 
-python benchmarks/consensus.py RUN [--data_dir DIR] [--feature_cache DIR]
+python benchmarks/consensus_settings.py RUN [--data_dir DIR] [--feature_cache DIR]
 
 One beam search serves all settings. The baselines, in the same run: the beam's likeliest caption, and a beam of 5.
 """
@@ -21,6 +21,7 @@ import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from consensus import CANDIDATES, NEIGHBOUR_WEIGHT, NEIGHBOURS, TEMPERATURE, utility
 from evaluation import search
 from metrics_utils import score_captions
+from safe_io import run_command
 
 SETTINGS = (
     *((temperature, 0.0) for temperature in (1.0, 2.0, 3.0, 4.0)),
@@ -28,7 +29,7 @@ SETTINGS = (
 )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Settings of consensus decoding, on the validation images of a run.")
     parser.add_argument("run", help="a run directory or checkpoint")
     parser.add_argument("--data_dir", help="where the data set lies, if elsewhere than in training")
@@ -73,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     each = 1000 * np.array([narrow_seconds, wide_seconds, compare_seconds]) / len(images)
     print(f"ms an image: beam 5 {each[0]:.0f}, beam {args.beam_size} {each[1]:.0f} ({each[1] / each[0]:.1f} times), "
           f"comparing {each[2]:.0f} ({each[2] / each[0]:.1f} times)")  # fmt: skip
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, "Stopped."))
