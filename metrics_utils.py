@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import statistics
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -137,7 +138,16 @@ def meteor_score(hypotheses: Sequence[str], references: Sequence[Sequence[str]])
     from pycocoevalcap.meteor.meteor import Meteor
 
     generated, known = coco_form(hypotheses, references)
-    return float(Meteor().compute_score(known, generated)[0])
+    scorer = Meteor()
+    try:
+        return float(scorer.compute_score(known, generated)[0])
+    except BaseException:  # Ctrl-C leaves its lock held, for which its __del__ would wait for ever
+        scorer.meteor_p.kill()
+        with suppress(OSError):
+            scorer.meteor_p.stdin.close()
+        if scorer.lock.locked():
+            scorer.lock.release()
+        raise
 
 
 def spice_score(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> float:

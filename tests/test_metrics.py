@@ -1,6 +1,11 @@
 """Scores on worked examples; defect 9 of the original."""
 
+import subprocess
+import sys
+import threading
+
 import numpy as np
+import pycocoevalcap.meteor.meteor as meteor
 import pytest
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
@@ -9,6 +14,7 @@ from pycocoevalcap.rouge.rouge import Rouge
 from metrics_utils import (
     bootstrap_intervals,
     coco_form,
+    meteor_score,
     paired_bootstrap,
     person_scores,
     score_captions,
@@ -100,3 +106,23 @@ def test_a_person_is_scored_against_the_others():
 def test_variety_counts_words_and_copies():
     found = variety(["a dog runs", "a dog"], {"a dog"})
     assert found == {"distinct_words": 3, "mean_length": 2.5, "in_training": 0.5}
+
+
+def test_stopping_meteor_leaves_nothing_to_wait_for(monkeypatch):
+    class Interrupted(meteor.Meteor):
+        def __init__(self):
+            self.lock = threading.Lock()
+            self.meteor_p = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, text=True)
+            self.meteor_p.stdin.write("unread")
+            made.append(self)
+
+        def compute_score(self, known, generated):
+            self.lock.acquire()  # as the package does, which does not let go of it
+            raise KeyboardInterrupt
+
+    made: list[meteor.Meteor] = []
+    monkeypatch.setattr(meteor, "Meteor", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        meteor_score(["a dog"], [["a dog"]])
+    (scorer,) = made
+    assert not scorer.lock.locked() and scorer.meteor_p.wait(timeout=10) != 0
