@@ -384,10 +384,7 @@ class BadArchive(UserError):
 
 
 # What zipfile, tarfile and gzip raise over bytes that are none of theirs, encryption and unknown compressions.
-DAMAGE = (
-    zipfile.BadZipFile, tarfile.TarError, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError,
-    ValueError,
-)  # fmt: skip
+DAMAGE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, struct.error, EOFError, RuntimeError, ValueError)
 # Names that no file can have, or that another member has taken; gzip.BadGzipFile is an OSError without a number.
 BAD_NAMES = (None, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)
 
