@@ -38,7 +38,7 @@ class EncoderSpec:
     mean: tuple[float, float, float]  # of the pixels 0..255, per channel
     deviation: tuple[float, float, float]
     image_size: int = 224
-    grid: int = 7  # regions along each side
+    grid: int = 7  # regions along each side; comments on shapes say 49 for their number, which is 64 with Lite2
     files: tuple[str, ...] = ()  # of torchvision's weights, the first of which is downloaded; a hash is in their names
     compile_from: int | None = None  # images from which on compiling it pays (docs/benchmarks.md), None for never
 

@@ -124,7 +124,7 @@ class Captioner:
                     yield Captioned(path, next(captions), None)
 
     def decoded(self, paths: Sequence[Path]) -> Iterator[list[tuple[Path, np.ndarray | UnreadableImage]]]:
-        """Images, ENCODE_BATCH at a time, as pixels (views, 224, 224, 3) or as the reason why not; threads decode one batch ahead."""
+        """Images, ENCODE_BATCH at a time, as pixels (views, size, size, 3) or as the reason why not; threads decode one batch ahead."""
 
         def read(path: Path) -> np.ndarray | UnreadableImage:
             try:
@@ -144,7 +144,7 @@ class Captioner:
         self, pixels: list[np.ndarray], beam_size: int, length_penalty: float, count: int, attention: bool,
         top_p: float | None,
     ) -> list[list[Caption]]:  # fmt: skip
-        """The captions of up to ENCODE_BATCH decoded images, uint8 (views, 224, 224, 3) each."""
+        """The captions of up to ENCODE_BATCH decoded images, uint8 (views, size, size, 3) each."""
         # A single image goes alone, since a person waits for it; others fill a batch up, as in feature_cache.
         filler = [np.zeros_like(pixels[0])] * (ENCODE_BATCH - len(pixels) if len(pixels) > 1 else 0)
         try:
@@ -349,7 +349,7 @@ def csv_lines(results: Iterable[Captioned], count: int) -> Iterator[str]:
 def json_lines(results: Iterable[Captioned], count: int) -> Iterator[str]:
     """An object per image: path, caption, log_probability; with attention `words` and where each looked most.
 
-    A peak is the strongest of the 7 x 7 cells: its row and column from 0, its middle as fractions of the image's
+    A peak is the strongest cell of the grid: its row and column from 0, its middle as fractions of the image's
     width and height, and its weight. With `count` above 1 the other captions are `alternatives`, best first.
     """
     for result in results:
