@@ -19,9 +19,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
-
-from filelock import BaseFileLock, FileLock, Timeout
+from typing import TYPE_CHECKING, Any
 
 from safe_io import (
     CONTROL_CHARACTERS,
@@ -34,6 +32,9 @@ from safe_io import (
     write_atomic,
     write_json,
 )
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 SCRIPT = "flickr_image_caption_with_pytorch_resnet_lstm.py"
 DRY_RUN = "dry_run_"  # begins the names of runs that are no results
@@ -103,6 +104,8 @@ def lock_run_directory(directory: Path) -> BaseFileLock:
     """
     if not directory.is_dir():
         raise UserError(f"--resume {directory} is not there: give the directory of the run that was interrupted")
+    from filelock import FileLock, Timeout
+
     lock = FileLock(directory / ".lock")
     try:
         lock.acquire(timeout=0)

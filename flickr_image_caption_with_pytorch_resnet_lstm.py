@@ -25,6 +25,7 @@ import argparse
 import copy
 import dataclasses
 import functools
+import importlib.util
 import logging
 import math
 import os
@@ -57,6 +58,7 @@ from safe_io import (
     bars_off,
     format_bytes,
     log,
+    not_installed,
     publish_copy,
     read_json,
     require_free_space,
@@ -233,6 +235,8 @@ def parse_flags(argv: list[str]) -> tuple[argparse.Namespace, set[str]]:
 if __name__ == "__main__" and os.environ.get("LOCAL_RANK", "0") == "0":
     try:
         parse_flags(sys.argv[1:])
+        if not importlib.util.find_spec("torch"):
+            raise not_installed("torch")
     except UserError as problem:
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)

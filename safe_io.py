@@ -53,6 +53,9 @@ def run_command(command: Callable[[], int], stopped: str) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        print(f"error: {not_installed(error.name)}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"\n{stopped}", file=sys.stderr)
         return 130
@@ -64,6 +67,14 @@ class UserError(Exception):
     def __str__(self) -> str:
         """The message; names in it that came from a stranger's file cannot command the terminal."""
         return "\n".join(map(printable, super().__str__().split("\n")))
+
+
+def not_installed(package: str | None) -> UserError:
+    """The complaint over a package that requirements.txt names and this Python has not."""
+    return UserError(
+        f"{sys.executable} has no package {package}. Install what is needed (python -m pip install -r requirements.txt, "
+        "or ./setup.sh, which puts it into .venv), or run the Python that has it (.venv/bin/python)"
+    )
 
 
 def write_atomic(path: str | os.PathLike[str], write: Callable[[IO[bytes]], object]) -> None:

@@ -2,6 +2,8 @@
 
 import errno
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,22 @@ import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from checkpoints import load_checkpoint
 from demo_dataset import draw_demo_dataset
 from safe_io import UserError, write_atomic
+
+
+@pytest.mark.parametrize(
+    ("command", "package"),
+    [
+        ("flickr_image_caption_with_pytorch_resnet_lstm.py --dry_run", "torch"),
+        ("download_datasets.py --dataset demo", "filelock"),
+    ],
+)
+def test_a_python_without_the_packages_says_how_to_get_them(tmp_path, command, package):
+    script = Path(trainer.__file__).with_name(command.split()[0])
+    bare = [sys.executable, "-S", script, *command.split()[1:]]  # -S: without site-packages
+    ended = subprocess.run(bare, cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: ") and f"has no package {package}" in ended.stderr
+    assert "python -m pip install -r requirements.txt" in ended.stderr
 
 
 @pytest.fixture
