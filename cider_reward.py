@@ -6,6 +6,7 @@ sorts and searches. The figures are the same (tested to 1e-9).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -34,6 +35,14 @@ class Table(NamedTuple):
     pairs: np.ndarray  # int64 (M,) sorted: caption x G + n-gram
     weights: np.ndarray  # float64 (M,) tf-idf of each pair
     norms: np.ndarray  # float64 (captions,)
+
+
+class Parts(NamedTuple):
+    """The same again, an entry per caption and n-gram, as mixtures of captions are made of."""
+
+    image: np.ndarray  # int64 (M,) in this class's numbering
+    gram: np.ndarray  # int64 (M,) place in the table's keys
+    weight: np.ndarray  # float64 (M,) of a caption's vector of length one
 
 
 def count_grams(ids: np.ndarray, offsets: np.ndarray, words: int) -> list[Grams]:
@@ -124,28 +133,63 @@ class CiderReward:
         similarity *= np.exp(-(difference**2) / (2 * SIGMA**2)) / N
         return 10 * np.bincount(pair_row, similarity, len(images)) / references
 
-    def agreement(self, ids: np.ndarray, offsets: np.ndarray, count: int) -> np.ndarray:
-        """Compare the first `count` of some captions with each of them all, as if that were the only reference.
+    def agreement(self, ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+        """Compare captions with each other, each as if it were the only reference.
 
         Args:
             ids, offsets: as for `score`.
 
         Returns:
-            (count, captions) CIDEr-D, float64, times 10.
+            (R, R) CIDEr-D, float64, times 10, of the row's caption against the column's.
         """
         lengths = np.diff(offsets)
-        similarity = np.zeros((count, len(lengths)))
+        similarity = np.zeros((len(lengths), len(lengths)))
         for _, grams, _, weights, norms in self.weigh(ids, offsets):
             table = np.zeros((len(lengths), len(grams.keys)))
             table[grams.text, grams.gram] = weights
             product = np.empty_like(similarity)
             for number, reference in enumerate(table):
                 has = np.flatnonzero(reference)
-                product[:, number] = np.minimum(table[:count, has], reference[has]) @ reference[has]
-            norm = norms[:count, None] * norms
+                product[:, number] = np.minimum(table[:, has], reference[has]) @ reference[has]
+            norm = norms[:, None] * norms
             similarity += product / np.where(norm > 0, norm, 1)
-        difference = lengths[:count, None] - lengths
+        difference = lengths[:, None] - lengths
         return 10 * similarity * np.exp(-(difference**2) / (2 * SIGMA**2)) / N
+
+    def likeness(self, ids: np.ndarray, offsets: np.ndarray, images: np.ndarray, shares: np.ndarray) -> np.ndarray:
+        """Compare captions with a mixture of images' captions.
+
+        It is CIDEr rather than CIDEr-D (Vedantam et al., 2015, section 4): a mixture has no counts to clip at and no length.
+
+        Args:
+            ids, offsets: as for `score`.
+            images: int64 (F,) positions of images whose captions this class knows.
+            shares: (F,) how much of each there is in the mixture.
+
+        Returns:
+            (R,) float64, times 10.
+        """
+        of_image = np.zeros(len(self.first) - 1)
+        of_image[self.place[images]] = shares
+        of_image /= np.maximum(1, np.diff(self.first))  # an image's captions share it
+        similarity = np.zeros(len(offsets) - 1)
+        for parts, (_, grams, known, weights, norms) in zip(self.parts, self.weigh(ids, offsets), strict=True):
+            mixture = np.bincount(parts.gram, parts.weight * of_image[parts.image])
+            mixture = np.append(mixture, 0.0)  # at -1, of what no reference has
+            product = np.bincount(grams.text, weights * mixture[known[grams.gram]], len(norms))
+            similarity += product / np.where(norms > 0, norms, 1)
+        return 10 * similarity / N
+
+    @functools.cached_property
+    def parts(self) -> list[Parts]:
+        """The references' n-grams, for n from 1 to N, as `likeness` adds them up."""
+        image_of = np.repeat(np.arange(len(self.first) - 1), np.diff(self.first))
+        found = []
+        for table in self.tables:
+            caption, gram = np.divmod(table.pairs, max(1, len(table.keys)))
+            norms = table.norms[caption]
+            found.append(Parts(image_of[caption], gram, table.weights / np.where(norms > 0, norms, 1)))
+        return found
 
     def weigh(
         self, ids: np.ndarray, offsets: np.ndarray

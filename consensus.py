@@ -1,21 +1,21 @@
 """Consensus decoding: of the captions that a beam ended with, the one that agrees best with the evidence.
 
 The likeliest caption is not the one that scores best. CIDEr-D rewards what a caption shares with what people
-say of the image; nobody has told us that, but the beam's captions, weighted by their probability, are the
-model's own guess (minimum Bayes risk decoding, Kumar and Byrne, 2004), and the captions of the training
-images that look most alike are another (consensus re-ranking, Devlin et al., 2015). Nothing of the scored
-images is looked at but their features.
+say of the image. Nobody has told us that, but there are two guesses: the beam's captions, weighted by their
+probability (minimum Bayes risk decoding, Kumar and Byrne, 2004), and a regression from images to captions,
+fitted to the training images. It is a finer form of the captions of images that look alike (consensus
+re-ranking, Devlin et al., 2015). Nothing of the scored images is looked at but their features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from caption_data import CaptionSet, Vocabulary, captions_of, concatenate_ranges
+from caption_data import CaptionSet, Vocabulary
 from caption_models import ENCODE_BATCH, Hypothesis
 from cider_reward import CiderReward
 from feature_cache import Features
@@ -25,18 +25,26 @@ BEAM_SIZE = 20  # where none is asked for: consensus needs many captions to choo
 CANDIDATES = 100  # of an image, at most, the likeliest for their length: what a beam of 20 ends with
 # Settled on the validation images of Flickr8k (docs/experiments.md).
 TEMPERATURE = 3.0  # by which the beam's log-probabilities are divided: a beam is too sure of its first captions
-NEIGHBOURS = 40  # training images
-NEIGHBOUR_WEIGHT = 4.0  # of all their captions together, against one of all the beam's
+RIDGE = 0.1  # of the regression
+REGRESSION_WEIGHT = 8.0  # of what it expects, against one of all the beam's captions together
+REGRESSION_IMAGES = 10_000  # of more training images so many are drawn: time grows with their cube
+
+
+def regression_images(train: np.ndarray) -> np.ndarray:
+    """Which of the training images (T,) the regression is fitted to: the same at each call."""
+    if len(train) <= REGRESSION_IMAGES:
+        return train
+    return np.sort(np.random.default_rng(0).choice(train, REGRESSION_IMAGES, replace=False))
 
 
 class Consensus:
     """Chooses by expected CIDEr-D, with the document frequencies of the training captions."""
 
-    def __init__(self, data: CaptionSet, vocabulary: Vocabulary, looks: Features | None):
-        """Args: looks: features (I, C) by which images are compared, or None for the beam's captions alone."""
-        self.data, self.looks = data, looks
-        self.train = data.splits["train"]
-        self.cider = CiderReward(data, self.train)
+    def __init__(self, data: CaptionSet, vocabulary: Vocabulary, looks: Sequence[Features]):
+        """Args: looks: views of images, (I, C) each, for the regression; none for the beam's captions alone."""
+        self.looks = looks
+        self.cider = CiderReward(data, data.splits["train"])
+        self.fitted = regression_images(data.splits["train"])
         self.word_of = self.cider.words_of(vocabulary)
 
     def choose(self, images: np.ndarray, found: Sequence[list[Hypothesis]]) -> list[Hypothesis]:
@@ -46,60 +54,60 @@ class Consensus:
             images: positions (n,) in the caption set.
             found: the hypotheses of each, best first, among which the choice is.
         """
-        bar = tqdm(found, "Comparing captions", unit="image", disable=bars_off(), leave=False)
         return [
-            hypotheses[int(utility(*self.agreement(hypotheses, alike)).argmax())]
-            for hypotheses, alike in zip(bar, self.similar(images), strict=True)
+            hypotheses[int(utility(*evidence).argmax())]
+            for hypotheses, evidence in zip(found, self.evidence(images, found), strict=True)
         ]
 
-    def agreement(
-        self, hypotheses: Sequence[Hypothesis], similar: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What speaks for each of an image's candidates, which are its first H = CANDIDATES hypotheses at most.
+    def evidence(
+        self, images: np.ndarray, found: Sequence[list[Hypothesis]]
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """What speaks for each candidate; an image's candidates are its first H = CANDIDATES hypotheses at most.
 
-        Args:
-            similar: positions (k,) of images that look alike.
-
-        Returns:
-            log-probabilities (H,), CIDEr-D (H, H) of each candidate against each, and its mean (H,) against the captions of
-            the similar images, 0 where there are none.
+        Yields:
+            for each image log-probabilities (H,), CIDEr-D (H, H) of each candidate against each, and the CIDEr (H,) that
+            the regression expects of it, 0 where there is none.
         """
-        candidates = hypotheses[:CANDIDATES]
-        ours = [self.word_of[each.ids] for each in candidates]
-        tokens, captions = self.data.tokens, captions_of(self.data, similar)
-        starts, ends = tokens.offsets[captions], tokens.offsets[captions + 1]
-        ids = np.concatenate([*ours, tokens.ids[concatenate_ranges(starts, ends)]])
-        offsets = np.cumsum([0, *map(len, ours), *(ends - starts)])
-        with_each, with_others = np.split(self.cider.agreement(ids, offsets, len(ours)), [len(ours)], axis=1)
-        chances = np.array([each.log_probability for each in candidates])
-        return chances, with_each, with_others.mean(1) if len(captions) else np.zeros(len(ours))
+        bar = tqdm(found, "Comparing captions", unit="image", disable=bars_off(), leave=False)
+        for hypotheses, shares in zip(bar, self.regress(images), strict=True):
+            candidates = hypotheses[:CANDIDATES]
+            words = [self.word_of[each.ids] for each in candidates]
+            ids, offsets = np.concatenate(words), np.cumsum([0, *map(len, words)])
+            expected = np.zeros(len(candidates))
+            if self.looks:
+                expected = self.cider.likeness(ids, offsets, self.fitted, shares)
+            chances = np.array([each.log_probability for each in candidates])
+            yield chances, self.cider.agreement(ids, offsets), expected
 
-    def similar(self, images: np.ndarray) -> np.ndarray:
-        """The training images that look most like each: positions (n, k), by the cosine of their centred features."""
-        if self.looks is None or not len(images):  # one of several processes may have none
-            return np.zeros((len(images), 0), dtype=np.int64)
-        train = self.gather(self.looks, self.train)  # (T, C)
-        centre = train.mean(0)
-        train = torch.nn.functional.normalize(train.sub_(centre))
-        nearest = []
-        for start in range(0, len(images), ENCODE_BATCH):
-            some = torch.nn.functional.normalize(self.gather(self.looks, images[start : start + ENCODE_BATCH]) - centre)
-            closeness = some @ train.T  # (B, T)
-            nearest.append(closeness.topk(min(NEIGHBOURS, len(self.train))).indices.numpy())
-        return self.train[np.concatenate(nearest)]
+    def regress(self, images: np.ndarray) -> np.ndarray:
+        """How much each fitted image's captions tell of each of `images`: shares (n, F), which may be negative.
 
-    @staticmethod
-    def gather(looks: Features, images: np.ndarray) -> torch.Tensor:
-        """Their features (n, C), in batches, each of which goes through the encoder where there is no cache."""
-        starts = range(0, len(images), ENCODE_BATCH)
-        return torch.cat([looks.gather(images[start : start + ENCODE_BATCH]).cpu() for start in starts])
+        Kernel ridge regression (Saunders et al., 1998), whose kernel is the exponential of the cosine of two images' centred features.
+        What it predicts is linear in the captions, so that these shares are all there is to find.
+        """
+        if not self.looks or not len(images):  # one of several processes may have no images
+            return np.zeros((len(images), 0))
+        known = self.gather(self.fitted)  # (F, C)
+        centre = known.mean(0)
+        known = torch.nn.functional.normalize(known - centre)
+        asked = torch.nn.functional.normalize(self.gather(images) - centre)  # (n, C)
+        kernel = torch.exp(known @ known.T - 1)  # (F, F)
+        kernel.diagonal().add_(RIDGE)
+        shares: np.ndarray = torch.linalg.solve(kernel, torch.exp(known @ asked.T - 1)).T.numpy()
+        return shares
+
+    def gather(self, images: np.ndarray) -> torch.Tensor:
+        """Their features (n, C), float64, the mean of all views, in batches that an encoder without a cache can take."""
+        batches = [images[start : start + ENCODE_BATCH] for start in range(0, len(images), ENCODE_BATCH)]
+        means = [torch.stack([view.gather(batch).cpu() for view in self.looks]).double().mean(0) for batch in batches]
+        return torch.cat(means)
 
 
 def utility(
-    log_probabilities: np.ndarray, with_each: np.ndarray, with_others: np.ndarray, temperature: float = TEMPERATURE,
-    weight: float = NEIGHBOUR_WEIGHT,
+    log_probabilities: np.ndarray, with_each: np.ndarray, expected: np.ndarray, temperature: float = TEMPERATURE,
+    weight: float = REGRESSION_WEIGHT,
 ) -> np.ndarray:  # fmt: skip
-    """The expected CIDEr-D (H,) of each candidate. Args: what `Consensus.agreement` returns, and the weights of both."""
+    """How good each candidate (H,) is held to be. Args: what `Consensus.evidence` yields, and the weights of both."""
     chances = np.exp((log_probabilities - log_probabilities.max()) / temperature)
-    expected: np.ndarray = with_each @ (chances / chances.sum()) + weight * with_others
-    return expected
+    found: np.ndarray = with_each @ (chances / chances.sum()) + weight * expected
+    return found

@@ -169,9 +169,9 @@ def get_parser() -> argparse.ArgumentParser:
         help="hypotheses kept in testing, beside greedy decoding (not typed: what --mode tune found, if it did)")  # fmt: skip
     add("--length_penalty", type=number(float, 0), default=0.7,
         help="exponent of the length; more makes captions longer")  # fmt: skip
-    add("--consensus", choices=("off", "beam", "neighbours"), default="off",
-        help="--mode test: choose among the beam's captions that which agrees best with them all, or also with the captions "
-        "of similar training images; with a wide beam, 20 if not typed")  # fmt: skip
+    add("--consensus", choices=("off", "beam", "regression"), default="off",
+        help="--mode test: choose among the beam's captions that which agrees best with them all, or also with what a "
+        "regression on the training captions expects of the image; with a wide beam, 20 if not typed")  # fmt: skip
     add("--spice", action="store_true", help="SPICE too (Java; downloads CoreNLP; minutes)")
     add("--split", choices=("test", "val", "val+test"), default="test", help="which images --mode test scores")
 
@@ -274,7 +274,7 @@ from checkpoints import (
     require_trainable,
     save_checkpoint,
 )
-from consensus import BEAM_SIZE, Consensus
+from consensus import BEAM_SIZE, Consensus, regression_images
 from evaluation import (
     Task,
     caption,
@@ -757,10 +757,10 @@ def load_task(args: argparse.Namespace, typed: set[str], splits: list[str]) -> t
         checkpoints[path] = checkpoint
     if args.mode == "test" and args.consensus != "off":
         args.beam_size = args.beam_size if "beam_size" in typed else BEAM_SIZE
-        looks = None
-        if args.consensus == "neighbours":
-            shown = np.union1d(task.data.splits["train"], images)
-            (looks,), _ = build_features(args, task.data, shown, True, "whole", first["encoder"]["weights_hash"])
+        looks: list[Features] = []
+        if args.consensus == "regression":
+            shown = np.union1d(regression_images(task.data.splits["train"]), images)
+            looks, _ = build_features(args, task.data, shown, True, args.views, first["encoder"]["weights_hash"])
         task.consensus = Consensus(task.data, task.vocabulary, looks)
     return task, np.concatenate([task.data.splits[split] for split in splits]), checkpoints
 

@@ -18,14 +18,14 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
-from consensus import CANDIDATES, NEIGHBOUR_WEIGHT, NEIGHBOURS, TEMPERATURE, utility
+from consensus import CANDIDATES, REGRESSION_WEIGHT, TEMPERATURE, utility
 from evaluation import search
 from metrics_utils import score_captions
 from safe_io import run_command
 
 SETTINGS = (
     *((temperature, 0.0) for temperature in (1.0, 2.0, 3.0, 4.0)),
-    *((TEMPERATURE, weight) for weight in (1.0, 2.0, 4.0, 8.0)),
+    *((TEMPERATURE, weight) for weight in (2.0, 4.0, 8.0, 12.0)),
 )
 
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data_dir", help="where the data set lies, if elsewhere than in training")
     parser.add_argument("--feature_cache", help="and its encoded images")
     given = parser.parse_args(argv)
-    flags = ["--mode", "test", "--split", "val", "--consensus", "neighbours", "--model_path", given.run]
+    flags = ["--mode", "test", "--split", "val", "--consensus", "regression", "--model_path", given.run]
     for name in ("data_dir", "feature_cache"):
         flags += [f"--{name}", value] if (value := getattr(given, name)) else []
     args, typed = trainer.parse_flags(flags)
@@ -57,19 +57,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = search(task, images, args.beam_size, wanted=args.beam_size)
     wide_seconds = time.perf_counter() - start
     start = time.perf_counter()
-    similar = consensus.similar(images)
-    evidence = [consensus.agreement(each, alike) for each, alike in zip(found, similar, strict=True)]
+    evidence = list(consensus.evidence(images, found))
     compare_seconds = time.perf_counter() - start
-    print(
-        f"\n{len(images)} validation images, views {args.views}; {NEIGHBOURS} neighbours, {CANDIDATES} candidates at most"
-    )
+    print(f"\n{len(images)} validation images, views {args.views}; {CANDIDATES} candidates at most")
     print(f"{'':<44}{'CIDEr':>9}{'BLEU-4':>9}{'WER':>9}{'words':>9}")
     show("beam 5, the likeliest", [task.text(each[0]) for each in narrow])
     show(f"beam {args.beam_size}, the likeliest", [task.text(each[0]) for each in found])
     for temperature, weight in SETTINGS:
         chosen = [int(utility(*each, temperature, weight).argmax()) for each in evidence]
-        used = (temperature, weight) in ((TEMPERATURE, 0.0), (TEMPERATURE, NEIGHBOUR_WEIGHT))
-        name = f"temperature {temperature:g}, neighbours' weight {weight:g}" + (" (used)" if used else "")
+        used = (temperature, weight) in ((TEMPERATURE, 0.0), (TEMPERATURE, REGRESSION_WEIGHT))
+        name = f"temperature {temperature:g}, regression's weight {weight:g}" + (" (used)" if used else "")
         show(name, [task.text(each[best]) for each, best in zip(found, chosen, strict=True)])
     each = 1000 * np.array([narrow_seconds, wide_seconds, compare_seconds]) / len(images)
     print(f"ms an image: beam 5 {each[0]:.0f}, beam {args.beam_size} {each[1]:.0f} ({each[1] / each[0]:.1f} times), "

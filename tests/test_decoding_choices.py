@@ -65,7 +65,7 @@ def test_an_ensemble_of_both_decoders_is_scored_in_the_first_ones_directory(trai
     assert low <= row["cider"] <= high
 
 
-@pytest.mark.parametrize("evidence", ["beam", "neighbours"])
+@pytest.mark.parametrize("evidence", ["beam", "regression"])
 def test_consensus_is_a_third_way_beside_greedy_and_beam(trained, capsys, monkeypatch, evidence):
     _, _, lstm, attention = trained
     monkeypatch.setattr("evaluation.has_java", lambda: False)  # METEOR's seconds are spent elsewhere
@@ -177,5 +177,5 @@ def test_the_benchmark_of_consensus_shows_its_settings(trained, capsys, monkeypa
 
     assert consensus_settings.main([str(lstm)]) == 0
     printed = capsys.readouterr().out
-    assert "temperature 3, neighbours' weight 4 (used)" in printed and printed.count("(used)") == 2
+    assert "temperature 3, regression's weight 8 (used)" in printed and printed.count("(used)") == 2
     assert "2 validation images" in printed and "ms an image" in printed

@@ -177,13 +177,13 @@ def test_a_runs_own_tests_are_compared_where_one_thing_differs(runs, capsys):
     ways = [
         beam | {"checkpoint": checkpoint, "epoch": epoch, "views": views, "consensus": consensus}
         for checkpoint, epoch in (("best.pt", 3), ("model_epoch_1.pt", 1))
-        for views, consensus in (("whole", None), ("whole", "neighbours"), ("all", None))
+        for views, consensus in (("whole", None), ("whole", "regression"), ("all", None))
     ]
     path.write_text(json.dumps(ways))
     assert command("diff", runs / "one", runs / "one") == 0
     headings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Test on")]
     plain, other = "beam 3, length penalty 0.7", "model_epoch_1.pt"
-    by_consensus = "beam 3, consensus with neighbours, length penalty 0.7"
+    by_consensus = "beam 3, consensus with regression, length penalty 0.7"
     assert headings == [
         f"Test on 6 test images, A {way}"
         for way in (

@@ -15,7 +15,7 @@ from reward import CocoReward
 from caption_data import EOS, PAD, SOS, UNK, BatchMaker, CaptionSet, Tokens, Vocabulary, build_vocabulary, pack_captions
 from caption_models import AttentionDecoder, Hypothesis, LSTMDecoder, beam_search, next_words, sample
 from cider_reward import CiderReward
-from consensus import Consensus
+from consensus import Consensus, regression_images
 from self_critical import SelfCritic
 
 WORDS = [f"w{n}" for n in range(30)]
@@ -54,10 +54,27 @@ def test_agreement_is_the_reward_with_one_reference(data):
     texts = [own[0], own[1][:2], [*own[0], "w29"], [], *own]
     ids = np.array([WORDS.index(word) for text in texts for word in text])
     offsets = np.concatenate([[0], np.cumsum([len(text) for text in texts])])
-    together = reward.agreement(ids, offsets, 4)
-    assert together.shape == (4, 4 + len(own)) and together[0, 0] == pytest.approx(10)
+    together = reward.agreement(ids, offsets)
+    assert together.shape == (len(texts), len(texts)) and together[0, 0] == pytest.approx(10)
     alone = reward.score(ids[: offsets[4]], offsets[:5], np.full(4, image))
-    assert np.abs(together[:, 4:].mean(1) - alone).max() < 1e-9 and alone[0] > 1
+    assert np.abs(together[:4, 4:].mean(1) - alone).max() < 1e-9 and alone[0] > 1
+
+
+def test_likeness_to_a_mixture_is_linear_and_of_one_caption_its_ciderd(data):
+    reward = CiderReward(data, data.splits["train"])
+    lone = int(np.flatnonzero(np.diff(data.first_caption[:11]) == 1)[0])  # an image with one caption
+    (own,) = ([WORDS.index(word) for word in text.split()] for text in data.references(lone))
+    assert len(own) > 2
+    texts = [own, own[::-1], [*own[1:], own[0]]]  # as long, and no word more often: CIDEr-D clips and fines nothing
+    ids, offsets = np.concatenate(texts), np.arange(4) * len(own)
+    alone = reward.likeness(ids, offsets, np.array([lone]), np.ones(1))
+    assert np.abs(alone - reward.score(ids, offsets, np.full(3, lone))).max() < 1e-9 and alone[0] == pytest.approx(10)
+    several = np.array([7, lone, 2])
+    parts = [reward.likeness(ids, offsets, several[[n]], np.ones(1)) for n in range(3)]
+    mixed = reward.likeness(ids, offsets, several, np.array([0.5, 2.0, -0.25]))
+    assert np.abs(mixed - (0.5 * parts[0] + 2 * parts[1] - 0.25 * parts[2])).max() < 1e-9
+    nowhere = reward.likeness(np.array([len(WORDS)]), np.array([0, 1]), np.array([lone]), np.ones(1))
+    assert nowhere == 0  # a word that no caption has, and an end that all have
 
 
 def test_a_word_that_the_data_lacks_is_no_end_of_the_caption(data):
@@ -89,23 +106,64 @@ def test_consensus_weighs_the_beam_by_its_probability(data):
 
 
 class Means:
-    """Features of twelve images: the first one's neighbours in order of their number."""
+    """Features of twelve images: the nearer two numbers, the more alike."""
 
     def gather(self, images: np.ndarray, device: torch.device | None = None) -> torch.Tensor:
         angles = torch.from_numpy(np.asarray(images)).float() * 0.4
         return torch.stack([angles.cos(), angles.sin()], 1) + 5  # the offset is what centring takes away
 
 
-def test_consensus_hears_the_captions_of_images_that_look_alike(data, monkeypatch):
-    monkeypatch.setattr("consensus.NEIGHBOURS", 3)
-    consensus = Consensus(data, build_vocabulary(data, 1), Means())
-    assert set(consensus.similar(np.array([10]))[0].tolist()) == {9, 8, 7}
+class Mirrored(Means):
+    def gather(self, images: np.ndarray, device: torch.device | None = None) -> torch.Tensor:
+        return super().gather(images) * torch.tensor([1.0, -1.0])
+
+
+def test_consensus_hears_what_the_regression_expects(data):
+    consensus = Consensus(data, build_vocabulary(data, 1), [Means()])
     spoken = " ".join(data.references(9)[0].split()[:40])
     assert len(spoken.split()) > 1
     found = [[said(data, "w1 w2 w5", -4.0), said(data, spoken, -4.2)]]
     assert consensus.choose(np.array([10]), found) == [found[0][1]]
-    consensus.looks = None
+    consensus.looks = []
     assert consensus.choose(np.array([10]), found) == [found[0][0]]
+
+
+def test_the_regression_is_ridge_regression(data, monkeypatch):
+    consensus = Consensus(data, build_vocabulary(data, 1), [Means()])
+    assert consensus.regress(np.array([10, 11])).shape == (2, 10)
+    assert consensus.regress(np.array([10]))[0].argmax() == 9  # the nearest training image
+    features = Means().gather(np.arange(12)).double()
+    known = torch.nn.functional.normalize(features - features[:10].mean(0))
+    kernel = (known @ known.T - 1).exp().numpy()
+    targets = np.random.default_rng(0).normal(size=(10, 3))
+    weights = np.linalg.inv(kernel[:10, :10] + 0.1 * np.eye(10)) @ targets
+    assert np.abs(consensus.regress(np.arange(12)) @ targets - kernel[:, :10] @ weights).max() < 1e-9
+    monkeypatch.setattr("consensus.RIDGE", 1e-12)
+    assert np.abs(consensus.regress(np.arange(10)) - np.eye(10)).max() < 0.01  # what it was fitted to, it repeats
+
+
+def test_the_regression_sees_the_mean_of_the_views(data):
+    class Both(Means):
+        def gather(self, images: np.ndarray, device: torch.device | None = None) -> torch.Tensor:
+            return (Means().gather(images) + Mirrored().gather(images)) / 2
+
+    vocabulary = build_vocabulary(data, 1)
+    two, one = Consensus(data, vocabulary, [Means(), Mirrored()]), Consensus(data, vocabulary, [Both()])
+    assert np.abs(two.regress(np.array([10])) - one.regress(np.array([10]))).max() < 1e-6
+    assert (
+        np.abs(two.regress(np.array([10])) - Consensus(data, vocabulary, [Means()]).regress(np.array([10]))).max()
+        > 0.01
+    )
+
+
+def test_of_very_many_images_the_regression_takes_some(data, monkeypatch):
+    monkeypatch.setattr("consensus.REGRESSION_IMAGES", 4)
+    consensus = Consensus(data, build_vocabulary(data, 1), [Means()])
+    assert len(set(consensus.fitted)) == 4 and set(consensus.fitted) <= set(range(10))
+    assert (consensus.fitted == regression_images(data.splits["train"])).all()
+    assert consensus.regress(np.array([10])).shape == (1, 4)
+    found = [[said(data, "w1 w2 w5", -4.0), said(data, "w9 w3", -4.2)]]
+    assert consensus.choose(np.array([10]), found)[0] in found[0]
 
 
 def small(kind: type, words: int) -> LSTMDecoder:
