@@ -26,7 +26,7 @@ CANDIDATES = 100  # of an image, at most, the likeliest for their length: what a
 # Settled on the validation images of Flickr8k (docs/experiments.md).
 TEMPERATURE = 3.0  # by which the beam's log-probabilities are divided: a beam is too sure of its first captions
 RIDGE = 0.1  # of the regression
-REGRESSION_WEIGHT = 8.0  # of what it expects, against one of all the beam's captions together
+REGRESSION_WEIGHTS = (0.0, 2.0, 4.0, 8.0, 12.0)  # of what it expects, against one of all the beam's captions together
 REGRESSION_IMAGES = 10_000  # of more training images so many are drawn: time grows with their cube
 
 
@@ -43,6 +43,7 @@ class Consensus:
     def __init__(self, data: CaptionSet, vocabulary: Vocabulary, looks: Sequence[Features]):
         """Args: looks: views of images, (I, C) each, for the regression; none for the beam's captions alone."""
         self.looks = looks
+        self.weight = 0.0  # of the regression: `evaluation.settle_weight` chooses it
         self.cider = CiderReward(data, data.splits["train"])
         self.fitted = regression_images(data.splits["train"])
         self.word_of = self.cider.words_of(vocabulary)
@@ -55,7 +56,7 @@ class Consensus:
             found: the hypotheses of each, best first, among which the choice is.
         """
         return [
-            hypotheses[int(utility(*evidence).argmax())]
+            hypotheses[int(utility(*evidence, self.weight).argmax())]
             for hypotheses, evidence in zip(found, self.evidence(images, found), strict=True)
         ]
 
@@ -104,8 +105,8 @@ class Consensus:
 
 
 def utility(
-    log_probabilities: np.ndarray, with_each: np.ndarray, expected: np.ndarray, temperature: float = TEMPERATURE,
-    weight: float = REGRESSION_WEIGHT,
+    log_probabilities: np.ndarray, with_each: np.ndarray, expected: np.ndarray, weight: float,
+    temperature: float = TEMPERATURE,
 ) -> np.ndarray:  # fmt: skip
     """How good each candidate (H,) is held to be. Args: what `Consensus.evidence` yields, and the weights of both."""
     chances = np.exp((log_probabilities - log_probabilities.max()) / temperature)

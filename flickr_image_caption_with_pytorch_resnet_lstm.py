@@ -731,6 +731,7 @@ def load_task(args: argparse.Namespace, typed: set[str], splits: list[str]) -> t
         UserError: they do not belong together, or their data set is not there.
     """
     as_typed, device = copy.copy(args), pick_device(args.device)
+    regression = args.mode == "test" and args.consensus == "regression"
     distributed.agree_on_flags(vars(args))
     checkpoints: dict[Path, dict[str, Any]] = {}
     for path in map(find_checkpoint, args.model_path):
@@ -749,6 +750,8 @@ def load_task(args: argparse.Namespace, typed: set[str], splits: list[str]) -> t
         log.info(f"Model: {path} (epoch {checkpoint['epoch']}, {own.decoder} on {own.encoder}, {own.dataset_type})")
         images = np.concatenate([task.data.splits[split] for split in splits])
         needed = np.union1d(images, images_to_draw(args, task.data, images))
+        if regression:  # whose weight is settled on these
+            needed = np.union1d(needed, task.data.splits["val"])
         means, weights_hash = own.decoder == "lstm", checkpoint["encoder"]["weights_hash"]
         views, _ = build_features(own, task.data, needed, means, own.views, weights_hash)
         decoder = build_model(own, task.vocabulary)
@@ -758,8 +761,8 @@ def load_task(args: argparse.Namespace, typed: set[str], splits: list[str]) -> t
     if args.mode == "test" and args.consensus != "off":
         args.beam_size = args.beam_size if "beam_size" in typed else BEAM_SIZE
         looks: list[Features] = []
-        if args.consensus == "regression":
-            shown = np.union1d(regression_images(task.data.splits["train"]), images)
+        if regression:
+            shown = np.union1d(regression_images(task.data.splits["train"]), needed)
             looks, _ = build_features(args, task.data, shown, True, args.views, first["encoder"]["weights_hash"])
         task.consensus = Consensus(task.data, task.vocabulary, looks)
     return task, np.concatenate([task.data.splits[split] for split in splits]), checkpoints

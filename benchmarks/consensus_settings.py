@@ -18,14 +18,14 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
-from consensus import CANDIDATES, REGRESSION_WEIGHT, TEMPERATURE, utility
+from consensus import CANDIDATES, REGRESSION_WEIGHTS, TEMPERATURE, utility
 from evaluation import search
 from metrics_utils import score_captions
 from safe_io import run_command
 
 SETTINGS = (
     *((temperature, 0.0) for temperature in (1.0, 2.0, 3.0, 4.0)),
-    *((TEMPERATURE, weight) for weight in (2.0, 4.0, 8.0, 12.0)),
+    *((TEMPERATURE, weight) for weight in REGRESSION_WEIGHTS if weight),
 )
 
 
@@ -64,9 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     show("beam 5, the likeliest", [task.text(each[0]) for each in narrow])
     show(f"beam {args.beam_size}, the likeliest", [task.text(each[0]) for each in found])
     for temperature, weight in SETTINGS:
-        chosen = [int(utility(*each, temperature, weight).argmax()) for each in evidence]
-        used = (temperature, weight) in ((TEMPERATURE, 0.0), (TEMPERATURE, REGRESSION_WEIGHT))
-        name = f"temperature {temperature:g}, regression's weight {weight:g}" + (" (used)" if used else "")
+        chosen = [int(utility(*each, weight, temperature).argmax()) for each in evidence]
+        name = f"temperature {temperature:g}, regression's weight {weight:g}"
         show(name, [task.text(each[best]) for each, best in zip(found, chosen, strict=True)])
     each = 1000 * np.array([narrow_seconds, wide_seconds, compare_seconds]) / len(images)
     print(f"ms an image: beam 5 {each[0]:.0f}, beam {args.beam_size} {each[1]:.0f} ({each[1] / each[0]:.1f} times), "

@@ -1,5 +1,6 @@
 """The reward is pycocoevalcap's CIDEr to the last digits; samples are drawn from the decoder's own distribution."""
 
+import argparse
 import math
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from caption_data import EOS, PAD, SOS, UNK, BatchMaker, CaptionSet, Tokens, Voc
 from caption_models import AttentionDecoder, Hypothesis, LSTMDecoder, beam_search, next_words, sample
 from cider_reward import CiderReward
 from consensus import Consensus, regression_images
+from evaluation import Task, settle_weight
 from self_critical import SelfCritic
 
 WORDS = [f"w{n}" for n in range(30)]
@@ -123,9 +125,33 @@ def test_consensus_hears_what_the_regression_expects(data):
     spoken = " ".join(data.references(9)[0].split()[:40])
     assert len(spoken.split()) > 1
     found = [[said(data, "w1 w2 w5", -4.0), said(data, spoken, -4.2)]]
+    assert consensus.choose(np.array([10]), found) == [found[0][0]]  # nobody has said yet what it weighs
+    consensus.weight = 8.0
     assert consensus.choose(np.array([10]), found) == [found[0][1]]
     consensus.looks = []
     assert consensus.choose(np.array([10]), found) == [found[0][0]]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_the_regressions_weight_is_what_helps_on_the_validation_images(data, monkeypatch, known):
+    vocabulary = build_vocabulary(data, 1)
+    consensus = Consensus(data, vocabulary, [Means()])
+    spoken = " ".join(data.references(9)[0].split()[:40])
+    found = [said(data, "w1 w2 w5", -4.0), said(data, spoken, -4.2)]
+    asked: list[int] = []
+    task = Task(argparse.Namespace(beam_size=7), torch.device("cpu"), data, vocabulary, [], consensus=consensus)
+
+    def search(_, images: np.ndarray, beam: int, wanted: int) -> list[list[Hypothesis]]:
+        asked.extend(images.tolist())
+        assert beam == wanted == 7
+        return [found for _ in images]
+
+    monkeypatch.setattr("evaluation.search", search)
+    for good, least in (("w1 w2 w5", True), (spoken, False)):
+        monkeypatch.setattr("evaluation.cider_of_each", lambda captions, _: np.array([captions == [good]]))  # noqa: B023
+        settle_weight(task, consensus, {10: found} if known else {})
+        assert (consensus.weight == 0) == least
+    assert asked == ([] if known else [10, 10])
 
 
 def test_the_regression_is_ridge_regression(data, monkeypatch):
@@ -162,7 +188,7 @@ def test_of_very_many_images_the_regression_takes_some(data, monkeypatch):
     assert len(set(consensus.fitted)) == 4 and set(consensus.fitted) <= set(range(10))
     assert (consensus.fitted == regression_images(data.splits["train"])).all()
     assert consensus.regress(np.array([10])).shape == (1, 4)
-    found = [[said(data, "w1 w2 w5", -4.0), said(data, "w9 w3", -4.2)]]
+    found, consensus.weight = [[said(data, "w1 w2 w5", -4.0), said(data, "w9 w3", -4.2)]], 8.0
     assert consensus.choose(np.array([10]), found)[0] in found[0]
 
 
