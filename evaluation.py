@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from tqdm import tqdm
 
 import attention_visualization
@@ -201,26 +202,37 @@ def score_test(
 
 
 def save_test(
-    directory: Path, data: CaptionSet, images: np.ndarray, captions: Sequence[str], each: ImageScores
-) -> dict[str, str]:
-    """Write `test_captions[_N].json` and, with the same number, `test_scores[_N].json`: the scores image by image.
+    directory: Path, header: Mapping[str, Any], data: CaptionSet, images: np.ndarray, captions: Sequence[str],
+    scores: Mapping[str, Any], each: ImageScores,
+) -> str:  # fmt: skip
+    """Write `test_captions[_N].json`, with the same number `test_scores[_N].json`, and a row of `test_metrics.json`.
+
+    The row takes the place of an earlier one of the same test. Two tests of one run may end at once: one waits.
+
+    Args:
+        header: what test it is.
 
     Returns:
-        their names, for the row in `test_metrics.json`.
+        the name of the file of captions.
     """
     names = [str(data.image_id(image)) for image in images]
     content = [
         {"image_id": data.image_id(image), "caption": caption} for image, caption in zip(images, captions, strict=True)
     ]
-    file = save_numbered(directory, "test_captions", content)
-    scores = {
+    by_image = {
         "image_id": names, "cider": each.cider.tolist(), "rouge_l": each.rouge_l.tolist(), "wer": each.wer.tolist(),
         "bleu": {"guess": each.guess.tolist(), "correct": each.correct.tolist(), "length": each.length.tolist(),
                  "reference_length": each.reference_length.tolist()},
     }  # fmt: skip
-    scores_file = file.replace("test_captions", "test_scores")
-    write_json(directory / scores_file, scores)
-    return {"captions_file": file, "scores_file": scores_file}
+    rows_file = directory / "test_metrics.json"
+    with FileLock(directory / ".test.lock"):
+        file = save_numbered(directory, "test_captions", content)
+        scores_file = file.replace("test_captions", "test_scores")
+        write_json(directory / scores_file, by_image)
+        rows = read_json(rows_file) if rows_file.is_file() else []
+        others = [row for row in rows if {key: row.get(key) for key in header} != header]
+        write_json(rows_file, [*others, {**header, "captions_file": file, "scores_file": scores_file, **scores}])
+    return file
 
 
 def save_references(directory: Path, data: CaptionSet, images: np.ndarray, split: str) -> Path:

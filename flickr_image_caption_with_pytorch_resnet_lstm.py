@@ -58,6 +58,7 @@ from safe_io import (
     bars_off,
     format_bytes,
     log,
+    make_directory,
     not_installed,
     publish_copy,
     read_json,
@@ -772,8 +773,7 @@ def test(args: argparse.Namespace, typed: set[str]) -> None:
     """Score checkpoints on the test images, greedily and with a beam, and draw what they looked at."""
     task, images, checkpoints = load_task(args, typed, args.split.split("+"))
     data, (path, *others) = task.data, checkpoints
-    directory, metrics_path = path.parent, path.parent / "test_metrics.json"
-    results = read_json(metrics_path) if metrics_path.is_file() else []
+    directory = make_directory(path.parent, "what the test finds")
     pointing = args.dataset_type == "demo" and args.decoder == "attention"  # there we know where things are
     columns: list[tuple[str, dict[str, Any]]] = []
     for way, about, found in ways_to_decode(task, images, attention=pointing):
@@ -789,14 +789,12 @@ def test(args: argparse.Namespace, typed: set[str]) -> None:
             "dataset": args.dataset_type, "split": args.split, "views": args.views, "images": len(images),
             **about, "tokenizer": "spacy.blank('en'), lower case, without punctuation",
         }  # fmt: skip
-        entry = {**header, **save_test(directory, data, images, captions, each), **scores}
-        results = [old for old in results if {key: old.get(key) for key in header} != header] + [entry]
+        captions_file = save_test(directory, header, data, images, captions, scores, each)
         columns.append((way, scores))
     if args.save_attention_viz:
         save_attention_pictures(task, images_to_draw(args, data, images), directory)
     if not distributed.is_first():
         return
-    write_json(metrics_path, results)
     print_scores(columns, [data.references(image) for image in images], args.split)
     if "pointing_game" in scores:
         print(f"  {pointing_game.describe(scores)}")
@@ -804,7 +802,7 @@ def test(args: argparse.Namespace, typed: set[str]) -> None:
     save_gallery(data, images, captions, each.cider, directory / "sample_captions.png")
     if (directory / "run_config.json").is_file():  # an exported folder and a lone checkpoint have no run to report
         print(f"Report: {write_report(directory, data)}")
-    print(f"Scores: {metrics_path}. Captions: {directory / results[-1]['captions_file']}")
+    print(f"Scores: {directory / 'test_metrics.json'}. Captions: {directory / captions_file}")
 
 
 def score_predictions(args: argparse.Namespace) -> None:

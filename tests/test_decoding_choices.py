@@ -1,7 +1,10 @@
 """What is chosen after training: beam and length penalty, several checkpoints, anybody's captions."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +14,9 @@ import experiment_utils
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from caption_data import VIEWS, load_pixels
 from checkpoints import load_checkpoint
+from evaluation import save_test
+from metrics_utils import ImageScores
+from safe_io import UserError
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +90,39 @@ def test_consensus_is_a_third_way_beside_greedy_and_beam(trained, capsys, monkey
     assert experiment_utils.main(["diff", str(lstm), str(lstm)]) == 0
     printed = capsys.readouterr().out
     assert "B beam 20, consensus" in printed and "B - A" in printed and "A beam 20, length penalty" in printed
+
+
+def test_tests_that_end_at_once_keep_each_others_rows(tmp_path, monkeypatch):
+    data = SimpleNamespace(image_id=int)
+    scores = ImageScores(*[np.zeros((2, 4))] * len(ImageScores._fields))
+
+    def slow(path: Path) -> list[dict]:
+        found = json.loads(path.read_text())
+        time.sleep(0.05)  # long enough for another to have read the same
+        return found
+
+    def save(number: int) -> str:
+        header, captions = {"beam_size": number}, [f"caption {number}", "another"]
+        return save_test(tmp_path, header, data, np.arange(2), captions, {"cider": number}, scores)
+
+    monkeypatch.setattr("evaluation.read_json", slow)
+    with ThreadPoolExecutor(6) as pool:
+        files = list(pool.map(save, range(6)))
+    assert sorted(row["beam_size"] for row in rows(tmp_path)) == list(range(6))
+    for row in rows(tmp_path):
+        assert row["captions_file"] == files[row["beam_size"]]
+        captions = json.loads((tmp_path / row["captions_file"]).read_text())
+        assert captions[0] == {"image_id": 0, "caption": f"caption {row['beam_size']}"}
+
+
+def test_a_test_that_could_not_write_says_so_before_it_decodes(trained, capsys, monkeypatch):
+    def refused(path: Path, purpose: str) -> Path:
+        raise UserError(f"cannot write into {path} ({purpose})")
+
+    monkeypatch.setattr(trainer, "make_directory", refused)
+    monkeypatch.setattr(trainer, "ways_to_decode", None)
+    assert trainer.main(["--mode", "test", "--model_path", str(trained[2])]) == 2
+    assert "cannot write into" in capsys.readouterr().err
 
 
 def test_weights_are_refused_where_the_checkpoints_encoder_brings_its_own(trained, capsys):
