@@ -9,7 +9,7 @@ re-ranking, Devlin et al., 2015). Nothing of the scored images is looked at but 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -38,47 +38,42 @@ def regression_images(train: np.ndarray) -> np.ndarray:
 
 
 class Consensus:
-    """Chooses by expected CIDEr-D, with the document frequencies of the training captions."""
+    """Compares by expected CIDEr-D, with the document frequencies of the training captions."""
 
     def __init__(self, data: CaptionSet, vocabulary: Vocabulary, looks: Sequence[Features]):
         """Args: looks: views of images, (I, C) each, for the regression; none for the beam's captions alone."""
         self.looks = looks
-        self.weight = 0.0  # of the regression: `evaluation.settle_weight` chooses it
         self.cider = CiderReward(data, data.splits["train"])
         self.fitted = regression_images(data.splits["train"])
         self.word_of = self.cider.words_of(vocabulary)
 
-    def choose(self, images: np.ndarray, found: Sequence[list[Hypothesis]]) -> list[Hypothesis]:
-        """One caption of each image.
+    def evidence(
+        self, images: np.ndarray, found: Sequence[list[Hypothesis]], temperature: float = TEMPERATURE
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """What speaks for each candidate; an image's candidates are its first H = CANDIDATES hypotheses at most.
 
         Args:
             images: positions (n,) in the caption set.
-            found: the hypotheses of each, best first, among which the choice is.
-        """
-        return [
-            hypotheses[int(utility(*evidence, self.weight).argmax())]
-            for hypotheses, evidence in zip(found, self.evidence(images, found), strict=True)
-        ]
+            found: the hypotheses of each, best first.
 
-    def evidence(
-        self, images: np.ndarray, found: Sequence[list[Hypothesis]]
-    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """What speaks for each candidate; an image's candidates are its first H = CANDIDATES hypotheses at most.
-
-        Yields:
-            for each image log-probabilities (H,), CIDEr-D (H, H) of each candidate against each, and the CIDEr (H,) that
-            the regression expects of it, 0 where there is none.
+        Returns:
+            for each image the CIDEr-D (H,) that the beam's captions, and the CIDEr (H,) that the regression expects of each
+            candidate; of the regression 0 where there is none.
         """
+        evidence = []
         bar = tqdm(found, "Comparing captions", unit="image", disable=bars_off(), leave=False)
         for hypotheses, shares in zip(bar, self.regress(images), strict=True):
             candidates = hypotheses[:CANDIDATES]
             words = [self.word_of[each.ids] for each in candidates]
             ids, offsets = np.concatenate(words), np.cumsum([0, *map(len, words)])
-            expected = np.zeros(len(candidates))
+            log_probabilities = np.array([each.log_probability for each in candidates])
+            chances = np.exp((log_probabilities - log_probabilities.max()) / temperature)
+            by_beam = self.cider.agreement(ids, offsets) @ (chances / chances.sum())
+            by_regression = np.zeros(len(candidates))
             if self.looks:
-                expected = self.cider.likeness(ids, offsets, self.fitted, shares)
-            chances = np.array([each.log_probability for each in candidates])
-            yield chances, self.cider.agreement(ids, offsets), expected
+                by_regression = self.cider.likeness(ids, offsets, self.fitted, shares)
+            evidence.append((by_beam, by_regression))
+        return evidence
 
     def regress(self, images: np.ndarray) -> np.ndarray:
         """How much each fitted image's captions tell of each of `images`: shares (n, F), which may be negative.
@@ -104,11 +99,11 @@ class Consensus:
         return torch.cat(means)
 
 
-def utility(
-    log_probabilities: np.ndarray, with_each: np.ndarray, expected: np.ndarray, weight: float,
-    temperature: float = TEMPERATURE,
-) -> np.ndarray:  # fmt: skip
-    """How good each candidate (H,) is held to be. Args: what `Consensus.evidence` yields, and the weights of both."""
-    chances = np.exp((log_probabilities - log_probabilities.max()) / temperature)
-    found: np.ndarray = with_each @ (chances / chances.sum()) + weight * expected
-    return found
+def chosen(
+    found: Sequence[list[Hypothesis]], evidence: Sequence[tuple[np.ndarray, np.ndarray]], weight: float
+) -> list[Hypothesis]:
+    """The best caption of each image. Args: what the beam found, `Consensus.evidence` of it, and the regression's weight."""
+    return [
+        hypotheses[int((by_beam + weight * by_regression).argmax())]
+        for hypotheses, (by_beam, by_regression) in zip(found, evidence, strict=True)
+    ]

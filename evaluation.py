@@ -19,7 +19,7 @@ import distributed
 import plots
 from caption_data import CaptionSet, UnreadableImage, Vocabulary, captions_of, open_image, tokenize
 from caption_models import Hypothesis, LSTMDecoder, beam_search
-from consensus import REGRESSION_WEIGHTS, Consensus, utility
+from consensus import REGRESSION_WEIGHTS, Consensus, chosen
 from experiment_utils import save_numbered
 from feature_cache import Features
 from metrics_utils import (
@@ -102,42 +102,39 @@ def ways_to_decode(
         about = {"beam_size": beam, "length_penalty": penalty, "consensus": None}
         yield f"beam {beam}", about, [hypotheses[0] for hypotheses in found]
         if task.consensus is not None:
-            if task.consensus.looks:
-                settle_weight(task, task.consensus, dict(zip(images.tolist(), found, strict=True)))
-            mine = distributed.share(np.arange(len(images)))
-            chosen = distributed.gather(task.consensus.choose(images[mine], [found[n] for n in mine]))
-            yield "consensus", about | {"consensus": task.args.consensus}, chosen
+            best = by_consensus(task, task.consensus, images, found)
+            yield "consensus", about | {"consensus": task.args.consensus}, best
 
 
-def settle_weight(task: Task, consensus: Consensus, known: dict[int, list[Hypothesis]]) -> None:
-    """Choose how much consensus makes of the regression, by CIDEr on the validation images; the less where it is equal.
+def by_consensus(
+    task: Task, consensus: Consensus, images: np.ndarray, found: list[list[Hypothesis]]
+) -> list[Hypothesis]:
+    """Of what the beam found for each image, that which agrees best with the evidence.
 
+    How much the regression counts is what gives the best CIDEr on the validation images; the less where it is equal.
     Few training images, or such as the encoder sees little in, make a poor regression, and only a trial tells.
-
-    Args:
-        known: what the beam found for some images already, by their positions.
     """
-    images = task.data.splits["val"]
-    rest = np.setdiff1d(images, list(known))
-    known = known | dict(
-        zip(rest.tolist(), search(task, rest, task.args.beam_size, wanted=task.args.beam_size), strict=True)
-    )
-    mine = distributed.share(images)
-    found = [known[image] for image in mine.tolist()]
-    evidence = list(consensus.evidence(mine, found))
-    references = [task.data.references(image) for image in images]
+    val = task.data.splits["val"] if consensus.looks else images[:0]
+    more = np.setdiff1d(val, images)
+    all_images = np.concatenate([images, more])
+    found = found + search(task, more, task.args.beam_size, wanted=task.args.beam_size)
+    mine = distributed.share(np.arange(len(all_images)))
+    evidence = distributed.gather(consensus.evidence(all_images[mine], [found[n] for n in mine]))
+    weight = 0.0
+    if consensus.looks:
+        references = [task.data.references(image) for image in val]
+        place = {image: n for n, image in enumerate(all_images.tolist())}
+        ours = [place[image] for image in val.tolist()]
 
-    def score(weight: float) -> float:
-        best = [
-            hypotheses[int(utility(*each, weight).argmax())] for hypotheses, each in zip(found, evidence, strict=True)
-        ]
-        captions = [task.text(each) for each in distributed.gather(best)]
-        return distributed.from_first(lambda: float(cider_of_each(captions, references).mean()))
+        def score(weight: float) -> float:
+            best = chosen([found[n] for n in ours], [evidence[n] for n in ours], weight)
+            return float(cider_of_each([task.text(each) for each in best], references).mean())
 
-    cider = {weight: score(weight) for weight in REGRESSION_WEIGHTS}
-    consensus.weight = max(cider, key=lambda weight: (cider[weight], -weight))
-    tried = ", ".join(f"{weight:g}: {100 * value:.1f}" for weight, value in cider.items())
-    log.info(f"Weight of the regression: {consensus.weight:g}, by CIDEr on {len(images)} validation images ({tried})")
+        cider = {weight: score(weight) for weight in REGRESSION_WEIGHTS}
+        weight = max(cider, key=lambda weight: (cider[weight], -weight))
+        tried = ", ".join(f"{weight:g}: {100 * value:.1f}" for weight, value in cider.items())
+        log.info(f"Weight of the regression: {weight:g}, by CIDEr on {len(val)} validation images ({tried})")
+    return chosen(found[: len(images)], evidence[: len(images)], weight)
 
 
 def captions_of_images(task: Task, images: np.ndarray, beam: int, length_penalty: float | None = None) -> list[str]:

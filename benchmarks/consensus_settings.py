@@ -18,7 +18,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
-from consensus import CANDIDATES, REGRESSION_WEIGHTS, TEMPERATURE, utility
+from consensus import CANDIDATES, REGRESSION_WEIGHTS, TEMPERATURE, chosen
 from evaluation import search
 from metrics_utils import score_captions
 from safe_io import run_command
@@ -57,16 +57,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = search(task, images, args.beam_size, wanted=args.beam_size)
     wide_seconds = time.perf_counter() - start
     start = time.perf_counter()
-    evidence = list(consensus.evidence(images, found))
+    consensus.evidence(images, found)
     compare_seconds = time.perf_counter() - start
     print(f"\n{len(images)} validation images, views {args.views}; {CANDIDATES} candidates at most")
     print(f"{'':<44}{'CIDEr':>9}{'BLEU-4':>9}{'WER':>9}{'words':>9}")
     show("beam 5, the likeliest", [task.text(each[0]) for each in narrow])
     show(f"beam {args.beam_size}, the likeliest", [task.text(each[0]) for each in found])
     for temperature, weight in SETTINGS:
-        chosen = [int(utility(*each, weight, temperature).argmax()) for each in evidence]
-        name = f"temperature {temperature:g}, regression's weight {weight:g}"
-        show(name, [task.text(each[best]) for each, best in zip(found, chosen, strict=True)])
+        best = chosen(found, consensus.evidence(images, found, temperature), weight)
+        show(f"temperature {temperature:g}, regression's weight {weight:g}", [task.text(each) for each in best])
     each = 1000 * np.array([narrow_seconds, wide_seconds, compare_seconds]) / len(images)
     print(f"ms an image: beam 5 {each[0]:.0f}, beam {args.beam_size} {each[1]:.0f} ({each[1] / each[0]:.1f} times), "
           f"comparing {each[2]:.0f} ({each[2] / each[0]:.1f} times)")  # fmt: skip

@@ -16,8 +16,8 @@ from reward import CocoReward
 from caption_data import EOS, PAD, SOS, UNK, BatchMaker, CaptionSet, Tokens, Vocabulary, build_vocabulary, pack_captions
 from caption_models import AttentionDecoder, Hypothesis, LSTMDecoder, beam_search, next_words, sample
 from cider_reward import CiderReward
-from consensus import Consensus, regression_images
-from evaluation import Task, settle_weight
+from consensus import Consensus, chosen, regression_images
+from evaluation import Task, by_consensus
 from self_critical import SelfCritic
 
 WORDS = [f"w{n}" for n in range(30)]
@@ -98,13 +98,17 @@ def said(data: CaptionSet, text: str, log_probability: float) -> Hypothesis:
     return Hypothesis([known[word] for word in text.split()], log_probability, log_probability, None)
 
 
+def choose(consensus: Consensus, found: list[list[Hypothesis]], weight: float = 0.0) -> list[Hypothesis]:
+    return chosen(found, consensus.evidence(np.array([10]), found), weight)
+
+
 def test_consensus_weighs_the_beam_by_its_probability(data):
     consensus = Consensus(data, build_vocabulary(data, 1), None)
     likely, lone = "w9 w3 w4", "w1 w2 w5"
     found = [[said(data, lone, -4.0), said(data, likely, -4.5), said(data, likely + " w6", -4.6)]]
-    assert consensus.choose(np.array([10]), found) == [found[0][1]]  # two that agree outweigh the likeliest
+    assert choose(consensus, found) == [found[0][1]]  # two that agree outweigh the likeliest
     found[0][0] = found[0][0]._replace(log_probability=0.0)
-    assert consensus.choose(np.array([10]), found) == [found[0][0]]  # but not one that has nearly all
+    assert choose(consensus, found) == [found[0][0]]  # but not one that has nearly all
 
 
 class Means:
@@ -125,11 +129,10 @@ def test_consensus_hears_what_the_regression_expects(data):
     spoken = " ".join(data.references(9)[0].split()[:40])
     assert len(spoken.split()) > 1
     found = [[said(data, "w1 w2 w5", -4.0), said(data, spoken, -4.2)]]
-    assert consensus.choose(np.array([10]), found) == [found[0][0]]  # nobody has said yet what it weighs
-    consensus.weight = 8.0
-    assert consensus.choose(np.array([10]), found) == [found[0][1]]
+    assert choose(consensus, found) == [found[0][0]]
+    assert choose(consensus, found, 8.0) == [found[0][1]]
     consensus.looks = []
-    assert consensus.choose(np.array([10]), found) == [found[0][0]]
+    assert choose(consensus, found, 8.0) == [found[0][0]]
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -147,10 +150,10 @@ def test_the_regressions_weight_is_what_helps_on_the_validation_images(data, mon
         return [found for _ in images]
 
     monkeypatch.setattr("evaluation.search", search)
-    for good, least in (("w1 w2 w5", True), (spoken, False)):
-        monkeypatch.setattr("evaluation.cider_of_each", lambda captions, _: np.array([captions == [good]]))  # noqa: B023
-        settle_weight(task, consensus, {10: found} if known else {})
-        assert (consensus.weight == 0) == least
+    images = np.array([10] if known else [11])
+    for good in found:  # the less where it is equal: with nothing of the regression the first is chosen
+        monkeypatch.setattr("evaluation.cider_of_each", lambda captions, _: np.array([captions == [task.text(good)]]))  # noqa: B023
+        assert by_consensus(task, consensus, images, [found]) == [good]
     assert asked == ([] if known else [10, 10])
 
 
@@ -188,8 +191,8 @@ def test_of_very_many_images_the_regression_takes_some(data, monkeypatch):
     assert len(set(consensus.fitted)) == 4 and set(consensus.fitted) <= set(range(10))
     assert (consensus.fitted == regression_images(data.splits["train"])).all()
     assert consensus.regress(np.array([10])).shape == (1, 4)
-    found, consensus.weight = [[said(data, "w1 w2 w5", -4.0), said(data, "w9 w3", -4.2)]], 8.0
-    assert consensus.choose(np.array([10]), found)[0] in found[0]
+    found = [[said(data, "w1 w2 w5", -4.0), said(data, "w9 w3", -4.2)]]
+    assert choose(consensus, found, 8.0)[0] in found[0]
 
 
 def small(kind: type, words: int) -> LSTMDecoder:
