@@ -18,13 +18,26 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageEnhance
 
-from plots import BLUE, DPI, GREY, ORANGE, new_figure, place_axes, place_text, save_figure, show_photo, shrunk, wrap
-from safe_io import UserError, write_json
+from captioning.io import UserError, write_json
+from captioning.plots import (
+    BLUE,
+    DPI,
+    GREY,
+    ORANGE,
+    new_figure,
+    place_axes,
+    place_text,
+    save_figure,
+    show_photo,
+    shrunk,
+    wrap,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
+from captioning.images import check_weights, grid_side, peak
 
 FORMATS = ("png", "svg", "pdf")
 CROPS = 6  # at most, of the strongest regions
@@ -37,29 +50,6 @@ SMALLEST_PANEL = 1.4
 HEADING = 0.34  # what a panel's heading needs above it
 SECTION = 0.34  # a line above a part of the advanced picture
 FOOTER = 1.15  # the colour bar and the line that explains it
-
-
-# --------------------------------------------------------------------------------------------------
-# Numbers
-
-
-def grid_side(cells: int) -> int:
-    """How many cells a square grid of so many has along each side: 49 -> 7.
-
-    Raises:
-        ValueError: no square number.
-    """
-    side = math.isqrt(cells)
-    if side < 1 or side * side != cells:
-        raise ValueError(f"attention weights of one word are a square grid, e.g. (49,) or (7, 7); {cells} is none")
-    return side
-
-
-def cell_middles(cells: int) -> np.ndarray:
-    """(cells, 2): x and y of each cell's middle as fractions of the picture's width and height."""
-    side = grid_side(cells)
-    row, column = np.divmod(np.arange(cells), side)
-    return (np.stack([column, row], axis=1) + 0.5) / side
 
 
 def upsample(weights: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -94,21 +84,9 @@ def entropy(weights: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: no weights, or not one distribution per word.
     """
-    rows = _check(weights)
+    rows = check_weights(weights)
     logarithms = np.log2(rows, where=rows > 0, out=np.zeros_like(rows))
     return np.abs((rows * logarithms).sum(1))
-
-
-def peak(weights: np.ndarray) -> np.ndarray:
-    """Where each word looks most: (words, cells) weights -> (words, 2), the middle of the strongest cell.
-
-    x and y are fractions of the picture's width and height, from its upper left corner.
-
-    Raises:
-        ValueError: no weights, or not one distribution per word.
-    """
-    rows = _check(weights)
-    return cell_middles(rows.shape[1])[rows.argmax(1)]
 
 
 def strongest_regions(weights: np.ndarray, most: int = CROPS) -> list[tuple[int, int]]:
@@ -117,7 +95,7 @@ def strongest_regions(weights: np.ndarray, most: int = CROPS) -> list[tuple[int,
     Two cells that touch are one region, and no word has two. A cell counts from twice the weight on that all cells
     alike would have; the strongest of all is always there.
     """
-    rows = _check(weights)
+    rows = check_weights(weights)
     side = grid_side(rows.shape[1])
     found: list[tuple[int, int]] = []
     for place in np.argsort(-rows, axis=None, kind="stable"):
@@ -159,7 +137,7 @@ def attention_numbers(name: str, words: Sequence[str], weights: np.ndarray) -> d
     Raises:
         ValueError: words and weights do not fit, or a row is no distribution.
     """
-    rows = _check(weights, len(words))
+    rows = check_weights(weights, len(words))
     side = grid_side(rows.shape[1])
     return {
         "image": name,
@@ -170,19 +148,6 @@ def attention_numbers(name: str, words: Sequence[str], weights: np.ndarray) -> d
         "entropies": entropy(rows).round(4).tolist(),  # bits
         "max_entropy": round(math.log2(side * side), 4),
     }
-
-
-def _check(weights: np.ndarray, words: int | None = None) -> np.ndarray:
-    """The weights as float64, of which each row is a distribution over the cells of a square grid."""
-    rows = np.asarray(weights, dtype=np.float64)
-    if rows.ndim != 2 or len(rows) == 0:
-        raise ValueError(f"attention weights have the shape (words, cells) with at least one word, not {rows.shape}")
-    grid_side(rows.shape[1])
-    if words is not None and len(rows) != words:
-        raise ValueError(f"{words} words, but attention weights for {len(rows)}")
-    if not (np.isfinite(rows).all() and (rows >= 0).all() and (np.abs(rows.sum(1) - 1) <= 1e-3).all()):
-        raise ValueError("the attention weights of each word must be nonnegative and sum to one (within 0.001)")
-    return rows
 
 
 # --------------------------------------------------------------------------------------------------
@@ -223,7 +188,7 @@ def attention_figure(
 
     Args and errors as in `save_pictures`; title: a line under the caption.
     """
-    rows = _check(weights, len(words))
+    rows = check_weights(weights, len(words))
     grid = _fit_grid(len(words) + 1, _panel_aspect(image), [page - 1.2 - FOOTER for page in PAGE_HEIGHTS], largest=4.5)
     page_width = max(grid.columns * (grid.width + GAP) - GAP + 2 * MARGIN, 6.5)
     caption, header = _header(words, title, page_width)
@@ -244,7 +209,7 @@ def advanced_attention_figure(
 
     Its axes are labelled `path`, `mean`, `entropy`, `crop` (each), `word` (each) and `scale`.
     """
-    rows = _check(weights, len(words))
+    rows = check_weights(weights, len(words))
     aspect = _panel_aspect(image)
     caption, header = _header(words, title, PAGE_WIDTH)
     photo_width = min(3.95, 4.6 * aspect)

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from safe_io import UserError, first_line, format_bytes, make_directory, require_free_space, run_command
+from captioning.io import UserError, first_line, format_bytes, make_directory, require_free_space, run_command
 
 if TYPE_CHECKING:
     import requests
@@ -543,7 +543,8 @@ def find_problems(directory: Path, images: int) -> dict[str, str]:
     Returns:
         a reason under "captions" (captions or split lists) and "images".
     """
-    from caption_data import find_captions_file, find_image_directory, find_splits, read_captions
+    from captioning.dataset import find_splits
+    from captioning.layouts import find_captions_file, find_image_directory, read_captions
 
     if not directory.is_dir():
         return dict.fromkeys(("captions", "images"), f"{directory} is not there")
@@ -649,7 +650,7 @@ def fetch(name: str, data_dir: Path, force: bool) -> None:
 
 def require_no_other_folder(target: Path, source: Source) -> None:
     """Find out before gigabytes are fetched that training would go on reading another folder than theirs."""
-    from caption_data import IMAGE_DIRECTORIES
+    from captioning.layouts import IMAGE_DIRECTORIES
 
     for name in IMAGE_DIRECTORIES:
         if name not in (".", source.image_folder) and (target / name).is_dir():
@@ -801,7 +802,7 @@ def waiting_lock(data_dir: Path) -> AcquireReturnProxy:
 
 def bring(names: Sequence[str], data_dir: Path, force: bool) -> int:
     if names == ["demo"]:
-        from demo_dataset import draw_demo_dataset
+        from captioning.demo_set import draw_demo_dataset
 
         draw_demo_dataset(data_dir / "demo", redraw=force)
         print(f"demo: complete, 800 drawn scenes and their captions are in {data_dir / 'demo'}")

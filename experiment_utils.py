@@ -12,20 +12,16 @@ import argparse
 import csv
 import io
 import json
-import os
-import re
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safe_io import (
+from captioning.io import (
     CONTROL_CHARACTERS,
     UserError,
     first_line,
-    log,
     make_directory,
     read_json,
     run_command,
@@ -34,12 +30,8 @@ from safe_io import (
 )
 
 if TYPE_CHECKING:
-    from filelock import BaseFileLock
-
-SCRIPT = "flickr_image_caption_with_pytorch_resnet_lstm.py"
-DRY_RUN = "dry_run_"  # begins the names of runs that are no results
-EXPORTED_WEIGHTS = "model.safetensors"  # what `--mode export` writes, beside config.json and vocabulary.json
-CONFIG_NAMES = {"decoder": "decoder_type"}  # our flags under the names that the original's run_config.json has
+    pass
+from captioning.runs import CONFIG_NAMES, DRY_RUN, training_rows
 
 
 def rate_text(rate: float) -> str:
@@ -84,34 +76,11 @@ def create_run_directory(base: Path, flags: dict[str, Any], encoder_family: str,
             raise UserError(f"cannot make the run directory {directory}: {error.strerror}") from error
 
 
-def reproducing_command(typed: list[str]) -> str:
-    """The command line again, quoted for a shell."""
-    return shlex.join(["python", SCRIPT, *typed])
-
-
 def write_run_config(directory: Path, flags: dict[str, Any], command: str) -> None:
     """`run_config.json`: every flag under the original's names; `--config` and `--resume` read it back."""
     timestamp = datetime.now().strftime("%Y%m%d_%H%M%S")
     config = {CONFIG_NAMES.get(name, name): value for name, value in flags.items()}
     write_json(directory / "run_config.json", config | {"timestamp": timestamp, "command": command})
-
-
-def lock_run_directory(directory: Path) -> BaseFileLock:
-    """Keep other processes from training in this run directory for as long as the lock is referred to.
-
-    Raises:
-        UserError: it is not there, or another process trains in it.
-    """
-    if not directory.is_dir():
-        raise UserError(f"--resume {directory} is not there: give the directory of the run that was interrupted")
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(directory / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"another process is training in {directory}: wait for it, or stop it first") from None
-    return lock
 
 
 def config_flags(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
@@ -205,21 +174,6 @@ def write_run_summary(directory: Path, flags: dict[str, Any], command: str, fact
     write_atomic(directory / "run_summary.txt", lambda file: file.write(("\n".join(lines) + "\n").encode()))
 
 
-def training_rows(curve: Mapping[str, Sequence[Any]], history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """An epoch's losses, learning rate and validation scores together, for every epoch of `loss_curve.json`.
-
-    Args:
-        curve, history: the content of `loss_curve.json` and `metrics_history.json`.
-    """
-    about = ("epoch", "split", "beam_size", "images")  # of a score, not scores
-    scores = {entry["epoch"]: {k: v for k, v in entry.items() if k not in about} for entry in history}
-    names = {"epochs": "epoch", "training_losses": "training_loss", "validation_losses": "validation_loss"}
-    names["learning_rates"] = "learning_rate"
-    columns = [[(name, value) for value in curve[key]] for key, name in names.items()]
-    rows = [dict(row) for row in zip(*columns, strict=True)]
-    return [row | scores.get(row["epoch"], {}) for row in rows]
-
-
 def write_training_log(
     directory: Path, curve: Mapping[str, Sequence[Any]], history: Sequence[Mapping[str, Any]]
 ) -> None:
@@ -231,39 +185,6 @@ def write_training_log(
     table.writeheader()
     table.writerows(rows)
     write_atomic(directory / "training_log.csv", lambda file: file.write(text.getvalue().encode()))
-
-
-def begun(directory: Path) -> tuple[str, int, str]:
-    """When a run began, to sort by: the second in its name, which copies keep, then its `run_config.json`."""
-    config, second = directory / "run_config.json", re.search(r"\d{8}_\d{6}", directory.name)
-    return second[0] if second else "", config.stat().st_mtime_ns if config.is_file() else 0, directory.name
-
-
-def find_checkpoint(model_path: Path) -> Path:
-    """What `--model_path` means: a checkpoint, a run directory, an exported folder, or what the original README writes.
-
-    Where the named file is not there itself, the newest run below its folder that has it is used.
-
-    Raises:
-        UserError: nothing fits.
-    """
-    # os.path rather than Path: it says no to names that no file can have, where Path raises.
-    if os.path.isfile(model_path):
-        return model_path
-    folder, name = (model_path, "best.pt") if os.path.isdir(model_path) else (model_path.parent, model_path.name)
-    for file in (name, EXPORTED_WEIGHTS) if folder == model_path else (name,):
-        if os.path.isfile(folder / file):
-            return folder / file
-    below = folder.rglob("*") if os.path.isdir(folder) else ()  # names may hold what glob reads as a pattern
-    runs = [p for p in below if p.name == name and p.is_file() and not p.parent.name.startswith(DRY_RUN)]
-    if not runs:
-        raise UserError(
-            f"--model_path {model_path} is not there, and no run below {folder} has a {name}: "
-            "give a checkpoint (.pt), a run directory, a folder of runs, or an exported folder"
-        )
-    newest = max(runs, key=lambda path: begun(path.parent))
-    log.info(f"Using {newest} (the newest run below {folder} that has {name})")
-    return newest
 
 
 def save_numbered(directory: Path, name: str, content: Sequence[Mapping[str, Any]]) -> str:
@@ -325,7 +246,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    import run_reports  # it needs this module: upwards, for the command line alone
+    from captioning import runs as run_reports
 
     if args.command == "list":
         runs, notes = run_reports.read_runs(args.folder)
@@ -339,7 +260,7 @@ def run(args: argparse.Namespace) -> int:
     elif args.command == "prune":
         print(run_reports.prune(args.folder, lambda question: args.yes or agreed(question)))
     else:
-        import html_report
+        from captioning import reports as html_report
 
         print(f"Report: {html_report.write_report(run_reports.find_run(args.run), data_dir=args.data_dir)}")
     return 0

@@ -35,25 +35,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from experiment_utils import (
-    config_flags,
-    create_run_directory,
-    find_checkpoint,
-    lock_run_directory,
-    reproducing_command,
-    write_run_config,
-    write_run_summary,
-    write_training_log,
-)
-from flag_rules import (
-    ENCODER_NAMES,
-    MODES_OF,
-    RESUME_FLAGS,
-    SCHEDULERS,
-    check_flags,
-    number,
-)
-from safe_io import (
+from captioning.flags import ENCODER_NAMES, MODES_OF, RESUME_FLAGS, SCHEDULERS, check_flags, number
+from captioning.io import (
     UserError,
     bars_off,
     format_bytes,
@@ -67,6 +50,8 @@ from safe_io import (
     write_atomic,
     write_json,
 )
+from captioning.runs import find_checkpoint, lock_run_directory, reproducing_command
+from experiment_utils import config_flags, create_run_directory, write_run_config, write_run_summary, write_training_log
 
 # --------------------------------------------------------------------------------------------------
 # Flags
@@ -246,27 +231,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import distributed
-import plots
-import pointing_game
-from caption_data import (
-    VIEW_SETS,
-    BatchMaker,
-    CaptionSet,
-    Vocabulary,
-    build_vocabulary,
-    dump_split,
-    load_caption_set,
-    saved_split_of,
-)
-from caption_models import (
-    ENCODERS,
-    LSTMDecoder,
-    build_decoder,
-    build_encoder,
-    find_weights,
-)
-from checkpoints import (
+from captioning import demo_set as pointing_game
+from captioning import distributed, plots
+from captioning.batches import BatchMaker
+from captioning.checkpoints import (
     apply_checkpoint,
     carry_best,
     load_checkpoint,
@@ -275,12 +243,15 @@ from checkpoints import (
     require_trainable,
     save_checkpoint,
 )
-from consensus import BEAM_SIZE, Consensus, regression_images
-from evaluation import (
-    Task,
-    caption,
-    captions_of_images,
-    images_to_draw,
+from captioning.consensus import BEAM_SIZE, Consensus, regression_images
+from captioning.dataset import CaptionSet, Vocabulary, build_vocabulary, dump_split, load_caption_set, saved_split_of
+from captioning.decoders import LSTMDecoder, build_decoder
+from captioning.distributed import pick_device
+from captioning.encoders import ENCODERS, build_encoder, find_weights
+from captioning.evaluation import Task, caption, captions_of_images, images_to_draw
+from captioning.features import Features, cache_folders, open_features
+from captioning.images import VIEW_SETS
+from captioning.modes.test import (
     print_scores,
     read_predictions,
     save_attention_pictures,
@@ -288,25 +259,30 @@ from evaluation import (
     save_references,
     save_test,
     score_test,
-    tune,
     ways_to_decode,
 )
-from feature_cache import Features, cache_folders, open_features
-from html_report import write_report
+from captioning.modes.tune import tune
+from captioning.reports import write_report
+from captioning.scst import SelfCritic
 from metrics_utils import score_captions
-from self_critical import SelfCritic
-from training_step import StepLoss, advise_on_memory, report_bad_batch, shared_out, take_share, validation_loss
 from training_utils import (
     Precision,
     Schedule,
+    StepLoss,
     Stopped,
     StopRequest,
+    Stopwatch,
+    advise_on_memory,
     choose_schedule,
     cosine,
-    pick_device,
+    report_bad_batch,
+    require_tensorboard,
     seed_step,
+    shared_out,
+    take_share,
+    validation_loss,
+    write_tensorboard,
 )
-from watching import Stopwatch, require_tensorboard, write_tensorboard
 
 
 @dataclasses.dataclass
@@ -830,11 +806,11 @@ def run(argv: list[str]) -> int:
     args, typed = parse_flags(argv)
     log.setLevel(logging.WARNING if args.quiet else logging.DEBUG if args.verbose else logging.INFO)
     if args.mode == "caption":
-        from captioner import caption_images
+        from captioning.modes.caption import caption_images
 
         return caption_images(args, typed)
     if args.mode == "serve":
-        from serve import serve_page
+        from captioning.modes.serve import serve_page
 
         return serve_page(args, typed)
     distributed.join()
@@ -851,7 +827,7 @@ def run(argv: list[str]) -> int:
     elif args.mode == "tune":
         tune_decoding(args, typed)
     elif args.mode == "export":
-        import export_model
+        from captioning.modes import export as export_model
 
         path = find_checkpoint(args.model_path[0])
         export_model.export(load_checkpoint(path), path, args.output, args.onnx, args.resnet_weights)

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from caption_data import EOS, PAD, SOS, BatchMaker
-from caption_models import Encoder, LSTMDecoder
+from captioning.batches import BatchMaker
+from captioning.dataset import EOS, PAD, SOS
+from captioning.decoders import LSTMDecoder
+from captioning.encoders import Encoder
 
 
 class Pictures(Dataset[torch.Tensor]):

@@ -18,10 +18,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
-from consensus import CANDIDATES, REGRESSION_WEIGHTS, TEMPERATURE, chosen
-from evaluation import search
+from captioning.consensus import CANDIDATES, REGRESSION_WEIGHTS, TEMPERATURE, chosen
+from captioning.evaluation import search
+from captioning.io import run_command
 from metrics_utils import score_captions
-from safe_io import run_command
 
 SETTINGS = (
     *((temperature, 0.0) for temperature in (1.0, 2.0, 3.0, 4.0)),

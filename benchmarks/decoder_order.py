@@ -23,10 +23,12 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
-from caption_data import Batch, build_vocabulary, load_caption_set
-from caption_models import AttentionDecoder, DecoderOutput, DecoderState
-from experiment_utils import find_checkpoint
-from metrics_utils import cider_of_each, paired_bootstrap
+from captioning.batches import Batch
+from captioning.dataset import build_vocabulary, load_caption_set
+from captioning.decoders import AttentionDecoder, DecoderOutput, DecoderState
+from captioning.runs import find_checkpoint
+from captioning.scores import paired_bootstrap
+from metrics_utils import cider_of_each
 from training_utils import Precision
 
 

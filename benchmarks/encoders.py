@@ -19,9 +19,9 @@ from measure import interleaved
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from caption_models import ENCODE_BATCH, ENCODERS, PACKAGED_WEIGHTS, build_encoder, find_weights
-from flag_rules import ENCODER_NAMES
-from training_utils import pick_device
+from captioning.distributed import pick_device
+from captioning.encoders import ENCODE_BATCH, ENCODERS, PACKAGED_WEIGHTS, build_encoder, find_weights
+from captioning.flags import ENCODER_NAMES
 
 BASELINE = "resnet50"
 

@@ -13,9 +13,10 @@ from baselines import naive_pass
 from generated import draw_pictures
 from measure import Bench, Figure, faster, interleaved
 
-from caption_data import load_caption_set, load_pixels
-from caption_models import Encoder, build_encoder, find_weights
-from feature_cache import ENCODE_BATCH, FeatureFile, encode_images
+from captioning.dataset import load_caption_set
+from captioning.encoders import Encoder, build_encoder, find_weights
+from captioning.features import ENCODE_BATCH, FeatureFile, encode_images
+from captioning.images import load_pixels
 
 PART = "encoding"
 # The bare forward against eager and contiguous: with a C++ compiler, and without one.

@@ -31,7 +31,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from demo_dataset import draw_demo_dataset
+from captioning.demo_set import draw_demo_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINER = str(ROOT / "flickr_image_caption_with_pytorch_resnet_lstm.py")

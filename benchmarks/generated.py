@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from caption_models import ENCODERS, find_weights
-from feature_cache import ROWS_PER_FILE, Entry, FeatureFile, version_of
+from captioning.encoders import ENCODERS, find_weights
+from captioning.features import ROWS_PER_FILE, Entry, FeatureFile, version_of
 
 WORD_CLASSES = {"determiner": 5, "preposition": 25, "adjective": 1800, "verb": 1500, "noun": 4200}
 PHRASES = (0.04, 0.30, 0.33, 0.20, 0.08, 0.03, 0.012, 0.005, 0.003)  # chances of 0, 1, ... prepositional phrases

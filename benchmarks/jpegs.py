@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from caption_data import load_pixels
+from captioning.images import load_pixels
 
 SIZE = 224
 

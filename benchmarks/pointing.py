@@ -22,9 +22,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
-import pointing_game
-from demo_dataset import draw_demo_dataset
-from pointing_game import Boxes
+from captioning import demo_set as pointing_game
+from captioning.demo_set import Boxes, draw_demo_dataset
 
 TIMES_SHUFFLED = 2.0  # so many times the share of other pictures' maps is asked of the maps, hit and near alike
 LARGE = 0.3  # of the picture's side: a box that is wider is a large shape's

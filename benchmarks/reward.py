@@ -10,8 +10,8 @@ import training
 from measure import Bench, Figure, interleaved, quicker
 from pycocoevalcap.cider.cider_scorer import CiderScorer
 
-from caption_data import CaptionSet
-from caption_models import sample
+from captioning.dataset import CaptionSet
+from captioning.decoding import sample
 
 PART = "reward"
 

@@ -29,7 +29,7 @@ import torch
 import training
 from measure import FULL, QUICK, Bench, Figure, Scale, machine
 
-from safe_io import write_json
+from captioning.io import write_json
 
 PARTS = {
     "encoding": encoding,

@@ -199,8 +199,8 @@ def work(folder: Path, epochs: int) -> None:
     import torch
     import training
 
-    import distributed
     import flickr_image_caption_with_pytorch_resnet_lstm as trainer
+    from captioning import distributed
 
     distributed.join()
     torch.set_num_threads(1)

@@ -19,8 +19,8 @@ from generated import PICTURES, draw_pictures, feature_file, fill_cache, write_d
 from measure import Bench, Figure, faster, interleaved, large_product, quicker
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
-from caption_data import load_caption_set
-from caption_models import ENCODERS, build_encoder, find_weights
+from captioning.dataset import load_caption_set
+from captioning.encoders import ENCODERS, build_encoder, find_weights
 from training_utils import Precision, StopRequest, multiplies_bf16
 
 PART = "epoch"

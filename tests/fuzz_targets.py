@@ -32,25 +32,18 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
-from caption_data import (
-    SPLITS,
-    Tokens,
-    UnreadableImage,
-    Vocabulary,
-    find_splits,
-    open_image,
-    pack_tokens,
-    read_captions,
-    unpack_tokens,
-)
-from caption_models import build_decoder
-from checkpoints import SCHEMA, is_tensor, load_checkpoint, load_weights, require_trainable, save_checkpoint
+from captioning.checkpoints import SCHEMA, is_tensor, load_checkpoint, load_weights, require_trainable, save_checkpoint
+from captioning.dataset import Tokens, Vocabulary, find_splits, pack_tokens, unpack_tokens
+from captioning.decoders import build_decoder
+from captioning.demo_set import read_boxes, score
+from captioning.features import FeatureFile, Version
+from captioning.images import UnreadableImage, open_image
+from captioning.io import CONTROL_CHARACTERS, UserError
+from captioning.layouts import SPLITS, read_captions
+from captioning.modes.export import model_card, write_model
+from captioning.runs import find_checkpoint
 from download_datasets import extract_archive
-from experiment_utils import config_flags, find_checkpoint
-from export_model import model_card, write_model
-from feature_cache import FeatureFile, Version
-from pointing_game import read_boxes, score
-from safe_io import CONTROL_CHARACTERS, UserError
+from experiment_utils import config_flags
 from training_utils import Schedule, ScheduleSettings
 
 

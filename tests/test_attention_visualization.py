@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import attention_visualization as attention
-from safe_io import UserError
+from captioning.io import UserError
 
 SIZES = {"landscape": (500, 375), "portrait": (333, 500), "panorama": (900, 90), "tower": (40, 600)}
 

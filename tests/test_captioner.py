@@ -12,12 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-import captioner
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
-from caption_data import load_pixels
-from caption_models import beam_search
-from captioner import Captioner, find_images, images_below
-from safe_io import UserError
+from captioning import captioner
+from captioning.captioner import Captioner
+from captioning.decoding import beam_search
+from captioning.images import load_pixels
+from captioning.io import UserError
+from captioning.modes.caption import find_images, images_below
 
 
 @pytest.fixture

@@ -9,8 +9,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import pytest
 
-from caption_data import EOS, SOS, BatchMaker, build_vocabulary, load_caption_set, read_captions, tokenize
-from safe_io import UserError
+from captioning.batches import BatchMaker
+from captioning.dataset import EOS, SOS, build_vocabulary, load_caption_set, tokenize
+from captioning.io import UserError
+from captioning.layouts import read_captions
 
 
 def test_tokens_are_lower_case_without_punctuation():

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from decoder_kernels import ROWS_AT_A_TIME, Dropout, dropout, projected_cross_entropy
+from captioning.kernels import ROWS_AT_A_TIME, Dropout, dropout, projected_cross_entropy
 
 
 @pytest.mark.parametrize("smoothing", (0.0, 0.1))

@@ -12,11 +12,11 @@ from test_main import newest, run
 
 import experiment_utils
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
-from caption_data import VIEWS, load_pixels
-from checkpoints import load_checkpoint
-from evaluation import save_test
-from metrics_utils import ImageScores
-from safe_io import UserError
+from captioning.checkpoints import load_checkpoint
+from captioning.images import VIEWS, load_pixels
+from captioning.io import UserError
+from captioning.modes.test import save_test
+from captioning.scores import ImageScores
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_an_ensemble_of_both_decoders_is_scored_in_the_first_ones_directory(trai
 @pytest.mark.parametrize("evidence", ["beam", "regression"])
 def test_consensus_is_a_third_way_beside_greedy_and_beam(trained, capsys, monkeypatch, evidence):
     _, _, lstm, attention = trained
-    monkeypatch.setattr("evaluation.has_java", lambda: False)  # METEOR's seconds are spent elsewhere
+    monkeypatch.setattr("captioning.evaluation.has_java", lambda: False)  # METEOR's seconds are spent elsewhere
     for run_directory in (lstm, attention):
         flags = ["--mode", "test", "--model_path", str(run_directory), "--consensus", evidence]
         assert trainer.main(flags) == 0
@@ -105,7 +105,7 @@ def test_tests_that_end_at_once_keep_each_others_rows(tmp_path, monkeypatch):
         header, captions = {"beam_size": number}, [f"caption {number}", "another"]
         return save_test(tmp_path, header, data, np.arange(2), captions, {"cider": number}, scores)
 
-    monkeypatch.setattr("evaluation.read_json", slow)
+    monkeypatch.setattr("captioning.evaluation.read_json", slow)
     with ThreadPoolExecutor(6) as pool:
         files = list(pool.map(save, range(6)))
     assert sorted(row["beam_size"] for row in rows(tmp_path)) == list(range(6))

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import demo_dataset
-from caption_data import load_caption_set
-from demo_dataset import COLORS, SHAPES, draw_demo_dataset
-from safe_io import UserError
+from captioning import demo_set as demo_dataset
+from captioning.dataset import load_caption_set
+from captioning.demo_set import COLORS, SHAPES, draw_demo_dataset
+from captioning.io import UserError
 
 SCENES = 30
 

@@ -15,10 +15,10 @@ import pytest
 import torch
 from conftest import draw_tiny
 
-import distributed
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 import training_utils
-from safe_io import UserError
+from captioning import distributed
+from captioning.io import UserError
 from training_utils import StopRequest
 
 SCRIPT = Path(trainer.__file__)

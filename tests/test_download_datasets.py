@@ -20,8 +20,8 @@ from filelock import FileLock
 from PIL import Image
 
 import download_datasets
+from captioning.io import UserError
 from download_datasets import BadArchive, DownloadError, Mirror, Part, Source, download, extract_archive, main
-from safe_io import UserError
 
 BODY = bytes(range(256)) * 40
 
@@ -665,7 +665,7 @@ def test_ctrl_c_keeps_what_has_arrived(tiny, tmp_path, capsys, bodies, monkeypat
 
 
 def test_demo_and_its_verification(tmp_path, monkeypatch, capsys):
-    import demo_dataset
+    from captioning import demo_set as demo_dataset
 
     flags = ["--dataset", "demo", "--data_dir", str(tmp_path)]
     assert main([*flags, "--verify-only"]) == 1

@@ -13,11 +13,11 @@ from fuzz_targets import sound_checkpoint
 from safetensors.torch import load_file, save_file
 from test_main import SMALL
 
-import caption_models
-import export_model
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
-from checkpoints import load_checkpoint, save_checkpoint
-from safe_io import UserError
+from captioning import encoders as caption_models
+from captioning.checkpoints import load_checkpoint, save_checkpoint
+from captioning.io import UserError
+from captioning.modes import export as export_model
 
 ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
 

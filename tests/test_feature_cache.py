@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from caption_models import ENCODERS, Encoder, EncoderSpec
-from feature_cache import DeviceFeatures, open_features
-from flag_rules import ENCODER_NAMES
-from safe_io import UserError
+from captioning.encoders import ENCODERS, Encoder, EncoderSpec
+from captioning.features import DeviceFeatures, open_features
+from captioning.flags import ENCODER_NAMES
+from captioning.io import UserError
 
 SPEC = EncoderSpec("toy", 6, (0.0,) * 3, (255.0,) * 3, image_size=28)
 

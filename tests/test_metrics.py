@@ -11,11 +11,10 @@ from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
+from captioning.scores import bootstrap_intervals, paired_bootstrap
 from metrics_utils import (
-    bootstrap_intervals,
     coco_form,
     meteor_score,
-    paired_bootstrap,
     person_scores,
     score_captions,
     score_images,

@@ -11,9 +11,9 @@ import torch
 from test_main import SMALL, newest, run
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
-from checkpoints import load_checkpoint
-from demo_dataset import draw_demo_dataset
-from safe_io import UserError, write_atomic
+from captioning.checkpoints import load_checkpoint
+from captioning.demo_set import draw_demo_dataset
+from captioning.io import UserError, write_atomic
 
 
 @pytest.mark.parametrize(

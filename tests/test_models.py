@@ -9,18 +9,12 @@ import torch
 import torchvision
 from torch.nn.utils.rnn import PackedSequence
 
-from caption_data import BatchMaker, build_vocabulary, load_caption_set
-from caption_models import (
-    ENCODERS,
-    PACKAGED_WEIGHTS,
-    DecoderOutput,
-    DecoderState,
-    beam_search,
-    build_decoder,
-    build_encoder,
-    find_weights,
-)
-from safe_io import UserError
+from captioning.batches import BatchMaker
+from captioning.dataset import build_vocabulary, load_caption_set
+from captioning.decoders import DecoderOutput, DecoderState, build_decoder
+from captioning.decoding import beam_search
+from captioning.encoders import ENCODERS, PACKAGED_WEIGHTS, build_encoder, find_weights
+from captioning.io import UserError
 
 KINDS = ("lstm", "attention")
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
-import pointing_game
-from demo_dataset import draw_demo_dataset
-from safe_io import UserError
+from captioning import demo_set as pointing_game
+from captioning.demo_set import draw_demo_dataset
+from captioning.io import UserError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 

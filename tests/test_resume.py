@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import feature_cache
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
-import training_step
-from experiment_utils import lock_run_directory
+from captioning import features as feature_cache
+from captioning.runs import lock_run_directory
 from training_utils import Precision
 
 FLAGS = [
@@ -218,7 +217,7 @@ def test_a_batch_without_a_finite_loss_is_named_and_skipped(here, monkeypatch, c
 
 def test_too_many_such_batches_end_training_with_good_weights(here, monkeypatch, capsys):
     poison(monkeypatch, set(range(20)))
-    monkeypatch.setattr(training_step, "MAX_BAD_BATCHES", 2)
+    monkeypatch.setattr(training_utils, "MAX_BAD_BATCHES", 2)
     assert run(here, "bad", "lstm") == 2
     assert "lower --learning_rate" in capsys.readouterr().err
     saved = torch.load(only_run("bad") / "last.pt", weights_only=True)
@@ -227,7 +226,7 @@ def test_too_many_such_batches_end_training_with_good_weights(here, monkeypatch,
 
 def json_split(tiny: Path) -> set[int]:
     """Positions of the training images of the split that is drawn for the tiny set."""
-    from caption_data import load_caption_set
+    from captioning.dataset import load_caption_set
 
     return set(load_caption_set(tiny).splits["train"].tolist())
 

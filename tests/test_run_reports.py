@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 
 import experiment_utils
-import html_report
-import run_reports
-from experiment_utils import lock_run_directory
+from captioning import reports as html_report
+from captioning import runs as run_reports
+from captioning.io import UserError
+from captioning.runs import lock_run_directory
 from metrics_utils import score_images, summarize
-from safe_io import UserError
 
 CAPTIONS = [
     "a red dog runs",

@@ -13,12 +13,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 from reward import CocoReward
 
-from caption_data import EOS, PAD, SOS, UNK, BatchMaker, CaptionSet, Tokens, Vocabulary, build_vocabulary, pack_captions
-from caption_models import AttentionDecoder, Hypothesis, LSTMDecoder, beam_search, next_words, sample
-from cider_reward import CiderReward
-from consensus import Consensus, chosen, regression_images
-from evaluation import Task, by_consensus
-from self_critical import SelfCritic
+from captioning.batches import BatchMaker, pack_captions
+from captioning.cider import CiderReward
+from captioning.consensus import Consensus, chosen, regression_images
+from captioning.dataset import EOS, PAD, SOS, UNK, CaptionSet, Tokens, Vocabulary, build_vocabulary
+from captioning.decoders import AttentionDecoder, LSTMDecoder
+from captioning.decoding import Hypothesis, beam_search, next_words, sample
+from captioning.evaluation import Task, by_consensus
+from captioning.scst import SelfCritic
 
 WORDS = [f"w{n}" for n in range(30)]
 
@@ -149,10 +151,13 @@ def test_the_regressions_weight_is_what_helps_on_the_validation_images(data, mon
         assert beam == wanted == 7
         return [found for _ in images]
 
-    monkeypatch.setattr("evaluation.search", search)
+    monkeypatch.setattr("captioning.evaluation.search", search)
     images = np.array([10] if known else [11])
     for good in found:  # the less where it is equal: with nothing of the regression the first is chosen
-        monkeypatch.setattr("evaluation.cider_of_each", lambda captions, _: np.array([captions == [task.text(good)]]))  # noqa: B023
+        right = [task.text(good)]
+        monkeypatch.setattr(
+            "captioning.evaluation.cider_of_each", lambda captions, _, right=right: np.array([captions == right])
+        )
         assert by_consensus(task, consensus, images, [found]) == [good]
     assert asked == ([] if known else [10, 10])
 
@@ -167,7 +172,7 @@ def test_the_regression_is_ridge_regression(data, monkeypatch):
     targets = np.random.default_rng(0).normal(size=(10, 3))
     weights = np.linalg.inv(kernel[:10, :10] + 0.1 * np.eye(10)) @ targets
     assert np.abs(consensus.regress(np.arange(12)) @ targets - kernel[:, :10] @ weights).max() < 1e-9
-    monkeypatch.setattr("consensus.RIDGE", 1e-12)
+    monkeypatch.setattr("captioning.consensus.RIDGE", 1e-12)
     assert np.abs(consensus.regress(np.arange(10)) - np.eye(10)).max() < 0.01  # what it was fitted to, it repeats
 
 
@@ -186,7 +191,7 @@ def test_the_regression_sees_the_mean_of_the_views(data):
 
 
 def test_of_very_many_images_the_regression_takes_some(data, monkeypatch):
-    monkeypatch.setattr("consensus.REGRESSION_IMAGES", 4)
+    monkeypatch.setattr("captioning.consensus.REGRESSION_IMAGES", 4)
     consensus = Consensus(data, build_vocabulary(data, 1), [Means()])
     assert len(set(consensus.fitted)) == 4 and set(consensus.fitted) <= set(range(10))
     assert (consensus.fitted == regression_images(data.splits["train"])).all()

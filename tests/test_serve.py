@@ -11,10 +11,10 @@ import requests
 from PIL import Image
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
-from captioner import Caption, Captioner
-from safe_io import UserError
+from captioning.captioner import Caption, Captioner
+from captioning.io import UserError
 
-serve = pytest.importorskip("serve", reason="gradio is not installed", exc_type=UserError)
+serve = pytest.importorskip("captioning.modes.serve", reason="gradio is not installed", exc_type=UserError)
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 NO_CHATTER = (

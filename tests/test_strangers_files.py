@@ -14,24 +14,17 @@ import torch
 from fuzz_targets import checkpoint_records, encoded, sound_checkpoint, zipped
 from PIL import Image
 
-import caption_data
-from caption_data import (
-    UnreadableImage,
-    find_splits,
-    load_caption_set,
-    open_image,
-    pack_tokens,
-    read_captions,
-    tokenize,
-    tokenize_cached,
-    unpack_tokens,
-)
-from caption_models import load_weights
-from checkpoints import load_checkpoint
-from experiment_utils import config_flags, find_checkpoint
-from feature_cache import FeatureFile
+from captioning import dataset as caption_data
+from captioning.checkpoints import load_checkpoint
+from captioning.dataset import find_splits, load_caption_set, pack_tokens, tokenize, tokenize_cached, unpack_tokens
+from captioning.encoders import load_weights
+from captioning.features import FeatureFile
+from captioning.images import UnreadableImage, open_image
+from captioning.io import UserError, read_json
+from captioning.layouts import read_captions
+from captioning.runs import find_checkpoint
+from experiment_utils import config_flags
 from flickr_image_caption_with_pytorch_resnet_lstm import get_parser
-from safe_io import UserError, read_json
 
 
 def captions(folder: Path, text: str | bytes, name: str = "captions.txt") -> tuple[dict[str, list[str]], list[str]]:

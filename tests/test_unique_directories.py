@@ -9,8 +9,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pytest
 
-from experiment_utils import create_run_directory, find_checkpoint, rate_text, run_name, write_run_config
-from safe_io import UserError, read_json
+from captioning.io import UserError, read_json
+from captioning.runs import find_checkpoint
+from experiment_utils import create_run_directory, rate_text, run_name, write_run_config
 
 FLAGS = {
     "dataset_type": "flickr8k", "decoder": "lstm", "epochs": 15, "batch_size": 64, "learning_rate": 1e-3,

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-import evaluation
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
-import plots
-import watching
-from experiment_utils import training_rows, write_training_log
-from safe_io import UserError, log
+import training_utils as watching
+from captioning import evaluation, plots
+from captioning.io import UserError, log
+from captioning.runs import training_rows
+from experiment_utils import write_training_log
 from training_utils import Precision
 
 FLAGS = [

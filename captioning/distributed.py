@@ -22,9 +22,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from caption_data import SPLITS, CaptionSet
-from experiment_utils import begun
-from safe_io import UserError, first_line, log
+from captioning import distributed
+from captioning.dataset import CaptionSet
+from captioning.io import UserError, first_line, log
+from captioning.layouts import SPLITS
+from captioning.runs import begun
 
 T = TypeVar("T")
 # How long one process waits for another before it takes it for lost; torchrun notices a process that died at once, but not
@@ -351,3 +353,26 @@ def first_to_say(message: str) -> bool:
         return int(_store.add(f"said {zlib.crc32(message.encode())}", 1)) == 1
     except RuntimeError:  # the store has ended with whoever kept it
         return True
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the fastest device at hand.
+
+    Raises:
+        UserError: the named device is not there.
+    """
+    has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    has["mps"] &= distributed.size() == 1  # for which torch.distributed has no backend
+    if name == "auto":
+        name = next(kind for kind in ("cuda", "mps", "cpu") if has[kind])
+    if not has[name]:
+        raise UserError(f"--device {name}: this PyTorch sees no such device here; use --device auto or cpu")
+    if name != "cuda":
+        return torch.device(name)
+    if distributed.local_rank() >= torch.cuda.device_count():
+        raise UserError(
+            f"rank {distributed.rank()} finds no GPU for itself, this machine has {torch.cuda.device_count()}: "
+            "torchrun's --nproc_per_node is at most that"
+        )
+    torch.cuda.set_device(distributed.local_rank())
+    return torch.device(name, distributed.local_rank())

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from caption_data import CaptionSet, Vocabulary
-from caption_models import ENCODE_BATCH, Hypothesis
-from cider_reward import CiderReward
-from feature_cache import Features
-from safe_io import bars_off
+from captioning.cider import CiderReward
+from captioning.dataset import CaptionSet, Vocabulary
+from captioning.decoding import Hypothesis
+from captioning.encoders import ENCODE_BATCH
+from captioning.features import Features
+from captioning.io import bars_off
 
 BEAM_SIZE = 20  # where none is asked for: consensus needs many captions to choose from
 CANDIDATES = 100  # of an image, at most, the likeliest for their length: what a beam of 20 ends with

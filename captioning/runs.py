@@ -11,16 +11,29 @@ import io
 import itertools
 import math
 import os
+import re
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from experiment_utils import CONFIG_NAMES, DRY_RUN, begun, lock_run_directory, reproducing_command, training_rows
-from metrics_utils import METRIC_NAMES, Difference, ImageScores, corpus_bleu, paired_bootstrap
-from safe_io import UserError, check_tensor_zip, first_line, format_bytes, printable, read_json
+from captioning.io import (
+    UserError,
+    check_tensor_zip,
+    first_line,
+    format_bytes,
+    log,
+    printable,
+    read_json,
+)
+from captioning.scores import METRIC_NAMES, Difference, ImageScores, paired_bootstrap
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+from captioning.scores import paired_bleu4
 
 LOW_IS_GOOD = ("wer", "val_loss")
 SHOWN_SCORES = ("cider", "bleu4", "rouge_l", "meteor", "spice", "wer", "val_cider", "val_loss")
@@ -458,18 +471,6 @@ def bootstrap(first: ByImage, second: ByImage) -> dict[str, Difference]:
     return {**found, "bleu4": paired_bleu4(first.scores, other)}
 
 
-def paired_bleu4(first: ImageScores, second: ImageScores, samples: int = 10_000, seed: int = 0) -> Difference:
-    """`metrics_utils.paired_bootstrap` for BLEU-4, which is no mean over images but made of their summed counts."""
-
-    def difference(images: np.ndarray) -> np.ndarray:
-        return np.asarray(corpus_bleu(second, images)[3] - corpus_bleu(first, images)[3])
-
-    number, rng = len(first.length), np.random.default_rng(seed)
-    parts = [difference(rng.integers(number, size=(100, number))) for _ in range(samples // 100)]
-    low, high = np.quantile(np.concatenate(parts), (0.025, 0.975))
-    return Difference(float(difference(np.arange(number))), float(low), float(high))
-
-
 # --------------------------------------------------------------------------------------------------
 # Room on the disk
 
@@ -538,3 +539,80 @@ def prune(folder: Path, ask: Callable[[str], bool]) -> str:
             except OSError as error:
                 raise UserError(f"cannot delete {path}: {error.strerror}. Others of the list may be gone") from error
     return f"Deleted {count} epoch files; {format_bytes(freed)} are free again"
+
+
+SCRIPT = "flickr_image_caption_with_pytorch_resnet_lstm.py"
+DRY_RUN = "dry_run_"  # begins the names of runs that are no results
+EXPORTED_WEIGHTS = "model.safetensors"  # what `--mode export` writes, beside config.json and vocabulary.json
+CONFIG_NAMES = {"decoder": "decoder_type"}  # our flags under the names that the original's run_config.json has
+
+
+def reproducing_command(typed: list[str]) -> str:
+    """The command line again, quoted for a shell."""
+    return shlex.join(["python", SCRIPT, *typed])
+
+
+def lock_run_directory(directory: Path) -> BaseFileLock:
+    """Keep other processes from training in this run directory for as long as the lock is referred to.
+
+    Raises:
+        UserError: it is not there, or another process trains in it.
+    """
+    if not directory.is_dir():
+        raise UserError(f"--resume {directory} is not there: give the directory of the run that was interrupted")
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(directory / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"another process is training in {directory}: wait for it, or stop it first") from None
+    return lock
+
+
+def training_rows(curve: Mapping[str, Sequence[Any]], history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """An epoch's losses, learning rate and validation scores together, for every epoch of `loss_curve.json`.
+
+    Args:
+        curve, history: the content of `loss_curve.json` and `metrics_history.json`.
+    """
+    about = ("epoch", "split", "beam_size", "images")  # of a score, not scores
+    scores = {entry["epoch"]: {k: v for k, v in entry.items() if k not in about} for entry in history}
+    names = {"epochs": "epoch", "training_losses": "training_loss", "validation_losses": "validation_loss"}
+    names["learning_rates"] = "learning_rate"
+    columns = [[(name, value) for value in curve[key]] for key, name in names.items()]
+    rows = [dict(row) for row in zip(*columns, strict=True)]
+    return [row | scores.get(row["epoch"], {}) for row in rows]
+
+
+def begun(directory: Path) -> tuple[str, int, str]:
+    """When a run began, to sort by: the second in its name, which copies keep, then its `run_config.json`."""
+    config, second = directory / "run_config.json", re.search(r"\d{8}_\d{6}", directory.name)
+    return second[0] if second else "", config.stat().st_mtime_ns if config.is_file() else 0, directory.name
+
+
+def find_checkpoint(model_path: Path) -> Path:
+    """What `--model_path` means: a checkpoint, a run directory, an exported folder, or what the original README writes.
+
+    Where the named file is not there itself, the newest run below its folder that has it is used.
+
+    Raises:
+        UserError: nothing fits.
+    """
+    # os.path rather than Path: it says no to names that no file can have, where Path raises.
+    if os.path.isfile(model_path):
+        return model_path
+    folder, name = (model_path, "best.pt") if os.path.isdir(model_path) else (model_path.parent, model_path.name)
+    for file in (name, EXPORTED_WEIGHTS) if folder == model_path else (name,):
+        if os.path.isfile(folder / file):
+            return folder / file
+    below = folder.rglob("*") if os.path.isdir(folder) else ()  # names may hold what glob reads as a pattern
+    runs = [p for p in below if p.name == name and p.is_file() and not p.parent.name.startswith(DRY_RUN)]
+    if not runs:
+        raise UserError(
+            f"--model_path {model_path} is not there, and no run below {folder} has a {name}: "
+            "give a checkpoint (.pt), a run directory, a folder of runs, or an exported folder"
+        )
+    newest = max(runs, key=lambda path: begun(path.parent))
+    log.info(f"Using {newest} (the newest run below {folder} that has {name})")
+    return newest

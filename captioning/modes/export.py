@@ -30,21 +30,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from caption_data import SOS
-from caption_models import (
-    ENCODERS,
-    PACKAGED_WEIGHTS,
-    DecoderState,
-    LSTMDecoder,
-    build_decoder,
-    build_encoder,
-    find_weights,
-)
-from checkpoints import EXPORT_SCHEMA, EXPORTED, load_weights
-from experiment_utils import EXPORTED_WEIGHTS, SCRIPT
-from metrics_utils import METRIC_NAMES
-from run_reports import decoding
-from safe_io import (
+from captioning.checkpoints import EXPORT_SCHEMA, EXPORTED, load_weights
+from captioning.dataset import SOS
+from captioning.decoders import DecoderState, LSTMDecoder, build_decoder
+from captioning.encoders import ENCODERS, PACKAGED_WEIGHTS, build_encoder, find_weights
+from captioning.io import (
     UserError,
     format_bytes,
     log,
@@ -54,6 +44,8 @@ from safe_io import (
     write_atomic,
     write_json,
 )
+from captioning.runs import EXPORTED_WEIGHTS, SCRIPT, decoding
+from captioning.scores import METRIC_NAMES
 
 if TYPE_CHECKING:
     import onnxruntime

@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-import distributed
-from caption_data import EOS, CaptionSet, Vocabulary, pack_captions
-from caption_models import DecoderOutput, LSTMDecoder, sample
-from cider_reward import CiderReward
+from captioning import distributed
+from captioning.batches import pack_captions
+from captioning.cider import CiderReward
+from captioning.dataset import EOS, CaptionSet, Vocabulary
+from captioning.decoders import DecoderOutput, LSTMDecoder
+from captioning.decoding import sample
 
 
 class SelfCritic:

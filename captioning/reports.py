@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from experiment_utils import reproducing_command
-from metrics_utils import METRIC_NAMES, by_rank, cider_of_each
-from run_reports import Run, decoding, is_number, read_run, read_scores, score_text
-from safe_io import CONTROL_CHARACTERS, UserError, read_json, write_atomic
+from captioning.io import CONTROL_CHARACTERS, UserError, read_json, write_atomic
+from captioning.runs import Run, decoding, is_number, read_run, read_scores, reproducing_command, score_text
+from captioning.scores import METRIC_NAMES, by_rank
+from metrics_utils import cider_of_each
 
 if TYPE_CHECKING:
-    from caption_data import CaptionSet
+    from captioning.dataset import CaptionSet
 
 MAX_PICTURES = 3_300_000  # bytes of JPEG; as base64 they are a third more, and the file stays below 5 MB
 GROUP = 4  # captions in each group of the gallery
@@ -102,7 +102,7 @@ def load_data(run: Run, data_dir: Path | None) -> CaptionSet:
     Raises:
         UserError: it is not there.
     """
-    from caption_data import load_caption_set
+    from captioning.dataset import load_caption_set
 
     def place(name: str) -> Path | None:
         value = run.flags.get(name)
@@ -325,7 +325,7 @@ class Pictures:
 
     def uri(self, path: Path, longest: int) -> str | None:
         """A small JPEG of the picture, or the SVG as it is; None where it cannot be read or there is no room left."""
-        from caption_data import UnreadableImage, open_image
+        from captioning.images import UnreadableImage, open_image
 
         if path.suffix == ".svg":  # as an image a browser runs and loads nothing of it
             return self.fitted("image/svg+xml", path.read_bytes()) if path.stat().st_size <= self.left else None
@@ -443,7 +443,7 @@ def words_section(run: Run, said: Said | None, data: CaptionSet | None) -> str:
     """The vocabulary, and how the model's words and lengths differ from people's on the same images."""
     parts = []
     if data is not None:
-        from caption_data import build_vocabulary
+        from captioning.dataset import build_vocabulary
 
         threshold = run.flags.get("freq_threshold")
         try:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from safe_io import write_atomic
+from captioning.io import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

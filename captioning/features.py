@@ -32,10 +32,10 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-import distributed
-from caption_data import UnreadableImage, load_pixels
-from caption_models import ENCODE_BATCH, Encoder, EncoderSpec
-from safe_io import UserError, bars_off, log, make_directory, require_free_space
+from captioning import distributed
+from captioning.encoders import ENCODE_BATCH, Encoder, EncoderSpec
+from captioning.images import UnreadableImage, load_pixels
+from captioning.io import UserError, bars_off, log, make_directory, require_free_space
 
 ROWS_PER_FILE = 4096  # half a gigabyte of EfficientNet-Lite0 grids
 BATCHES_AHEAD = 3

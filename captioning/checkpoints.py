@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from feature_cache import cache_folders
-from flag_rules import ARCHITECTURE_FLAGS, ENCODER_NAMES
-from safe_io import (
+from captioning.features import cache_folders
+from captioning.flags import ARCHITECTURE_FLAGS, ENCODER_NAMES
+from captioning.io import (
     CONTROL_CHARACTERS,
     UserError,
     check_tensor_zip,

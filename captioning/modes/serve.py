@@ -24,10 +24,12 @@ import numpy as np
 from PIL import Image
 
 from attention_visualization import colours, upsample
-from caption_data import IMAGE_FORMATS, UnreadableImage, load_caption_set, open_image
-from captioner import Caption, Captioner, peak_of
-from plots import shrunk
-from safe_io import UserError, format_bytes, log
+from captioning.captioner import Caption, Captioner
+from captioning.dataset import load_caption_set
+from captioning.images import IMAGE_FORMATS, UnreadableImage, open_image
+from captioning.io import UserError, format_bytes, log
+from captioning.modes.caption import peak_of
+from captioning.plots import shrunk
 
 os.environ |= {
     "GRADIO_ANALYTICS_ENABLED": "False",

@@ -1,33 +1,25 @@
-"""Captions of many images, their scores as tables and files, and the search for the best way to decode."""
+"""`--mode test`: score captions, print the table, write the files."""
 
 from __future__ import annotations
 
-import argparse
 import csv
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from filelock import FileLock
-from tqdm import tqdm
 
 import attention_visualization
-import distributed
-import plots
-from caption_data import CaptionSet, UnreadableImage, Vocabulary, captions_of, open_image, tokenize
-from caption_models import Hypothesis, LSTMDecoder, beam_search
-from consensus import REGRESSION_WEIGHTS, Consensus, chosen
+from captioning import distributed, plots
+from captioning.dataset import CaptionSet, captions_of, tokenize
+from captioning.decoding import Hypothesis
+from captioning.evaluation import Task, by_consensus, caption, search
+from captioning.images import UnreadableImage, open_image
+from captioning.io import UserError, log, read_json, write_json
+from captioning.scores import METRIC_NAMES, ImageScores, bootstrap_intervals, by_rank
 from experiment_utils import save_numbered
-from feature_cache import Features
 from metrics_utils import (
-    METRIC_NAMES,
-    ImageScores,
-    bootstrap_intervals,
-    by_rank,
-    cider_of_each,
     has_java,
     meteor_score,
     person_scores,
@@ -36,55 +28,8 @@ from metrics_utils import (
     summarize,
     variety,
 )
-from safe_io import UserError, bars_off, log, read_json, write_json
 
 INTERVALS = {"cider": "CIDEr", "bleu4": "BLEU-4", "rouge_l": "ROUGE-L", "wer": "WER"}
-BEAMS, LENGTH_PENALTIES = (1, 2, 3, 4, 5, 8), (0.0, 0.4, 0.7, 1.0, 1.3)  # what `--mode tune` tries
-
-
-@dataclasses.dataclass
-class Task:
-    """What training, testing and captioning work with."""
-
-    args: argparse.Namespace
-    device: torch.device
-    data: CaptionSet
-    vocabulary: Vocabulary
-    members: list[tuple[LSTMDecoder, Features]]  # who captions: a decoder and a view of the images, or several
-    consensus: Consensus | None = dataclasses.field(default=None, kw_only=True)  # who chooses among their captions
-
-    def text(self, found: Hypothesis) -> str:
-        return " ".join(self.vocabulary.decode(found.ids))
-
-
-def caption(
-    task: Task, images: np.ndarray, beam: int, attention: bool = False, length_penalty: float | None = None
-) -> list[Hypothesis]:
-    """The best caption of each image, as `search` finds it."""
-    return [hypotheses[0] for hypotheses in search(task, images, beam, attention, length_penalty)]
-
-
-def search(
-    task: Task, images: np.ndarray, beam: int, attention: bool = False, length_penalty: float | None = None,
-    wanted: int = 1,
-) -> list[list[Hypothesis]]:  # fmt: skip
-    """Captions of images, decoded freely, many images at a time; of several processes each takes its share.
-
-    Args:
-        images: positions (n,) in the caption set.
-        length_penalty: another than the task's.
-        wanted: keep all that the beam ends with, which are mostly at least so many; 1 for the best alone.
-    """
-    penalty = task.args.length_penalty if length_penalty is None else length_penalty
-    captions: list[list[Hypothesis]] = []
-    chunk = max(1, 384 // (beam * len(task.members)))
-    mine = distributed.share(images)
-    for start in tqdm(range(0, len(mine), chunk), "Captioning", unit="batch", disable=bars_off(), leave=False):
-        part = mine[start : start + chunk]
-        seen = [(decoder, features.gather(part, task.device)) for decoder, features in task.members]
-        found = beam_search(seen, beam, task.args.max_length, penalty, attention, wanted)
-        captions += found if wanted > 1 else [hypotheses[:1] for hypotheses in found]
-    return distributed.gather(captions)
 
 
 def ways_to_decode(
@@ -104,51 +49,6 @@ def ways_to_decode(
         if task.consensus is not None:
             best = by_consensus(task, task.consensus, images, found)
             yield "consensus", about | {"consensus": task.args.consensus}, best
-
-
-def by_consensus(
-    task: Task, consensus: Consensus, images: np.ndarray, found: list[list[Hypothesis]]
-) -> list[Hypothesis]:
-    """Of what the beam found for each image, that which agrees best with the evidence.
-
-    How much the regression counts is what gives the best CIDEr on the validation images; the less where it is equal.
-    Few training images, or such as the encoder sees little in, make a poor regression, and only a trial tells.
-    """
-    val = task.data.splits["val"] if consensus.looks else images[:0]
-    more = np.setdiff1d(val, images)
-    all_images = np.concatenate([images, more])
-    found = found + search(task, more, task.args.beam_size, wanted=task.args.beam_size)
-    mine = distributed.share(np.arange(len(all_images)))
-    evidence = distributed.gather(consensus.evidence(all_images[mine], [found[n] for n in mine]))
-    weight = 0.0
-    if consensus.looks:
-        references = [task.data.references(image) for image in val]
-        place = {image: n for n, image in enumerate(all_images.tolist())}
-        ours = [place[image] for image in val.tolist()]
-
-        def score(weight: float) -> float:
-            best = chosen([found[n] for n in ours], [evidence[n] for n in ours], weight)
-            return float(cider_of_each([task.text(each) for each in best], references).mean())
-
-        cider = {weight: score(weight) for weight in REGRESSION_WEIGHTS}
-        weight = max(cider, key=lambda weight: (cider[weight], -weight))
-        tried = ", ".join(f"{weight:g}: {100 * value:.1f}" for weight, value in cider.items())
-        log.info(f"Weight of the regression: {weight:g}, by CIDEr on {len(val)} validation images ({tried})")
-    return chosen(found[: len(images)], evidence[: len(images)], weight)
-
-
-def captions_of_images(task: Task, images: np.ndarray, beam: int, length_penalty: float | None = None) -> list[str]:
-    """The same as texts."""
-    return [task.text(found) for found in caption(task, images, beam, length_penalty=length_penalty)]
-
-
-def images_to_draw(args: argparse.Namespace, data: CaptionSet, images: np.ndarray) -> np.ndarray:
-    """Positions of the images of the attention pictures: the named ones, or a seeded choice of `images`."""
-    if not args.save_attention_viz:
-        return images[:0]
-    if args.attention_viz_images:
-        return attention_visualization.find_images(args.attention_viz_images, data.names)
-    return np.random.default_rng(args.seed).permutation(images)[: args.attention_viz_samples]
 
 
 def save_attention_pictures(task: Task, chosen: np.ndarray, directory: Path) -> None:
@@ -347,22 +247,3 @@ def read_predictions(path: Path, data: CaptionSet, images: np.ndarray) -> list[s
         )
     words, ids, offsets = tokenize(found[name] for name in names)
     return [" ".join(words[i] for i in ids[offsets[n] : offsets[n + 1]]) for n in range(len(images))]
-
-
-def tune(task: Task) -> dict[str, Any]:
-    """Try beam sizes and length penalties on the validation images; returns what gave the best CIDEr."""
-    images = task.data.splits["val"]
-    references = [task.data.references(image) for image in images]
-    found: list[tuple[float, int, float]] = []
-    print(f"CIDEr on {len(images)} validation images, by beam size and length penalty:")
-    print("      " + "".join(f"{penalty:>8}" for penalty in LENGTH_PENALTIES))
-    for beam in BEAMS:
-        line = f"{beam:>6}"
-        for penalty in LENGTH_PENALTIES if beam > 1 else LENGTH_PENALTIES[:1]:  # greedy decoding compares no lengths
-            captions = captions_of_images(task, images, beam, penalty)
-            cider = distributed.from_first(lambda: float(cider_of_each(captions, references).mean()))  # noqa: B023
-            found.append((cider, beam, penalty))
-            line += f"{100 * cider:8.2f}"
-        print(line, flush=True)
-    cider, beam, penalty = max(found, key=lambda entry: (entry[0], -entry[1]))
-    return {"beam_size": beam, "length_penalty": penalty, "cider": cider, "images": len(images)}

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from caption_data import CaptionSet, Vocabulary, captions_of, concatenate_ranges
+from captioning.dataset import CaptionSet, Vocabulary, captions_of, concatenate_ranges
 
 N = 4  # n-grams of one to four words
 SIGMA = 6.0  # words: how fast a length unlike the reference's costs (CIDEr-D, Vedantam et al., 2015)

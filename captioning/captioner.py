@@ -1,0 +1,175 @@
+"""A checkpoint that captions images: no data set, no feature cache."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from captioning.checkpoints import load_checkpoint, load_weights
+from captioning.dataset import Vocabulary
+from captioning.decoders import build_decoder
+from captioning.decoding import beam_search, sample
+from captioning.distributed import pick_device
+from captioning.encoders import ENCODE_BATCH, ENCODERS, build_encoder, find_weights
+from captioning.features import mean_of
+from captioning.images import (
+    VIEW_SETS,
+    UnreadableImage,
+    load_pixels,
+)
+from captioning.io import UserError
+from captioning.runs import find_checkpoint
+
+
+class Caption(NamedTuple):
+    """One caption of an image."""
+
+    words: list[str]
+    log_probability: float  # natural logarithm, of all words and of ending there
+    attention: np.ndarray | None  # (words, 49), each row sums to one
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.words)
+
+
+class Captioned(NamedTuple):
+    """An image and its captions, best first, or why it has none."""
+
+    path: Path
+    captions: list[Caption]
+    problem: str | None
+
+
+class Captioner:
+    """A checkpoint, ready to caption images anywhere: no data set, no feature cache.
+
+    The captions are those of `--mode test`: of the same views of an image, whose features are rounded to float16 as
+    the cache stores them, and go through the encoder in batches of the same size.
+    """
+
+    def __init__(self, model_path: Path, device: str = "auto", resnet_weights: str | None = None, workers: int = 1):
+        """Load everything.
+
+        Args:
+            model_path: as `experiment_utils.find_checkpoint` takes it.
+            resnet_weights: as `caption_models.find_weights` takes it; by default those of training, or where they
+                have moved, those found in the usual places.
+            workers: threads that decode images.
+
+        Raises:
+            UserError: no such checkpoint, device or weights, or weights that are not those of training.
+        """
+        self.path = find_checkpoint(model_path)
+        checkpoint = load_checkpoint(self.path)
+        self.device, self.workers = pick_device(device), workers
+        self.flags, self.split, self.epoch = checkpoint["flags"], checkpoint["split"], checkpoint["epoch"]
+        self.tuned = checkpoint["decoding"]
+        flags = self.flags
+        self.views = VIEW_SETS[flags["views"]]
+        self.spec = ENCODERS[flags["encoder"]]
+        saved = flags["resnet_weights"]
+        if resnet_weights is None and saved and (saved == "random" or os.path.isfile(saved)):
+            resnet_weights = saved
+        weights, _ = find_weights(self.spec.name, resnet_weights, checkpoint["encoder"]["weights_hash"])
+        self.encode = build_encoder(self.spec.name, weights).fast_form(self.device)
+        self.vocabulary = Vocabulary(checkpoint["vocabulary"])
+        self.decoder = build_decoder(flags, len(self.vocabulary), self.spec.channels, self.spec.regions)
+        load_weights(self.decoder, checkpoint["decoder"], self.path)
+        self.decoder.to(self.device)
+
+    def __str__(self) -> str:
+        flags = self.flags
+        return f"{self.path} (epoch {self.epoch}, {flags['decoder']} on {flags['encoder']}, {flags['dataset_type']})"
+
+    def decoding(self, args: argparse.Namespace, typed: set[str]) -> tuple[int, float]:
+        """Beam size and length penalty: those that were typed, else those tuned for the checkpoint, else the defaults."""
+        if self.tuned and not typed & {"beam_size", "length_penalty"}:
+            return self.tuned["beam_size"], self.tuned["length_penalty"]
+        return args.beam_size, args.length_penalty
+
+    def caption(
+        self, paths: Sequence[Path], beam_size: int, length_penalty: float, count: int = 1, attention: bool = False,
+        top_p: float | None = None,
+    ) -> Iterator[Captioned]:  # fmt: skip
+        """Caption images in their order, a batch at a time, however many there are.
+
+        Args:
+            count: different captions wanted of each; the beam may find fewer.
+            attention: with where each word looked, if the decoder has attention.
+            top_p: draw the captions from the nucleus of this probability (`caption_models.sample`) rather than search.
+
+        Raises:
+            UserError: the device's memory is too small.
+        """
+        for batch in self.decoded(paths):
+            pixels = [found for _, found in batch if not isinstance(found, UnreadableImage)]
+            captions = iter(self.decode(pixels, beam_size, length_penalty, count, attention, top_p) if pixels else ())
+            for path, found in batch:
+                if isinstance(found, UnreadableImage):
+                    yield Captioned(path, [], str(found))
+                else:
+                    yield Captioned(path, next(captions), None)
+
+    def decoded(self, paths: Sequence[Path]) -> Iterator[list[tuple[Path, np.ndarray | UnreadableImage]]]:
+        """Images, ENCODE_BATCH at a time, as pixels (views, size, size, 3) or as the reason why not; threads decode one batch ahead."""
+
+        def read(path: Path) -> np.ndarray | UnreadableImage:
+            try:
+                return np.stack([load_pixels(path, self.spec.image_size, view) for view in self.views])
+            except UnreadableImage as error:
+                return error
+
+        with ThreadPoolExecutor(self.workers) as pool:
+            ahead: deque[list[tuple[Path, Future[np.ndarray | UnreadableImage]]]] = deque()
+            for start in range(0, len(paths), ENCODE_BATCH):
+                ahead.append([(path, pool.submit(read, path)) for path in paths[start : start + ENCODE_BATCH]])
+                if len(ahead) > 1:
+                    yield [(path, future.result()) for path, future in ahead.popleft()]
+            yield from ([(path, future.result()) for path, future in batch] for batch in ahead)
+
+    def decode(
+        self, pixels: list[np.ndarray], beam_size: int, length_penalty: float, count: int, attention: bool,
+        top_p: float | None,
+    ) -> list[list[Caption]]:  # fmt: skip
+        """The captions of up to ENCODE_BATCH decoded images, uint8 (views, size, size, 3) each."""
+        # A single image goes alone, since a person waits for it; others fill a batch up, as in feature_cache.
+        filler = [np.zeros_like(pixels[0])] * (ENCODE_BATCH - len(pixels) if len(pixels) > 1 else 0)
+        try:
+            members = []
+            for view in np.stack(pixels + filler, 1):
+                grids = self.encode(view)[: len(pixels)].to(torch.float16).cpu().numpy()
+                features = torch.from_numpy(grids if self.decoder.uses_grid else mean_of(grids)).float()
+                members.append((self.decoder, features.to(self.device)))
+            if top_p is not None:
+                return self.drawn(members[0][1], count, top_p)
+            found = beam_search(members, beam_size, self.flags["max_length"], length_penalty, attention, count)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"the memory of {self.device} is too small: use a smaller --beam_size than {beam_size}, or --device cpu"
+            ) from error
+        return [
+            [Caption(self.vocabulary.decode(h.ids), h.log_probability, h.attention) for h in hypotheses[:count]]
+            for hypotheses in found
+        ]
+
+    def drawn(self, features: torch.Tensor, count: int, top_p: float) -> list[list[Caption]]:
+        """Up to `count` different captions of each image, drawn at random; the likeliest first."""
+        samples = sample(self.decoder, features, count, self.flags["max_length"], top_p)
+        captions = [
+            Caption(self.vocabulary.decode(words), float(log_probability), None)
+            for words, log_probability in zip(samples.words, samples.log_probabilities, strict=True)
+        ]
+        images = (captions[first : first + count] for first in range(0, len(captions), count))
+        return [
+            sorted({each.text: each for each in found}.values(), key=lambda each: -each.log_probability)
+            for found in images
+        ]
