@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
+import training_utils
 from captioning import features as feature_cache
 from captioning.runs import lock_run_directory
 from training_utils import Precision
