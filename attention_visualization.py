@@ -8,7 +8,6 @@ to its full size. The weights of a word are of the step that predicts it: where 
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import math
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageEnhance
 
-from captioning.io import UserError, write_json
+from captioning.io import write_json
 from captioning.plots import (
     BLUE,
     DPI,
@@ -108,23 +107,6 @@ def strongest_regions(weights: np.ndarray, most: int = CROPS) -> list[tuple[int,
         ):
             found.append((word, cell))
     return found
-
-
-def find_images(wanted: Sequence[str], names: Sequence[str]) -> np.ndarray:
-    """Positions of the images that were asked for by name, in that order, each once.
-
-    Raises:
-        UserError: a name is not among `names`.
-    """
-    place = {name.rpartition("/")[2]: number for number, name in enumerate(names)}  # COCO's have a folder
-    place |= {name: number for number, name in enumerate(names)}
-    for name in wanted:
-        if name not in place:
-            close = difflib.get_close_matches(name, names, n=2, cutoff=0.5) or list(names[:2])
-            raise UserError(
-                f"--attention_viz_images: the data set has no captioned image {name!r}; it has {', '.join(close)}, ..."
-            )
-    return np.array([place[name] for name in dict.fromkeys(wanted)], dtype=np.int64)
 
 
 def attention_numbers(name: str, words: Sequence[str], weights: np.ndarray) -> dict[str, Any]:

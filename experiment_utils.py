@@ -13,25 +13,27 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from captioning.flags import CONFIG_NAMES
 from captioning.io import (
-    CONTROL_CHARACTERS,
     UserError,
-    first_line,
+    format_bytes,
+    log,
     make_directory,
-    read_json,
+    require_free_space,
     run_command,
     write_atomic,
     write_json,
+    write_text,
 )
+from captioning.runs import DRY_RUN, training_rows
 
 if TYPE_CHECKING:
-    pass
-from captioning.runs import CONFIG_NAMES, DRY_RUN, training_rows
+    from captioning.dataset import CaptionSet
 
 
 def rate_text(rate: float) -> str:
@@ -76,76 +78,52 @@ def create_run_directory(base: Path, flags: dict[str, Any], encoder_family: str,
             raise UserError(f"cannot make the run directory {directory}: {error.strerror}") from error
 
 
-def write_run_config(directory: Path, flags: dict[str, Any], command: str) -> None:
+def write_run_files(
+    directory: Path, flags: dict[str, Any], explicit: Iterable[str], command: str, data: CaptionSet
+) -> None:
+    """Write what a run starts with: `run_config.json` and `split.json`."""
+    write_run_config(directory, flags, explicit, command)
+    write_text(directory / "split.json", data.dump_split())
+
+
+def require_room(directory: Path, parameters: int, epochs: int, keep: int) -> None:
+    """Print where the run is and what it takes of the disk.
+
+    Args:
+        parameters: of the decoder.
+        epochs: still to be trained.
+        keep: how many epoch files stay, 0 for all.
+
+    Raises:
+        UserError: the disk has not enough room.
+    """
+    files = min(epochs, keep + 1) if keep else epochs
+    space = (files + 2) * 3 * 4 * parameters + 20_000_000  # weights and Adam's two moments, last.pt twice; pictures
+    free = require_free_space(directory, space, "this run")
+    log.info(f"Run directory: {directory} (will take up to {format_bytes(space)}; {format_bytes(free)} are free)")
+
+
+def write_epoch_files(
+    directory: Path, curve: dict[str, list[Any]], history: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Write `loss_curve.json`, `metrics_history.json` and `training_log.csv`; return the rows of the last."""
+    write_json(directory / "loss_curve.json", curve)
+    write_json(directory / "metrics_history.json", history)
+    write_training_log(directory, curve, history)
+    return training_rows(curve, history)
+
+
+def write_run_config(directory: Path, flags: dict[str, Any], explicit: Iterable[str], command: str) -> None:
     """`run_config.json`: every flag under the original's names; `--config` and `--resume` read it back."""
     timestamp = datetime.now().strftime("%Y%m%d_%H%M%S")
     config = {CONFIG_NAMES.get(name, name): value for name, value in flags.items()}
-    write_json(directory / "run_config.json", config | {"timestamp": timestamp, "command": command})
+    write_json(
+        directory / "run_config.json",
+        config | {"explicit": sorted(explicit), "timestamp": timestamp, "command": command},
+    )
 
 
-def config_flags(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
-    """The flags in a YAML or JSON file, e.g. a `run_config.json`, as `parser` would have them typed.
-
-    What a run is (mode, model_path, timestamp) and flags without a value are passed over.
-
-    Raises:
-        UserError: the file cannot be read.
-        SystemExit: through `parser.error`, over an unknown flag or a value that it does not take.
-    """
-    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
-    ours = {theirs: name for name, theirs in CONFIG_NAMES.items()}
-    flags: dict[str, Any] = {}
-    for key, value in read_config(path).items():
-        name = ours.get(key, key)
-        if name in ("timestamp", "command", "mode", "model_path", "config", "resume", "output") or value is None:
-            continue
-        if name not in actions:
-            parser.error(f"{path}: unknown flag {name!r}")
-        action = actions[name]
-        if action.nargs == 0:
-            if type(value) is not bool:
-                parser.error(f"{path}: {name}: expected true or false")
-            flags[name] = value
-            continue
-        if action.nargs == "+":
-            if type(value) is not list or not all(
-                type(entry) is str and not CONTROL_CHARACTERS.search(entry) for entry in value
-            ):
-                parser.error(f"{path}: {name}: expected a list of names")
-            flags[name] = value
-            continue
-        try:
-            if type(value) not in (str, int, float) or CONTROL_CHARACTERS.search(str(value)):
-                raise ValueError("expected a number or a text of one line")
-            flags[name] = action.type(str(value)) if callable(action.type) else str(value)
-        except (argparse.ArgumentTypeError, ValueError, OverflowError) as error:
-            parser.error(f"{path}: {name}: {error}")
-        if action.choices and flags[name] not in action.choices:
-            parser.error(f"{path}: {name}: {flags[name]!r} is none of {', '.join(action.choices)}")
-    return flags
-
-
-def read_config(path: Path) -> dict[Any, Any]:
-    """A YAML or JSON mapping.
-
-    Raises:
-        UserError: the file cannot be read, or is something else.
-    """
-    if path.suffix == ".json":
-        values = read_json(path)
-    else:
-        import yaml
-
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-        except Exception as error:  # yaml's constructors raise what they meet: `!!bool x` is a KeyError
-            raise UserError(f"cannot read --config {path} as YAML: {first_line(error)}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"--config {path} is no mapping of flags: expected lines such as `epochs: 15`")
-    return values
-
-
-def write_run_summary(directory: Path, flags: dict[str, Any], command: str, facts: dict[str, Any]) -> None:
+def write_summary(directory: Path, flags: dict[str, Any], command: str, facts: dict[str, Any]) -> None:
     """`run_summary.txt`: parameters and results for people, with the command that reproduces the run."""
     labels = {
         "Dataset": "dataset_type", "Decoder": "decoder", "Encoder": "encoder", "Epochs": "epochs",

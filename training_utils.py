@@ -1,18 +1,17 @@
-"""What training needs beside the decoder: the loss of a step, precision, schedules, signals, seeds, TensorBoard."""
+"""What training needs beside the decoder: steps and their loss, precision, schedules, signals."""
 
 from __future__ import annotations
 
-import argparse
 import math
 import signal
 import time
 import zlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,17 +23,274 @@ from captioning.batches import Batch, BatchMaker
 from captioning.decoders import LSTMDecoder
 from captioning.features import DeviceFeatures, Features, gather_views
 from captioning.io import UserError, format_bytes, log
-from captioning.runs import training_rows
 from captioning.scst import SelfCritic
+from captioning.settings import Settings
 
-if TYPE_CHECKING:
-    from captioning.dataset import CaptionSet
+MAX_BAD_BATCHES = 10  # batches of an epoch whose loss or gradient may be non-finite
+STEPS_PER_SYNC = 100  # of a GPU or of several processes: looking at a step makes the device wait for it
+SAME_SIGNAL = 5.0  # seconds within which a second signal may be the first one, passed on by torchrun
+
+
+# --------------------------------------------------------------------------------------------------
+# Steps
 
 
 def seed_step(seed: int, epoch: int, step: int) -> None:
-    """Seed PyTorch for one training step, so that it draws the same whatever ran before it, and each process its own."""
+    """Seed PyTorch for one training step: a resumed run draws what an undisturbed one draws."""
     own = f" {distributed.rank()}" if distributed.rank() else ""
     torch.manual_seed(zlib.crc32(f"{seed} {epoch} {step}{own}".encode()))
+
+
+class RankBatch(NamedTuple):
+    """The part of a step that one process computes: all of it where there is one process."""
+
+    batch: Batch | None  # captions of its images; None where there are fewer images than processes
+    views: np.ndarray  # int64 (I,) the view of each of its images
+    tokens: int  # of the whole step
+    captions: int  # of the whole step
+
+
+class TrainLoader:
+    """The training captions of each epoch, cut into steps."""
+
+    def __init__(self, batches: BatchMaker, images: np.ndarray, views: int, batch_size: int, seed: int):
+        """Args: images: positions (n,) of the training images; views: how many each image has."""
+        self.batches, self.images, self.views, self.batch_size, self.seed = batches, images, views, batch_size, seed
+        self.steps = len(batches.plan(images, batch_size))
+
+    def plan(self, epoch: int) -> list[np.ndarray]:
+        """Return the caption numbers (R,) of each step, in an order that depends on (seed, epoch) alone."""
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.images)
+        return self.batches.plan(order, self.batch_size)
+
+    def rank_batch(self, captions: np.ndarray, epoch: int, step: int) -> RankBatch:
+        """Return this process's part of a step: whole images, with about as many tokens as any other's part.
+
+        The view of an image depends on (seed, epoch, step) alone, not on the number of processes.
+        """
+        images, image_of = np.unique(self.batches.owner(captions), return_inverse=True)
+        tokens = self.batches.lengths[captions] + 1  # the words and <EOS>
+        drawn = np.random.default_rng([self.seed, epoch, step]).integers(self.views, size=len(images))
+        mine = np.ones(len(images), dtype=bool)
+        if distributed.size() > 1:
+            mine = distributed.deal(np.bincount(image_of, tokens), distributed.size()) == distributed.rank()
+        batch = self.batches.make(captions[mine[image_of]]) if mine.any() else None
+        return RankBatch(batch, drawn[mine], int(tokens.sum()), len(captions))
+
+
+class StepLoss(nn.Module):
+    """The loss of a step.
+
+    A module, so that `DistributedDataParallel` can wrap it. DDP averages gradients across processes; each process's
+    loss is its part of the sum over all tokens, times the number of processes, so that the average is the gradient
+    that one process would have found.
+    """
+
+    def __init__(
+        self, decoder: LSTMDecoder, views: Sequence[Features], critic: SelfCritic | None, precision: Precision,
+        settings: Settings,
+    ):  # fmt: skip
+        """Args: views: the features of each view; critic: None without self-critical training."""
+        super().__init__()
+        self.decoder, self.views, self.critic = decoder, views, critic
+        self.precision, self.settings = precision, settings
+
+    def forward(self, rank_batch: RankBatch, self_critical: bool) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """Return the loss to differentiate, this process's part of the loss per token, and the mean reward."""
+        batch, device = rank_batch.batch, self.precision.device
+        loss, reward, features = torch.zeros((), device=device), 0.0, None
+        if batch is not None:
+            features = gather_views(self.views, batch.images, rank_batch.views, device)  # (I, 49, C) or (I, C)
+        if self_critical and self.critic is not None:
+            images = batch.images if batch is not None else np.zeros(0, dtype=np.int64)
+            loss, reward = self.critic.loss(self.decoder, features, images, self.precision.autocast())
+        weight = self.settings.scst_ce_weight if self_critical else 1.0
+        if weight and batch is not None and features is not None:
+            loss = loss + weight * self.cross_entropy(features, batch.to(device), rank_batch)
+        part = loss.detach()
+        if batch is None:  # DDP waits for a gradient of every parameter
+            loss = loss + sum(parameter.sum() * 0 for parameter in self.decoder.parameters())
+        return loss * distributed.size(), part, reward
+
+    def cross_entropy(self, features: torch.Tensor, batch: Batch, rank_batch: RankBatch) -> torch.Tensor:
+        """Return the loss per token of the references, with label smoothing and the doubly stochastic term."""
+        settings = self.settings
+        with self.precision.autocast():
+            output = self.decoder(features, batch)
+            loss = self.decoder.cross_entropy(output.code, batch.targets, settings.label_smoothing) / rank_batch.tokens
+            if settings.attention_reg and output.attention is not None:
+                # Xu et al. (2015), section 4.2.1: over a caption, the weights of each region should sum to one.
+                sums = output.attention.new_zeros(len(batch.row_image), output.attention.shape[1])
+                sums = sums.index_add(0, batch.token_row, output.attention)  # (R, 49)
+                penalty = ((1 - sums) ** 2).mean(1).sum() / rank_batch.captions
+                loss = loss + settings.attention_reg * penalty
+        return loss
+
+
+def wrap_ddp(step_loss: StepLoss) -> nn.Module:
+    """Average gradients across processes, where there are several."""
+    if distributed.size() == 1:
+        return step_loss
+    # Without device_ids, with which DDP would move the batch's sizes to the GPU too.
+    return DistributedDataParallel(step_loss)
+
+
+@dataclass
+class TrainState:
+    """Everything a checkpoint restores. It changes while training runs; settings do not."""
+
+    decoder: LSTMDecoder
+    optimizer: torch.optim.Optimizer
+    precision: Precision  # its loss scaler has a state
+    schedule: Schedule | None
+    loss_sum: torch.Tensor  # over this process's tokens of the epoch, on the device, float64 where it has that
+    best: dict[str, Any]  # score, epoch, metric
+    first_epoch: int = 0  # epochs that were trained before this run
+    epoch: int = 0  # finished epochs
+    step: int = 0  # finished steps of the current epoch
+    reward_sum: float = 0.0  # of self-critical training: the samples' mean CIDEr-D, summed over steps
+    tokens: int = 0  # of these steps
+    history: list[dict[str, Any]] = field(default_factory=list)  # a row of scores per epoch
+    curve: dict[str, list[Any]] = field(
+        default_factory=lambda: {"epochs": [], "training_losses": [], "validation_losses": [], "learning_rates": []}
+    )
+
+    def last_epoch(self, settings: Settings) -> int:
+        return self.first_epoch + int(settings.epochs + settings.scst_epochs)
+
+    def is_self_critical(self, settings: Settings) -> bool:
+        """Return whether the current epoch is one of self-critical training, which come last."""
+        return bool(self.epoch >= self.first_epoch + settings.epochs)
+
+    def stopped_early(self, settings: Settings) -> bool:
+        since = self.epoch - max(self.best["epoch"], self.first_epoch)
+        return bool(settings.early_stopping) and since >= settings.early_stopping
+
+    def restore(self, checkpoint: Mapping[str, Any]) -> None:
+        """Go on from an epoch's end: the optimizer, the loss scaler and the histories."""
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        if self.precision.scaler.is_enabled():
+            self.precision.scaler.load_state_dict(checkpoint["scaler"])
+        self.epoch = self.first_epoch = checkpoint["epoch"]
+        self.curve, self.history = checkpoint["loss_curve"], checkpoint["metrics_history"]
+
+    def restore_progress(self, checkpoint: Mapping[str, Any]) -> None:
+        """Go on within a run: the place in the epoch, the schedule and the best score."""
+        progress = checkpoint["progress"]
+        self.first_epoch, self.step, self.tokens = progress["first_epoch"], progress["step"], progress["tokens"]
+        self.loss_sum += progress["loss_sum"] if distributed.is_first() else 0.0
+        self.reward_sum, self.best = progress["reward_sum"], checkpoint["best"]
+        self.schedule = Schedule.from_state(checkpoint["schedule"]) if checkpoint["schedule"] else None
+
+    def progress(self) -> dict[str, Any]:
+        """Where training stands within the epoch. Every process comes here."""
+        (loss_sum,) = distributed.total(float(self.loss_sum))
+        return {
+            "first_epoch": self.first_epoch, "step": self.step, "loss_sum": loss_sum, "reward_sum": self.reward_sum,
+            "tokens": self.tokens,
+        }  # fmt: skip
+
+
+class StepMonitor:
+    """Looks at the finished steps of an epoch: skipped batches, saves that are due, signals.
+
+    A look makes the device wait. On a CPU every step is looked at, on a GPU every hundredth. Several processes look
+    together, so that they act on the same findings.
+    """
+
+    def __init__(
+        self, loader: TrainLoader, names: Sequence[str], directory: Path, settings: Settings, stop: StopRequest,
+        device: torch.device,
+    ):  # fmt: skip
+        """Args: names: of all images, for messages; directory: of the run."""
+        self.loader, self.names, self.directory, self.settings, self.stop = loader, names, directory, settings, stop
+        self.on_cpu, self.interval, self.bad = device.type == "cpu", STEPS_PER_SYNC, 0
+        self.last_save = self.last_sync = time.monotonic()
+        self.finite: list[torch.Tensor] = []  # of the steps since the last sync
+
+    def save_due(self) -> bool:
+        return time.monotonic() - self.last_save > 60 * self.settings.checkpoint_minutes
+
+    def due(self, finite: torch.Tensor, last: bool) -> bool:
+        """Note whether a step was finite (bool scalar, on the device); return whether to sync now."""
+        self.finite.append(finite)
+        urgent = distributed.size() == 1 and (self.stop.signal is not None or self.save_due())
+        return self.on_cpu or last or urgent or len(self.finite) >= self.interval
+
+    def sync(self, state: TrainState, plan: Sequence[np.ndarray]) -> tuple[int, bool]:
+        """Take the tokens of skipped batches from the state; return the signal that came (0: none) and whether to save.
+
+        Args:
+            plan: the caption numbers of each step of the epoch.
+
+        Raises:
+            UserError: too many batches of this epoch were skipped.
+        """
+        pace = (time.monotonic() - self.last_sync) / len(self.finite)
+        self.last_sync = time.monotonic()
+        flags = (~torch.stack(self.finite)).tolist()
+        asked, due, pace, *bad = distributed.largest(self.stop.signal or 0, self.save_due(), pace, *flags)
+        self.interval = min(STEPS_PER_SYNC, max(1, int(5 / max(pace, 1e-3))))  # torchrun kills 30 s after a signal
+        first = state.step - len(self.finite)
+        self.finite.clear()
+        for step in (first + number for number, failed in enumerate(bad) if failed):
+            self.bad += 1
+            skipped = self.loader.batches.make(plan[step])
+            state.tokens -= len(skipped.targets)
+            images = ", ".join(self.names[image] for image in skipped.images[:3])
+            self.report_bad_batch(f"batch {step + 1} of epoch {state.epoch + 1} ({images}, ...)")
+        if due:
+            self.last_save = time.monotonic()
+        return int(asked), bool(due)
+
+    def report_bad_batch(self, where: str) -> None:
+        if self.bad > MAX_BAD_BATCHES:
+            rate, last = self.settings.learning_rate, self.directory / "last.pt"
+            raise UserError(
+                f"{where} is the {self.bad}th of this epoch whose loss or gradient is not a finite number. The weights "
+                f"in {self.directory} are good: train on from them with a lower --learning_rate (now {rate:g}) or a "
+                f"smaller --grad_clip, e.g. --model_path {last} --learning_rate {rate / 10:g}"
+            )
+        log.warning(
+            f"\nSkipped {where}: its loss or gradient is not a finite number ({self.bad} of at most {MAX_BAD_BATCHES})"
+        )
+
+
+def advise_on_memory(device: torch.device, batch_size: int, directory: Path, views: Sequence[Features]) -> str:
+    """Say what to do after a device's memory ran out: which flag, and a value that needs less.
+
+    A step's memory grows with its captions, so half of them take about half of what is not weights.
+    """
+    copies = [view.rows for view in views if isinstance(view, DeviceFeatures)]
+    kept = sum(rows.numel() * rows.element_size() for rows in copies)
+    spent = f" (at its peak {format_bytes(torch.cuda.max_memory_allocated())})" if device.type == "cuda" else ""
+    return (
+        f"the memory of {device} ran out{spent} in a step of --batch_size {batch_size}. A step of half as many captions "
+        f"takes about half: continue from the last save with --model_path {directory / 'last.pt'} "
+        f"--batch_size {max(1, batch_size // 2)}"
+        + (f", or free the {format_bytes(kept)} of features kept there with --features_on_device off" if kept else "")
+    )
+
+
+@torch.inference_mode()
+def validation_loss(
+    decoder: LSTMDecoder, features: Features, batches: BatchMaker, images: np.ndarray, batch_size: int,
+    device: torch.device,
+) -> float:  # fmt: skip
+    """Return the plain cross-entropy per token of these images' captions, whatever the training loss adds."""
+    decoder.eval()
+    total, tokens = 0.0, 0.0
+    for captions in distributed.share(batches.plan(images, max(batch_size, 64))):
+        batch = batches.make(captions)
+        output = decoder(features.gather(batch.images, device), batch.to(device))
+        total += float(decoder.cross_entropy(output.code, batch.targets.to(device)))
+        tokens += len(batch.targets)
+    total, tokens = distributed.total(total, tokens)
+    return total / tokens
+
+
+# --------------------------------------------------------------------------------------------------
+# Precision
 
 
 class Precision:
@@ -81,6 +337,10 @@ def multiplies_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
+# --------------------------------------------------------------------------------------------------
+# Signals
+
+
 class Stopped(Exception):
     """Training was stopped by a signal, after saving where it stood."""
 
@@ -89,13 +349,10 @@ class Stopped(Exception):
         self.signal, self.directory = number, directory
 
 
-SAME_SIGNAL = 5.0  # seconds in which a second signal may be the first one, passed on by torchrun
-
-
 class StopRequest:
-    """Remembers the first SIGINT or SIGTERM while training runs, so that the step in hand is finished and saved.
+    """A context manager that remembers the first SIGINT or SIGTERM, so that the current step is finished and saved.
 
-    A second one stops at once, but for what torchrun passes on of a signal that a job's processes got already. Used as a context manager, which puts the old handlers back.
+    A second signal stops at once, unless it is torchrun passing on one that the processes of a job already received.
     """
 
     def __init__(self) -> None:
@@ -165,7 +422,7 @@ class Schedule:
         if s.type == "cosine":  # Loshchilov and Hutter (2017), one half-period; it stays at its end
             return cosine(s.learning_rate, s.min_lr, min(done / s.t_max, 1.0))
         total = s.epochs * s.steps_per_epoch - 1
-        rising = s.warmup_epochs * s.steps_per_epoch
+        rising = min(s.warmup_epochs * s.steps_per_epoch, max(0, total - 1))  # the last step is never the peak
         position = done * s.steps_per_epoch + step
         if position < rising:  # Smith and Topin (2018): up from a 25th, then down
             return cosine(max(s.learning_rate / 25, s.min_lr), s.learning_rate, position / rising)
@@ -214,189 +471,93 @@ def cosine(start: float, end: float, part: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * part)) / 2
 
 
-def choose_schedule(
-    args: argparse.Namespace, typed: set[str], checkpoint: dict[str, Any] | None, steps: int
-) -> Schedule | None:
-    """The learning-rate schedule of this run, by the table under 'Train longer' in the README."""
+# What ScheduleSettings calls a flag.
+SCHEDULE_FLAGS = {
+    "min_lr": "min_lr", "scheduler_patience": "patience", "scheduler_factor": "factor",
+    "scheduler_step_size": "step_size", "scheduler_gamma": "gamma", "scheduler_t_max": "t_max",
+    "warmup_epochs": "warmup_epochs",
+}  # fmt: skip
+
+
+def choose_schedule(settings: Settings, checkpoint: Mapping[str, Any] | None, steps: int) -> Schedule | None:
+    """Return the learning-rate schedule of a new run, by the table under 'Train longer' in the README.
+
+    Args:
+        checkpoint: what the run trains on from, or None.
+        steps: of an epoch.
+
+    Raises:
+        UserError: an explicit flag of a schedule has no effect.
+    """
+    explicit = settings.explicit
     first = checkpoint["epoch"] if checkpoint else 0
     saved = Schedule.from_state(checkpoint["schedule"]) if checkpoint and checkpoint["schedule"] else None
-    names = {
-        "min_lr": "min_lr", "scheduler_patience": "patience",
-        "scheduler_factor": "factor", "scheduler_step_size": "step_size", "scheduler_gamma": "gamma",
-        "scheduler_t_max": "t_max", "warmup_epochs": "warmup_epochs",
-    }  # fmt: skip
-    if not args.use_scheduler and saved is None:
-        idle = sorted(name for name in typed if name in names or name == "scheduler_type")
+    if not settings.epochs:  # self-critical epochs alone: kept for a run that trains on
+        return saved
+    if not settings.use_scheduler and saved is None:
+        idle = sorted(explicit & {*SCHEDULE_FLAGS, "scheduler_type"})
         if idle:
             raise UserError(f"--{idle[0]} has no effect: the checkpoint has no schedule; add --use_scheduler")
         return None
-    if saved is not None and (not args.use_scheduler or args.scheduler_type == saved.settings.type):
-        kind = saved.settings.type
-        new_cycle = saved.finished(first) and (kind == "one_cycle" or "scheduler_t_max" in typed)
-        for flag, name in names.items():
-            if flag in typed:
-                setattr(saved.settings, name, getattr(args, flag))
-        if "learning_rate" in typed:
-            saved.settings.learning_rate = saved.plateau["rate"] = args.learning_rate
-            log.info(f"The new base learning rate is {args.learning_rate:g}")
-        if new_cycle:
-            saved.settings.first_epoch, saved.settings.epochs = first, args.epochs
-            log.info(f"The checkpoint's {kind} cycle is finished: a new one begins")
-        elif saved.finished(first):
-            log.warning(
-                f"Warning: cosine has reached its T_max and stays at min_lr {saved.settings.min_lr:g}; "
-                f"add --use_scheduler --scheduler_type cosine --scheduler_t_max {args.epochs} to start a new cycle"
-            )
-        else:
-            log.info(f"The checkpoint's schedule goes on: {saved.describe()}")
-        saved.settings.steps_per_epoch = steps
-        return saved
-    gamma = args.scheduler_gamma
-    if args.scheduler_type == "exponential" and "scheduler_gamma" not in typed and not args.config:
-        args.scheduler_gamma = gamma = args.scheduler_gamma ** (1 / args.epochs)
+    if saved is not None and (not settings.use_scheduler or settings.scheduler_type == saved.settings.type):
+        return continue_schedule(saved, settings, first, steps)
+    rate, gamma = settings.learning_rate, settings.scheduler_gamma
+    if settings.scheduler_type == "exponential" and "scheduler_gamma" not in explicit:
+        gamma **= 1 / settings.epochs  # a tenth over the whole run rather than in each epoch
     if checkpoint:
+        if "learning_rate" not in explicit:
+            rate = checkpoint["flags"]["learning_rate"]
         before = saved.settings.type if saved else "no schedule"
-        log.info(f"The checkpoint has {before}: a fresh {args.scheduler_type} over {args.epochs} epochs begins")
-    return Schedule(
+        log.info(
+            f"The checkpoint has {before}: a fresh {settings.scheduler_type} over {settings.epochs} epochs begins at "
+            f"learning rate {rate:g}"
+        )
+    values = {name: getattr(settings, flag) for flag, name in SCHEDULE_FLAGS.items()} | {"gamma": gamma}
+    fresh = Schedule(
         ScheduleSettings(
-            args.scheduler_type, args.learning_rate, args.min_lr, args.scheduler_patience, args.scheduler_factor,
-            args.scheduler_step_size, gamma, args.scheduler_t_max, args.warmup_epochs, first, args.epochs, steps,
+            type=settings.scheduler_type, learning_rate=rate, first_epoch=first, epochs=settings.epochs,
+            steps_per_epoch=steps, **values,
         )
     )  # fmt: skip
+    warn_of_flat_rate(fresh, first, first + settings.epochs)
+    return fresh
 
 
-MAX_BAD_BATCHES = 10  # in an epoch, whose loss or gradient is no finite number
+def continue_schedule(saved: Schedule, settings: Settings, first: int, steps: int) -> Schedule:
+    """Go on with a checkpoint's schedule; explicit flags change it."""
+    about = saved.settings
+    new_cycle = saved.finished(first) and (about.type == "one_cycle" or "scheduler_t_max" in settings.explicit)
+    for flag, name in SCHEDULE_FLAGS.items():
+        if flag in settings.explicit:
+            setattr(about, name, getattr(settings, flag))
+    if "learning_rate" in settings.explicit:
+        about.learning_rate = saved.plateau["rate"] = settings.learning_rate
+        log.info(f"The new base learning rate is {settings.learning_rate:g}")
+    about.steps_per_epoch = steps
+    if new_cycle:
+        about.first_epoch, about.epochs = first, settings.epochs
+        log.info(f"The checkpoint's {about.type} cycle is finished: a new one begins")
+    elif not saved.finished(first):
+        log.info(f"The checkpoint's schedule goes on: {saved.describe()}")
+    warn_of_flat_rate(saved, first, first + settings.epochs)
+    return saved
 
 
-class Share(NamedTuple):
-    """What one process does of a step: all of it where it is alone."""
-
-    batch: Batch | None  # its images' captions; None where there are fewer images than processes
-    views: np.ndarray  # int64 (I,) the view of each of its images
-    tokens: int  # of the whole step
-    captions: int  # of the whole step
-
-
-def take_share(batches: BatchMaker, captions: np.ndarray, views: int, seeds: list[int]) -> Share:
-    """This process's part of a step's captions: whole images, with about as many tokens as everybody's.
-
-    Args:
-        captions: numbers (R,) of all captions of the step.
-        views: how many there are; which one an image is seen in does not depend on the number of processes.
-        seeds: of this step's random numbers.
-    """
-    images, image_of = np.unique(batches.owner(captions), return_inverse=True)
-    tokens = batches.lengths[captions] + 1  # the words and <EOS>
-    drawn = np.random.default_rng(seeds).integers(views, size=len(images))
-    mine = np.ones(len(images), dtype=bool)
-    if distributed.size() > 1:
-        mine = distributed.deal(np.bincount(image_of, tokens), distributed.size()) == distributed.rank()
-    batch = batches.make(captions[mine[image_of]]) if mine.any() else None
-    return Share(batch, drawn[mine], int(tokens.sum()), len(captions))
-
-
-class StepLoss(nn.Module):
-    """From a share of a step to the loss whose gradient moves the decoder.
-
-    A module, so that PyTorch's `DistributedDataParallel` can be put around it. That takes the mean of the
-    processes' gradients; each process's loss is its part of the sum over all tokens, times their number, so
-    that the mean is the gradient that one process would have found.
-    """
-
-    def __init__(self, decoder: LSTMDecoder, critic: SelfCritic | None, args: argparse.Namespace, precision: Precision):
-        super().__init__()
-        self.decoder, self.critic, self.args, self.precision = decoder, critic, args, precision
-
-    def forward(
-        self, share: Share, views: list[Features], device: torch.device, self_critical: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """Returns the loss to go back from, this process's part of the step's loss per token, and the mean reward."""
-        loss, reward = torch.zeros((), device=device), 0.0
-        features = None
-        if share.batch is not None:
-            features = gather_views(views, share.batch.images, share.views, device)  # (I, 49, C) or (I, C)
-        if self_critical and self.critic is not None:
-            images = share.batch.images if share.batch is not None else np.zeros(0, dtype=np.int64)
-            loss, reward = self.critic.loss(self.decoder, features, images, self.precision.autocast())
-        weight = self.args.scst_ce_weight if self_critical else 1.0
-        if weight and share.batch is not None and features is not None:
-            loss = loss + weight * self.cross_entropy(features, share.batch.to(device), share)
-        part = loss.detach()
-        if share.batch is None:  # every parameter needs a gradient, if only of zeros
-            loss = loss + sum(parameter.sum() * 0 for parameter in self.decoder.parameters())
-        return loss * distributed.size(), part, reward
-
-    def cross_entropy(self, features: torch.Tensor, batch: Batch, share: Share) -> torch.Tensor:
-        """The loss per token of people's captions, with what the flags add to it."""
-        with self.precision.autocast():
-            output = self.decoder(features, batch)
-            loss = self.decoder.cross_entropy(output.code, batch.targets, self.args.label_smoothing) / share.tokens
-            if self.args.attention_reg and output.attention is not None:
-                # Doubly stochastic attention (Xu et al., 2015, section 4.2.1): every region is looked at once in all.
-                looked = output.attention.new_zeros(len(batch.row_image), output.attention.shape[1])
-                looked = looked.index_add(0, batch.token_row, output.attention)  # (R, 49)
-                loss = loss + self.args.attention_reg * ((1 - looked) ** 2).mean(1).sum() / share.captions
-        return loss
-
-
-def shared_out(step_loss: StepLoss) -> nn.Module:
-    """The same with its gradients meaned over all processes, where there are several."""
-    if distributed.size() == 1:
-        return step_loss
-    # Without device_ids, with which it would move the batch's sizes to the GPU too.
-    return DistributedDataParallel(step_loss)
-
-
-def report_bad_batch(where: str, bad: int, directory: Path, args: argparse.Namespace) -> None:
-    """Name a batch that was skipped, the `bad`th of its epoch.
-
-    Raises:
-        UserError: it is one too many.
-    """
-    if bad > MAX_BAD_BATCHES:
-        raise UserError(
-            f"{where} is the {bad}th of this epoch whose loss or gradient is not a finite number. The weights in "
-            f"{directory} are good: train on from them with a lower --learning_rate (now {args.learning_rate:g}) "
-            f"or a smaller --grad_clip, e.g. --model_path {directory / 'last.pt'} --learning_rate {args.learning_rate / 10:g}"
-        )
-    log.warning(f"\nSkipped {where}: its loss or gradient is not a finite number ({bad} of at most {MAX_BAD_BATCHES})")
-
-
-def advise_on_memory(device: torch.device, args: argparse.Namespace, directory: Path, views: Sequence[Features]) -> str:
-    """What to do after a GPU's memory ran out: which flag, and a value that needs less.
-
-    A step's memory grows with the captions in it, so that half of them take about half of what is not weights.
-    """
-    smaller = max(1, args.batch_size // 2)
-    copies = [view.rows for view in views if isinstance(view, DeviceFeatures)]
-    size = sum(rows.numel() * rows.element_size() for rows in copies)
-    spent = f" (at its peak {format_bytes(torch.cuda.max_memory_allocated())})" if device.type == "cuda" else ""
-    return (
-        f"the memory of {device} ran out{spent} in a step of --batch_size {args.batch_size}. A step of half as many captions "
-        f"takes about half: go on from the last save with --model_path {directory / 'last.pt'} --batch_size {smaller}"
-        + (f", or free the {format_bytes(size)} of features kept there with --features_on_device off" if size else "")
+def warn_of_flat_rate(schedule: Schedule, first: int, last: int) -> None:
+    """Warn where a schedule ends before training does: all further epochs run at `min_lr`."""
+    flat = next((epoch for epoch in range(first, last) if schedule.finished(epoch)), None)
+    if flat is None:
+        return
+    about = schedule.settings
+    reached = f"after epoch {flat}" if flat > first else "already"
+    log.warning(
+        f"Warning: {about.type} reaches its end {reached}; epochs {flat + 1} to {last} run at min_lr {about.min_lr:g}. "
+        f"Add --use_scheduler --scheduler_type {about.type} --scheduler_t_max {last - first} for a curve over all of them"
     )
 
 
-@torch.inference_mode()
-def validation_loss(
-    decoder: LSTMDecoder,
-    features: Features,
-    batches: BatchMaker,
-    images: np.ndarray,
-    batch_size: int,
-    device: torch.device,
-) -> float:
-    """Plain cross-entropy per token of these images' captions, whatever the training loss adds."""
-    decoder.eval()
-    total, tokens = 0.0, 0.0
-    for captions in distributed.share(batches.plan(images, max(batch_size, 64))):
-        batch = batches.make(captions)
-        output = decoder(features.gather(batch.images, device), batch.to(device))
-        total += float(decoder.cross_entropy(output.code, batch.targets.to(device)))
-        tokens += len(batch.targets)
-    total, tokens = distributed.total(total, tokens)
-    return total / tokens
+# --------------------------------------------------------------------------------------------------
+# Monitoring
 
 
 class Stopwatch:
@@ -424,73 +585,3 @@ class Stopwatch:
         spent = {part: seconds - self.reported.get(part, 0.0) for part, seconds in self.seconds.items()}
         self.reported = dict(self.seconds)
         return ", ".join(f"{part} {seconds:.1f} s" for part, seconds in spent.items() if seconds >= 0.05)
-
-
-def require_tensorboard() -> None:
-    """Make sure before hours of training that its files can be written.
-
-    Raises:
-        UserError: the package is not installed.
-    """
-    try:
-        import torch.utils.tensorboard  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"--tensorboard needs a package that is not installed ({error}): python -m pip install tensorboard==2.21.0"
-        ) from None
-
-
-def write_tensorboard(
-    directory: Path,
-    curve: Mapping[str, Sequence[Any]],
-    history: Sequence[Mapping[str, Any]],
-    data: CaptionSet,
-    spoken: Sequence[tuple[int, Sequence[str], np.ndarray | None]],
-) -> None:
-    """Add the last epoch to `directory/tensorboard`: losses, learning rate, scores, captions, attention.
-
-    Each epoch is a file of its own that voids what was written of it or of later ones before, so that an epoch
-    may be written twice. Where there is no such folder yet, the curves of earlier epochs are written too.
-
-    Args:
-        curve, history: the content of `loss_curve.json` and `metrics_history.json`.
-        spoken: an image's position in `data`, its caption's words, and where each word looked ((words, 49) or None).
-
-    Raises:
-        UserError: the files cannot be written.
-    """
-    from torch.utils.tensorboard import SummaryWriter
-
-    from attention_visualization import attention_figure
-    from captioning import plots
-    from captioning.images import UnreadableImage, open_image
-
-    folder = directory / "tensorboard"
-    rows = training_rows(curve, history)
-    epoch = rows[-1]["epoch"]
-    samples, looked = [], None
-    for image, words, attention in spoken:
-        name = data.names[image]
-        try:
-            picture = open_image(data.image_dir / name, at_least=400)
-        except UnreadableImage:
-            continue
-        references = data.references(image)
-        samples.append({"image": picture, "name": name, "caption": " ".join(words), "references": references})
-        if looked is None and attention is not None and words:
-            looked = attention_figure(picture, words, attention, name)
-    pictures = {"captions": plots.captions_figure(samples)} if samples else {}
-    if looked is not None:
-        pictures["attention"] = looked
-    try:
-        first_time = not folder.is_dir()
-        with SummaryWriter(str(folder), purge_step=epoch) as writer:  # type: ignore[no-untyped-call]
-            for row in rows if first_time else rows[-1:]:
-                for name, value in row.items():
-                    if name != "epoch" and value is not None:
-                        group = "loss/" if name.endswith("_loss") else "" if name == "learning_rate" else "validation/"
-                        writer.add_scalar(group + name.removesuffix("_loss"), value, row["epoch"])  # type: ignore[no-untyped-call]
-            for name, figure in pictures.items():
-                writer.add_image(name, plots.pixels_of(figure), epoch, dataformats="HWC")  # type: ignore[no-untyped-call]
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error}. Free some space, or go on without --tensorboard") from error

@@ -18,8 +18,8 @@ from captioning.io import (
     UserError,
     check_tensor_zip,
     first_line,
+    link_or_copy,
     log,
-    publish_copy,
     read_json,
     write_atomic,
 )
@@ -413,7 +413,7 @@ def carry_best(checkpoint: dict[str, Any], path: Path, directory: Path) -> dict[
         candidates.insert(0, path)
     for candidate in candidates:
         if candidate.is_file() and load_checkpoint(candidate)["epoch"] == best["epoch"]:
-            publish_copy(candidate, directory / "best.pt")
+            link_or_copy(candidate, directory / "best.pt")
             return dict(best)
     log.warning(f"The old run's best checkpoint (epoch {best['epoch']}) is gone: this run finds its own best")
     return None

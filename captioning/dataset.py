@@ -27,10 +27,9 @@ from captioning.layouts import (
     files_in,
     find_captions_file,
     find_image_directory,
-    karpathy_split,
     read_captions,
-    split_lists,
 )
+from captioning.splits import StoredSplit, find_splits, require_splits
 
 PAD, SOS, EOS, UNK = range(4)
 SPECIAL_TOKENS = ["<PAD>", "<SOS>", "<EOS>", "<UNK>"]
@@ -201,6 +200,24 @@ class CaptionSet:
         """Number of captions of each given image."""
         return self.first_caption[images + 1] - self.first_caption[images]
 
+    def dump_split(self) -> str:
+        """Return the split as JSON text, names by split, for `split.json` in the run directory."""
+        named = {split: [self.names[i] for i in images] for split, images in self.splits.items()}
+        return json.dumps({"source": self.split_source, **named}, indent=1)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what several processes must agree on."""
+        words, ids, offsets = self.tokens
+        parts = (ids, offsets, self.first_caption, *(self.splits[split] for split in SPLITS))
+        text = "\n".join([*self.names, *words]).encode()
+        return {
+            "the number of captioned images": len(self.names),
+            "the hash of the captions and the split": zlib.crc32(
+                b"".join(part.tobytes() for part in parts), zlib.crc32(text)
+            ),
+            "the folder of the images": str(self.image_dir.resolve()),
+        }
+
     def drop_images(self, bad: set[int]) -> None:
         """Take images out of every split (they keep their position).
 
@@ -255,7 +272,7 @@ def load_caption_set(
     image_dir: Path | None = None,
     captions_file: Path | None = None,
     seed: int = 0,
-    saved_split: dict[str, Any] | None = None,
+    stored: StoredSplit | None = None,
     token_cache: Path | None = None,
 ) -> CaptionSet:
     """Find and read a data set in any of the layouts of `docs/architecture.md`.
@@ -263,8 +280,7 @@ def load_caption_set(
     Args:
         data_dir: where to look; `image_dir` and `captions_file` override what would be found there.
         seed: of the split that is drawn where the data set brings none.
-        saved_split: a drawn split kept by a checkpoint (`{"val": [names], "test": [names]}`); it wins
-            over drawing anew, so that an image that was trained on is never tested on.
+        stored: the split in a checkpoint, which rules wherever it knows an image: see captioning/splits.py.
         token_cache: a directory for tokenized captions, or None.
 
     Raises:
@@ -307,77 +323,6 @@ def load_caption_set(
     if long:
         notes.append(f"{long} caption(s) of more than {LONG_CAPTION} words: training reads --max_length words of each")
     search = [place for place in (data_dir, captions_path.parent) if place is not None]
-    splits, source = find_splits(search, names, seed, saved_split, notes)
+    sizes = [(directory / name).stat().st_size for name in names] if stored else [0] * len(names)
+    splits, source = find_splits(search, names, sizes, seed, stored, notes)
     return CaptionSet(directory, names, first_caption, tokens, splits, source, captions_path, notes)
-
-
-# --------------------------------------------------------------------------------------------------
-# Splits, always by image
-
-
-def find_splits(
-    places: Sequence[Path], names: list[str], seed: int, saved: dict[str, Any] | None, notes: list[str]
-) -> tuple[dict[str, np.ndarray], str]:
-    position = {name: number for number, name in enumerate(names)}
-    lists, source = None, ""
-    for place in places:
-        lists, source = split_lists(place) or karpathy_split(place) or (None, "")
-        if lists:
-            break
-    if lists is None and saved:
-        held_out = set(saved["val"]) | set(saved["test"])
-        known = [name for name in names if name not in held_out]
-        lists, source = {"train": known, "val": saved["val"], "test": saved["test"]}, "the split kept in the checkpoint"
-    if lists is None:
-        shuffled = [names[i] for i in np.random.default_rng(seed).permutation(len(names))]
-        held = max(1, round(0.1 * len(names)))
-        lists = {"train": shuffled[2 * held :], "val": shuffled[:held], "test": shuffled[held : 2 * held]}
-        source = f"drawn by image with --seed {seed}: 80 % / 10 % / 10 %"
-        for_tests = [name for name in shuffled if name.startswith("val2014/")]
-        if for_tests:
-            held = min(COCO_HELD_OUT, len(for_tests) // 2)
-            lists = {"val": for_tests[:held], "test": for_tests[held : 2 * held]}
-            lists["train"] = [name for name in names if not name.startswith("val2014/")] + for_tests[2 * held :]
-            source = (
-                f"drawn from val2014 with --seed {seed}, {held} images each; Karpathy's own is in his dataset_coco.json"
-            )
-    owner: dict[str, str] = {}
-    for split in SPLITS:
-        for name in lists[split]:
-            if owner.setdefault(name, split) != split:
-                raise UserError(
-                    f"{source}: {name!r} is in both {owner[name]} and {split}; an image belongs to one split"
-                )
-    splits = {
-        split: np.array(sorted(position[name] for name in set(lists[split]) if name in position), dtype=np.int64)
-        for split in SPLITS
-    }
-    absent = sum(name not in position for name in owner)
-    if absent:
-        notes.append(f"{absent} image(s) of the split lists are not in the data set, left out")
-    unused = len(names) - sum(map(len, splits.values()))
-    if unused:
-        notes.append(f"{unused} image(s) in no split, left out")
-    require_splits(splits, source)
-    return splits, source
-
-
-def require_splits(splits: dict[str, np.ndarray], source: str) -> None:
-    for split, images in splits.items():
-        if len(images) == 0:
-            raise UserError(
-                f"the {split} split has no images ({source}): training needs at least one image in each split"
-            )
-
-
-def saved_split_of(data: CaptionSet) -> dict[str, list[str]] | None:
-    """The names that a drawn split held out, for the checkpoint; None where the data set brings its own lists."""
-    if not data.split_source.startswith(("drawn", "the split kept")):
-        return None
-    return {split: [data.names[i] for i in data.splits[split]] for split in ("val", "test")}
-
-
-def dump_split(data: CaptionSet) -> str:
-    """The split as JSON text, names by split, for `split.json` in the run directory."""
-    named = {split: [data.names[i] for i in images] for split, images in data.splits.items()}
-    return json.dumps({"source": data.split_source, **named}, indent=1)

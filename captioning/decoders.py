@@ -234,3 +234,7 @@ def build_decoder(flags: Mapping[str, Any], vocabulary_size: int, feature_size: 
             vocabulary_size, feature_size, **sizes, attention_dim=flags["attention_dim"], regions=regions
         )
     return LSTMDecoder(vocabulary_size, feature_size, **sizes)
+
+
+def count_parameters(decoder: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in decoder.parameters())

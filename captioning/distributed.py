@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import platform
 import socket
 import sys
 import time
@@ -23,9 +24,7 @@ import torch
 import torch.distributed as dist
 
 from captioning import distributed
-from captioning.dataset import CaptionSet
 from captioning.io import UserError, first_line, log
-from captioning.layouts import SPLITS
 from captioning.runs import begun
 
 T = TypeVar("T")
@@ -201,6 +200,23 @@ def wait_for_all() -> None:
         dist.barrier(group=_patient)
 
 
+def describe_machine(device: torch.device) -> str:
+    """Return what a run ran on, e.g. `2 cores, cpu, PyTorch 2.14.1, Linux`."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{os.cpu_count()} cores, {name}, PyTorch {torch.__version__}, {platform.system()}"
+
+
+def require_file(path: Path) -> None:
+    """Make sure that every process sees what the first one wrote.
+
+    Raises:
+        UserError: one does not.
+    """
+    wait_for_all()
+    if not path.is_file():
+        raise UserError(f"rank {rank()} does not see {path}, which rank 0 wrote: {SAME_FILES}")
+
+
 def deal(weights: np.ndarray, shares: int) -> np.ndarray:
     """Share things out so that their weights are balanced: by falling weight, to and fro over the shares.
 
@@ -272,57 +288,7 @@ def interrupted_run(folder: Path) -> Path | None:
     return from_first(find)
 
 
-def agree_on_flags(flags: dict[str, Any], checkpoint: dict[str, Any] | None = None) -> None:
-    """Make sure that all processes were started alike, and from the same checkpoint.
-
-    Raises:
-        UserError: they were not.
-    """
-    facts = {"PyTorch": torch.__version__, **{f"--{name}": str(value) for name, value in flags.items()}}
-    if checkpoint:
-        facts["the checkpoint's epoch and step"] = f"{checkpoint['epoch']}, {checkpoint['progress']['step']}"
-    check_agreement(facts, "Start every process with the same command and files, on the same PyTorch")
-
-
-def agree_on_data(data: CaptionSet) -> None:
-    """Make sure that all processes read the same.
-
-    Raises:
-        UserError: they did not.
-    """
-    words, ids, offsets = data.tokens
-    splits = [data.splits[split] for split in SPLITS]
-    facts = {
-        "the number of captioned images": len(data.names),
-        "the hash of the captions and the split": fingerprint(
-            data.names, words, ids, offsets, data.first_caption, *splits
-        ),
-        "the folder of the images": str(data.image_dir.resolve()),
-    }
-    check_agreement(facts, SAME_FILES)
-
-
-def agree_on_encoder(weights_hash: str) -> None:
-    """Make sure that all processes found the same weights of the encoder.
-
-    Raises:
-        UserError: they did not.
-    """
-    check_agreement({"the hash of the encoder's weights": weights_hash}, SAME_FILES)
-
-
-def agree_on_directory(directory: Path, file: str) -> None:
-    """Make sure that all processes see what the first wrote into the run directory.
-
-    Raises:
-        UserError: one does not.
-    """
-    wait_for_all()
-    if not (directory / file).is_file():
-        raise UserError(f"rank {rank()} does not see {directory / file}, which rank 0 wrote: {SAME_FILES}")
-
-
-def with_one_voice(command: Callable[[], int]) -> int:
+def report_error_once(command: Callable[[], int]) -> int:
     """Run a command; what several processes have to complain of alike, one of them says."""
     try:
         return command()

@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -51,6 +52,7 @@ class Features(Protocol):
     """Where a batch's image features come from."""
 
     unreadable: dict[int, str]  # image position -> why it could not be read
+    versions: np.ndarray  # int64 (images, 2): size and CRC-32 of each image's file, -1 where it was not asked for
 
     def gather(self, images: np.ndarray, device: torch.device = CPU) -> torch.Tensor:
         """Features of the images at these positions, float (I, 49, C) or (I, C), on this device."""
@@ -237,6 +239,7 @@ class CachedFeatures:
         self.store, self.paths, self.unreadable = store, paths, unreadable
         self.rows = np.full(len(paths), -1, dtype=np.int64)  # as if all parts' files were one
         self.checksums = np.zeros(len(paths), dtype=np.int64)
+        self.versions = np.full((len(paths), 2), -1, dtype=np.int64)
         self.maps: list[np.ndarray] = []
         self.first_map = []  # of each part
         first_row = {}
@@ -248,6 +251,7 @@ class CachedFeatures:
             entry = part.entries[paths[image].name]
             self.rows[image] = first_row[part.stem, part.directory] + entry.row
             self.checksums[image] = entry.checksum
+            self.versions[image] = entry.size, entry.content
         for part in store.parts:
             part.entries.clear()  # half a kilobyte an image, and not needed any more
         self.verified = np.zeros(len(paths), dtype=bool)
@@ -281,7 +285,7 @@ class DeviceFeatures:
     """A copy of cached features in a device's memory, so that a batch is one gather there. Implements `Features`."""
 
     def __init__(self, cached: CachedFeatures, images: np.ndarray, device: torch.device):
-        self.unreadable = cached.unreadable
+        self.unreadable, self.versions = cached.unreadable, cached.versions
         self.place = np.full(len(cached.paths), -1, dtype=np.int64)
         self.place[images] = np.arange(len(images))
         self.rows = torch.empty(len(images), *cached.store.row_shape, dtype=torch.float16, device=device)
@@ -318,16 +322,19 @@ class LiveFeatures:
         self.encode = encoder.fast_form(device)
         self.paths, self.size, self.means, self.view = paths, encoder.spec.image_size, means, view
         self.pool = ThreadPoolExecutor(workers)
-        problems = list(self.pool.map(self.problem_of, [paths[i] for i in distributed.share(needed)]))
-        found = zip(needed.tolist(), distributed.gather(problems), strict=True)
-        self.unreadable = {image: problem for image, problem in found if problem}
+        found = distributed.gather(list(self.pool.map(self.look, [paths[i] for i in distributed.share(needed)])))
+        self.unreadable = {int(i): problem for i, (problem, _) in zip(needed, found, strict=True) if problem}
+        self.versions = np.full((len(paths), 2), -1, dtype=np.int64)
+        self.versions[needed] = [version for _, version in found]
 
-    def problem_of(self, path: Path) -> str | None:
+    def look(self, path: Path) -> tuple[str | None, tuple[int, int]]:
+        """Return why an image cannot be read, or None, and the size and CRC-32 of its file."""
         try:
             load_pixels(path, self.size, self.view)
+            version = version_of(path)
         except UnreadableImage as error:
-            return str(error)
-        return None
+            return str(error), (-1, -1)
+        return None, (version.size, version.content)
 
     def gather(self, images: np.ndarray, device: torch.device = CPU) -> torch.Tensor:
         pixels = list(self.pool.map(lambda image: load_pixels(self.paths[image], self.size, self.view), images))
@@ -335,45 +342,39 @@ class LiveFeatures:
         return (grid.mean(1) if self.means else grid.clone()).float()  # a clone may be trained through
 
 
-def cache_folders(text: str) -> list[Path]:
-    """The folders of a `--feature_cache`: one, or several with the system's `os.pathsep` between; none for `off`."""
-    return [] if text == "off" else [Path(part) for part in dict.fromkeys(text.split(os.pathsep)) if part]
+@dataclass(frozen=True)
+class FeatureRequest:
+    """Whose features are wanted, from which encoder, and where they are kept."""
+
+    caches: Sequence[Path]  # the cache's folders, one per disk, or none for no cache
+    spec: EncoderSpec
+    weights_hash: str
+    build_encoder: Callable[[], Encoder]  # called only when something has to be encoded
+    paths: Sequence[Path]  # of all images of the caption set; no two have the same name
+    folder: Path  # under which they all lie
+    images: np.ndarray  # int64 positions of the images to encode; the others are left alone
+    device: torch.device
+    means: bool  # the mean over the 49 regions rather than the regions
+    workers: int  # threads that decode images while the encoder runs
+    compile_encoder: str = "off"  # auto, on or off: see `Encoder.fast_form`
+    keep_on_device: str = "off"  # auto, on or off: a copy of the features in the memory of a GPU
+    views: int = 1  # that will be opened: they share the memory
 
 
-def open_features(
-    caches: Sequence[Path],
-    spec: EncoderSpec,
-    weights_hash: str,
-    build_encoder: Callable[[], Encoder],
-    paths: Sequence[Path],
-    folder: Path,
-    needed: np.ndarray,
-    device: torch.device,
-    means: bool,
-    workers: int,
-    compile_encoder: str = "off",
-    keep_on_device: str = "off",
-    view: str = "whole",
-) -> Features:
-    """Features of images, encoding those that the cache lacks.
+def open_features(request: FeatureRequest, view: str = "whole") -> Features:
+    """Return the features of images in one view, encoding those that the cache lacks.
+
+    Of several processes each encodes its shard of the images.
 
     Args:
-        caches: the cache's directories, one per disk, or none for no cache.
-        build_encoder: called only when something has to be encoded.
-        paths: of all images of the caption set; no two have the same name.
-        folder: the directory under which they all lie.
-        needed: positions of the images that are wanted; the others are left alone.
-        means: the mean over the 49 regions (the `lstm` decoder) rather than the regions.
-        workers: threads that decode images while the encoder runs.
-        compile_encoder: auto, on or off, see `Encoder.fast_form`.
-        keep_on_device: auto, on or off: a copy of the features in the memory of a GPU.
-        view: one of `caption_data.VIEWS`.
-
-    Of several processes each encodes its share of the images.
+        view: one of `images.VIEWS`.
 
     Raises:
         UserError: too many images cannot be read, the disk is too small, or the cache cannot be written.
     """
+    caches, spec, paths, folder = request.caches, request.spec, request.paths, request.folder
+    needed, device, means, workers = request.images, request.device, request.means, request.workers
+    build_encoder = request.build_encoder
     if not caches:
         live = LiveFeatures(build_encoder(), device, paths, needed, means, workers, view)
         check_unreadable(live.unreadable, len(needed))
@@ -381,7 +382,7 @@ def open_features(
     folder = folder.resolve()
     transform = spec.transform + ("" if view == "whole" else f"-{view}")
     identity = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
-    place = Path(f"{spec.name}-{weights_hash[:8]}-{transform}") / f"{folder.name}-{identity}"
+    place = Path(f"{spec.name}-{request.weights_hash[:8]}-{transform}") / f"{folder.name}-{identity}"
     directories = [cache / place for cache in caches]
 
     def read(means: bool = means) -> FeatureStore:
@@ -409,7 +410,7 @@ def open_features(
             raise UserError(f"rank {distributed.rank()} does not see {unseen[0]}, which rank 0 made: {SHARED_CACHE}")
         store = seen[0][0] if seen else read()
         worth_it = spec.compile_from is not None and len(todo) >= spec.compile_from
-        compiled = compile_encoder == "on" or (compile_encoder == "auto" and worth_it)
+        compiled = request.compile_encoder == "on" or (request.compile_encoder == "auto" and worth_it)
         numbers = range(-(-len(caches) // distributed.size()) * distributed.size())  # of the parts: all disks take part
         for number, mine in zip(
             distributed.share(numbers),
@@ -435,7 +436,8 @@ def open_features(
         )
     cached = CachedFeatures(store, paths, unreadable, holders)
     good = np.array(list(holders), dtype=np.int64)
-    if keep_on_device == "on" or (keep_on_device == "auto" and fits_on(device, len(good) * store.row_bytes)):
+    size = request.views * len(good) * store.row_bytes
+    if request.keep_on_device == "on" or (request.keep_on_device == "auto" and fits_on(device, size)):
         return DeviceFeatures(cached, good, device)
     return cached
 

@@ -1,54 +1,38 @@
-"""What the flags mean together: which belong to what, and which would have no effect."""
+"""One table of flags: what is true of a flag is said once, here.
+
+`FLAGS` says of each flag its default, its range, the modes that read it, whether a resumed run may change it, what a
+checkpoint decides, and whether a score may depend on it. captioning/settings.py parses by this table; the tables of
+runs read it too. Nothing here imports PyTorch, so that `--help` and a mistyped flag are answered at once.
+"""
 
 from __future__ import annotations
 
 import argparse
 import math
-import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from captioning.io import CONTROL_CHARACTERS
+from captioning.registry import DECODERS, ENCODERS
+
+MODES = ("train", "test", "tune", "caption", "serve", "export")
+DATA_MODES = ("train", "test", "tune")  # modes that read a data set
 SCHEDULERS = ("reduce_lr_on_plateau", "step", "cosine", "exponential", "one_cycle")
-SCHEDULER_FLAGS = (
-    "scheduler_type", "scheduler_patience", "scheduler_factor", "scheduler_step_size", "scheduler_gamma",
-    "scheduler_t_max", "min_lr", "warmup_epochs",
-)  # fmt: skip
-# What a checkpoint decides; typing one of these with another value beside --model_path is an error.
-ARCHITECTURE_FLAGS = (
-    "decoder", "encoder", "dataset_type", "embed_size", "hidden_size", "num_layers", "attention_dim",
-    "freq_threshold", "max_length",
-)  # fmt: skip
-STAGES = "_stages"  # ends the names of encoders that give what every stage sees
-ENCODER_NAMES = tuple(
-    name + form
-    for form in ("", STAGES)
-    for name in ("resnet50", "resnet101", "resnet152", "convnext_base", "efficientnet_lite0", "efficientnet_lite2")
-)
-# What may be typed beside --resume: where things are and where they run, not what is trained.
-RESUME_FLAGS = (
-    "resume", "device", "num_workers", "compile", "features_on_device", "feature_cache", "checkpoint_minutes",
-    "data_dir", "image_dir", "captions_file", "resnet_weights", "tensorboard", "quiet", "verbose",
-)  # fmt: skip
-# Flags of some modes alone.
-MODES_OF = {
-    "images": ("caption",), "json": ("caption",), "num_captions": ("caption",), "top_p": ("caption",), "output": ("caption", "export"),
-    "host": ("serve",), "port": ("serve",), "onnx": ("export",),
-    "predictions": ("test",), "spice": ("test",), "split": ("test",), "consensus": ("test",), "tensorboard": ("train",),
-}  # fmt: skip
-# These modes read no data set and train nothing: what else they take.
-ALLOWED = {
-    "caption": (
-        "mode", "model_path", "config", "device", "num_workers", "resnet_weights", "quiet", "seed", "beam_size", "length_penalty",
-        "save_attention_viz", "advanced_attention_viz", "attention_viz_format", "attention_viz_dpi",
-    ),
-    "serve": (
-        "mode", "model_path", "config", "device", "resnet_weights", "quiet", "beam_size", "length_penalty",
-        "data_dir", "image_dir", "captions_file",
-    ),
+# Largest sizes that a flag takes, and that are believed of a checkpoint: a forged file cannot ask for more memory.
+LIMITS = {
+    "embed_size": 16384, "hidden_size": 16384, "attention_dim": 16384, "num_layers": 32, "max_length": 1000,
+    "beam_size": 1000, "batch_size": 1_000_000, "epochs": 100_000, "freq_threshold": 1_000_000,
 }  # fmt: skip
 
 
-def number(kind: type, low: float = -math.inf, high: float = math.inf, above: bool = False) -> Any:
-    """An argparse type: a finite number within [low, high], or above `low` where `above` is set."""
+# --------------------------------------------------------------------------------------------------
+# Types of values
+
+
+def number(kind: type, low: float = -math.inf, high: float = math.inf, above: bool = False) -> Callable[[str], Any]:
+    """Return an argparse type: a finite number within [low, high], or in (low, high] with `above`."""
 
     def parse(text: str) -> Any:
         try:
@@ -62,71 +46,223 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf, above: bo
             bounds = f"{'above' if above else 'at least'} {low:g}" + (
                 f" and at most {high:g}" if high < math.inf else ""
             )
-            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {bounds}")
+            raise argparse.ArgumentTypeError(f"{text[:40]} is out of range: it must be {bounds}")
         return value
 
     return parse
 
 
-def check_flags(args: argparse.Namespace, typed: set[str], parser: argparse.ArgumentParser) -> None:
-    """Refuse typed flags that would have no effect."""
-    for name in sorted(typed):
-        modes = MODES_OF.get(name, (args.mode,))
-        if args.mode not in modes:
-            parser.error(f"--{name} has no effect with --mode {args.mode}, only with {' or '.join(modes)}")
-        if args.mode in ALLOWED and name not in ALLOWED[args.mode] and name not in MODES_OF:
-            parser.error(f"--{name} has no effect with --mode {args.mode}")
-    alone = args.mode in (*ALLOWED, "export") or args.predictions is not None
-    if alone and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        what = "--predictions" if args.predictions is not None else f"--mode {args.mode}"
-        parser.error(f"{what} runs in one process: start it with python rather than torchrun")
-    from_checkpoint = args.model_path is not None
-    idle = [name for name in SCHEDULER_FLAGS if name in typed and not args.use_scheduler]
-    if idle and not from_checkpoint:
-        parser.error(f"--{idle[0]} has no effect without --use_scheduler")
-    for name in ("save_attention_viz", "attention_reg", "attention_dim"):
-        if name in typed and args.decoder == "lstm" and ("decoder" in typed or not from_checkpoint):
-            parser.error(f"--{name} has no effect with --decoder lstm: add --decoder attention")
-    for name in sorted(typed):
-        if "attention_viz" in name and not args.save_attention_viz:
-            parser.error(f"--{name} has no effect without --save_attention_viz")
-    if {"attention_viz_samples", "attention_viz_images"} <= typed:
-        parser.error("--attention_viz_samples has no effect with --attention_viz_images, which says which")
-    if args.feature_cache == "off":
-        for name in ("compile", "features_on_device"):
-            if name in typed and getattr(args, name) == "on":
-                parser.error(f"--{name} has no effect with --feature_cache off")
-    if args.use_scheduler and args.scheduler_type == "one_cycle" and args.warmup_epochs >= args.epochs:
-        parser.error(f"--warmup_epochs {args.warmup_epochs} leaves nothing of the {args.epochs} epochs to come down in")
-    if args.mode == "train" and not args.epochs + args.scst_epochs:
-        parser.error("--epochs 0 leaves nothing to do: add --scst_epochs N, or train at least one epoch")
-    if args.scst_epochs and args.early_stopping:
-        parser.error("--early_stopping has no effect with --scst_epochs: best.pt is the best epoch of all of them")
-    for name in typed & {"scst_learning_rate", "scst_samples", "scst_ce_weight"}:
-        if not args.scst_epochs:
-            parser.error(f"--{name} has no effect without --scst_epochs")
-    if args.mode != "train" and args.model_path is None and args.predictions is None:
-        parser.error(f"--mode {args.mode} needs --model_path: a checkpoint, a run directory or a folder of runs")
-    if args.mode != "test" and len(args.model_path or []) > 1:
-        parser.error(f"--mode {args.mode} takes one --model_path; several are an ensemble, for --mode test")
-    if args.mode == "caption" and not args.images:
-        parser.error("--mode caption needs --images: files, folders, patterns such as 'photos/*.jpg', or - for a list")
-    if {"json", "output"} <= typed:
-        parser.error("--json has no effect with --output: a FILE that ends in .jsonl has JSON lines")
-    for name in ("beam_size", "length_penalty", "save_attention_viz"):
-        if args.top_p is not None and name in typed:
-            parser.error(f"--{name} has no effect with --top_p, which draws captions at random")
-    if "seed" in typed and args.mode == "caption" and args.top_p is None:
-        parser.error("--seed has no effect with --mode caption without --top_p")
-    if "beam_size" in typed and args.num_captions > args.beam_size:
-        parser.error(f"--num_captions {args.num_captions} needs a --beam_size of at least as many")
-    if args.consensus != "off" and ("beam_size" in typed and args.beam_size == 1):
-        parser.error("--consensus chooses among a beam's captions: it needs a --beam_size above 1, best 20 or more")
-    if args.consensus != "off" and args.predictions is not None:
-        parser.error("--consensus has no effect with --predictions, which are captions already")
-    if args.quiet and args.verbose:
-        parser.error("--quiet and --verbose contradict each other: leave one out")
-    if args.mode == "export" and args.output is None:
-        parser.error("--mode export needs --output: a folder that is not there yet")
-    if args.encoder.startswith("efficientnet") and "resnet_weights" in typed:
-        parser.error(f"--resnet_weights has no effect with --encoder {args.encoder}")
+def text(value: str) -> str:
+    """An argparse type: one line of text that can be stored as UTF-8."""
+    if CONTROL_CHARACTERS.search(value):
+        raise argparse.ArgumentTypeError(f"{value[:40]!r} has a line break or another character that no file can keep")
+    return value
+
+
+def path(value: str) -> Path:
+    """An argparse type: a path that a checkpoint can store."""
+    return Path(text(value))
+
+
+def size(name: str) -> Callable[[str], Any]:
+    return number(int, 1, LIMITS[name])
+
+
+# --------------------------------------------------------------------------------------------------
+# The table
+
+
+@dataclass(frozen=True)
+class Flag:
+    """Everything that is true of one flag."""
+
+    name: str
+    help: str
+    parse: Callable[[str], Any] | None = None  # None: a switch without a value
+    default: Any = None
+    choices: tuple[str, ...] = ()
+    many: bool = False  # takes several values
+    modes: tuple[str, ...] = MODES  # modes that read it
+    needs: str = ""  # a flag without which this one has no effect
+    resume: bool = False  # may stand beside --resume: where things are and where they run, not what is trained
+    checkpoint: str = ""  # 'fixed': a checkpoint decides; 'kept': its value unless given; 'train': the same in training
+    parameter: bool = True  # a score may depend on it: `list` and `diff` show it
+    metavar: str | None = None
+
+    @property
+    def switch(self) -> bool:
+        return self.parse is None
+
+
+count, positive, whole = number(int, 1, 10**9), number(float, 0, 1e30, above=True), number(int, 0, 10**9)
+weight = number(float, 0, 1e30)
+GROUPS: dict[str, tuple[Flag, ...]] = {
+    "what to do": (
+        Flag("mode", "train a decoder; score a trained one; find its best beam size and length penalty on the validation "
+            "images; caption images with it; open a page in the browser that does; write it as a folder to share",
+            str, "train", MODES, parameter=False),
+        Flag("model_path", "checkpoint, run directory, folder of runs or exported folder: to test (several are an "
+            "ensemble), or to train on from", path, many=True, metavar="PATH"),
+        Flag("predictions", "score the captions in this file (COCO results or CSV) instead of a model's", path,
+            modes=("test",), parameter=False),
+        Flag("output", "--mode export: a new folder; --mode caption: a new .csv or .jsonl, instead of printing", path,
+            modes=("caption", "export"), parameter=False),
+        Flag("onnx", "write encoder and decoder as ONNX too (requirements-export.txt)", modes=("export",), parameter=False),
+        Flag("resume", "continue an interrupted run in its own directory", path, modes=("train",), resume=True,
+            parameter=False, metavar="RUN_DIR"),
+        Flag("config", "YAML or JSON file of flags, e.g. a run's run_config.json; the command line wins", path,
+            parameter=False),
+        Flag("dry_run", "go through everything on a handful of images in seconds", modes=DATA_MODES, parameter=False),
+    ),
+    "basic": (
+        Flag("dataset_type", "custom is your own folder, demo the drawn set of download_datasets.py", str, "flickr30k",
+            ("flickr8k", "flickr30k", "coco", "custom", "demo"), modes=DATA_MODES, checkpoint="fixed"),
+        Flag("decoder", "attention is better and shows where it looks", str, "lstm", tuple(DECODERS), modes=DATA_MODES,
+            checkpoint="fixed"),
+        Flag("epochs", "epochs to train; with --model_path, epochs more", number(int, 0, LIMITS["epochs"]), 10,
+            modes=("train",)),
+        Flag("batch_size", "captions in a batch (whole images; fewer if memory runs out)", size("batch_size"), 128,
+            modes=("train",), checkpoint="train"),
+        Flag("learning_rate", "initial rate; the peak for one_cycle. 1e-3 suits Flickr8k", positive, 0.0001,
+            modes=("train",)),
+    ),
+    "data": (
+        Flag("data_dir", "data set folder (default: data/<dataset_type>)", path, modes=(*DATA_MODES, "serve"),
+            resume=True, checkpoint="kept"),
+        Flag("image_dir", "folder of the images, where it is not found", path, modes=(*DATA_MODES, "serve"),
+            resume=True, checkpoint="kept"),
+        Flag("captions_file", "captions file, where it is not found", path, modes=(*DATA_MODES, "serve"), resume=True,
+            checkpoint="kept"),
+        Flag("freq_threshold", "a word seen less often in the training captions becomes <UNK>", size("freq_threshold"), 3,
+            modes=DATA_MODES, checkpoint="fixed"),
+        Flag("max_length", "most words in a caption, read or written", size("max_length"), 40, modes=DATA_MODES,
+            checkpoint="fixed"),
+        Flag("num_workers", "threads that decode images; capped at the cores", whole, 16, modes=(*DATA_MODES, "caption"),
+            resume=True, parameter=False),
+        Flag("views", "of each image: one is drawn for each training step, all are averaged in testing; each is "
+            "encoded once", str, "whole", ("whole", "mirror", "all"), modes=DATA_MODES, checkpoint="kept"),
+        Flag("feature_cache", "folder of encoded images; 'off' encodes them in every batch", text, "feature_cache",
+            modes=DATA_MODES, resume=True, parameter=False),
+    ),
+    "model": (
+        Flag("encoder", "frozen image encoder; efficientnet_lite0 needs no download; _stages keeps the features of "
+            "earlier stages too, for a larger cache", str, "resnet50", tuple(ENCODERS), modes=DATA_MODES,
+            checkpoint="fixed"),
+        Flag("resnet_weights", "file of the encoder's weights, or 'random'; by default looked for, then downloaded",
+            text, resume=True, checkpoint="kept"),
+        Flag("embed_size", "size of word and image embeddings", size("embed_size"), 512, modes=DATA_MODES,
+            checkpoint="fixed"),
+        Flag("hidden_size", "LSTM size; 512 with one layer suits Flickr8k and a laptop", size("hidden_size"), 1024,
+            modes=DATA_MODES, checkpoint="fixed"),
+        Flag("num_layers", "LSTM layers", size("num_layers"), 3, modes=DATA_MODES, checkpoint="fixed"),
+        Flag("attention_dim", "size of queries and keys (attention decoder)", size("attention_dim"), 512,
+            modes=DATA_MODES, checkpoint="fixed"),
+        Flag("drop_prob", "dropout; more for small data sets", number(float, 0, 0.95), 0.3, modes=("train",),
+            checkpoint="train"),
+    ),
+    "training": (
+        Flag("seed", "of the split that is drawn, weights, order, dropout, and what --top_p draws",
+            number(int, 0, 2**63 - 1), 0, modes=(*DATA_MODES, "caption"), checkpoint="kept"),
+        Flag("device", "where the networks run", str, "auto", ("auto", "cpu", "cuda", "mps"), resume=True,
+            parameter=False),
+        Flag("precision", "matmul dtype in training; auto is bf16 where the device is made for it, else fp32", str,
+            "auto", ("auto", "fp32", "bf16", "fp16"), modes=("train",), checkpoint="train"),
+        Flag("compile", "compile the encoder for its pass over the images; auto does where they are many enough to pay",
+            str, "auto", ("auto", "on", "off"), modes=DATA_MODES, resume=True, parameter=False),
+        Flag("features_on_device", "keep all image features in the GPU's memory; auto does if they take at most half of "
+            "what is free", str, "auto", ("auto", "on", "off"), modes=DATA_MODES, resume=True, parameter=False),
+        Flag("grad_clip", "largest gradient norm; 0 does not clip", weight, 5.0, modes=("train",), checkpoint="train"),
+        Flag("weight_decay", "of AdamW", weight, 0.01, modes=("train",), checkpoint="train"),
+        Flag("label_smoothing", "of the training loss; 0.1 helps long runs", number(float, 0, 0.9), 0.0,
+            modes=("train",), checkpoint="train"),
+        Flag("attention_reg", "weight of Show-Attend-and-Tell's doubly stochastic term (attention decoder)", weight, 0.0,
+            modes=("train",), checkpoint="train"),
+        Flag("best_metric", "what picks best.pt: CIDEr keeps rising after the loss has turned", str, "cider",
+            ("cider", "bleu4", "val_loss"), modes=("train",), checkpoint="train"),
+        Flag("early_stopping", "stop after so many epochs without a new best; 0 never", whole, 0, modes=("train",)),
+    ),
+    "self-critical training": (
+        Flag("scst_epochs", "self-critical epochs after the others: sampled captions, rewarded by CIDEr-D; "
+            "--epochs 0 --model_path X adds only these", number(int, 0, LIMITS["epochs"]), 0, modes=("train",)),
+        Flag("scst_learning_rate", "initial rate; half a cosine takes it to zero", positive, 2e-4, modes=("train",),
+            needs="scst_epochs"),
+        Flag("scst_samples", "captions sampled for each image", number(int, 2, 1000), 5, modes=("train",),
+            needs="scst_epochs"),
+        Flag("scst_ce_weight", "weight of the cross-entropy of the references in the loss", weight, 0.05,
+            modes=("train",), needs="scst_epochs"),
+    ),
+    "learning rate scheduling": (
+        Flag("use_scheduler", "let the learning rate follow a schedule", modes=("train",)),
+        Flag("scheduler_type", "which one", str, "reduce_lr_on_plateau", SCHEDULERS, modes=("train",),
+            needs="use_scheduler"),
+        Flag("scheduler_patience", "reduce_lr_on_plateau: epochs without improvement", whole, 3, modes=("train",),
+            needs="use_scheduler"),
+        Flag("scheduler_factor", "reduce_lr_on_plateau: factor", number(float, 0, 0.999, above=True), 0.5,
+            modes=("train",), needs="use_scheduler"),
+        Flag("scheduler_step_size", "step: epochs between two drops", count, 7, modes=("train",), needs="use_scheduler"),
+        Flag("scheduler_gamma", "step: factor of a drop; exponential: factor of an epoch (unless given: a tenth over "
+            "the whole run)", number(float, 0, 1, above=True), 0.1, modes=("train",), needs="use_scheduler"),
+        Flag("scheduler_t_max", "cosine: epochs from the top to min_lr, where it stays", count, 10, modes=("train",),
+            needs="use_scheduler"),
+        Flag("min_lr", "no schedule goes below it", weight, 1e-7, modes=("train",), needs="use_scheduler"),
+        Flag("warmup_epochs", "one_cycle: epochs of its rising part", whole, 0, modes=("train",), needs="use_scheduler"),
+    ),
+    "decoding": (
+        Flag("beam_size", "hypotheses kept in testing, beside greedy decoding (unless given: what --mode tune found)",
+            size("beam_size"), 3),
+        Flag("length_penalty", "exponent of the length; more makes captions longer", number(float, 0, 10), 0.7),
+        Flag("consensus", "take the beam's caption that agrees best with all of them (beam), or also with what a "
+            "regression on the training captions expects of the image (regression); the beam is 20 wide unless given",
+            str, "off", ("off", "beam", "regression"), modes=("test",)),
+        Flag("spice", "SPICE too (Java; downloads CoreNLP; minutes)", modes=("test",), parameter=False),
+        Flag("split", "which images are scored", str, "test", ("test", "val", "val+test"), modes=("test",),
+            parameter=False),
+    ),
+    "captioning and the page": (
+        Flag("images", "files, folders, patterns; - for a list of them on standard input", str, many=True,
+            modes=("caption",), parameter=False, metavar="IMAGE"),
+        Flag("num_captions", "different captions of each image, best first", number(int, 1, LIMITS["beam_size"]), 1,
+            modes=("caption",), parameter=False),
+        Flag("top_p", "sample captions from the most probable words that together have this probability, e.g. 0.9: more "
+            "varied than the beam's", number(float, 0, 1, above=True), modes=("caption",), parameter=False),
+        Flag("json", "print JSON lines, which say more, instead of path<TAB>caption", modes=("caption",),
+            parameter=False),
+        Flag("host", "address that the page listens on; 0.0.0.0 lets the whole network in", text, "127.0.0.1",
+            modes=("serve",), parameter=False),
+        Flag("port", "port of the page (default: the first free one from 7860 on)", number(int, 1, 65535),
+            modes=("serve",), parameter=False),
+    ),
+    "attention visualization": (
+        Flag("save_attention_viz", "save attention pictures (attention decoder)", modes=(*DATA_MODES, "caption"),
+            parameter=False),
+        Flag("attention_viz_samples", "how many test images to draw", count, 3, modes=DATA_MODES,
+            needs="save_attention_viz", parameter=False),
+        Flag("attention_viz_images", "draw these images of the data set, e.g. dog.jpg", text, many=True,
+            modes=DATA_MODES, needs="save_attention_viz", parameter=False, metavar="NAME"),
+        Flag("advanced_attention_viz", "also the picture with several panels", modes=(*DATA_MODES, "caption"),
+            needs="save_attention_viz", parameter=False),
+        Flag("attention_viz_format", "svg and pdf are for papers", str, "png", ("png", "svg", "pdf"),
+            modes=(*DATA_MODES, "caption"), needs="save_attention_viz", parameter=False),
+        Flag("attention_viz_dpi", "dots per inch of a png, and of the photos in an svg or pdf", number(int, 50, 600),
+            120, modes=(*DATA_MODES, "caption"), needs="save_attention_viz", parameter=False),
+    ),
+    "output": (
+        Flag("checkpoint_minutes", "minutes between two saves of last.pt within an epoch", positive, 10.0,
+            modes=("train",), resume=True, parameter=False),
+        Flag("model_save_dir", "where run directories are made", path, Path("saved_models"), modes=("train",),
+            parameter=False),
+        Flag("keep_checkpoints", "keep the newest N epochs (and best, last); 0 keeps all", whole, 0, modes=("train",),
+            parameter=False),
+        Flag("tensorboard", "log curves, captions and attention for TensorBoard, every epoch", modes=("train",),
+            resume=True, parameter=False),
+        Flag("quiet", "print only warnings and the final result", resume=True, parameter=False),
+        Flag("verbose", "print also where the time of each epoch goes", resume=True, parameter=False),
+    ),
+}  # fmt: skip
+FLAGS: dict[str, Flag] = {flag.name: flag for flags in GROUPS.values() for flag in flags}
+# Keys of run_config.json that are facts of a run, and flags that say which run it is: `--config` passes over them.
+NOT_CONFIGURABLE = ("timestamp", "command", "explicit", "mode", "model_path", "config", "resume", "output")
+CONFIG_NAMES = {"decoder": "decoder_type"}  # flags under the names that the original's run_config.json has
+GONE: dict[str, str] = {  # flags and values of earlier versions, and what took their place
+    "consensus=neighbours": "--consensus regression took its place",
+}

@@ -104,10 +104,14 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[IO[bytes]], obje
             temporary.unlink(missing_ok=True)
 
 
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write UTF-8 text, atomically."""
+    write_atomic(path, lambda file: file.write(text.encode("utf-8")))
+
+
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_atomic(path, lambda file: file.write(text.encode("utf-8")))
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
@@ -148,7 +152,7 @@ def check_tensor_zip(path: Path) -> None:
             raise zipfile.BadZipFile(f"its record {damaged} is damaged (checksum differs)")
 
 
-def publish_copy(source: Path, target: Path) -> None:
+def link_or_copy(source: Path, target: Path) -> None:
     """Make `target` the same file as `source` without writing its bytes again where links are possible.
 
     Checkpoints are only ever replaced whole (never written in place), so that a hard link is as safe

@@ -552,6 +552,11 @@ def reproducing_command(typed: list[str]) -> str:
     return shlex.join(["python", SCRIPT, *typed])
 
 
+def start_command(directory: Path) -> str:
+    """Return the command that started a run, as its run_config.json keeps it."""
+    return str(read_json(directory / "run_config.json").get("command", "its command"))
+
+
 def lock_run_directory(directory: Path) -> BaseFileLock:
     """Keep other processes from training in this run directory for as long as the lock is referred to.
 

@@ -21,7 +21,7 @@ def test_there_is_a_recipe_for_both_sets_and_decoders_on_both_machines():
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_is_what_its_name_says(path):
-    args, _ = trainer.parse_flags(["--config", str(path)])
+    args = trainer.parse_flags(["--config", str(path)])
     encoder = {"cpu": "efficientnet_lite0_stages", "gpu": "resnet50"}
     data, decoder, place = path.stem.split("_")
     assert (args.dataset_type, args.decoder, args.encoder) == (data, decoder, encoder[place])

@@ -94,7 +94,7 @@ def test_a_second_test_adds_and_overwrites_nothing(trained):
 
 def test_a_run_config_is_read_back_and_the_command_line_wins(trained, capsys):
     config = str(trained / "run_config.json")
-    args, _ = trainer.parse_flags(["--config", config, "--epochs", "7"])
+    args = trainer.parse_flags(["--config", config, "--epochs", "7"])
     assert (args.decoder, args.hidden_size, args.epochs, args.dataset_type) == ("attention", 16, 7, "custom")
     Path("bad.yaml").write_text("epochz: 3\n")
     with pytest.raises(SystemExit):

@@ -11,6 +11,7 @@ import torch
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 import training_utils
 from captioning import features as feature_cache
+from captioning.flags import SCHEDULERS
 from captioning.runs import lock_run_directory
 from training_utils import Precision
 
@@ -23,7 +24,7 @@ CASES = [
     ("attention", ["--num_layers", "1", "--attention_reg", "0.5", "--early_stopping", "2"]),
     *(
         ("attention", ["--num_layers", "1", "--learning_rate", "0.01", "--use_scheduler", "--scheduler_type", kind])
-        for kind in trainer.SCHEDULERS
+        for kind in SCHEDULERS
     ),
 ]
 
@@ -151,7 +152,7 @@ def test_a_crash_loses_at_most_the_minutes_since_the_last_save(here, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "function", ("publish_copy", "write_json", "prune_checkpoints", "captions_of_images", "load_weights")
+    "function", ("caption_texts", "save_epoch", "write_outputs", "write_epoch_files", "load_weights")
 )
 def test_a_crash_after_an_epoch(here, monkeypatch, function):
     assert run(here, "whole", "lstm") == 0

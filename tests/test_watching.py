@@ -117,7 +117,7 @@ def test_quiet_and_verbose_contradict_each_other_but_the_typed_one_wins_over_a_c
         run(here, "--quiet", "--verbose")
     assert "contradict" in capsys.readouterr().err
     Path("flags.yaml").write_text("quiet: true\n")
-    args, _ = trainer.parse_flags(["--config", "flags.yaml", "--verbose"])
+    args = trainer.parse_flags(["--config", "flags.yaml", "--verbose"])
     assert args.verbose and not args.quiet
 
 

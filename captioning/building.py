@@ -1,0 +1,164 @@
+"""From settings to data, features and decoders: what training, test and tune build alike."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from captioning import decoders, distributed, registry
+from captioning.checkpoints import load_checkpoint, load_weights
+from captioning.consensus import BEAM_SIZE, Consensus, regression_images
+from captioning.dataset import CaptionSet, Vocabulary, load_caption_set
+from captioning.decoders import LSTMDecoder
+from captioning.encoders import build_encoder, find_encoder, find_weights
+from captioning.evaluation import EvalContext, images_to_draw
+from captioning.features import FeatureRequest, Features, open_features
+from captioning.images import VIEW_SETS
+from captioning.io import UserError, log
+from captioning.runs import find_checkpoint
+from captioning.settings import Settings, cache_folders
+from captioning.splits import StoredSplit, checkpoint_split, refuse_trained_images
+
+
+def build_data(settings: Settings, stored: StoredSplit | None) -> CaptionSet:
+    """Read images and captions, and print what was found.
+
+    Args:
+        stored: the split of the checkpoint that is tested or trained on from, or None.
+
+    Raises:
+        UserError: there is no usable data set.
+    """
+    data_dir = settings.data_dir
+    if data_dir is None and not (settings.image_dir and settings.captions_file):
+        data_dir = Path("data") / settings.dataset_type
+    cache = next(iter(cache_folders(settings.feature_cache)), None)
+    data = load_caption_set(data_dir, settings.image_dir, settings.captions_file, settings.seed, stored, cache)
+    if settings.dry_run:
+        data.splits = {split: images[:n] for (split, images), n in zip(data.splits.items(), (8, 4, 4), strict=True)}
+    sizes = ", ".join(f"{split} {len(images)}" for split, images in data.splits.items())
+    log.info(f"Data: {len(data.names)} images and {data.first_caption[-1]} captions in {data.captions_file}")
+    log.info(f"Split by image: {sizes} (from {data.split_source})")
+    for note in data.notes:
+        log.warning(f"Note: {note}")
+    distributed.check_agreement(data.facts(), distributed.SAME_FILES)
+    return data
+
+
+def build_features(
+    settings: Settings, data: CaptionSet, images: np.ndarray, weights_hash: str | None = None,
+    means: bool | None = None,
+) -> tuple[list[Features], str]:  # fmt: skip
+    """Encode images once, or read what was encoded before. Images that cannot be read leave every split.
+
+    Args:
+        images: positions (n,) of the images.
+        weights_hash: of the encoder that a checkpoint was trained with.
+        means: the mean over an image's regions, (C,) rather than (49, C); None for what the decoder reads.
+
+    Returns:
+        the features in each view, and the hash of the encoder's weights.
+
+    Raises:
+        UserError: the weights are not those of the checkpoint, or the cache cannot be written.
+    """
+    spec = find_encoder(settings.encoder)
+    weights, digest = find_weights(spec, settings.resnet_weights, weights_hash)
+    distributed.check_agreement({"the hash of the encoder's weights": digest}, distributed.SAME_FILES)
+    if means is None:
+        means = not registry.load(registry.DECODERS[settings.decoder]).uses_grid
+    views = VIEW_SETS[settings.views]
+    request = FeatureRequest(
+        caches=cache_folders(settings.feature_cache), spec=spec, weights_hash=digest,
+        build_encoder=lambda: build_encoder(spec, weights), paths=data.paths(), folder=data.image_dir, images=images,
+        device=distributed.pick_device(settings.device), means=means, workers=decoding_threads(settings.num_workers),
+        compile_encoder=settings.compile, keep_on_device=settings.features_on_device, views=len(views),
+    )  # fmt: skip
+    found = [open_features(request, view) for view in views]
+    data.drop_images({image for features in found for image in features.unreadable})
+    return found, digest
+
+
+@functools.cache  # prints it once
+def decoding_threads(workers: int) -> int:
+    """Return how many threads decode images: no more than cores."""
+    cores = distributed.local_cores()
+    if workers > cores:
+        log.info(f"Image decoding threads: {cores} (--num_workers {workers}, capped at the cores)")
+    return min(workers or 1, cores)
+
+
+def build_decoder(settings: Settings, vocabulary: Vocabulary) -> LSTMDecoder:
+    """Build the decoder that the settings describe; its initial weights depend on the seed alone."""
+    torch.manual_seed(settings.seed)
+    return decoders.build_decoder(settings.values(), len(vocabulary), find_encoder(settings.encoder))
+
+
+def check_settings(settings: Settings, checkpoint: dict[str, Any] | None = None) -> None:
+    """Make sure that every process has the same settings and checkpoint.
+
+    Raises:
+        UserError: they differ.
+    """
+    facts = {"PyTorch": torch.__version__, **{f"--{name}": str(value) for name, value in settings.values().items()}}
+    if checkpoint:
+        facts["the checkpoint's epoch and step"] = f"{checkpoint['epoch']}, {checkpoint['progress']['step']}"
+    distributed.check_agreement(facts, "Start every process with the same command and files, on the same PyTorch")
+
+
+def load_context(settings: Settings, splits: list[str]) -> tuple[EvalContext, np.ndarray, dict[Path, Any]]:
+    """Load the checkpoints that `--model_path` names, and the features of the images to caption.
+
+    Args:
+        splits: whose images are captioned.
+
+    Returns:
+        the context, the positions of the splits' images, and the checkpoints by their paths.
+
+    Raises:
+        UserError: the checkpoints do not belong together, or their data set is not there.
+    """
+    device = distributed.pick_device(settings.device)
+    check_settings(settings)
+    checkpoints = {path: load_checkpoint(path) for path in map(find_checkpoint, settings.model_path)}
+    (first_path, first), *others = checkpoints.items()
+    for path, checkpoint in others:
+        for what in ("vocabulary", "split"):
+            if checkpoint[what] != first[what]:
+                raise UserError(
+                    f"{path} has another {what} than {first_path}: an ensemble is trained on the same data set"
+                )
+    resolved = settings.with_checkpoint(first, first_path)
+    if settings.consensus != "off" and "beam_size" not in settings.explicit:
+        resolved = resolved.with_values(beam_size=BEAM_SIZE)
+    stored = checkpoint_split(first, first_path)
+    data = build_data(resolved, stored)
+    context = EvalContext(resolved, device, data, Vocabulary(first["vocabulary"]), [])
+    images = images_of(data, splits)
+    needed = np.union1d(images, images_to_draw(resolved, data, images))
+    if settings.consensus == "regression":  # its weight is chosen on these
+        needed = np.union1d(needed, data.splits["val"])
+    for path, checkpoint in checkpoints.items():
+        own = settings.with_checkpoint(checkpoint, path)
+        log.info(f"Model: {path} (epoch {checkpoint['epoch']}, {own.decoder} on {own.encoder}, {own.dataset_type})")
+        views, _ = build_features(own, data, needed, checkpoint["encoder"]["weights_hash"])
+        decoder = build_decoder(own, context.vocabulary)
+        load_weights(decoder, checkpoint["decoder"], path)
+        context.members += [(decoder.to(device), view) for view in views]
+        if stored and checkpoint is first:
+            refuse_trained_images(stored, images_of(data, splits), data.names, views[0].versions, path)
+    if settings.consensus != "off":
+        views = []
+        if settings.consensus == "regression":
+            known = np.union1d(regression_images(data.splits["train"]), needed)
+            views, _ = build_features(resolved, data, known, first["encoder"]["weights_hash"], means=True)
+        context.consensus = Consensus(data, context.vocabulary, views)
+    return context, images_of(data, splits), checkpoints  # without those that cannot be read
+
+
+def images_of(data: CaptionSet, splits: list[str]) -> np.ndarray:
+    return np.concatenate([data.splits[split] for split in splits])

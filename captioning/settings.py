@@ -1,0 +1,367 @@
+"""Settings: the value of every flag, parsed once from the command line, `--config`, or an interrupted run.
+
+Nothing here imports PyTorch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from captioning.flags import CONFIG_NAMES, DATA_MODES, FLAGS, GONE, GROUPS, NOT_CONFIGURABLE, Flag, path, text
+from captioning.io import UserError, first_line, not_installed, read_json
+from captioning.registry import DECODERS, ENCODERS
+
+
+class Settings(argparse.Namespace):
+    """The value of every flag, resolved once. Nobody writes to it afterwards; `with_values` makes another.
+
+    Attributes:
+        explicit: names of the flags that the command line or a hand-written `--config` gives.
+    """
+
+    explicit: frozenset[str]
+
+    def __init__(self, values: Mapping[str, Any], explicit: Iterable[str] = ()):
+        self.__dict__.update(values, explicit=frozenset(explicit))
+
+    def __setattr__(self, name: str, value: Any) -> NoReturn:
+        raise AttributeError(f"settings are not written to: captioning/settings.py resolves --{name}")
+
+    def values(self) -> dict[str, Any]:
+        """Every flag by name."""
+        return {name: getattr(self, name) for name in FLAGS}
+
+    def with_values(self, **changes: Any) -> Settings:
+        return Settings(self.values() | changes, self.explicit)
+
+    def stored(self) -> dict[str, Any]:
+        """The flags of training as plain values, for checkpoints and run_config.json."""
+        return {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in self.values().items()
+            if "train" in FLAGS[name].modes
+        }
+
+    def with_checkpoint(self, checkpoint: Mapping[str, Any], source: Path) -> Settings:
+        """Take from a checkpoint what it decides; only an explicit flag can contradict it.
+
+        Args:
+            checkpoint: as `checkpoints.load_checkpoint` returns it.
+            source: its file, for messages.
+
+        Raises:
+            UserError: an explicit flag contradicts it, or has no effect with it.
+        """
+        saved = checkpoint["flags"]
+        found: dict[str, Any] = {}
+        for flag in FLAGS.values():
+            name = flag.name
+            if flag.checkpoint == "fixed" and name in self.explicit and getattr(self, name) != saved[name]:
+                raise UserError(
+                    f"--{name} {getattr(self, name)} contradicts {source}, which was trained with {saved[name]}: "
+                    "leave the flag out, or train a new model without --model_path"
+                )
+            kept = flag.checkpoint == "kept" or (flag.checkpoint == "train" and self.mode == "train")
+            if flag.checkpoint == "fixed" or (kept and name not in self.explicit):
+                found[name] = Path(saved[name]) if flag.parse is path and saved[name] else saved[name]
+        if self.mode == "train" and not self.use_scheduler and "learning_rate" not in self.explicit:
+            found["learning_rate"] = saved["learning_rate"]
+        # Whoever wrote the checkpoint makes no cache elsewhere: only a folder that is a cache already is used.
+        caches = cache_folders(saved["feature_cache"])
+        if "feature_cache" not in self.explicit and (
+            not caches or any(any(cache.glob(f"{saved['encoder']}-*")) for cache in caches)
+        ):
+            found["feature_cache"] = saved["feature_cache"]
+        tuned = checkpoint["decoding"]
+        if tuned and not self.explicit & {"beam_size", "length_penalty"}:
+            found |= {"beam_size": tuned["beam_size"], "length_penalty": tuned["length_penalty"]}
+        settings = self.with_values(**found)
+        for name, kind, entries in ((n, k, e) for k, e in KINDS.items() for n in readers(e)):
+            if name in self.explicit and name not in entries[getattr(settings, kind)].flags:
+                raise UserError(f"--{name} has no effect with {source}, whose {kind} is {getattr(settings, kind)}")
+        return settings
+
+
+def cache_folders(text: str) -> list[Path]:
+    """The folders of a `--feature_cache`: one, or several with the system's `os.pathsep` between; none for `off`."""
+    return [] if text == "off" else [Path(part) for part in dict.fromkeys(text.split(os.pathsep)) if part]
+
+
+KINDS = {"decoder": DECODERS, "encoder": ENCODERS}
+
+
+def readers(entries: Mapping[str, Any]) -> set[str]:
+    """The flags that only some of these registry entries read."""
+    return {name for entry in entries.values() for name in entry.flags}
+
+
+# --------------------------------------------------------------------------------------------------
+# Parsing
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Return a parser of all flags that leaves out what is not given."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [flags]; --help explains them all",  # a mistyped flag's message is not buried
+        description="Train and test an image captioner on Flickr8k, Flickr30k or your own photos.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    for title, flags in GROUPS.items():
+        group = parser.add_argument_group(title)
+        for flag in flags:
+            default = "" if flag.default is None or flag.switch else f" (default: {shown(flag.default)})"
+            only = f"--mode {' or '.join(flag.modes)}: " if len(flag.modes) < 2 and "train" not in flag.modes else ""
+            about: dict[str, Any] = {"help": (only + flag.help + default).replace("%", "%%")}
+            if flag.switch:
+                about["action"] = "store_true"
+            else:
+                about |= {"type": flag.parse, "choices": flag.choices or None, "metavar": flag.metavar}
+                about |= {"nargs": "+"} if flag.many else {}
+            group.add_argument(f"--{flag.name}", **about)
+    return parser
+
+
+def shown(value: Any) -> str:
+    """A default as `--help` prints it: 0.0001 rather than 1e-04."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def parse_flags(argv: list[str]) -> Settings:
+    """Parse a command line once, with the `--config` or run that it names.
+
+    Raises:
+        SystemExit: a mistake in the flags (exit code 2, the message printed), or `--help`.
+        UserError: a file of flags cannot be read.
+    """
+    parser = get_parser()
+    namespace, unknown = parser.parse_known_args(argv)
+    if unknown:
+        refuse_unknown(parser, unknown[0])
+    typed = vars(namespace)
+    defaults = {name: False if flag.switch else flag.default for name, flag in FLAGS.items()}
+    config: dict[str, Any] = {}
+    explicit = set(typed)
+    if "resume" in typed:
+        fixed = next((name for name in typed if not FLAGS[name].resume), None)
+        if fixed:
+            parser.error(
+                f"--{fixed} has no effect with --resume: an interrupted run keeps its original settings. "
+                f"To train longer or otherwise: --model_path {typed['resume']} --epochs N"
+            )
+        file = typed["resume"] / "run_config.json"
+        if not file.is_file():
+            raise UserError(
+                f"--resume {typed['resume']} is not a run directory: give the one that the interrupted run named"
+            )
+        config, _ = config_flags(parser, file)
+    elif "config" in typed:
+        config, given = config_flags(parser, typed["config"])
+        explicit |= given
+    values = defaults | config | typed
+    if values["quiet"] and values["verbose"]:  # the command line wins over a file
+        values |= {"quiet": "quiet" in typed, "verbose": "verbose" in typed}
+    settings = Settings(values, explicit)
+    check_flags(settings, parser.error)
+    return settings
+
+
+def answer_flags(argv: list[str]) -> Settings:
+    """Parse the command line of a process that is about to import PyTorch; answer `--help` and mistakes, and exit.
+
+    Of several processes of one machine the first prints the answer.
+    """
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.ExitStack() as streams:
+        if not first:
+            streams.enter_context(contextlib.redirect_stdout(nowhere))
+            streams.enter_context(contextlib.redirect_stderr(nowhere))
+        try:
+            settings = parse_flags(argv)
+            if not importlib.util.find_spec("torch"):
+                raise not_installed("torch")
+        except UserError as problem:
+            print(f"error: {problem}", file=sys.stderr)
+            sys.exit(2)
+    return settings
+
+
+def refuse_unknown(parser: argparse.ArgumentParser, word: str) -> NoReturn:
+    name = word.partition("=")[0].lstrip("-").replace("-", "_")
+    if name in GONE:
+        parser.error(f"--{name} is gone: {GONE[name]}")
+    parser.error(f"unrecognized argument {word}{suggestion(name, FLAGS, '--')}")
+
+
+def suggestion(name: str, known: Iterable[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(name, known, 1)
+    return f": did you mean {prefix}{close[0]}?" if close else ""
+
+
+def config_flags(parser: argparse.ArgumentParser, file: Path) -> tuple[dict[str, Any], set[str]]:
+    """Read the flags in a YAML or JSON file, e.g. a `run_config.json`, as if they stood on the command line.
+
+    A file that this program wrote lists its explicit flags; one of before that list counts a value that differs from
+    the default. In a hand-written file every flag counts. Facts of a run and flags without a value are passed over.
+
+    Returns:
+        the flags by name, and the names of those that count as explicit.
+
+    Raises:
+        UserError: the file cannot be read.
+        SystemExit: through `parser.error`: an unknown flag, or a value that it does not take.
+    """
+    ours = {theirs: name for name, theirs in CONFIG_NAMES.items()}
+    content = read_config(file)
+    flags: dict[str, Any] = {}
+    for key, value in content.items():
+        name = ours.get(key, key)
+        if name in NOT_CONFIGURABLE or value is None:
+            continue
+        gone = GONE.get(name) or GONE.get(f"{name}={value}")
+        if gone:
+            parser.error(f"{file}: {name}: {value} is gone: {gone}")
+        if name not in FLAGS:
+            parser.error(f"{file}: unknown flag {name!r}{suggestion(str(name), FLAGS)}")
+        flags[name] = config_value(parser, file, FLAGS[name], value)
+    recorded = content.get("explicit")
+    if isinstance(recorded, list):
+        explicit = {name for name in recorded if name in flags}
+    elif "command" in content and "timestamp" in content:
+        explicit = {name for name, value in flags.items() if value != FLAGS[name].default}
+    else:
+        explicit = set(flags)
+    return flags, {name for name in explicit if not (FLAGS[name].switch and not flags[name])}
+
+
+def config_value(parser: argparse.ArgumentParser, file: Path, flag: Flag, value: Any) -> Any:
+    """One value of a file of flags, checked as the command line's values are."""
+    where = f"{file}: {flag.name}: "
+    if flag.switch:
+        if type(value) is not bool:
+            parser.error(where + "expected true or false")
+        return value
+    assert flag.parse is not None
+    entries = value if flag.many and type(value) is list else [value]
+    parsed: list[Any] = []
+    for entry in entries:
+        try:
+            if (flag.many and type(value) is not list) or type(entry) not in (str, int, float):
+                raise ValueError("expected a list of names" if flag.many else "expected a number or a text of one line")
+            parsed.append(flag.parse(text(str(entry))))
+        except (argparse.ArgumentTypeError, ValueError, OverflowError) as error:
+            parser.error(where + str(error))
+        if flag.choices and parsed[-1] not in flag.choices:
+            parser.error(where + f"{entry!r} is not one of {', '.join(flag.choices)}")
+    return parsed if flag.many else parsed[0]
+
+
+def read_config(file: Path) -> dict[Any, Any]:
+    """Read a YAML or JSON mapping.
+
+    Raises:
+        UserError: the file cannot be read, or holds something else.
+    """
+    if file.suffix == ".json":
+        values = read_json(file)
+    else:
+        import yaml
+
+        try:
+            values = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
+        except Exception as error:  # yaml's constructors raise what they meet: `!!bool x` is a KeyError
+            raise UserError(f"cannot read --config {file} as YAML: {first_line(error)}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"--config {file} is not a mapping of flags: expected lines such as `epochs: 15`")
+    return values
+
+
+# --------------------------------------------------------------------------------------------------
+# Cross-flag validation
+
+
+def check_flags(settings: Settings, error: Callable[[str], Any]) -> None:
+    """Refuse explicit flags that would have no effect, and flags that contradict each other.
+
+    Args:
+        error: is called with the first mistake, e.g. `parser.error`.
+    """
+    args, explicit, mode = settings, settings.explicit, settings.mode
+    from_checkpoint = args.model_path is not None
+    for name in sorted(explicit):
+        flag = FLAGS[name]
+        if mode not in flag.modes:
+            error(f"--{name} has no effect with --mode {mode}, only with {' or '.join(flag.modes)}")
+        if flag.needs and not getattr(args, flag.needs) and not (flag.needs == "use_scheduler" and from_checkpoint):
+            error(f"--{name} has no effect without --{flag.needs}")
+    for kind, entries in KINDS.items():
+        if from_checkpoint and kind not in explicit:
+            continue  # the checkpoint says which it is: see Settings.with_checkpoint
+        for name in sorted(explicit & readers(entries) - set(entries[getattr(args, kind)].flags)):
+            others = " or ".join(other for other, entry in entries.items() if name in entry.flags)
+            error(f"--{name} has no effect with --{kind} {getattr(args, kind)}: add --{kind} {others}")
+    if {"attention_viz_samples", "attention_viz_images"} <= explicit:
+        error("--attention_viz_samples has no effect with --attention_viz_images, which says which")
+    for name in ("compile", "features_on_device"):
+        if args.feature_cache == "off" and name in explicit and getattr(args, name) == "on":
+            error(f"--{name} has no effect with --feature_cache off")
+    check_modes(args, error)
+    if mode == "train":
+        check_training(args, error)
+    else:
+        check_decoding(args, error)
+
+
+def check_modes(args: Settings, error: Callable[[str], Any]) -> None:
+    """What each mode needs."""
+    mode = args.mode
+    if mode not in DATA_MODES or args.predictions is not None:
+        what = "--predictions" if args.predictions is not None else f"--mode {mode}"
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            error(f"{what} runs in one process: start it with python rather than torchrun")
+    if mode != "train" and args.model_path is None and args.predictions is None:
+        error(f"--mode {mode} needs --model_path: a checkpoint, a run directory or a folder of runs")
+    if mode != "test" and len(args.model_path or []) > 1:
+        error(f"--mode {mode} takes one --model_path; several are an ensemble, for --mode test")
+    if mode == "caption" and not args.images:
+        error("--mode caption needs --images: files, folders, patterns such as 'photos/*.jpg', or - for a list")
+    if mode == "export" and args.output is None:
+        error("--mode export needs --output: a folder that is not there yet")
+    if {"quiet", "verbose"} <= args.explicit:
+        error("--quiet and --verbose contradict each other: leave one out")
+
+
+def check_training(args: Settings, error: Callable[[str], Any]) -> None:
+    """What the flags of training mean together."""
+    if args.use_scheduler and args.scheduler_type == "one_cycle" and args.warmup_epochs >= args.epochs:
+        error(f"--warmup_epochs {args.warmup_epochs} leaves nothing of the {args.epochs} epochs to come down in")
+    if not args.epochs + args.scst_epochs:
+        error("--epochs 0 leaves nothing to do: add --scst_epochs N, or train at least one epoch")
+    if args.scst_epochs and args.early_stopping:
+        error("--early_stopping has no effect with --scst_epochs: best.pt is the best epoch of all of them")
+
+
+def check_decoding(args: Settings, error: Callable[[str], Any]) -> None:
+    """What the flags of decoding and captioning mean together."""
+    explicit = args.explicit
+    if {"json", "output"} <= explicit:
+        error("--json has no effect with --output: a FILE that ends in .jsonl has JSON lines")
+    for name in ("beam_size", "length_penalty", "save_attention_viz"):
+        if args.top_p is not None and name in explicit:
+            error(f"--{name} has no effect with --top_p, which samples captions")
+    if "seed" in explicit and args.mode == "caption" and args.top_p is None:
+        error("--seed has no effect with --mode caption without --top_p")
+    if "beam_size" in explicit and args.num_captions > args.beam_size:
+        error(f"--num_captions {args.num_captions} needs a --beam_size of at least as many")
+    if args.consensus != "off" and ("beam_size" in explicit and args.beam_size == 1):
+        error("--consensus chooses among a beam's captions: it needs a --beam_size above 1, best 20 or more")
+    if args.consensus != "off" and args.predictions is not None:
+        error("--consensus has no effect with --predictions, which are captions already")

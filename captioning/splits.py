@@ -1,0 +1,249 @@
+"""Splits by image: which images train, validate and test, and what a model was trained on.
+
+A split is settled once, when a model is trained, and then lies in the model's checkpoint by image name, size and
+CRC-32: no image that a model was trained on is ever scored as a validation or test image.
+
+Stored form, plain types: `{"train": part, "val": part, "test": part, "inherited": part}` with
+`part = {"names": [str], "sizes": [int] or None, "hashes": [int] or None}`. `inherited` are the training images of the
+models that this one was trained on from. Checkpoints of older versions have no sizes, and may lack `train`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from captioning.io import UserError, log, read_json
+from captioning.layouts import SPLITS, karpathy_split, split_lists
+
+COCO_HELD_OUT = 5000  # validation and test images of COCO, as many as Karpathy's split has
+SAME_SET = 0.9  # share of names in common from which on two sets of other files are one data set, encoded anew
+Part = dict[str, Any]
+StoredSplit = dict[str, Part]
+NOBODY: Part = {"names": [], "sizes": [], "hashes": []}
+
+
+def find_splits(
+    places: Sequence[Path], names: Sequence[str], sizes: Sequence[int], seed: int, stored: StoredSplit | None,
+    notes: list[str],
+) -> tuple[dict[str, np.ndarray], str]:  # fmt: skip
+    """Split images: as a checkpoint has them, else by the data set's own lists, else at random.
+
+    Args:
+        places: folders that may hold split lists.
+        names, sizes: of all captioned images; bytes of their files.
+        stored: the split in a checkpoint. It rules wherever it knows an image.
+        notes: receives what was left out and why.
+
+    Returns:
+        positions (int64, sorted) by split, and where they come from.
+
+    Raises:
+        UserError: a list names an image twice, or a split is empty.
+    """
+    lists, source = (None, "") if stored is None else stored_lists(stored, names, sizes, notes)
+    if lists is None:
+        lists, source = listed_split(places) or drawn_split(names, seed)
+    position = {name: number for number, name in enumerate(names)}
+    owner: dict[str, str] = {}
+    for split in SPLITS:
+        for name in lists[split]:
+            if owner.setdefault(name, split) != split:
+                raise UserError(
+                    f"{source}: {name!r} is in both {owner[name]} and {split}; an image belongs to one split"
+                )
+    splits = {
+        split: np.array(sorted(position[name] for name in set(lists[split]) if name in position), dtype=np.int64)
+        for split in SPLITS
+    }
+    absent = [name for name in owner if name not in position]
+    if absent:
+        notes.append(f"{len(absent)} image(s) of the split are not in the data set, left out: {few(absent)}")
+    unused = [name for name in names if name not in owner]
+    if unused:
+        notes.append(f"{len(unused)} image(s) in no split, left out: {few(unused)}")
+    require_splits(splits, source)
+    return splits, source
+
+
+def require_splits(splits: Mapping[str, np.ndarray], source: str) -> None:
+    """Raise UserError if a split has no image."""
+    for split, images in splits.items():
+        if len(images) == 0:
+            raise UserError(
+                f"the {split} split has no images ({source}): training needs at least one image in each split"
+            )
+
+
+def listed_split(places: Sequence[Path]) -> tuple[dict[str, list[str]], str] | None:
+    for place in places:
+        found = split_lists(place) or karpathy_split(place)
+        if found:
+            return found
+    return None
+
+
+def drawn_split(names: Sequence[str], seed: int) -> tuple[dict[str, list[str]], str]:
+    """Draw 80/10/10 % of the images; of COCO 5,000 each of val2014, whose other images train."""
+    shuffled = [names[i] for i in np.random.default_rng(seed).permutation(len(names))]
+    held_out_from = [name for name in shuffled if name.startswith("val2014/")]
+    if held_out_from:
+        held = min(COCO_HELD_OUT, len(held_out_from) // 2)
+        lists = {"val": held_out_from[:held], "test": held_out_from[held : 2 * held]}
+        lists["train"] = [name for name in names if not name.startswith("val2014/")] + held_out_from[2 * held :]
+        return lists, (
+            f"drawn from val2014 with --seed {seed}, {held} images each; Karpathy's own is in his dataset_coco.json"
+        )
+    held = max(1, round(0.1 * len(names)))
+    lists = {"train": shuffled[2 * held :], "val": shuffled[:held], "test": shuffled[held : 2 * held]}
+    return lists, f"drawn by image with --seed {seed}: 80 % / 10 % / 10 %"
+
+
+def stored_lists(
+    stored: StoredSplit, names: Sequence[str], sizes: Sequence[int], notes: list[str]
+) -> tuple[dict[str, list[str]] | None, str]:
+    """Apply a checkpoint's split to a data set; None where the set has none of the checkpoint's images.
+
+    An image is known by name and size, since many folders have an `IMG_1.jpg`. Where nearly all names are known, the
+    set is the checkpoint's own, and files of other sizes are its images encoded anew.
+    """
+    known_sizes = {name: size for split in SPLITS if split in stored for name, size in sized(stored[split])}
+    if "train" not in stored:  # drawn by a version that kept the held-out images alone
+        known_sizes = dict.fromkeys(names) | known_sizes
+    named = [(name, size) for name, size in zip(names, sizes, strict=True) if name in known_sizes]
+    changed = {name for name, size in named if known_sizes[name] not in (None, size)}
+    if len(named) < SAME_SET * len(names):
+        known_sizes = {name: size for name, size in known_sizes.items() if name not in changed}
+        if len(changed) == len(named):
+            if named:
+                notes.append(
+                    f"{len(named)} image(s) have names of the checkpoint's images, but other contents: {few(changed)}"
+                )
+            return None, ""
+    elif changed:
+        notes.append(f"{len(changed)} image(s) have another size than at training: {few(changed)}")
+    lists = {split: [name for name in stored[split]["names"] if name in known_sizes] for split in ("val", "test")}
+    if not (set(lists["val"]) | set(lists["test"])) & set(names):
+        return None, ""
+    if "train" in stored:
+        lists["train"] = [name for name in stored["train"]["names"] if name in known_sizes]
+    else:
+        held_out = set(lists["val"]) | set(lists["test"])
+        lists["train"] = [name for name in names if name not in held_out]
+    return lists, "the checkpoint"
+
+
+def sized(part: Part) -> Iterable[tuple[str, int | None]]:
+    return zip(part["names"], part["sizes"] or [None] * len(part["names"]), strict=True)
+
+
+def few(names: Iterable[str], most: int = 3) -> str:
+    names = sorted(names)
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+# --------------------------------------------------------------------------------------------------
+# What a model was trained on
+
+
+def store_split(
+    splits: Mapping[str, np.ndarray], names: Sequence[str], versions: np.ndarray,
+    parent: StoredSplit | None,
+) -> StoredSplit:  # fmt: skip
+    """Return the stored form of a split.
+
+    Args:
+        versions: int64 (n, 2), the size and CRC-32 of every image, as `Features.versions`.
+        parent: the split of the checkpoint that training went on from.
+    """
+    stored: StoredSplit = {}
+    for split in SPLITS:
+        sizes, hashes = versions[splits[split]].T.tolist()
+        stored[split] = {"names": [names[i] for i in splits[split]], "sizes": sizes, "hashes": hashes}
+    own = set(keys(stored["train"]))
+    inherited = [key for key in trained_on(parent) if key not in own] if parent else []
+    stored["inherited"] = {
+        "names": [name for name, _, _ in inherited],
+        "sizes": [size for _, size, _ in inherited],
+        "hashes": [crc for _, _, crc in inherited],
+    }
+    return stored
+
+
+def same_split(first: StoredSplit | None, second: StoredSplit) -> bool:
+    """Return whether scores on the validation images of both can be compared."""
+    return first is not None and first["val"]["names"] == second["val"]["names"]
+
+
+def keys(part: Part) -> Iterable[tuple[str, int, int]]:
+    """Return (name, size, CRC-32) of each image; -1 where a version of before kept none."""
+    nothing = [-1] * len(part["names"])
+    return zip(part["names"], part["sizes"] or nothing, part["hashes"] or nothing, strict=True)
+
+
+def trained_on(stored: StoredSplit) -> list[tuple[str, int, int]]:
+    """Return the keys of all images that a model has seen in training, its ancestors' included."""
+    return [key for part in ("train", "inherited") for key in keys(stored.get(part, NOBODY))]
+
+
+def refuse_trained_images(
+    stored: StoredSplit, images: np.ndarray, names: Sequence[str], versions: np.ndarray, source: object
+) -> None:
+    """Make sure that a model is not scored on images that it was trained on.
+
+    Args:
+        images: positions (n,) of the images to score.
+        versions: int64 (all images, 2), as `Features.versions`.
+        source: the model, for the message.
+
+    Raises:
+        UserError: it was trained on some of them.
+    """
+    trained = set(trained_on(stored))
+    found = [(names[i], *version) for i, version in zip(images.tolist(), versions[images].tolist(), strict=True)]
+    seen = [key[0] for key in found if key in trained or (key[0], -1, -1) in trained]
+    if seen:
+        raise UserError(
+            f"{source} was trained on {len(seen)} of the {len(images)} images to score ({few(seen)}): a score on them "
+            "says nothing. Score images that it has not seen, e.g. with split lists that leave these out"
+        )
+
+
+def split_of_run(directory: Path) -> StoredSplit | None:
+    """Return the split that a run of an older version wrote beside its checkpoints, or None.
+
+    Raises:
+        UserError: the file has another form.
+    """
+    path = directory / "split.json"
+    if not path.is_file():
+        return None
+    content = read_json(path)
+    found: StoredSplit = {}
+    for split in SPLITS:
+        part = content.get(split) if isinstance(content, dict) else None
+        names = part.get("names") if isinstance(part, dict) else part
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UserError(f"{path}: {split} is not a list of image names: restore the file, or remove it")
+        found[split] = {"names": names, "sizes": None, "hashes": None}
+    return found
+
+
+def checkpoint_split(checkpoint: Mapping[str, Any], path: Path) -> StoredSplit | None:
+    """Return the split that a checkpoint was trained with; warn where only the data set's lists can tell.
+
+    Args:
+        path: the checkpoint's file.
+    """
+    stored: StoredSplit | None = checkpoint["split"]
+    if stored is None or "train" not in stored:
+        stored = split_of_run(path.parent) or stored
+    if stored is None:
+        log.warning(
+            f"Warning: {path} does not say which images it was trained on (an older version wrote it); the split is "
+            "taken from the data set's lists"
+        )
+    return stored
