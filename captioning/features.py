@@ -1,32 +1,18 @@
-"""Every image through the frozen encoder once in its life: a memory-mapped store of its features.
-
-One folder per encoder, weights and transform, in it one per image directory:
-
-    feature_cache/efficientnet_lite0-57934424-squash224/Images-1a2b3c4d/     (squash224-mirror: another view)
-        grid.000.f16, grid.001.f16, ...   float16 rows (49, C), ROWS_PER_FILE to a file
-        grid.jsonl                        a line per row: whose features, of which version of the file, checksum
-        mean.000.f16, mean.jsonl          the grids' means (C,), which is all the `lstm` decoder wants
-        grid-p1.000.f16, grid-p1.jsonl    another part: of several processes each writes its own
-
-Parts are dealt out to the folders that `--feature_cache` names, so that they can lie on several disks. Rows are appended and synced to the disk before the index names them: whatever interrupts an encoding pass
-costs the images of one flush. A changed image is encoded again; a damaged row is found by its checksum.
-"""
+"""Image features: every image goes through the frozen encoder once, and is read from the cache ever after."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import re
 import zlib
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -35,12 +21,11 @@ from tqdm import tqdm
 
 from captioning import distributed
 from captioning.encoders import ENCODE_BATCH, Encoder, EncoderSpec
+from captioning.feature_store import ROWS_PER_FILE, FeatureFile, FeatureStore, Version, version_of
 from captioning.images import UnreadableImage, load_pixels
 from captioning.io import UserError, bars_off, log, make_directory, require_free_space
 
-ROWS_PER_FILE = 4096  # half a gigabyte of EfficientNet-Lite0 grids
 BATCHES_AHEAD = 3
-INDEX_LINE = 4096  # bytes; a file name has 255 at most, which JSON writes in six times as many
 SHARED_CACHE = "processes on several machines need a --feature_cache on a disk that they share"
 FLUSH_IMAGES = 512  # images between two syncs: a dozen seconds of work on two cores
 
@@ -56,177 +41,6 @@ class Features(Protocol):
 
     def gather(self, images: np.ndarray, device: torch.device = CPU) -> torch.Tensor:
         """Features of the images at these positions, float (I, 49, C) or (I, C), on this device."""
-
-
-class Version(NamedTuple):
-    """What tells one version of an image file from another."""
-
-    size: int
-    mtime_ns: int
-    content: int  # CRC-32 of its bytes, which a copy or an unpacked archive keeps
-
-
-class Entry(NamedTuple):
-    """One line of an index: which row holds an image's features, of which version of it, and their CRC-32."""
-
-    row: int
-    size: int
-    mtime_ns: int
-    content: int
-    checksum: int
-
-
-class FeatureFile:
-    """Append-only rows of one kind ('grid' or 'mean') with their index: one part of a `FeatureStore`."""
-
-    def __init__(self, directory: Path, kind: str, row_shape: tuple[int, ...], part: int = 0):
-        self.directory, self.kind, self.row_shape = directory, kind, row_shape
-        self.stem = f"{kind}-p{part}" if part else kind
-        self.row_bytes = 2 * int(np.prod(row_shape))
-        self.index_path = directory / f"{self.stem}.jsonl"
-        self.entries: dict[str, Entry] = {}  # by image name
-        self.retimed: list[str] = []  # images whose modification time is another than the index has
-        self.rows = 0  # rows named by the index, whether or not a later version replaced them
-        self.index_bytes = 0  # length of the index up to its last whole line
-        self.read_index()
-
-    def read_index(self) -> None:
-        """Read what other processes and earlier runs have finished; a torn or impossible line ends it."""
-        if not self.index_path.is_file():
-            return
-        on_disk = self.count_rows()
-        with open(self.index_path, "rb") as lines:
-            while line := lines.readline(INDEX_LINE):
-                try:
-                    name, *numbers = json.loads(line)
-                    entry = Entry(*numbers)
-                except (ValueError, TypeError, RecursionError):
-                    break
-                whole = type(name) is str and all(type(number) is int for number in entry)
-                if not whole or not line.endswith(b"\n") or not 0 <= entry.row < on_disk or entry.checksum >> 32:
-                    break
-                self.entries[name] = entry
-                self.rows = max(self.rows, entry.row + 1)
-                self.index_bytes += len(line)
-
-    def count_rows(self) -> int:
-        """Rows that lie on the disk without a gap, whatever the index says: those that `maps` can map."""
-        rows = 0
-        while rows % ROWS_PER_FILE == 0 and self.file(rows // ROWS_PER_FILE).is_file():
-            size = self.file(rows // ROWS_PER_FILE).stat().st_size
-            if size < self.row_bytes:
-                break
-            rows += min(size // self.row_bytes, ROWS_PER_FILE)
-        return rows
-
-    def file(self, number: int) -> Path:
-        return self.directory / f"{self.stem}.{number:03d}.f16"
-
-    def holds(self, path: Path) -> bool:
-        """Whether the features of this very version of an image are here; its bytes are read if the time differs."""
-        entry = self.entries.get(path.name)
-        if entry is None:
-            return False
-        stat = path.stat()
-        if (entry.size, entry.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
-            return True
-        if entry.size != stat.st_size or entry.content != zlib.crc32(path.read_bytes()):
-            return False
-        self.entries[path.name] = entry._replace(mtime_ns=stat.st_mtime_ns)
-        self.retimed.append(path.name)
-        return True
-
-    def note_times(self) -> None:
-        """Remember the modification times of images that `holds` knew by their bytes."""
-        if self.retimed:
-            self.add_lines(self.retimed)
-            self.retimed = []
-
-    def add_lines(self, names: Sequence[str]) -> None:
-        """Write these images' entries to the index."""
-        text = "".join(json.dumps([name, *self.entries[name]]) + "\n" for name in names).encode("utf-8")
-        write_synced(self.index_path, self.index_bytes, text)
-        self.index_bytes += len(text)
-
-    def append(self, names: Sequence[str], versions: Sequence[Version], rows: np.ndarray) -> None:
-        """Write float16 rows (n, *row_shape), sync them to the disk, then name them in the index."""
-        written = 0
-        while written < len(rows):
-            number, offset = divmod(self.rows + written, ROWS_PER_FILE)
-            part = rows[written : written + ROWS_PER_FILE - offset]
-            write_synced(self.file(number), offset * self.row_bytes, np.ascontiguousarray(part).data)
-            written += len(part)
-        for name, version, row in zip(names, versions, rows, strict=True):
-            self.entries[name] = Entry(self.rows, *version, zlib.crc32(np.ascontiguousarray(row).data))
-            self.rows += 1
-        self.add_lines(names)
-
-    def forget(self, name: str) -> None:
-        """Have the next run encode this image again."""
-        self.entries[name] = Entry(0, -1, -1, 0, 0)
-        self.add_lines([name])
-
-    def maps(self) -> list[np.ndarray]:
-        """The files, memory-mapped read-only, each (rows, *row_shape) float16."""
-        counts = [min(ROWS_PER_FILE, self.rows - first) for first in range(0, self.rows, ROWS_PER_FILE)]
-        return [
-            np.memmap(self.file(number), np.float16, "r", shape=(count, *self.row_shape))
-            for number, count in enumerate(counts)
-        ]
-
-
-def write_synced(path: Path, position: int, data: bytes | memoryview) -> None:
-    """Write at a position, cut off what lay behind, and wait for the disk.
-
-    Raises:
-        UserError: the disk is full or gone.
-    """
-    try:
-        with open(path, "r+b" if path.exists() else "w+b") as file:
-            file.seek(position)
-            file.write(data)
-            file.truncate()
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror}. What is encoded so far is kept: mend that and run again"
-        ) from error
-
-
-class FeatureStore:
-    """All rows of one kind, in as many parts as processes and disks have made of them."""
-
-    def __init__(self, directories: Sequence[Path], kind: str, row_shape: tuple[int, ...]):
-        """Args: directories: one per disk; part n lies in directory n modulo their number."""
-        self.directories, self.kind, self.row_shape = directories, kind, row_shape
-        found = {(directory, path.name) for directory in directories for path in directory.glob(f"{kind}*.jsonl")}
-        numbers = {(place, int(match[1] or 0)) for place, name in found if (match := PART_NAME.fullmatch(name))}
-        # Where the folders were named otherwise before, a part lies where it lies.
-        self.parts = [FeatureFile(place, kind, row_shape, number) for place, number in sorted(numbers)]
-
-    @property
-    def row_bytes(self) -> int:
-        return 2 * int(np.prod(self.row_shape))
-
-    def part(self, number: int) -> FeatureFile:
-        """The part that is written under this number."""
-        place = self.directories[number % len(self.directories)]
-        made = FeatureFile(place, self.kind, self.row_shape, number)
-        return next((part for part in self.parts if part.index_path == made.index_path), made)
-
-    def find(self, path: Path) -> FeatureFile | None:
-        """The part that holds the features of this very version of an image."""
-        return next((part for part in self.parts if part.holds(path)), None)
-
-    def note_times(self) -> None:
-        """See `FeatureFile.note_times`."""
-        for part in self.parts:
-            part.note_times()
-
-
-# grid.jsonl, mean-p3.jsonl
-PART_NAME = re.compile(r"(?:grid|mean)(?:-p([1-9]\d{0,5}))?\.jsonl")
 
 
 class CachedFeatures:
@@ -394,17 +208,35 @@ def open_features(request: FeatureRequest, view: str = "whole") -> Features:
         store = read()
         return store, {int(i): part for i in needed if (part := store.find(paths[i])) is not None}
 
+    def missing() -> list[int]:
+        """Return what nobody has encoded yet."""
+        seen[:] = [look()]
+        return [int(i) for i in needed if int(i) not in seen[0][1]]
+
+    def complete() -> bool:
+        """Return whether nothing has to be written: everything is here, with the images' times, or cannot be noted."""
+        if missing():
+            return False
+        retimed = {part.directory for part in seen[0][0].parts if part.retimed}
+        return not any(os.access(directory, os.W_OK) for directory in retimed)
+
     def prepare() -> list[int]:
-        """What nobody has encoded yet; the first process finds out for all, since it also mends the indexes."""
-        store, holders = look()
-        store.note_times()
-        seen.append((store, holders))
-        return [int(i) for i in needed if int(i) not in holders]
+        """Return what nobody has encoded yet, and note images' new times; the first process does it for all."""
+        todo = missing()
+        seen[0][0].note_times()
+        return todo
 
     seen: list[tuple[FeatureStore, dict[int, FeatureFile]]] = []  # by the first process
     unreadable: dict[int, str] = {}
-    with waiting_locks(directories):
-        todo = distributed.from_first(prepare)
+    try:
+        done = distributed.from_first(complete)
+    except OSError as error:
+        raise UserError(
+            f"cannot read the feature cache {directories[0]}: {error.strerror}. --feature_cache DIR chooses another "
+            "place, off does without"
+        ) from error
+    with nullcontext() if done else waiting_locks(directories):  # a complete cache may lie on a read-only disk
+        todo = [] if done else distributed.from_first(prepare)
         unseen = [directory for directory in directories if not directory.is_dir()]
         if unseen:
             raise UserError(f"rank {distributed.rank()} does not see {unseen[0]}, which rank 0 made: {SHARED_CACHE}")
@@ -428,10 +260,10 @@ def open_features(request: FeatureRequest, view: str = "whole") -> Features:
         unreadable |= theirs
     check_unreadable(unreadable, len(needed))
     store, holders = look() if todo or not seen else seen[0]
-    missing = [i for i in needed.tolist() if i not in holders and i not in unreadable]
-    if missing:
+    lost = [i for i in needed.tolist() if i not in holders and i not in unreadable]
+    if lost:
         raise UserError(
-            f"rank {distributed.rank()} does not see the features of {paths[missing[0]].name} in {directories[0]}, which "
+            f"rank {distributed.rank()} does not see the features of {paths[lost[0]].name} in {directories[0]}, which "
             f"another process encoded (or the image changed meanwhile): {SHARED_CACHE}"
         )
     cached = CachedFeatures(store, paths, unreadable, holders)
@@ -445,11 +277,6 @@ def open_features(request: FeatureRequest, view: str = "whole") -> Features:
 def split_evenly(items: list[int], parts: int) -> list[list[int]]:
     """The items in their order, in so many runs of about the same length."""
     return [[int(item) for item in run] for run in np.array_split(np.array(items, dtype=np.int64), parts)]
-
-
-def version_of(path: Path) -> Version:
-    stat = path.stat()
-    return Version(stat.st_size, stat.st_mtime_ns, zlib.crc32(path.read_bytes()))
 
 
 @contextmanager

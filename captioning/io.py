@@ -1,4 +1,4 @@
-"""What every other module shares: how a file is written, and how a user is told what happens and what is wrong."""
+"""What every other module shares: atomic writes, messages, and a user's mistakes."""
 
 from __future__ import annotations
 
@@ -7,30 +7,39 @@ import json
 import logging
 import os
 import re
+import secrets
 import shutil
+import signal
 import sys
+import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
-# What has no place in a name or a caption: it would break a message's line, a terminal or a UTF-8 file.
+# Not allowed in a name or a caption: each breaks a message's line, a terminal or a UTF-8 file.
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")  # names of half-written files
+STALE_SECONDS = 600  # no file takes longer to write; what a killed process left is older
 
 
 def printable(text: str) -> str:
-    """The text with its control characters as escapes, so that it cannot break a line or command a terminal."""
+    """Return the text with its control characters as escapes, so that it cannot break a line or command a terminal."""
     return CONTROL_CHARACTERS.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
+# --------------------------------------------------------------------------------------------------
+# Messages
+
+
 class PrintHandler(logging.Handler):
-    """Messages as `print` writes them: on standard output as it is at that moment, without a prefix."""
+    """Prints messages on standard output as it is at that moment, without a prefix."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(record.getMessage(), flush=True)
 
 
-# What happens along the way. What a command was asked for (scores, tables) is printed, so that --quiet keeps it.
+# Progress messages. What a command was asked for (scores, tables) is printed, so that --quiet keeps it.
 log = logging.getLogger("image_captioning")
 log.addHandler(PrintHandler())
 log.setLevel(logging.INFO)
@@ -38,16 +47,88 @@ log.propagate = False  # a library that sets up logging for itself does not prin
 
 
 def bars_off() -> bool | None:
-    """tqdm's `disable`: with --quiet there are no progress bars, else there are on a terminal."""
+    """Return tqdm's `disable`: no progress bars with --quiet, else bars on a terminal."""
     return None if log.isEnabledFor(logging.INFO) else True
 
 
+class SteadyStream:
+    """A text stream whose writes never fail: what a closed terminal or a full disk cannot take is dropped."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            try:
+                self.stream.write(text)
+            except UnicodeEncodeError:
+                self.stream.write(text.encode("ascii", "backslashreplace").decode())
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
+
+
+@contextlib.contextmanager
+def steady_streams() -> Iterator[None]:
+    """Let hours of work go on where their messages cannot be printed: `| head -1`, a closed terminal, a full disk."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (SteadyStream(stream) if stream is not None else None for stream in before)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def open_standard_streams() -> None:
+    """Put the null device where a standard stream is closed, so that no file of ours takes its number."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+
+
+# --------------------------------------------------------------------------------------------------
+# A user's mistakes
+
+
+class UserError(Exception):
+    """A mistake that the user can fix. The main scripts print it as one line and exit with code 2."""
+
+    def __str__(self) -> str:
+        """Return the message; names in it that came from a file cannot command the terminal."""
+        return "\n".join(map(printable, super().__str__().split("\n")))
+
+
+class Terminated(BaseException):
+    """SIGTERM or SIGHUP came: what is in hand is put away, then the program ends."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+def terminate(number: int, _: object) -> NoReturn:
+    raise Terminated(number)
+
+
 def run_command(command: Callable[[], int], stopped: str) -> int:
-    """The exit code of a command: its own, 2 after a user's mistake, which is said in one line, or 130 after Ctrl-C.
+    """Run a command; return its exit code, 2 after a user's mistake, or 128 + the signal that ended it.
 
     Args:
-        stopped: what to say after Ctrl-C.
+        stopped: what to print after Ctrl-C, SIGTERM or SIGHUP.
     """
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    # nohup ignores SIGHUP, and stays in force
+    numbers = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    with contextlib.suppress(ValueError):  # not in the main thread
+        for number in numbers:
+            signal.signal(number, terminate)
     try:
         return command()
     except UserError as error:
@@ -59,42 +140,61 @@ def run_command(command: Callable[[], int], stopped: str) -> int:
     except KeyboardInterrupt:
         print(f"\n{stopped}", file=sys.stderr)
         return 130
-
-
-class UserError(Exception):
-    """Something the user can mend. The main scripts print it as one line and exit with code 2."""
-
-    def __str__(self) -> str:
-        """The message; names in it that came from a stranger's file cannot command the terminal."""
-        return "\n".join(map(printable, super().__str__().split("\n")))
+    except Terminated as ended:
+        print(f"\n{stopped}", file=sys.stderr)
+        return 128 + ended.number
+    finally:
+        with contextlib.suppress(ValueError):
+            for number in numbers:
+                signal.signal(number, signal.SIG_DFL)
 
 
 def not_installed(package: str | None) -> UserError:
-    """The complaint over a package that requirements.txt names and this Python has not."""
+    """Return the complaint over a package that requirements.txt names and this Python has not."""
     return UserError(
         f"{sys.executable} has no package {package}. Install what is needed (python -m pip install -r requirements.txt, "
         "or ./setup.sh, which puts it into .venv), or run the Python that has it (.venv/bin/python)"
     )
 
 
+# --------------------------------------------------------------------------------------------------
+# Files
+
+
+def temporary_name(path: Path) -> Path:
+    """Return a name beside `path` that no other process has, on whatever machine or in whatever container."""
+    return path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}.tmp")
+
+
+def remove_stale_files(directory: Path) -> None:
+    """Remove the half-written files that killed processes left in a directory."""
+    for path in directory.iterdir():
+        with contextlib.suppress(OSError):
+            if TEMPORARY.fullmatch(path.name) and time.time() - path.lstat().st_mtime > STALE_SECONDS:
+                path.unlink()
+
+
 def write_atomic(path: str | os.PathLike[str], write: Callable[[IO[bytes]], object]) -> None:
     """Let `write` fill a file that appears under `path` whole or not at all.
 
-    The bytes go to a temporary file beside `path`, are flushed to the disk and renamed over it, so
-    that a crash, a full disk or a second reader never meets half a file.
+    The bytes go to a temporary file beside `path`, are flushed to the disk and renamed over it, so that a crash, a full
+    disk or a second reader never meets half a file.
 
     Raises:
         UserError: the file cannot be written; what stood at `path` before is untouched.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:  # x: nothing is written through a link
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+    except (OSError, RuntimeError) as error:
+        # torch.save reports a full disk as a RuntimeError; others, such as CUDA's, are no matter of the disk.
+        if isinstance(error, RuntimeError) and not re.search("PytorchStreamWriter|inline_container", str(error)):
+            raise
         raise UserError(
             f"cannot write {path}: {error}. Free some space or choose a writable place, then run again; "
             "what was there before is untouched"
@@ -127,15 +227,15 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def first_line(error: Exception) -> str:
-    """What an error of another library says, short enough for one line of ours."""
+    """Return the first line of another library's error message, shortened."""
     return str(error).strip().split("\n")[0][:200] or type(error).__name__
 
 
 def check_tensor_zip(path: Path) -> None:
-    """Compare what a file of PyTorch says of itself with what it is, before memory is taken for its tensors.
+    """Check a PyTorch file before memory is allocated for its tensors.
 
-    PyTorch stores its records uncompressed, so that records cannot be larger than the file they are in, and
-    with checksums, which it does not compare itself.
+    PyTorch stores its records uncompressed, so records cannot be larger than their file, and with checksums, which it
+    does not compare itself.
 
     Raises:
         zipfile.BadZipFile: compressed, larger inside than outside, a record twice, or damaged.
@@ -153,12 +253,14 @@ def check_tensor_zip(path: Path) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Make `target` the same file as `source` without writing its bytes again where links are possible.
+    """Make `target` the same file as `source`, by a hard link where the file system has them.
 
-    Checkpoints are only ever replaced whole (never written in place), so that a hard link is as safe
-    as a copy and a run keeps `best.pt` and `last.pt` for nothing.
+    Checkpoints are only ever replaced whole, never written in place, so a link is as safe as a copy and takes no room.
+
+    Raises:
+        UserError: the file cannot be written.
     """
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(target)
     try:
         try:
             os.link(source, temporary)
@@ -180,8 +282,8 @@ def make_directory(path: Path, purpose: str) -> Path:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".write_test.{os.getpid()}"
-        probe.touch()
+        probe = temporary_name(path / "write_test")
+        probe.touch(exist_ok=False)
         probe.unlink()
     except OSError as error:
         raise UserError(f"cannot write into {path} ({purpose}): {error.strerror}. Choose another directory") from error

@@ -1,0 +1,114 @@
+"""Files are written whole or not at all; messages that cannot be printed end nothing."""
+
+import errno
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from captioning.io import (
+    SteadyStream,
+    UserError,
+    link_or_copy,
+    remove_stale_files,
+    run_command,
+    steady_streams,
+    temporary_name,
+    write_atomic,
+    write_text,
+)
+
+
+def test_only_a_full_disk_is_blamed_on_the_disk(tmp_path):
+    """16.16: a CUDA error under --output read "Free some space"."""
+
+    def fail(message):
+        def write(_):
+            raise RuntimeError(message)
+
+        return write
+
+    with pytest.raises(RuntimeError, match="CUDA"):
+        write_atomic(tmp_path / "x", fail("CUDA error: an illegal memory access"))
+    with pytest.raises(UserError, match="Free some space"):
+        write_atomic(tmp_path / "x", fail("PytorchStreamWriter failed writing file data/0: file write failed"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_processes_of_one_number_do_not_share_a_temporary_name(tmp_path, monkeypatch):
+    """17.4: two containers with one process id; nothing is written through a stale link."""
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    names = {temporary_name(tmp_path / "best.pt") for _ in range(100)}
+    assert len(names) == 100
+    (tmp_path / "model_epoch_2.pt").write_bytes(b"weights")
+    fixed = tmp_path / ".best.pt.0123456789abcdef.tmp"
+    os.link(tmp_path / "model_epoch_2.pt", fixed)
+    monkeypatch.setattr("captioning.io.temporary_name", lambda _: fixed)
+    with pytest.raises(UserError):
+        write_text(tmp_path / "best.pt", "other")
+    assert (tmp_path / "model_epoch_2.pt").read_bytes() == b"weights"
+
+
+def test_a_file_keeps_the_usual_permissions(tmp_path):
+    (tmp_path / "plain").touch()
+    write_text(tmp_path / "a.json", "{}")
+    assert (tmp_path / "a.json").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
+    stale, fresh, own = (tmp_path / name for name in (f".a.{'0' * 16}.tmp", f".b.{'1' * 16}.tmp", ".mine.tmp"))
+    for path in (stale, fresh, own):
+        path.touch()
+    for path in (stale, own):
+        os.utime(path, (time.time() - 3600,) * 2)
+    remove_stale_files(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([fresh.name, own.name])
+
+
+def test_a_copy_where_there_are_no_links(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(b"x")
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no links")))
+    link_or_copy(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_bytes() == b"x" and len(list(tmp_path.iterdir())) == 2
+
+
+class Broken(io.StringIO):
+    def write(self, *_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    flush = write
+
+
+def test_messages_that_cannot_be_printed_end_nothing(monkeypatch):
+    """17.6: `| head -1`, a closed terminal, a full log disk, a code page without the characters."""
+    monkeypatch.setattr(sys, "stdout", Broken())
+    with steady_streams():
+        print("epoch 1", flush=True)
+    latin = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    SteadyStream(latin).write("Ärger\n")
+    assert latin.buffer.getvalue() == b"\\xc4rger\n"
+
+
+def test_sigterm_ends_a_command_with_a_line(capsys):
+    def command():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+        return 0
+
+    assert run_command(command, "Stopped.") == 143
+    assert capsys.readouterr().err.strip() == "Stopped." and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a POSIX shell closes the streams")
+def test_closed_standard_streams(tmp_path):
+    """17.15: no file takes the number of a closed stream."""
+    code = "from captioning.io import open_standard_streams as o; o(); print(open('kept', 'w').fileno(), file=open('n', 'w'))"
+    root = str(Path(__file__).parent.parent)
+    shell = f'exec "{sys.executable}" -c "{code}" <&- >&- 2>&-'
+    subprocess.run(["sh", "-c", shell], cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}, check=True)
+    assert int((tmp_path / "n").read_text()) > 2

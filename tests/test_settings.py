@@ -1,0 +1,144 @@
+"""The table of flags, --config, and what a checkpoint decides."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import flickr_image_caption_with_pytorch_resnet_lstm as trainer
+from captioning.flags import FLAGS, GONE, MODES
+from captioning.io import UserError
+from captioning.settings import Settings, parse_flags
+
+SCRIPT = Path(trainer.__file__)
+
+
+def refused(capsys, *argv: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        parse_flags(list(argv))
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_help_through_the_command_shows_every_default():
+    """16.11: the parser was read twice, and no default was left."""
+    ended = subprocess.run([sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, check=True)
+    shown = " ".join(ended.stdout.split())
+    for flag in FLAGS.values():
+        assert f"--{flag.name}" in shown
+        if flag.default is not None and not flag.switch:
+            value = f"{flag.default:g}" if isinstance(flag.default, float) else str(flag.default)
+            assert f"(default: {value})" in shown, flag.name
+
+
+def test_the_originals_defaults():
+    settings = parse_flags([])
+    original = {
+        "dataset_type": "flickr30k", "decoder": "lstm", "epochs": 10, "batch_size": 128, "learning_rate": 1e-4,
+        "scheduler_type": "reduce_lr_on_plateau", "scheduler_patience": 3, "scheduler_factor": 0.5,
+        "scheduler_step_size": 7, "scheduler_gamma": 0.1, "scheduler_t_max": 10, "min_lr": 1e-7, "warmup_epochs": 0,
+        "attention_viz_samples": 3, "embed_size": 512, "hidden_size": 1024, "num_layers": 3, "attention_dim": 512,
+        "drop_prob": 0.3, "num_workers": 16, "use_scheduler": False, "save_attention_viz": False,
+    }  # fmt: skip
+    assert {name: getattr(settings, name) for name in original} == original and not settings.explicit
+
+
+def test_settings_are_not_written_to():
+    settings = parse_flags(["--epochs", "3"])
+    with pytest.raises(AttributeError):
+        settings.epochs = 4
+    assert settings.with_values(epochs=4).epochs == 4 and settings.epochs == 3
+
+
+def test_the_table_is_sound():
+    for flag in FLAGS.values():
+        assert set(flag.modes) <= set(MODES) and flag.checkpoint in ("", "fixed", "kept", "train")
+        assert not flag.needs or flag.needs in FLAGS
+        if flag.default is not None and flag.parse is not None and not flag.many:
+            assert flag.parse(str(flag.default)) == flag.default and flag.default in (flag.choices or (flag.default,))
+    assert not set(GONE) & set(FLAGS)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--epohcs", "3"], "did you mean --epochs?"),
+        (["--images", "x.jpg"], "--images has no effect with --mode train"),
+        (["--mode", "test", "--model_path", "x", "--epochs", "3"], "--epochs has no effect with --mode test"),
+        (["--attention_dim", "64"], "--attention_dim has no effect with --decoder lstm: add --decoder attention"),
+        (["--encoder", "efficientnet_lite0", "--resnet_weights", "x"], "--resnet_weights has no effect with --encoder"),
+        (["--scheduler_gamma", "0.5"], "--scheduler_gamma has no effect without --use_scheduler"),
+        (["--scst_samples", "3"], "--scst_samples has no effect without --scst_epochs"),
+        (["--seed", "9223372036854775808"], "--seed: 9223372036854775808 is out of range"),
+        (["--seed", str(2**70)], "out of range"),
+        (["--data_dir", "a\nb"], "a line break"),
+        (["--length_penalty", "200"], "out of range"),
+        (["--max_length", "1000000"], "out of range"),
+    ],
+)
+def test_what_is_refused_before_anything_is_read(capsys, argv, message):
+    assert message in refused(capsys, *argv)
+
+
+def test_a_hand_written_config_counts_as_typed(tmp_path, capsys):
+    """16.7: values of --config were lost beside --model_path, and idle flags in a file went unnoticed."""
+    file = tmp_path / "own.yaml"
+    file.write_text("epochs: 4\nbatch_size: 32\nuse_scheduler: false\n")
+    settings = parse_flags(["--config", str(file), "--epochs", "2"])
+    assert (settings.epochs, settings.batch_size) == (2, 32) and settings.explicit >= {"epochs", "batch_size"}
+    assert "use_scheduler" not in settings.explicit
+    file.write_text("scheduler_gamma: 0.5\n")
+    assert "--scheduler_gamma has no effect without" in refused(capsys, "--config", str(file))
+    file.write_text("batch_sise: 32\n")
+    assert "did you mean batch_size?" in refused(capsys, "--config", str(file))
+    file.write_text("consensus: neighbours\n")
+    assert "--consensus regression took its place" in refused(capsys, "--config", str(file))
+
+
+def test_a_run_config_records_what_was_explicit(tmp_path):
+    file = tmp_path / "run_config.json"
+    content = {"decoder_type": "attention", "epochs": 10, "batch_size": 64, "timestamp": "t", "command": "python x"}
+    file.write_text(json.dumps(content | {"explicit": ["epochs"]}))
+    assert parse_flags(["--config", str(file)]).explicit == {"config", "epochs"}
+    file.write_text(json.dumps(content))  # an older version: what differs from the default counts
+    settings = parse_flags(["--config", str(file)])
+    assert settings.explicit == {"config", "decoder", "batch_size"} and settings.decoder == "attention"
+
+
+def test_a_checkpoint_decides_and_only_explicit_flags_contradict_it(tmp_path):
+    first = parse_flags(["--decoder", "attention", "--batch_size", "64", "--weight_decay", "0.05"])
+    checkpoint = {"flags": first.stored() | {"precision": "fp32"}, "decoding": None}
+    source = Path("x.pt")
+    later = parse_flags(["--model_path", "x.pt", "--batch_size", "32"]).with_checkpoint(checkpoint, source)
+    assert (later.decoder, later.batch_size, later.weight_decay) == ("attention", 32, 0.05)
+    with pytest.raises(UserError, match="--hidden_size 99 contradicts x.pt"):
+        parse_flags(["--model_path", "x.pt", "--hidden_size", "99"]).with_checkpoint(checkpoint, source)
+    lstm = {"flags": checkpoint["flags"] | {"decoder": "lstm"}, "decoding": None}
+    with pytest.raises(UserError, match="--save_attention_viz has no effect with x.pt, whose decoder is lstm"):
+        parse_flags(["--model_path", "x.pt", "--save_attention_viz"]).with_checkpoint(lstm, source)
+
+
+def test_tuned_decoding_counts_unless_flags_say_otherwise():
+    tuned = {"beam_size": 5, "length_penalty": 1.0}
+    checkpoint = {"flags": parse_flags([]).stored(), "decoding": tuned}
+
+    def beam(*argv: str) -> int:
+        settings = parse_flags(["--mode", "test", "--model_path", "x.pt", *argv])
+        return int(settings.with_checkpoint(checkpoint, Path("x.pt")).beam_size)
+
+    assert beam() == 5 and beam("--beam_size", "2") == 2
+
+
+def test_flags_are_answered_without_pytorch():
+    code = "import sys; from captioning.settings import parse_flags; parse_flags([]); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, check=True)
+
+
+def test_every_settings_value_is_in_the_stored_flags_of_training():
+    settings = parse_flags([])
+    assert isinstance(settings, Settings)
+    stored = settings.stored()
+    assert {"epochs", "decoder", "seed"} <= set(stored) and "images" not in stored
+    json.dumps(stored)

@@ -1,0 +1,74 @@
+"""A split is settled once: no image that a model was trained on is scored."""
+
+import numpy as np
+import pytest
+
+from captioning.io import UserError
+from captioning.splits import NOBODY, find_splits, refuse_trained_images, same_split, store_split, stored_lists
+
+NAMES = [f"IMG_{n}.jpg" for n in range(10)]
+SIZES = [100 + n for n in range(10)]
+VERSIONS = np.array([(size, 7 * size) for size in SIZES])
+SPLITS = {"train": np.arange(6), "val": np.array([6, 7]), "test": np.array([8, 9])}
+STORED = store_split(SPLITS, NAMES, VERSIONS, parent=None)
+
+
+def found(names, sizes, stored, tmp_path, notes=None):
+    splits, source = find_splits([tmp_path], names, sizes, 0, stored, [] if notes is None else notes)
+    return {split: [names[i] for i in images] for split, images in splits.items()}, source
+
+
+def test_the_stored_split_rules_over_lists_that_were_added_later(tmp_path):
+    for name, images in (("train.txt", NAMES[4:]), ("val.txt", NAMES[2:4]), ("test.txt", NAMES[:2])):
+        (tmp_path / name).write_text("\n".join(images))
+    assert found(NAMES, SIZES, None, tmp_path)[0]["test"] == NAMES[:2]
+    lists, source = found(NAMES, SIZES, STORED, tmp_path)
+    assert lists == {"train": NAMES[:6], "val": NAMES[6:8], "test": NAMES[8:]} and source == "the checkpoint"
+
+
+def test_images_that_came_or_went_are_named(tmp_path):
+    notes: list[str] = []
+    names, sizes = [*NAMES[1:], "new.jpg"], [*SIZES[1:], 5]
+    lists, _ = found(names, sizes, STORED, tmp_path, notes)
+    assert lists["train"] == NAMES[1:6] and not any("new.jpg" in part for part in lists.values())
+    assert any("IMG_0.jpg" in note for note in notes) and any("new.jpg" in note for note in notes)
+
+
+def test_other_images_under_the_same_names_are_another_data_set(tmp_path):
+    notes: list[str] = []
+    names = [*NAMES[:4], *(f"own_{n}.jpg" for n in range(16))]
+    lists, source = found(names, [1] * 20, STORED, tmp_path, notes)
+    assert source.startswith("drawn") and sum(map(len, lists.values())) == 20
+    assert "other contents" in notes[0]
+
+
+def test_the_same_data_set_encoded_anew_keeps_its_split(tmp_path):
+    notes: list[str] = []
+    lists, source = found(NAMES, [1] * 10, STORED, tmp_path, notes)
+    assert source == "the checkpoint" and lists["test"] == NAMES[8:] and "10 image(s) have another size" in notes[0]
+
+
+def test_splits_of_older_checkpoints(tmp_path):
+    held_out = {split: {"names": STORED[split]["names"], "sizes": None, "hashes": None} for split in ("val", "test")}
+    lists, _ = found(NAMES, SIZES, held_out, tmp_path)
+    assert lists["train"] == NAMES[:6]
+    assert stored_lists(held_out, ["other.jpg"] * 3, [1] * 3, [])[0] is None
+
+
+def test_a_model_is_not_scored_on_what_it_or_its_parent_was_trained_on():
+    child = store_split({**SPLITS, "train": np.array([8])}, NAMES, VERSIONS, parent=STORED)
+    assert child["inherited"]["names"] == NAMES[:6]
+    grandchild = store_split({**SPLITS, "train": np.array([9])}, NAMES, VERSIONS, parent=child)
+    assert set(grandchild["inherited"]["names"]) == {*NAMES[:6], NAMES[8]}
+    for stored, trained in ((STORED, [0, 5]), (child, [3, 8]), (grandchild, [0, 8, 9])):
+        for image in trained:
+            with pytest.raises(UserError, match=f"was trained on 1 of the 2 images to score .IMG_{image}.jpg"):
+                refuse_trained_images(stored, np.array([image, 6]), NAMES, VERSIONS, "m.pt")
+        refuse_trained_images(stored, np.array([6, 7]), NAMES, VERSIONS, "m.pt")
+    others = VERSIONS + 1  # other images that have the same names
+    refuse_trained_images(STORED, np.arange(10), NAMES, others, "m.pt")
+
+
+def test_scores_are_compared_on_the_same_validation_images_only():
+    other = STORED | {"val": NOBODY}
+    assert same_split(STORED, STORED) and not same_split(other, STORED) and not same_split(None, STORED)
