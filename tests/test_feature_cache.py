@@ -1,15 +1,17 @@
 """The feature cache: once per image, whatever happens in between; defect 13 of the original."""
 
+import errno
 import os
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from captioning import registry
 from captioning.encoders import ENCODERS, Encoder, EncoderSpec
-from captioning.features import DeviceFeatures, open_features
-from captioning.flags import ENCODER_NAMES
+from captioning.features import DeviceFeatures, FeatureRequest, fits_on, open_features
 from captioning.io import UserError
 
 SPEC = EncoderSpec("toy", 6, (0.0,) * 3, (255.0,) * 3, image_size=28)
@@ -40,9 +42,10 @@ def paths(tmp_path):
 def features(tmp_path, paths, build, means=False, cache="cache", needed=None, compiled="off"):
     places = [] if cache is None else [tmp_path / part for part in cache.split()]
     wanted = np.arange(len(paths)) if needed is None else np.array(needed)
-    return open_features(
+    request = FeatureRequest(
         places, SPEC, "0123456789abcdef", build, paths, paths[0].parent, wanted, torch.device("cpu"), means, 2, compiled
     )
+    return open_features(request)
 
 
 def test_an_image_is_encoded_once(tmp_path, paths):
@@ -175,6 +178,65 @@ def test_only_what_is_needed_is_encoded(tmp_path, paths):
     assert [line.split('"')[1] for line in index.read_text().splitlines()] == ["1.png", "3.png"]
 
 
+def test_what_another_run_adds_survives_a_damaged_row(tmp_path, paths):
+    """16.18: forgetting a row truncated the index without the lock."""
+    first = features(tmp_path, paths, Counting(), needed=[0, 1])
+    (data,) = (tmp_path / "cache").rglob("grid.000.f16")
+    raw = bytearray(data.read_bytes())
+    raw[5] ^= 1
+    data.write_bytes(raw)
+    features(tmp_path, paths, Counting(), needed=[1, 2, 3])  # another run
+    with pytest.raises(UserError, match="damaged"):
+        first.gather(np.array([0]))
+    build = Counting()
+    features(tmp_path, paths, build, needed=[1, 2, 3])
+    assert build.built == 0
+
+
+def test_an_image_that_cannot_be_read_is_one_of_the_unreadable(tmp_path, paths, monkeypatch):
+    """16.15: one image without read permission, or an I/O error, ended encoding with a traceback."""
+    plain = type(paths[0]).read_bytes
+
+    def read_bytes(self):
+        if self.name == "2.png":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return plain(self)
+
+    monkeypatch.setattr(type(paths[0]), "read_bytes", read_bytes)
+    with pytest.raises(UserError, match="1 of 6 images cannot be read"):
+        features(tmp_path, paths, Counting())
+
+
+def test_a_complete_cache_on_a_read_only_disk_serves(tmp_path, paths, monkeypatch):
+    whole = features(tmp_path, paths, Counting()).gather(np.arange(6))
+    for number, path in enumerate(paths):
+        os.utime(path, ns=(number, number))
+
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(type(paths[0]), "touch", read_only)
+    monkeypatch.setattr(os, "fsync", read_only)
+    assert torch.equal(features(tmp_path, paths, Counting()).gather(np.arange(6)), whole)
+    with pytest.raises(UserError, match="cannot write into .*Read-only"):
+        features(tmp_path, paths, Counting(), cache="other")
+
+
+def test_all_views_together_take_at_most_half_of_the_device(monkeypatch):
+    """16.17: half of the free memory was taken for each view."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 1000))
+    device = torch.device("cuda")
+    assert fits_on(device, 500) and not fits_on(device, 6 * 100)
+
+
+def test_the_version_of_each_image_is_known(tmp_path, paths):
+    found = [features(tmp_path, paths, Counting(), needed=[1, 4], cache=cache) for cache in ("cache", None)]
+    for each in found:
+        assert each.versions[1].tolist() == [paths[1].stat().st_size, zlib.crc32(paths[1].read_bytes())]
+        assert each.versions[0].tolist() == [-1, -1]
+
+
 def test_the_encoders_say_what_they_are():
     said = {name: (spec.network, spec.family, spec.regions, spec.transform) for name, spec in ENCODERS.items()}
     plain = {
@@ -189,4 +251,4 @@ def test_the_encoders_say_what_they_are():
         f"{name}_stages": (network, family if family == "resnet" else f"{family}_stages", regions, transform)
         for name, (network, family, regions, transform) in plain.items()
     }
-    assert said == plain | stages and set(said) == set(ENCODER_NAMES)
+    assert said == plain | stages and set(said) == set(registry.ENCODERS)
