@@ -41,7 +41,6 @@ from captioning.io import (
     bars_off,
     format_bytes,
     log,
-    make_directory,
     not_installed,
     publish_copy,
     read_json,
@@ -231,7 +230,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from captioning import demo_set as pointing_game
 from captioning import distributed, plots
 from captioning.batches import BatchMaker
 from captioning.checkpoints import (
@@ -251,17 +249,8 @@ from captioning.encoders import ENCODERS, build_encoder, find_weights
 from captioning.evaluation import Task, caption, captions_of_images, images_to_draw
 from captioning.features import Features, cache_folders, open_features
 from captioning.images import VIEW_SETS
-from captioning.modes.test import (
-    print_scores,
-    read_predictions,
-    save_attention_pictures,
-    save_gallery,
-    save_references,
-    save_test,
-    score_test,
-    ways_to_decode,
-)
-from captioning.modes.tune import tune
+from captioning.modes import test as test_mode
+from captioning.modes import tune as tune_mode
 from captioning.reports import write_report
 from captioning.scst import SelfCritic
 from metrics_utils import score_captions
@@ -671,7 +660,7 @@ def train(args: argparse.Namespace, typed: set[str], argv: list[str]) -> Path:
     best_path = run.directory / "best.pt"
     load_weights(run.decoder, load_checkpoint(best_path)["decoder"], best_path)
     if args.save_attention_viz:
-        save_attention_pictures(run, images_to_draw(args, run.data, run.data.splits["test"]), run.directory)
+        test_mode.save_attention_pictures(run, images_to_draw(args, run.data, run.data.splits["test"]), run.directory)
     if distributed.is_first():
         sum_up(run, argv, (time.time() - started) / 60)
     return run.directory
@@ -737,68 +726,19 @@ def load_task(args: argparse.Namespace, typed: set[str], splits: list[str]) -> t
         checkpoints[path] = checkpoint
     if args.mode == "test" and args.consensus != "off":
         args.beam_size = args.beam_size if "beam_size" in typed else BEAM_SIZE
-        looks: list[Features] = []
+        regression_views: list[Features] = []
         if regression:
             shown = np.union1d(regression_images(task.data.splits["train"]), needed)
-            looks, _ = build_features(args, task.data, shown, True, args.views, first["encoder"]["weights_hash"])
-        task.consensus = Consensus(task.data, task.vocabulary, looks)
+            regression_views, _ = build_features(
+                args, task.data, shown, True, args.views, first["encoder"]["weights_hash"]
+            )
+        task.consensus = Consensus(task.data, task.vocabulary, regression_views)
     return task, np.concatenate([task.data.splits[split] for split in splits]), checkpoints
 
 
 def test(args: argparse.Namespace, typed: set[str]) -> None:
-    """Score checkpoints on the test images, greedily and with a beam, and draw what they looked at."""
-    task, images, checkpoints = load_task(args, typed, args.split.split("+"))
-    data, (path, *others) = task.data, checkpoints
-    directory = make_directory(path.parent, "what the test finds")
-    pointing = args.dataset_type == "demo" and args.decoder == "attention"  # there we know where things are
-    columns: list[tuple[str, dict[str, Any]]] = []
-    for way, about, found in ways_to_decode(task, images, attention=pointing):
-        if not distributed.is_first():
-            continue
-        captions = [task.text(each) for each in found]
-        scores, each = score_test(data, images, captions, args.spice)
-        if pointing:
-            names, words = [data.names[image] for image in images], [text.split() for text in captions]
-            scores |= pointing_game.play(data.captions_file, names, words, [one.attention for one in found])
-        header = {
-            "checkpoint": " + ".join([path.name, *map(str, others)]), "epoch": checkpoints[path]["epoch"],
-            "dataset": args.dataset_type, "split": args.split, "views": args.views, "images": len(images),
-            **about, "tokenizer": "spacy.blank('en'), lower case, without punctuation",
-        }  # fmt: skip
-        captions_file = save_test(directory, header, data, images, captions, scores, each)
-        columns.append((way, scores))
-    if args.save_attention_viz:
-        save_attention_pictures(task, images_to_draw(args, data, images), directory)
-    if not distributed.is_first():
-        return
-    print_scores(columns, [data.references(image) for image in images], args.split)
-    if "pointing_game" in scores:
-        print(f"  {pointing_game.describe(scores)}")
-    save_references(directory, data, images, args.split)
-    save_gallery(data, images, captions, each.cider, directory / "sample_captions.png")
-    if (directory / "run_config.json").is_file():  # an exported folder and a lone checkpoint have no run to report
-        print(f"Report: {write_report(directory, data)}")
-    print(f"Scores: {directory / 'test_metrics.json'}. Captions: {directory / captions_file}")
-
-
-def score_predictions(args: argparse.Namespace) -> None:
-    """Score captions that any other program made of this data set's images."""
-    data = build_data(args, None)
-    images = np.concatenate([data.splits[split] for split in args.split.split("+")])
-    scores, _ = score_test(data, images, read_predictions(args.predictions, data, images), args.spice)
-    print_scores([(args.predictions.stem[:9], scores)], [data.references(image) for image in images], args.split)
-
-
-def tune_decoding(args: argparse.Namespace, typed: set[str]) -> None:
-    """Find the beam size and length penalty that suit a checkpoint, and keep them in it."""
-    task, _, checkpoints = load_task(args, typed, ["val"])
-    ((path, checkpoint),) = checkpoints.items()
-    require_trainable(checkpoint, path)
-    best = tune(task)
-    if distributed.is_first():
-        save_checkpoint(path, checkpoint | {"decoding": best})
-    print(f"Best: --beam_size {best['beam_size']} --length_penalty {best['length_penalty']}, "
-          f"CIDEr {100 * best['cider']:.2f}. Kept in {path}, which --mode test uses from now on")  # fmt: skip
+    """Score checkpoints on the test images."""
+    test_mode.run(*load_task(args, typed, args.split.split("+")))
 
 
 def run(argv: list[str]) -> int:
@@ -821,11 +761,12 @@ def run(argv: list[str]) -> int:
         argv = ["--resume", str(interrupted)]
         args, typed = parse_flags(argv)
     if args.predictions is not None:
-        score_predictions(args)
+        test_mode.score_predictions(build_data(args, None), args)
     elif args.mode == "test":
         test(args, typed)
     elif args.mode == "tune":
-        tune_decoding(args, typed)
+        context, _, checkpoints = load_task(args, typed, ["val"])
+        tune_mode.run(context, *next(iter(checkpoints.items())))
     elif args.mode == "export":
         from captioning.modes import export as export_model
 

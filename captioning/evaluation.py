@@ -11,15 +11,12 @@ from tqdm import tqdm
 
 import attention_visualization
 from captioning import distributed
-from captioning.consensus import REGRESSION_WEIGHTS, Consensus, chosen
+from captioning.consensus import Consensus
 from captioning.dataset import CaptionSet, Vocabulary
 from captioning.decoders import LSTMDecoder
 from captioning.decoding import Hypothesis, beam_search
 from captioning.features import Features
-from captioning.io import bars_off, log
-from metrics_utils import (
-    cider_of_each,
-)
+from captioning.io import bars_off
 
 
 @dataclasses.dataclass
@@ -65,37 +62,6 @@ def search(
         found = beam_search(seen, beam, task.args.max_length, penalty, attention, wanted)
         captions += found if wanted > 1 else [hypotheses[:1] for hypotheses in found]
     return distributed.gather(captions)
-
-
-def by_consensus(
-    task: Task, consensus: Consensus, images: np.ndarray, found: list[list[Hypothesis]]
-) -> list[Hypothesis]:
-    """Of what the beam found for each image, that which agrees best with the evidence.
-
-    How much the regression counts is what gives the best CIDEr on the validation images; the less where it is equal.
-    Few training images, or such as the encoder sees little in, make a poor regression, and only a trial tells.
-    """
-    val = task.data.splits["val"] if consensus.looks else images[:0]
-    more = np.setdiff1d(val, images)
-    all_images = np.concatenate([images, more])
-    found = found + search(task, more, task.args.beam_size, wanted=task.args.beam_size)
-    mine = distributed.share(np.arange(len(all_images)))
-    evidence = distributed.gather(consensus.evidence(all_images[mine], [found[n] for n in mine]))
-    weight = 0.0
-    if consensus.looks:
-        references = [task.data.references(image) for image in val]
-        place = {image: n for n, image in enumerate(all_images.tolist())}
-        ours = [place[image] for image in val.tolist()]
-
-        def score(weight: float) -> float:
-            best = chosen([found[n] for n in ours], [evidence[n] for n in ours], weight)
-            return float(cider_of_each([task.text(each) for each in best], references).mean())
-
-        cider = {weight: score(weight) for weight in REGRESSION_WEIGHTS}
-        weight = max(cider, key=lambda weight: (cider[weight], -weight))
-        tried = ", ".join(f"{weight:g}: {100 * value:.1f}" for weight, value in cider.items())
-        log.info(f"Weight of the regression: {weight:g}, by CIDEr on {len(val)} validation images ({tried})")
-    return chosen(found[: len(images)], evidence[: len(images)], weight)
 
 
 def captions_of_images(task: Task, images: np.ndarray, beam: int, length_penalty: float | None = None) -> list[str]:
