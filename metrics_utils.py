@@ -1,27 +1,42 @@
 """Scores of generated captions, as the field computes them.
 
-Everything here takes strings that `caption_data.tokenize` has split (lower case, no punctuation, words
-joined by spaces): one hypothesis and all references for each image.
+Everything here takes strings that `captioning.dataset.tokenize` has split (lower case, no punctuation, words joined by
+spaces): one hypothesis and all references for each image.
+
+METEOR and SPICE run in Java. They raise `MetricFailed` rather than an error of their own, so that whatever happens
+there costs that metric only.
 """
 
 from __future__ import annotations
 
+import functools
+import gzip
+import json
+import math
 import shutil
 import statistics
+import subprocess
+import sys
+import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 
-from captioning.io import UserError, first_line
+from captioning.cider import cider_of_each
+from captioning.io import printable
 from captioning.scores import ImageScores, corpus_bleu
+
+JAVA_SECONDS = 60.0  # for Java to start and to read its tables: about 5 on a laptop
+METEOR_SECONDS = 0.1  # ... and for each caption of METEOR: about 0.01
+SPICE_SECONDS = 5.0  # ... and for each caption of SPICE, whose references are parsed too
+METEOR_COUNTS = 23  # numbers of a caption that METEOR's score is made of
 
 
 def score_images(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> ImageScores:
     """Score captions one by one, with the COCO evaluation's own code where it has it.
 
-    CIDEr takes its document frequencies from the given references, so that it depends on how many images are
-    scored; one image gives 0.
+    CIDEr takes its document frequencies from the given references: see `cider_of_each`.
 
     Args:
         hypotheses: one caption per image.
@@ -33,32 +48,46 @@ def score_images(hypotheses: Sequence[str], references: Sequence[Sequence[str]])
     if not hypotheses or len(hypotheses) != len(references) or not all(references):
         raise ValueError("one hypothesis and at least one reference per image, and at least one image")
     from pycocoevalcap.bleu.bleu_scorer import BleuScorer
-    from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
 
-    generated, known = coco_form(hypotheses, references)
-    bleu = BleuScorer(n=4)
-    for hypothesis, captions in zip(hypotheses, references, strict=True):
-        bleu += (hypothesis, list(captions))
+    bleu, rouge = BleuScorer(n=4), Rouge()
+    rouge_l = []
+    for hypothesis, known in zip(hypotheses, references, strict=True):
+        bleu += (hypothesis, list(known))
+        rouge_l.append(rouge.calc_score([hypothesis], list(known)))
     counts = bleu.ctest
     closest = [min((abs(length - c["testlen"]), length) for length in c["reflen"])[1] for c in counts]
     return ImageScores(
-        np.asarray(Cider().compute_score(known, generated)[1]), np.asarray(Rouge().compute_score(known, generated)[1]),
-        rouge_f1(hypotheses, references), word_error_rates(hypotheses, references),
-        np.array([c["guess"] for c in counts]), np.array([c["correct"] for c in counts]),
-        np.array([c["testlen"] for c in counts]), np.array(closest),
-    )  # fmt: skip
+        cider=cider_of_each(hypotheses, references),
+        rouge_l=np.array(rouge_l),
+        rouge=rouge_f1(hypotheses, references),
+        wer=word_error_rates(hypotheses, references),
+        guess=np.array([c["guess"] for c in counts]),
+        correct=np.array([c["correct"] for c in counts]),
+        length=np.array([c["testlen"] for c in counts]),
+        reference_length=np.array(closest),
+        sentence_bleu4=sentence_bleu4(hypotheses, references),
+    )
 
 
-def coco_form(
-    hypotheses: Sequence[str], references: Sequence[Sequence[str]]
-) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
-    """The dictionaries that pycocoevalcap takes."""
-    return {i: [text] for i, text in enumerate(hypotheses)}, {i: list(texts) for i, texts in enumerate(references)}
+def sentence_bleu4(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
+    """Return nltk's BLEU-4 of each caption (n,), smoothed by one in every count of pairs and longer n-grams.
+
+    The smoothing is that of Lin and Och (2004). The mean is not the corpus BLEU that papers report.
+    """
+    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+
+    smooth = SmoothingFunction().method2
+    return np.array(
+        [
+            float(sentence_bleu([text.split() for text in known], hypothesis.split(), smoothing_function=smooth))
+            for hypothesis, known in zip(hypotheses, references, strict=True)
+        ]
+    )
 
 
 def word_error_rates(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
-    """The smallest word error rate of each caption against any one reference (n,); 0 is perfect."""
+    """Return the smallest word error rate of each caption against any one reference (n,); 0 is perfect."""
     import jiwer
 
     return np.array(
@@ -70,7 +99,7 @@ def word_error_rates(hypotheses: Sequence[str], references: Sequence[Sequence[st
 
 
 def rouge_f1(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
-    """rouge-score's ROUGE-L F1 of each caption against its best reference (n,); not the papers' ROUGE-L."""
+    """Return rouge-score's ROUGE-L F1 of each caption against its best reference (n,); not the papers' ROUGE-L."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"])
@@ -82,59 +111,20 @@ def rouge_f1(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> 
     )
 
 
-def has_java() -> bool:
-    """METEOR and SPICE run in Java; without it METEOR is left out, by name."""
-    return shutil.which("java") is not None
-
-
-def meteor_score(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """METEOR by the COCO evaluation's own jar: 15 s for 1,000 images; needs Java."""
-    from pycocoevalcap.meteor.meteor import Meteor
-
-    generated, known = coco_form(hypotheses, references)
-    scorer = Meteor()
-    try:
-        return float(scorer.compute_score(known, generated)[0])
-    except BaseException:  # Ctrl-C leaves its lock held, for which its __del__ would wait for ever
-        scorer.meteor_p.kill()
-        with suppress(OSError):
-            scorer.meteor_p.stdin.close()
-        if scorer.lock.locked():
-            scorer.lock.release()
-        raise
-
-
-def spice_score(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """SPICE, which fetches Stanford CoreNLP when it is used for the first time, and takes minutes.
-
-    Raises:
-        UserError: no Java, or what it needs could not be fetched.
-    """
-    if not has_java():
-        raise UserError("--spice needs Java (any version from 8 on), and there is none on the path")
-    from pycocoevalcap.spice.spice import Spice
-
-    generated, known = coco_form(hypotheses, references)
-    try:
-        return float(Spice().compute_score(known, generated)[0])
-    except Exception as error:  # subprocess, urllib and zipfile errors
-        raise UserError(f"--spice failed ({first_line(error)}): leave it out, or give it network and 8 GB") from error
-
-
 def score_captions(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Every score of these captions that needs no Java: see `summarize`."""
+    """Return every score of these captions that needs no Java: see `summarize`."""
     return summarize(score_images(hypotheses, references))
 
 
 def summarize(scores: ImageScores) -> dict[str, float]:
-    """`bleu1` .. `bleu4`, `bleu` (the same as `bleu4`, under the original's name), `rouge_l`, `cider`, `rouge`, `wer`."""
-    bleu = corpus_bleu(scores, np.arange(len(scores.cider)))
+    """Return `bleu1` .. `bleu4`, `bleu` (`bleu4` under the original's name), `rouge_l`, `cider`, `rouge`, `wer`."""
+    bleu = corpus_bleu(scores.bleu_counts().sum(0))
     means = {name: float(getattr(scores, name).mean()) for name in ("rouge_l", "cider", "rouge", "wer")}
     return {"bleu": float(bleu[3]), **{f"bleu{n}": float(bleu[n - 1]) for n in (1, 2, 3, 4)}, **means}
 
 
 def person_scores(references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """A person's own scores: each caption against the others of its image, in turn, the mean over the turns.
+    """Return a person's own scores: each caption against the others of its image, averaged over the captions.
 
     The references are one fewer than a model has, which costs a person some points. Empty where no image has
     two captions.
@@ -149,7 +139,7 @@ def person_scores(references: Sequence[Sequence[str]]) -> dict[str, float]:
 
 
 def variety(hypotheses: Sequence[str], training_captions: set[str]) -> dict[str, float]:
-    """`distinct_words` of all captions together, `mean_length` in words, and the share `in_training` that stands there."""
+    """Return `distinct_words` of all captions, `mean_length` in words, and the share `in_training` of the captions."""
     return {
         "distinct_words": float(len({word for text in hypotheses for word in text.split()})),
         "mean_length": statistics.fmean(len(text.split()) for text in hypotheses),
@@ -157,10 +147,135 @@ def variety(hypotheses: Sequence[str], training_captions: set[str]) -> dict[str,
     }
 
 
-def cider_of_each(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
-    """Every image's CIDEr (n,), whose mean is the score; document frequencies are those of all the references."""
-    from pycocoevalcap.cider.cider import Cider
+# --------------------------------------------------------------------------------------------------
+# Metrics in Java
 
-    generated, known = coco_form(hypotheses, references)
-    each: np.ndarray = Cider().compute_score(known, generated)[1]
-    return each
+
+class MetricFailed(Exception):
+    """A metric has no score; the message says why, in one line."""
+
+
+def meteor_scores(systems: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> list[float]:
+    """Return the METEOR of several systems' captions of the same images, by the COCO evaluation's own jar.
+
+    A first process counts matches for each caption, a second one makes scores of the counts. Both read all of their
+    input before anything waits for an answer, so that nothing which Java prints can shift one answer against another.
+
+    Args:
+        systems: for each system a caption per image.
+        references: all captions of each image.
+
+    Raises:
+        MetricFailed: there is no Java that runs, or METEOR did not answer as it should.
+    """
+    from pycocoevalcap.meteor import meteor
+
+    jar = Path(meteor.__file__).with_name(meteor.METEOR_JAR)
+    command = [find_java(), "-Xmx2G", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"]
+    lines = []
+    for hypotheses in systems:
+        for hypothesis, known in zip(hypotheses, references, strict=True):
+            lines.append(" ||| ".join(["SCORE", *(text.replace("|||", " ") for text in (*known, hypothesis))]))
+    seconds = JAVA_SECONDS + METEOR_SECONDS * len(lines)
+    counts = numbers(run_program(command, seconds, lines), METEOR_COUNTS, len(lines))
+    images = len(references)
+    lines = [" ||| ".join(["EVAL", *counts[start : start + images]]) for start in range(0, len(counts), images)]
+    with tempfile.TemporaryDirectory() as folder:  # an empty table of paraphrases, which scores are not made of
+        table = Path(folder) / "paraphrases.gz"
+        table.write_bytes(gzip.compress(b""))
+        answers = numbers(run_program([*command, "-a", str(table)], seconds, lines), 1, len(lines) * (images + 1))
+    return [float(answers[(images + 1) * (n + 1) - 1]) for n in range(len(systems))]  # the last is of all captions
+
+
+def spice_scores(systems: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> list[float]:
+    """Return the SPICE of several systems' captions of the same images; downloads Stanford CoreNLP once, takes minutes.
+
+    Args, raises: as `meteor_scores`.
+    """
+    from pycocoevalcap.spice import spice
+
+    java, jar = find_java(), Path(spice.__file__).with_name(spice.SPICE_JAR)
+    run_program([sys.executable, "-m", "pycocoevalcap.spice.get_stanford_models"], 1800)
+    entries = [
+        {"image_id": number * len(references) + image, "test": hypotheses[image], "refs": list(known)}
+        for number, hypotheses in enumerate(systems)
+        for image, known in enumerate(references)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        captions, results, cache = (Path(folder) / name for name in ("captions.json", "results.json", "cache"))
+        captions.write_text(json.dumps(entries))
+        cache.mkdir()  # of parsed references, which are the same for all systems
+        files = [str(captions), "-cache", str(cache), "-out", str(results), "-subset", "-silent"]
+        run_program([java, "-Xmx8G", "-jar", str(jar), *files], JAVA_SECONDS + SPICE_SECONDS * len(entries))
+        try:
+            by_id = {entry["image_id"]: float(entry["scores"]["All"]["f"]) for entry in json.loads(results.read_text())}
+            each = np.array([by_id[entry["image_id"]] for entry in entries])
+            if not np.isfinite(each).all():
+                raise ValueError("not a number")
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise MetricFailed(f"its results cannot be read ({type(error).__name__}: {error})") from error
+    return each.reshape(len(systems), -1).mean(1).tolist()
+
+
+def find_java() -> str:
+    """Return the path of Java.
+
+    Raises:
+        MetricFailed: there is none, or it does not run (macOS has a /usr/bin/java without a Java behind it).
+    """
+    java = shutil.which("java")
+    if java is None:
+        raise MetricFailed("it needs Java, and there is none on the PATH")
+    if not java_runs(java):
+        raise MetricFailed(f"it needs Java, and {java} does not run")
+    return java
+
+
+@functools.cache  # asks once
+def java_runs(java: str) -> bool:
+    """Return whether this Java answers `-version`."""
+    try:
+        run_program([java, "-version"], 30)
+    except MetricFailed:
+        return False
+    return True
+
+
+def run_program(command: list[str], seconds: float, lines: Sequence[str] = ()) -> str:
+    """Run a program to its end, with `lines` as its input, and return what it printed on standard output.
+
+    Raises:
+        MetricFailed: it cannot be started, takes longer than `seconds`, or ends with an error.
+    """
+    name, text = Path(command[0]).name, "".join(f"{line}\n" for line in lines)
+    try:
+        done = subprocess.run(
+            command, input=text, capture_output=True, timeout=seconds, encoding="utf-8", errors="replace"
+        )
+    except subprocess.TimeoutExpired:
+        raise MetricFailed(f"{name} did not end within {seconds:.0f} s") from None
+    except OSError as error:
+        raise MetricFailed(f"{name} cannot be run: {error.strerror}") from error
+    if done.returncode != 0:
+        reason = printable((done.stderr or done.stdout).strip().split("\n")[0][:200])
+        raise MetricFailed(f"{name} ended with exit code {done.returncode}: {reason}")
+    return done.stdout
+
+
+def numbers(text: str, each: int, count: int) -> list[str]:
+    """Return the lines that are `each` numbers, without the messages that Java prints among them.
+
+    Raises:
+        MetricFailed: there are not `count` such lines.
+    """
+
+    def is_answer(line: str) -> bool:
+        try:
+            return len(line.split()) == each and all(math.isfinite(float(word)) for word in line.split())
+        except ValueError:
+            return False
+
+    found = [line for line in text.splitlines() if is_answer(line)]
+    if len(found) != count:
+        raise MetricFailed(f"Java gave {len(found)} answers instead of {count}")
+    return found

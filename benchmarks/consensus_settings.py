@@ -18,7 +18,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
-from captioning.consensus import CANDIDATES, REGRESSION_WEIGHTS, TEMPERATURE, chosen
+from captioning.consensus import CANDIDATES, REGRESSION_WEIGHTS, TEMPERATURE, pick_best
 from captioning.evaluation import search
 from captioning.io import run_command
 from metrics_utils import score_captions
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     show("beam 5, the likeliest", [task.text(each[0]) for each in narrow])
     show(f"beam {args.beam_size}, the likeliest", [task.text(each[0]) for each in found])
     for temperature, weight in SETTINGS:
-        best = chosen(found, consensus.evidence(images, found, temperature), weight)
+        best = pick_best(found, consensus.evidence(images, found, temperature), weight)
         show(f"temperature {temperature:g}, regression's weight {weight:g}", [task.text(each) for each in best])
     each = 1000 * np.array([narrow_seconds, wide_seconds, compare_seconds]) / len(images)
     print(f"ms an image: beam 5 {each[0]:.0f}, beam {args.beam_size} {each[1]:.0f} ({each[1] / each[0]:.1f} times), "

@@ -24,11 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from captioning.batches import Batch
+from captioning.cider import cider_of_each
 from captioning.dataset import build_vocabulary, load_caption_set
 from captioning.decoders import AttentionDecoder, DecoderOutput, DecoderState
 from captioning.runs import find_checkpoint
 from captioning.scores import paired_bootstrap
-from metrics_utils import cider_of_each
 from training_utils import Precision
 
 

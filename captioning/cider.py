@@ -1,13 +1,13 @@
-"""CIDEr-D of many captions at once: the reward of self-critical training, and how well captions agree.
+"""CIDEr-D of many captions at once: the reward of self-critical training, and the evidence of consensus decoding.
 
-pycocoevalcap's scorer walks over dictionaries of strings; here n-grams are integers, and a batch is a few
-sorts and searches. The figures are the same (tested to 1e-9).
+pycocoevalcap's scorer walks over dictionaries of strings. Here n-grams are integers, and a batch takes a few sorts and
+searches; the figures are the same (tested to 1e-9). `cider_of_each` is pycocoevalcap's own, for scores.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +15,28 @@ import numpy as np
 from captioning.dataset import CaptionSet, Vocabulary, captions_of, concatenate_ranges
 
 N = 4  # n-grams of one to four words
-SIGMA = 6.0  # words: how fast a length unlike the reference's costs (CIDEr-D, Vedantam et al., 2015)
+SIGMA = 6.0  # words: width of the penalty on a length other than the reference's (CIDEr-D, Vedantam et al., 2015)
+
+
+def cider_of_each(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
+    """Return every image's CIDEr (n,), whose mean is the score.
+
+    Document frequencies are those of the given references, so that the score depends on how many images there are; of
+    one image alone it is 0.
+
+    Args:
+        hypotheses: a caption for each image, words joined by spaces.
+        references: all captions of each image.
+    """
+    from pycocoevalcap.cider.cider_scorer import CiderScorer
+
+    scorer = CiderScorer()
+    for hypothesis, known in zip(hypotheses, references, strict=True):
+        scorer += (hypothesis, list(known))
+    if not any(text.split() for known in references for text in known):  # which the scorer does not expect
+        return np.zeros(len(hypotheses))
+    each: np.ndarray = scorer.compute_score()[1]
+    return each
 
 
 class Grams(NamedTuple):
@@ -28,7 +49,7 @@ class Grams(NamedTuple):
 
 
 class Table(NamedTuple):
-    """What the reference captions say of n-grams of one length."""
+    """The n-grams, of one length, of the reference captions, with their weights."""
 
     keys: np.ndarray  # int64 (G,) as in Grams
     idf: np.ndarray  # float64 (G,)
@@ -38,11 +59,11 @@ class Table(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """The same again, an entry per caption and n-gram, as mixtures of captions are made of."""
+    """The same n-grams with an entry for each caption and n-gram, to be summed into a mixture of captions."""
 
     image: np.ndarray  # int64 (M,) in this class's numbering
     gram: np.ndarray  # int64 (M,) place in the table's keys
-    weight: np.ndarray  # float64 (M,) of a caption's vector of length one
+    weight: np.ndarray  # float64 (M,) in the caption's vector, which has length one
 
 
 def count_grams(ids: np.ndarray, offsets: np.ndarray, words: int) -> list[Grams]:
@@ -67,15 +88,15 @@ def count_grams(ids: np.ndarray, offsets: np.ndarray, words: int) -> list[Grams]
 
 
 class CiderReward:
-    """CIDEr-D against the captions of some images, whose document frequencies it takes.
+    """CIDEr-D against the captions of some images, with the document frequencies of these captions.
 
-    An end token is a word of every caption, so that one which breaks off earns less than one that ends.
+    Every caption has an end token as its last word, so that a caption without its end earns less.
     """
 
     def __init__(self, data: CaptionSet, images: np.ndarray):
         """Args: images: int64 (I,) positions of the images whose captions are the references."""
         self.data_words = data.tokens.words
-        self.words = len(self.data_words) + 2  # and one for all words that the data lacks, and the end token
+        self.words = len(self.data_words) + 2  # one for all words that the data lacks, and the end token
         captions = captions_of(data, images)
         starts, ends = data.tokens.offsets[captions], data.tokens.offsets[captions + 1]
         ids = data.tokens.ids[concatenate_ranges(starts, ends)]
@@ -96,7 +117,7 @@ class CiderReward:
             self.tables.append(Table(grams.keys, idf, grams.text * size + grams.gram, weights, norms))
 
     def words_of(self, vocabulary: Vocabulary) -> np.ndarray:
-        """From the ids of a vocabulary to words by their place in the data: int64 (V,)."""
+        """Return the place in the data of each word of a vocabulary: int64 (V,)."""
         number = {word: place for place, word in enumerate(self.data_words)}
         return np.array([number.get(word, len(number)) for word in vocabulary.words])
 
@@ -106,7 +127,7 @@ class CiderReward:
         Args:
             ids: int (tokens,) words by their place in `data.tokens.words`.
             offsets: int (R + 1,) where each caption begins.
-            images: int64 (R,) which image each is of.
+            images: int64 (R,) the image that each caption is of.
 
         Returns:
             (R,) CIDEr-D, float64, times 10 as everywhere.
@@ -118,23 +139,23 @@ class CiderReward:
         first_pair = np.cumsum(references) - references
         similarity = np.zeros(len(pair_row))
         for table, grams, known, weights, norms in self.weigh(ids, offsets):
-            # Every n-gram of a caption that the tables know, against every reference of its image.
+            # Every n-gram of a caption that the references have, against every reference of its image.
             entry = np.flatnonzero(known[grams.gram] >= 0)
             row = grams.text[entry]
             pair = concatenate_ranges(first_pair[row], first_pair[row] + references[row])
             entry = np.repeat(entry, references[row])
             at = find(table.pairs, pair_reference[pair] * len(table.keys) + known[grams.gram[entry]])
             hit = at >= 0
-            theirs = table.weights[at[hit]]
-            product = np.minimum(weights[entry[hit]], theirs) * theirs
+            reference = table.weights[at[hit]]
+            product = np.minimum(weights[entry[hit]], reference) * reference
             norm = norms[pair_row] * table.norms[pair_reference]
             similarity += np.bincount(pair[hit], product, len(pair_row)) / np.where(norm > 0, norm, 1)
         difference = np.diff(offsets)[pair_row] - self.lengths[pair_reference]
         similarity *= np.exp(-(difference**2) / (2 * SIGMA**2)) / N
         return 10 * np.bincount(pair_row, similarity, len(images)) / references
 
-    def agreement(self, ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-        """Compare captions with each other, each as if it were the only reference.
+    def pairwise_cider(self, ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+        """Compare captions with each other, each as the only reference.
 
         Args:
             ids, offsets: as for `score`.
@@ -156,33 +177,36 @@ class CiderReward:
         difference = lengths[:, None] - lengths
         return 10 * similarity * np.exp(-(difference**2) / (2 * SIGMA**2)) / N
 
-    def likeness(self, ids: np.ndarray, offsets: np.ndarray, images: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    def cider_to_mixture(
+        self, ids: np.ndarray, offsets: np.ndarray, images: np.ndarray, shares: np.ndarray
+    ) -> np.ndarray:
         """Compare captions with a mixture of images' captions.
 
-        It is CIDEr rather than CIDEr-D (Vedantam et al., 2015, section 4): a mixture has no counts to clip at and no length.
+        It is CIDEr rather than CIDEr-D (Vedantam et al., 2015, section 4), since a mixture has neither counts to clip
+        at nor a length.
 
         Args:
             ids, offsets: as for `score`.
-            images: int64 (F,) positions of images whose captions this class knows.
-            shares: (F,) how much of each there is in the mixture.
+            images: int64 (F,) positions of images whose captions are among the references.
+            shares: (F,) weight of each in the mixture.
 
         Returns:
             (R,) float64, times 10.
         """
         of_image = np.zeros(len(self.first) - 1)
         of_image[self.place[images]] = shares
-        of_image /= np.maximum(1, np.diff(self.first))  # an image's captions share it
+        of_image /= np.maximum(1, np.diff(self.first))  # divided evenly among an image's captions
         similarity = np.zeros(len(offsets) - 1)
         for parts, (_, grams, known, weights, norms) in zip(self.parts, self.weigh(ids, offsets), strict=True):
             mixture = np.bincount(parts.gram, parts.weight * of_image[parts.image])
-            mixture = np.append(mixture, 0.0)  # at -1, of what no reference has
+            mixture = np.append(mixture, 0.0)  # at -1: n-grams that no reference has
             product = np.bincount(grams.text, weights * mixture[known[grams.gram]], len(norms))
             similarity += product / np.where(norms > 0, norms, 1)
         return 10 * similarity / N
 
     @functools.cached_property
     def parts(self) -> list[Parts]:
-        """The references' n-grams, for n from 1 to N, as `likeness` adds them up."""
+        """The references' n-grams, for n from 1 to N, as `cider_to_mixture` sums them."""
         image_of = np.repeat(np.arange(len(self.first) - 1), np.diff(self.first))
         found = []
         for table in self.tables:
@@ -194,13 +218,13 @@ class CiderReward:
     def weigh(
         self, ids: np.ndarray, offsets: np.ndarray
     ) -> Iterator[tuple[Table, Grams, np.ndarray, np.ndarray, np.ndarray]]:
-        """The n-grams of captions with their weights, for n from 1 to N.
+        """Yield the n-grams of captions with their weights, for n from 1 to N.
 
         Yields:
-            the references' table, the captions' n-grams, where the table has each of these (-1 nowhere), the tf-idf of
-            each entry and the norm of each caption.
+            the references' table, the captions' n-grams, the place of each n-gram in the table (-1 where it is absent),
+            the tf-idf of each entry and the norm of each caption.
         """
-        known = np.zeros(1, dtype=np.int64)  # of 0-grams to begin with
+        known = np.zeros(1, dtype=np.int64)  # places of the 0-grams
         for table, grams in zip(self.tables, count_grams(ids, offsets, self.words), strict=True):
             before = known[grams.keys // self.words]
             at = find(table.keys, before * self.words + grams.keys % self.words)
@@ -209,7 +233,7 @@ class CiderReward:
             yield table, grams, known, weights, np.sqrt(np.bincount(grams.text, weights**2, len(offsets) - 1))
 
 
-def find(values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Where the sorted `values` hold each of `wanted`, -1 where they do not."""
-    at = np.searchsorted(values, wanted).clip(max=len(values) - 1)
-    return np.where(values[at] == wanted, at, -1)
+def find(values: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Return the place of each key in the sorted `values`, -1 where it is absent."""
+    at = np.searchsorted(values, keys).clip(max=len(values) - 1)
+    return np.where(values[at] == keys, at, -1)

@@ -11,13 +11,12 @@ import torch
 from tqdm import tqdm
 
 from captioning import distributed
-from captioning.cider import cider_of_each
-from captioning.consensus import REGRESSION_WEIGHTS, Consensus, pick_best
+from captioning.consensus import Consensus
 from captioning.dataset import CaptionSet, Vocabulary
 from captioning.decoders import LSTMDecoder
 from captioning.decoding import Hypothesis, beam_search
 from captioning.features import Features
-from captioning.io import UserError, bars_off, log
+from captioning.io import UserError, bars_off
 from captioning.settings import Settings
 
 ROWS = 384  # images x beams x members that are decoded together
@@ -77,41 +76,6 @@ def caption_texts(
 ) -> list[str]:
     """Return the captions of `caption` as texts."""
     return [context.text(found) for found in caption(context, images, beam, length_penalty=length_penalty)]
-
-
-def by_consensus(
-    context: EvalContext, consensus: Consensus, images: np.ndarray, found: list[list[Hypothesis]]
-) -> tuple[list[Hypothesis], float]:
-    """Pick, of what the beam found for each image, the caption that agrees best with the evidence.
-
-    The weight of the regression is the one with the best CIDEr on the validation images, the smaller one where two are
-    equal: a regression on few training images, or on poor features, is a poor one, and only a trial shows it.
-
-    Returns:
-        a caption for each image, and the weight.
-    """
-    val = context.data.splits["val"] if consensus.views else images[:0]
-    more = np.setdiff1d(val, images)
-    all_images = np.concatenate([images, more])
-    beam = context.settings.beam_size
-    found = found + search(context, more, beam, wanted=beam)
-    mine = distributed.share(np.arange(len(all_images)))
-    evidence = distributed.gather(consensus.evidence(all_images[mine], [found[n] for n in mine]))
-    weight = 0.0
-    if consensus.views:
-        references = [context.data.references(image) for image in val]
-        place = {image: n for n, image in enumerate(all_images.tolist())}
-        ours = [place[image] for image in val.tolist()]
-
-        def score(weight: float) -> float:
-            best = pick_best([found[n] for n in ours], [evidence[n] for n in ours], weight)
-            return float(cider_of_each([context.text(each) for each in best], references).mean())
-
-        cider = {weight: score(weight) for weight in REGRESSION_WEIGHTS}
-        weight = max(cider, key=lambda weight: (cider[weight], -weight))
-        tried = ", ".join(f"{weight:g}: {100 * value:.1f}" for weight, value in cider.items())
-        log.info(f"Weight of the regression: {weight:g}, by CIDEr on {len(val)} validation images ({tried})")
-    return pick_best(found[: len(images)], evidence[: len(images)], weight), weight
 
 
 def images_to_draw(settings: Settings, data: CaptionSet, images: np.ndarray) -> np.ndarray:

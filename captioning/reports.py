@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from captioning.cider import cider_of_each
 from captioning.io import CONTROL_CHARACTERS, UserError, read_json, write_atomic
 from captioning.runs import Run, decoding, is_number, read_run, read_scores, reproducing_command, score_text
 from captioning.scores import METRIC_NAMES, by_rank
-from metrics_utils import cider_of_each
 
 if TYPE_CHECKING:
     from captioning.dataset import CaptionSet

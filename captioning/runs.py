@@ -437,9 +437,10 @@ def read_scores(run: Run, row: Mapping[str, Any]) -> ByImage:
         names, bleu = content["image_id"], content["bleu"]
         lists = [content[key] for key in ("cider", "rouge_l", "wer")]
         counts = [bleu[key] for key in ("guess", "correct", "length", "reference_length")]
-        cider, rouge_l, wer = (np.array(values, dtype=np.float64) for values in lists)
+        lists.append(content.get("sentence_bleu4", [math.nan] * len(names)))  # absent from older files
+        cider, rouge_l, wer, sentence_bleu4 = (np.array(values, dtype=np.float64) for values in lists)
         guess, correct, length, reference_length = (np.array(values, dtype=np.int64) for values in counts)
-        shapes = [values.shape for values in (cider, rouge_l, wer, length, reference_length)]
+        shapes = [values.shape for values in (cider, rouge_l, wer, length, reference_length, sentence_bleu4)]
         if (
             not names
             or not all(isinstance(name, str) for name in names)
@@ -451,7 +452,9 @@ def read_scores(run: Run, row: Mapping[str, Any]) -> ByImage:
             raise ValueError("lists of different lengths, or no numbers")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path} is no list of scores by image: {first_line(error)}. Test the run again") from None
-    scores = ImageScores(cider, rouge_l, np.zeros(len(names)), wer, guess, correct, length, reference_length)
+    scores = ImageScores(
+        cider, rouge_l, np.zeros(len(names)), wer, guess, correct, length, reference_length, sentence_bleu4
+    )
     return ByImage(list(names), scores)
 
 

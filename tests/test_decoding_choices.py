@@ -1,6 +1,7 @@
 """What is chosen after training: beam and length penalty, several checkpoints, anybody's captions."""
 
 import json
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,39 +9,46 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_main import newest, run
+from test_main import run
 
 import experiment_utils
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from captioning.checkpoints import load_checkpoint
 from captioning.images import VIEWS, load_pixels
 from captioning.io import UserError
-from captioning.modes.test import save_test
+from captioning.modes.test import Result, save_result
+from captioning.runs import read_run, read_scores
 from captioning.scores import ImageScores
+from metrics_utils import MetricFailed
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A run of each decoder on the same twenty pictures, attention with two views of them."""
-    from conftest import draw_tiny
-
+def trained(tiny_runs, tmp_path_factory):
+    """Copies of a run of each decoder on the same twenty pictures, the `lstm` one with two views of them."""
     here = tmp_path_factory.mktemp("choices")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(here)
-        tiny = draw_tiny(here / "tiny")
-        assert run(tiny, "--decoder", "lstm") == 0
-        lstm = newest().resolve()
-        assert run(tiny, "--decoder", "attention", "--views", "mirror") == 0
-        yield here, tiny, lstm, newest().resolve()
+    copies = [shutil.copytree(tiny_runs[decoder], here / decoder / "run") for decoder in ("lstm", "attention")]
+    return here, tiny_runs["data"], *copies
 
 
 @pytest.fixture(autouse=True)
 def in_its_directory(trained, monkeypatch):
+    def absent() -> str:
+        raise MetricFailed("it needs Java, and these tests do without its seconds")
+
     monkeypatch.chdir(trained[0])
+    monkeypatch.setattr("metrics_utils.find_java", absent)
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.glob("*.json")}
 
 
 def rows(directory: Path) -> list[dict]:
     return json.loads((directory / "test_metrics.json").read_text())
+
+
+def score(*flags: str, model: list[Path]) -> int:
+    return trainer.main(["--mode", "test", "--model_path", *map(str, model), *flags])
 
 
 def test_what_tune_finds_is_kept_and_used(trained, capsys):
@@ -49,6 +57,8 @@ def test_what_tune_finds_is_kept_and_used(trained, capsys):
     assert trainer.main(["--mode", "tune", "--model_path", str(attention)]) == 0
     found = load_checkpoint(attention / "best.pt")["decoding"]
     assert f"--beam_size {found['beam_size']}" in capsys.readouterr().out and found["images"] == 2
+    kept = json.loads((attention / "decoding.json").read_text())  # training that goes on replaces best.pt
+    assert kept == found | {"epoch": before["epoch"]}
     after = load_checkpoint(attention / "best.pt")
     assert all((before["decoder"][name] == after["decoder"][name]).all() for name in before["decoder"])
     assert load_checkpoint(attention / "last.pt")["decoding"] is None  # best.pt alone was written
@@ -58,38 +68,134 @@ def test_what_tune_finds_is_kept_and_used(trained, capsys):
     assert rows(attention)[-1]["beam_size"] == 4
 
 
-def test_an_ensemble_of_both_decoders_is_scored_in_the_first_ones_directory(trained, capsys):
+def test_scores_by_image_are_in_files_that_say_what_they_are(trained):
+    _, _, lstm, _ = trained
+    for split, prefix in (("test", "test"), ("val+test", "val_test")):
+        assert score("--split", split, "--beam_size", "2", model=[lstm]) == 0
+        for row, way in zip(rows(lstm)[-2:], ("greedy", "beam2"), strict=True):
+            assert row["captions_file"] == f"{prefix}_captions_{way}.json"
+            assert row["scores_file"] == f"{prefix}_scores_{way}.json"
+            scores = json.loads((lstm / row["scores_file"]).read_text())
+            captions = json.loads((lstm / row["captions_file"]).read_text())
+            assert [entry["image_id"] for entry in captions] == scores["image_id"]
+            assert np.mean(scores["cider"]) == pytest.approx(row["cider"])
+            assert len(scores["sentence_bleu4"]) == row["images"] and 0 < max(scores["sentence_bleu4"]) <= 1
+            low, high = row["cider_interval"]
+            assert low <= row["cider"] <= high
+
+
+def test_a_file_of_scores_from_before_sentence_bleu_is_read(trained):
+    _, _, lstm, _ = trained
+    assert score("--beam_size", "2", model=[lstm]) == 0
+    run, row = read_run(lstm), rows(lstm)[-1]
+    path = lstm / row["scores_file"]
+    content = json.loads(path.read_text())
+    assert read_scores(run, row).scores.sentence_bleu4.tolist() == content.pop("sentence_bleu4")
+    path.write_text(json.dumps(content))
+    assert np.isnan(read_scores(run, row).scores.sentence_bleu4).all()
+    assert read_scores(run, row).scores.cider.tolist() == content["cider"]
+
+
+def test_another_test_of_the_same_name_overwrites_nothing(trained):
+    _, _, lstm, _ = trained
+    assert score("--beam_size", "8", "--length_penalty", "0", model=[lstm]) == 0
+    before = files(lstm)
+    assert score("--beam_size", "8", "--length_penalty", "5", model=[lstm]) == 0
+    after, (*_, short, _, long) = files(lstm), rows(lstm)
+    assert short["captions_file"] == "test_captions_beam8.json"
+    assert long["captions_file"] == "test_captions_beam8_2.json" and long["scores_file"] == "test_scores_beam8_2.json"
+    ours = [name for name in before if "_captions_" in name or "_scores_" in name]
+    assert ours and all(after[name] == before[name] for name in ours)
+
+
+def test_an_ensemble_has_files_and_names_of_its_own(trained, capsys):
     _, _, lstm, attention = trained
-    assert trainer.main(["--mode", "test", "--model_path", str(attention), str(lstm)]) == 0
-    row = rows(attention)[-1]
-    assert row["checkpoint"].startswith("best.pt + ") and row["views"] == "mirror"
-    scores = json.loads((attention / row["scores_file"]).read_text())
-    captions = json.loads((attention / row["captions_file"]).read_text())
-    assert [entry["image_id"] for entry in captions] == scores["image_id"]
-    assert np.mean(scores["cider"]) == pytest.approx(row["cider"])
-    low, high = row["cider_interval"]
-    assert low <= row["cider"] <= high
+    assert score(model=[lstm]) == 0
+    before = files(lstm)
+    pictures = (lstm / "sample_captions.png").stat().st_mtime_ns
+    assert score(model=[lstm, attention]) == 0
+    assert "ensemble_metrics.json. Captions: " in capsys.readouterr().out
+    after = files(lstm)
+    assert {name for name in after if after[name] != before.get(name)} == {
+        "ensemble_metrics.json", "ensemble_test_captions_greedy.json", "ensemble_test_scores_greedy.json",
+        "ensemble_test_captions_beam3.json", "ensemble_test_scores_beam3.json",
+    }  # fmt: skip
+    assert (lstm / "sample_captions.png").stat().st_mtime_ns == pictures
+    row = json.loads(after["ensemble_metrics.json"])[-1]
+    assert row["checkpoint"] == [str(lstm / "best.pt"), str(attention / "best.pt")] and row["views"] == "mirror"
+    assert len(row["epoch"]) == 2 and row["captions_file"] == "ensemble_test_captions_beam3.json"
+    flags = ["--save_attention_viz", "--attention_viz_samples", "1"]
+    another = shutil.copytree(attention, "another")
+    assert score(*flags, model=[attention, another]) == 0
+    assert (attention / "ensemble_attention" / "attention_viz_sample_1.png").is_file()
+    assert not list(attention.glob("attention_viz_sample_*"))
+
+
+def test_a_test_saves_its_scores_before_java_runs(trained, monkeypatch):
+    _, _, lstm, _ = trained
+
+    def interrupted(systems, references):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("captioning.modes.test.meteor_scores", interrupted)
+    assert score("--beam_size", "4", model=[lstm]) == 130
+    row = rows(lstm)[-1]
+    assert row["beam_size"] == 4 and row["cider"] >= 0 and (lstm / row["captions_file"]).is_file()
+    monkeypatch.setattr(
+        "captioning.modes.test.meteor_scores", lambda systems, _: [0.125 + n for n, _ in enumerate(systems)]
+    )
+    assert score("--beam_size", "4", model=[lstm]) == 0
+    assert rows(lstm)[-1] == row | {"meteor": 1.125}  # the same row, completed
+
+
+def test_a_metric_that_fails_is_a_note(trained, capsys):
+    _, _, lstm, _ = trained
+    assert score("--spice", "--beam_size", "1", model=[lstm]) == 0
+    out = capsys.readouterr().out
+    assert "METEOR is left out: it needs Java" in out and "SPICE is left out: it needs Java" in out
+    assert "CIDEr" in out and "meteor" not in rows(lstm)[-1]
+
+
+@pytest.mark.parametrize("content", ["{}", "[3]", "{"])
+def test_a_damaged_table_of_tests_is_named_before_anything_is_decoded(trained, capsys, monkeypatch, content):
+    _, _, lstm, _ = trained
+    monkeypatch.setattr("captioning.modes.test.ways_to_decode", None)
+    before = (lstm / "test_metrics.json").read_text()
+    (lstm / "test_metrics.json").write_text(content)
+    try:
+        assert score(model=[lstm]) == 2
+    finally:
+        (lstm / "test_metrics.json").write_text(before)
+    assert "test_metrics.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("evidence", ["beam", "regression"])
-def test_consensus_is_a_third_way_beside_greedy_and_beam(trained, capsys, monkeypatch, evidence):
+def test_consensus_is_a_third_way_beside_greedy_and_beam(trained, capsys, evidence):
     _, _, lstm, attention = trained
-    monkeypatch.setattr("captioning.evaluation.has_java", lambda: False)  # METEOR's seconds are spent elsewhere
     for run_directory in (lstm, attention):
         flags = ["--mode", "test", "--model_path", str(run_directory), "--consensus", evidence]
         assert trainer.main(flags) == 0
         printed = capsys.readouterr().out
-        greedy, beam, chosen = rows(run_directory)[-3:]
-        assert [row["beam_size"] for row in (greedy, beam, chosen)] == [1, 20, 20]
-        assert [row["consensus"] for row in (greedy, beam, chosen)] == [None, None, evidence]
+        greedy, beam, picked = rows(run_directory)[-3:]
+        assert [row["beam_size"] for row in (greedy, beam, picked)] == [1, 20, 20]
+        assert [row["consensus"] for row in (greedy, beam, picked)] == [None, None, evidence]
         assert ("by CIDEr on 2 validation images" in printed) == (evidence == "regression")
-        assert "consensus" in printed and f"{100 * chosen['cider']:.2f}" in printed
+        assert (picked["consensus_weight"] is None) == (evidence == "beam") and "consensus_weight" not in beam
+        assert "consensus" in picked["captions_file"] and "which are among these" not in printed
+        assert "consensus" in printed and f"{100 * picked['cider']:.2f}" in printed
         assert trainer.main(flags) == 0  # the same again: nothing is drawn at random, and no row is added
-        assert rows(run_directory)[-1] == chosen and rows(run_directory).count(chosen) == 1
+        assert rows(run_directory)[-1] == picked and rows(run_directory).count(picked) == 1
     capsys.readouterr()
     assert experiment_utils.main(["diff", str(lstm), str(lstm)]) == 0
     printed = capsys.readouterr().out
     assert "B beam 20, consensus" in printed and "B - A" in printed and "A beam 20, length penalty" in printed
+
+
+def test_consensus_on_images_that_its_weight_was_chosen_by_says_so(trained, capsys):
+    for split in ("val", "val+test"):
+        assert score("--consensus", "regression", "--split", split, model=[trained[2]]) == 0
+        weight = rows(trained[2])[-1]["consensus_weight"]
+        assert f"regression's weight, {weight:g}, was chosen by the CIDEr of the" in capsys.readouterr().out
 
 
 def test_tests_that_end_at_once_keep_each_others_rows(tmp_path, monkeypatch):
@@ -102,10 +208,12 @@ def test_tests_that_end_at_once_keep_each_others_rows(tmp_path, monkeypatch):
         return found
 
     def save(number: int) -> str:
-        header, captions = {"beam_size": number}, [f"caption {number}", "another"]
-        return save_test(tmp_path, header, data, np.arange(2), captions, {"cider": number}, scores)
+        captions = [f"caption {number}", "another"]
+        result = Result("beam 3", {"beam_size": number}, [], captions, {"cider": number}, scores)
+        save_result(tmp_path / "test_metrics.json", "test", data, np.arange(2), result)
+        return result.files["captions_file"]
 
-    monkeypatch.setattr("captioning.evaluation.read_json", slow)
+    monkeypatch.setattr("captioning.modes.test.read_json", slow)
     with ThreadPoolExecutor(6) as pool:
         files = list(pool.map(save, range(6)))
     assert sorted(row["beam_size"] for row in rows(tmp_path)) == list(range(6))
@@ -119,8 +227,8 @@ def test_a_test_that_could_not_write_says_so_before_it_decodes(trained, capsys, 
     def refused(path: Path, purpose: str) -> Path:
         raise UserError(f"cannot write into {path} ({purpose})")
 
-    monkeypatch.setattr(trainer, "make_directory", refused)
-    monkeypatch.setattr(trainer, "ways_to_decode", None)
+    monkeypatch.setattr("captioning.modes.test.make_directory", refused)
+    monkeypatch.setattr("captioning.modes.test.ways_to_decode", None)
     assert trainer.main(["--mode", "test", "--model_path", str(trained[2])]) == 2
     assert "cannot write into" in capsys.readouterr().err
 
@@ -148,11 +256,16 @@ def test_anybodys_captions_get_the_scores_that_ours_get(trained, capsys):
     assert trainer.main([*where, str(lstm / row["captions_file"])]) == 0
     assert f"{100 * row['rouge_l']:.2f}" in capsys.readouterr().out
     entries = json.loads((lstm / row["captions_file"]).read_text())
-    Path("theirs.csv").write_text("image,caption\n" + "".join(f"{e['image_id']},A Red Picture.\n" for e in entries))
-    assert trainer.main([*where, "theirs.csv"]) == 0
-    assert "distinct words" in capsys.readouterr().out
+    Path("captions_of_another_program.csv").write_text(
+        "image,caption\n" + "".join(f"{e['image_id']},A Red Picture.\n" for e in entries)
+    )
+    assert trainer.main([*where, "captions_of_another_program.csv"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    (head,) = (line for line in printed if line.endswith("  captions_of_another_program  a person"))
+    (words,) = (line for line in printed if "distinct words" in line)
+    assert len(words) == head.index("captions_of_another_program") + len("captions_of_another_program")
     for content, message in (
-        ("{}", "no list of captions"),
+        ("{}", "not a list of captions"),
         ('[{"image_id": null, "caption": "a"}]', "entry 1"),
         (json.dumps(entries[:1]), "has no caption for 1 of the 2 images"),
         (json.dumps(entries + entries[:1]), "has two captions"),

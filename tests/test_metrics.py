@@ -1,23 +1,31 @@
-"""Scores on worked examples; defect 9 of the original."""
+"""Scores on worked examples and against the packages that define them; defect 9 of the original."""
 
-import subprocess
+import json
+import os
+import stat
 import sys
-import threading
+import tracemalloc
+from pathlib import Path
 
 import numpy as np
-import pycocoevalcap.meteor.meteor as meteor
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nltk.translate.bleu_score import corpus_bleu as nltk_corpus_bleu
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
-from captioning.scores import bootstrap_intervals, paired_bootstrap
+import metrics_utils
+from captioning.cider import cider_of_each
+from captioning.scores import ImageScores, bootstrap_intervals, corpus_bleu, paired_bleu4, paired_bootstrap
 from metrics_utils import (
-    coco_form,
-    meteor_score,
+    MetricFailed,
+    meteor_scores,
     person_scores,
     score_captions,
     score_images,
+    spice_scores,
     variety,
     word_error_rates,
 )
@@ -35,14 +43,69 @@ def drawn_captions(images: int) -> tuple[list[str], list[list[str]]]:
     return ["", *hypotheses[1:]], references
 
 
+def coco_score(metric, hypotheses: list[str], references: list[list[str]]) -> tuple:
+    """The score of a scorer of pycocoevalcap, and the scores by image."""
+    known, generated = dict(enumerate(references)), {n: [text] for n, text in enumerate(hypotheses)}
+    return metric.compute_score(known, generated)
+
+
+def coco_bleu(hypotheses: list[str], references: list[list[str]]) -> list[float]:
+    known, generated = dict(enumerate(references)), {n: [text] for n, text in enumerate(hypotheses)}
+    return Bleu(4).compute_score(known, generated, verbose=0)[0]
+
+
 def test_scores_are_pycocoevalcaps_own():
     hypotheses, references = drawn_captions(60)
-    generated, known = coco_form(hypotheses, references)
+    scores, cider = score_captions(hypotheses, references), coco_score(Cider(), hypotheses, references)
+    assert [scores[f"bleu{n}"] for n in (1, 2, 3, 4)] == pytest.approx(coco_bleu(hypotheses, references), abs=1e-6)
+    assert scores["cider"] == pytest.approx(cider[0], abs=1e-9)
+    assert cider_of_each(hypotheses, references) == pytest.approx(cider[1], abs=1e-9)
+    assert scores["rouge_l"] == pytest.approx(coco_score(Rouge(), hypotheses, references)[0], abs=1e-9)
+
+
+TEXTS = st.lists(st.sampled_from("abc"), max_size=6).map(" ".join)
+IMAGES = st.lists(st.tuples(TEXTS, st.lists(TEXTS, min_size=1, max_size=3)), min_size=1, max_size=4)
+
+
+@given(st.lists(IMAGES, min_size=1, max_size=3))
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_bleu_is_pycocoevalcaps_whatever_matches(corpora):
+    """Several corpora at once, with captions that are empty or match nothing."""
+    hypotheses, references = map(list, zip(*(image for corpus in corpora for image in corpus), strict=True))
+    counts = score_images(hypotheses, references).bleu_counts()
+    ends = np.cumsum([len(corpus) for corpus in corpora])
+    ours = corpus_bleu(np.array([part.sum(0) for part in np.split(counts, ends[:-1])]))
+    for corpus, bleu in zip(corpora, ours.T, strict=True):
+        assert bleu == pytest.approx(coco_bleu(*map(list, zip(*corpus, strict=True))), abs=1e-6)
+
+
+def test_a_caption_of_three_words_has_pycocoevalcaps_constants():
+    scores = score_captions(["a dog runs"], [["a dog runs"]])
+    assert scores["bleu4"] == pytest.approx((1e-15 / 1e-9) ** (1 / 4)) and scores["bleu3"] == pytest.approx(1)
+
+
+def nltk_bleu(hypotheses: list[str], references: list[list[str]], order: int) -> float:
+    words = [[text.split() for text in known] for known in references]
+    return nltk_corpus_bleu(words, [text.split() for text in hypotheses], [1 / order] * order)
+
+
+def test_corpus_bleu_is_nltks_but_for_captions_under_four_words():
+    hypotheses, references = drawn_captions(300)
+    long = [n for n, text in enumerate(hypotheses) if len(text.split()) >= 4]
+    hypotheses, references = [hypotheses[n] for n in long], [references[n] for n in long]
     scores = score_captions(hypotheses, references)
-    bleu = Bleu(4).compute_score(known, generated, verbose=0)[0]
-    assert [scores[f"bleu{n}"] for n in (1, 2, 3, 4)] == pytest.approx(bleu, abs=1e-6)
-    assert scores["cider"] == pytest.approx(Cider().compute_score(known, generated)[0], abs=1e-9)
-    assert scores["rouge_l"] == pytest.approx(Rouge().compute_score(known, generated)[0], abs=1e-9)
+    for n in (1, 2, 3, 4):
+        assert scores[f"bleu{n}"] == pytest.approx(nltk_bleu(hypotheses, references, n), abs=1e-6)
+    hypotheses, references = [*hypotheses, "a dog"], [*references, ["a dog runs"]]
+    difference = score_captions(hypotheses, references)["bleu4"] - nltk_bleu(hypotheses, references, 4)
+    assert 1e-5 < difference < 1e-3  # nltk counts one n-gram where a caption is too short for any
+
+
+def test_sentence_bleu_is_smoothed_by_one():
+    # 4 of 5 words, 2 of 4 pairs, 1 of 3 and 0 of 2 longer ones; the reference has 6 words.
+    found = score_images(["a dog runs on grass", "", "x"], [["a dog runs over the grass"], ["a"], ["a dog"]])
+    expected = np.exp(1 - 6 / 5) * (4 / 5 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25
+    assert found.sentence_bleu4 == pytest.approx([expected, 0, 0])
 
 
 def test_a_perfect_caption_is_perfect():
@@ -62,11 +125,6 @@ def test_bleu_by_hand():
     penalty = 2.718281828 ** (1 - 6 / 5)
     assert scores["bleu1"] == pytest.approx(penalty * 4 / 5, abs=1e-6)
     assert scores["bleu2"] == pytest.approx(penalty * (4 / 5 * 2 / 4) ** 0.5, abs=1e-6)
-
-
-def test_no_match_is_zero():
-    scores = score_captions(["x"], [["a dog runs"]])
-    assert [scores[f"bleu{n}"] for n in (1, 2, 3, 4)] == [0, 0, 0, 0]
 
 
 def test_cider_weighs_words_by_rarity():
@@ -90,6 +148,37 @@ def test_intervals_hold_the_score_and_shrink_with_more_images():
     assert widths[1] < 0.4 * widths[0]  # a fourth, but for chance
 
 
+def random_scores(images: int, seed: int) -> ImageScores:
+    random = np.random.default_rng(seed)
+    length = random.integers(1, 20, images)
+    guess = np.maximum(length[:, None] - np.arange(4), 0)
+    means = random.random((5, images))
+    counts = guess, (guess * random.random((images, 4))).astype(int), length, random.integers(5, 15, images)
+    return ImageScores(*means[:4], *counts, means[4])
+
+
+def test_intervals_are_those_of_resampled_images():
+    scores = random_scores(50, 0)
+    drawn = np.random.default_rng(3).integers(50, size=(300, 50))
+    found = bootstrap_intervals(scores, samples=300, seed=3)
+    assert found["wer"] == pytest.approx(np.quantile(scores.wer[drawn].mean(1), (0.025, 0.975)))
+    bleu = [corpus_bleu(scores.bleu_counts()[row].sum(0))[3] for row in drawn]
+    assert found["bleu4"] == pytest.approx(np.quantile(bleu, (0.025, 0.975)))
+    assert found == bootstrap_intervals(scores, samples=300, seed=3)
+
+
+def test_resampling_ten_thousand_images_takes_little_memory():
+    first, second = random_scores(10_000, 0), random_scores(10_000, 1)
+    tracemalloc.start()
+    try:
+        bootstrap_intervals(first, samples=200)
+        paired_bootstrap(first.cider, second.cider, samples=200)
+        paired_bleu4(first, second, samples=200)
+        assert tracemalloc.get_traced_memory()[1] < 50e6  # all 200 samples together are of two million images
+    finally:
+        tracemalloc.stop()
+
+
 def test_paired_differences_are_narrower_than_the_scores():
     scores = np.random.default_rng(0).random(300)
     found = paired_bootstrap(scores, scores + 0.01)
@@ -107,21 +196,92 @@ def test_variety_counts_words_and_copies():
     assert found == {"distinct_words": 3, "mean_length": 2.5, "in_training": 0.5}
 
 
-def test_stopping_meteor_leaves_nothing_to_wait_for(monkeypatch):
-    class Interrupted(meteor.Meteor):
-        def __init__(self):
-            self.lock = threading.Lock()
-            self.meteor_p = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, text=True)
-            self.meteor_p.stdin.write("unread")
-            made.append(self)
+# --------------------------------------------------------------------------------------------------
+# Metrics in Java
 
-        def compute_score(self, known, generated):
-            self.lock.acquire()  # as the package does, which does not let go of it
-            raise KeyboardInterrupt
+METEOR = """
+import sys
+for line in sys.stdin:
+    {noise}
+    command, *parts = line.strip().split(" ||| ")
+    if command == "SCORE":
+        print(*[float(len(parts[-1].split()))] * 23)
+    else:
+        print(*[stats.split()[0] for stats in parts], sum(float(stats.split()[0]) for stats in parts), sep="\\n")
+"""
 
-    made: list[meteor.Meteor] = []
-    monkeypatch.setattr(meteor, "Meteor", Interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        meteor_score(["a dog"], [["a dog"]])
-    (scorer,) = made
-    assert not scorer.lock.locked() and scorer.meteor_p.wait(timeout=10) != 0
+
+@pytest.fixture
+def fake_java(tmp_path, monkeypatch):
+    """Make a Python program the Java of the PATH; it counts how often it is asked for its version."""
+    if os.name == "nt":
+        pytest.skip("a script is not a program on Windows")
+    asked = tmp_path / "asked"
+
+    def write(program: str) -> Path:
+        java = tmp_path / "java"
+        version = f"import sys\nif '-version' in sys.argv: print('x', file=open({str(asked)!r}, 'a')); sys.exit()\n"
+        java.write_text(f"#!{sys.executable}\n{version}{program}")
+        java.chmod(java.stat().st_mode | stat.S_IXUSR)
+        return asked
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    metrics_utils.java_runs.cache_clear()
+    yield write
+    metrics_utils.java_runs.cache_clear()
+
+
+def test_what_java_prints_shifts_no_score(fake_java):
+    systems, references = [["a dog", "a"], ["a b c", "d"]], [["x", "y"], ["z"]]
+    asked = fake_java(METEOR.format(noise="print('OpenJDK warning: 3'); print('x' * 10_000, file=sys.stderr)"))
+    assert meteor_scores(systems, references) == meteor_scores(systems, references) == [3, 4]
+    assert asked.read_text() == "x\n"  # Java is asked once whether it runs
+
+
+@pytest.mark.parametrize(
+    "program, message",
+    [
+        ("print('The operation could not be completed', file=sys.stderr); sys.exit(1)", "exit code 1: The operation"),
+        ("import time; print(flush=True); time.sleep(60)", "did not end within 0 s"),
+        (METEOR.format(noise="print(*[1.0] * 23)"), "4 answers instead of 2"),
+        ("sys.stdin.read()", "0 answers instead of 2"),
+    ],
+)
+def test_java_that_fails_or_hangs_costs_that_metric_only(fake_java, monkeypatch, program, message):
+    fake_java(program)
+    assert metrics_utils.find_java()
+    monkeypatch.setattr(metrics_utils, "JAVA_SECONDS", 0.1 if "sleep" in program else 60)
+    with pytest.raises(MetricFailed, match=message):
+        meteor_scores([["a", "b"]], [["a"], ["b"]])
+
+
+def test_a_java_that_is_a_stub_or_absent_is_named(fake_java, tmp_path):
+    fake_java("")
+    (tmp_path / "java").write_text("#!/bin/sh\necho Unable to locate a Java Runtime >&2\nexit 1\n")
+    with pytest.raises(MetricFailed, match="java does not run"):
+        meteor_scores([["a"]], [["a"]])
+    (tmp_path / "java").unlink()
+    with pytest.raises(MetricFailed, match="there is none on the PATH"):
+        spice_scores([["a"]], [["a"]])
+
+
+@pytest.mark.parametrize("value, scores", [(0.5, [0.5, 1.5]), (None, None), (float("nan"), None)])
+def test_spice_reads_its_results_by_image(monkeypatch, value, scores):
+    def run_program(command, seconds, lines=()):
+        if "-out" in command:
+            captions = json.loads(Path(command[command.index("-silent") - 6]).read_text())
+            found = [
+                {"image_id": c["image_id"], "scores": {"All": {"f": value and value + len(c["test"]) - 1}}}
+                for c in reversed(captions)
+            ]
+            Path(command[command.index("-out") + 1]).write_text(json.dumps(found))
+        return ""
+
+    monkeypatch.setattr(metrics_utils, "find_java", lambda: "java")
+    monkeypatch.setattr(metrics_utils, "run_program", run_program)
+    systems, references = [["a", "b"], ["ab", "cd"]], [["a"], ["b", "c"]]
+    if scores:
+        assert spice_scores(systems, references) == scores
+    else:
+        with pytest.raises(MetricFailed, match="results cannot be read"):
+            spice_scores(systems, references)

@@ -15,11 +15,12 @@ from reward import CocoReward
 
 from captioning.batches import BatchMaker, pack_captions
 from captioning.cider import CiderReward
-from captioning.consensus import Consensus, chosen, regression_images
+from captioning.consensus import Consensus, pick_best, regression_images
 from captioning.dataset import EOS, PAD, SOS, UNK, CaptionSet, Tokens, Vocabulary, build_vocabulary
 from captioning.decoders import AttentionDecoder, LSTMDecoder
 from captioning.decoding import Hypothesis, beam_search, next_words, sample
-from captioning.evaluation import Task, by_consensus
+from captioning.evaluation import EvalContext
+from captioning.modes.test import by_consensus
 from captioning.scst import SelfCritic
 
 WORDS = [f"w{n}" for n in range(30)]
@@ -51,33 +52,33 @@ def test_the_reward_is_pycocoevalcaps(data):
     assert np.abs(ours - theirs).max() < 1e-9 and ours.max() > 1
 
 
-def test_agreement_is_the_reward_with_one_reference(data):
+def test_pairwise_cider_is_the_reward_with_one_reference(data):
     reward = CiderReward(data, data.splits["train"])
     image = int(np.argmax(np.diff(data.first_caption[:11])))  # the one with the most captions
     own = [reference.split() for reference in data.references(image)]
     texts = [own[0], own[1][:2], [*own[0], "w29"], [], *own]
     ids = np.array([WORDS.index(word) for text in texts for word in text])
     offsets = np.concatenate([[0], np.cumsum([len(text) for text in texts])])
-    together = reward.agreement(ids, offsets)
+    together = reward.pairwise_cider(ids, offsets)
     assert together.shape == (len(texts), len(texts)) and together[0, 0] == pytest.approx(10)
     alone = reward.score(ids[: offsets[4]], offsets[:5], np.full(4, image))
     assert np.abs(together[:4, 4:].mean(1) - alone).max() < 1e-9 and alone[0] > 1
 
 
-def test_likeness_to_a_mixture_is_linear_and_of_one_caption_its_ciderd(data):
+def test_cider_to_a_mixture_is_linear_and_of_one_caption_its_ciderd(data):
     reward = CiderReward(data, data.splits["train"])
     lone = int(np.flatnonzero(np.diff(data.first_caption[:11]) == 1)[0])  # an image with one caption
     (own,) = ([WORDS.index(word) for word in text.split()] for text in data.references(lone))
     assert len(own) > 2
     texts = [own, own[::-1], [*own[1:], own[0]]]  # as long, and no word more often: CIDEr-D clips and fines nothing
     ids, offsets = np.concatenate(texts), np.arange(4) * len(own)
-    alone = reward.likeness(ids, offsets, np.array([lone]), np.ones(1))
+    alone = reward.cider_to_mixture(ids, offsets, np.array([lone]), np.ones(1))
     assert np.abs(alone - reward.score(ids, offsets, np.full(3, lone))).max() < 1e-9 and alone[0] == pytest.approx(10)
     several = np.array([7, lone, 2])
-    parts = [reward.likeness(ids, offsets, several[[n]], np.ones(1)) for n in range(3)]
-    mixed = reward.likeness(ids, offsets, several, np.array([0.5, 2.0, -0.25]))
+    parts = [reward.cider_to_mixture(ids, offsets, several[[n]], np.ones(1)) for n in range(3)]
+    mixed = reward.cider_to_mixture(ids, offsets, several, np.array([0.5, 2.0, -0.25]))
     assert np.abs(mixed - (0.5 * parts[0] + 2 * parts[1] - 0.25 * parts[2])).max() < 1e-9
-    nowhere = reward.likeness(np.array([len(WORDS)]), np.array([0, 1]), np.array([lone]), np.ones(1))
+    nowhere = reward.cider_to_mixture(np.array([len(WORDS)]), np.array([0, 1]), np.array([lone]), np.ones(1))
     assert nowhere == 0  # a word that no caption has, and an end that all have
 
 
@@ -95,19 +96,19 @@ def test_a_word_that_the_data_lacks_is_no_end_of_the_caption(data):
     assert score[0] < reward.score(np.array(own), np.array([0, len(own)]), np.array([0]))[0]
 
 
-def said(data: CaptionSet, text: str, log_probability: float) -> Hypothesis:
+def hypothesis(data: CaptionSet, text: str, log_probability: float) -> Hypothesis:
     known = build_vocabulary(data, 1).id_of
     return Hypothesis([known[word] for word in text.split()], log_probability, log_probability, None)
 
 
 def choose(consensus: Consensus, found: list[list[Hypothesis]], weight: float = 0.0) -> list[Hypothesis]:
-    return chosen(found, consensus.evidence(np.array([10]), found), weight)
+    return pick_best(found, consensus.evidence(np.array([10]), found), weight)
 
 
 def test_consensus_weighs_the_beam_by_its_probability(data):
     consensus = Consensus(data, build_vocabulary(data, 1), None)
     likely, lone = "w9 w3 w4", "w1 w2 w5"
-    found = [[said(data, lone, -4.0), said(data, likely, -4.5), said(data, likely + " w6", -4.6)]]
+    found = [[hypothesis(data, lone, -4.0), hypothesis(data, likely, -4.5), hypothesis(data, likely + " w6", -4.6)]]
     assert choose(consensus, found) == [found[0][1]]  # two that agree outweigh the likeliest
     found[0][0] = found[0][0]._replace(log_probability=0.0)
     assert choose(consensus, found) == [found[0][0]]  # but not one that has nearly all
@@ -126,14 +127,14 @@ class Mirrored(Means):
         return super().gather(images) * torch.tensor([1.0, -1.0])
 
 
-def test_consensus_hears_what_the_regression_expects(data):
+def test_consensus_uses_what_the_regression_expects(data):
     consensus = Consensus(data, build_vocabulary(data, 1), [Means()])
-    spoken = " ".join(data.references(9)[0].split()[:40])
-    assert len(spoken.split()) > 1
-    found = [[said(data, "w1 w2 w5", -4.0), said(data, spoken, -4.2)]]
+    expected_caption = " ".join(data.references(9)[0].split()[:40])
+    assert len(expected_caption.split()) > 1
+    found = [[hypothesis(data, "w1 w2 w5", -4.0), hypothesis(data, expected_caption, -4.2)]]
     assert choose(consensus, found) == [found[0][0]]
     assert choose(consensus, found, 8.0) == [found[0][1]]
-    consensus.looks = []
+    consensus.views = []
     assert choose(consensus, found, 8.0) == [found[0][0]]
 
 
@@ -141,24 +142,25 @@ def test_consensus_hears_what_the_regression_expects(data):
 def test_the_regressions_weight_is_what_helps_on_the_validation_images(data, monkeypatch, known):
     vocabulary = build_vocabulary(data, 1)
     consensus = Consensus(data, vocabulary, [Means()])
-    spoken = " ".join(data.references(9)[0].split()[:40])
-    found = [said(data, "w1 w2 w5", -4.0), said(data, spoken, -4.2)]
+    expected_caption = " ".join(data.references(9)[0].split()[:40])
+    found = [hypothesis(data, "w1 w2 w5", -4.0), hypothesis(data, expected_caption, -4.2)]
     asked: list[int] = []
-    task = Task(argparse.Namespace(beam_size=7), torch.device("cpu"), data, vocabulary, [], consensus=consensus)
+    task = EvalContext(argparse.Namespace(beam_size=7), torch.device("cpu"), data, vocabulary, [], consensus=consensus)
 
     def search(_, images: np.ndarray, beam: int, wanted: int) -> list[list[Hypothesis]]:
         asked.extend(images.tolist())
         assert beam == wanted == 7
         return [found for _ in images]
 
-    monkeypatch.setattr("captioning.evaluation.search", search)
+    monkeypatch.setattr("captioning.modes.test.search", search)
     images = np.array([10] if known else [11])
-    for good in found:  # the less where it is equal: with nothing of the regression the first is chosen
+    for good, weighty in zip(found, (False, True), strict=True):  # without the regression the first is picked
         right = [task.text(good)]
         monkeypatch.setattr(
-            "captioning.evaluation.cider_of_each", lambda captions, _, right=right: np.array([captions == right])
+            "captioning.consensus.cider_of_each", lambda captions, _, right=right: np.array([captions == right])
         )
-        assert by_consensus(task, consensus, images, [found]) == [good]
+        picked, weight = by_consensus(task, images, [found])
+        assert picked == [good] and (weight > 0) == weighty  # the smaller weight where two are equal
     assert asked == ([] if known else [10, 10])
 
 
@@ -196,7 +198,7 @@ def test_of_very_many_images_the_regression_takes_some(data, monkeypatch):
     assert len(set(consensus.fitted)) == 4 and set(consensus.fitted) <= set(range(10))
     assert (consensus.fitted == regression_images(data.splits["train"])).all()
     assert consensus.regress(np.array([10])).shape == (1, 4)
-    found = [[said(data, "w1 w2 w5", -4.0), said(data, "w9 w3", -4.2)]]
+    found = [[hypothesis(data, "w1 w2 w5", -4.0), hypothesis(data, "w9 w3", -4.2)]]
     assert choose(consensus, found, 8.0)[0] in found[0]
 
 

@@ -1,30 +1,34 @@
-"""`--mode test`: score captions, print the table, write the files."""
+"""`--mode test`: caption images in every way of decoding, score the captions, and write what was found."""
 
 from __future__ import annotations
 
+import argparse
 import csv
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from filelock import FileLock
 
 import attention_visualization
-from captioning import distributed, plots
+from captioning import demo_set, distributed, plots
+from captioning.consensus import pick_best
 from captioning.dataset import CaptionSet, captions_of, tokenize
 from captioning.decoding import Hypothesis
-from captioning.evaluation import Task, by_consensus, caption, search
+from captioning.evaluation import EvalContext, caption, images_to_draw, search
 from captioning.images import UnreadableImage, open_image
-from captioning.io import UserError, log, read_json, write_json
+from captioning.io import UserError, log, make_directory, printable, read_json, write_json
+from captioning.reports import write_report
 from captioning.scores import METRIC_NAMES, ImageScores, bootstrap_intervals, by_rank
 from experiment_utils import save_numbered
 from metrics_utils import (
-    has_java,
-    meteor_score,
+    MetricFailed,
+    meteor_scores,
     person_scores,
     score_images,
-    spice_score,
+    spice_scores,
     summarize,
     variety,
 )
@@ -32,108 +36,293 @@ from metrics_utils import (
 INTERVALS = {"cider": "CIDEr", "bleu4": "BLEU-4", "rouge_l": "ROUGE-L", "wer": "WER"}
 
 
-def ways_to_decode(
-    task: Task, images: np.ndarray, attention: bool
-) -> Iterator[tuple[str, dict[str, Any], list[Hypothesis]]]:
-    """Caption images greedily, with the beam, and by consensus of what the beam found, where that is asked for.
+@dataclasses.dataclass
+class Result:
+    """The captions of one way of decoding, with their scores."""
 
-    Yields:
-        a way's name, what a row of `test_metrics.json` says of it, and a caption per image.
+    name: str  # of the way, at the head of its column: `greedy`, `beam 3`, `consensus`
+    header: dict[str, Any]  # what was tested and how; a new result replaces an earlier one with the same header
+    found: list[Hypothesis]  # a caption of each image
+    captions: list[str]  # the same as texts
+    scores: dict[str, Any]
+    by_image: ImageScores
+    files: dict[str, str] = dataclasses.field(default_factory=dict)  # where captions and scores by image are
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """The entry of `test_metrics.json`."""
+        return {**self.header, **self.files, **self.scores}
+
+
+def run(context: EvalContext, images: np.ndarray, checkpoints: Mapping[Path, Mapping[str, Any]]) -> None:
+    """Test checkpoints: caption and save in every way of decoding, draw, add the optional scores, print and report.
+
+    An ensemble has files of its own, `ensemble_*`: `test_metrics.json` is about the run's own checkpoints.
+
+    Args:
+        images: positions (n,) of the images to score.
+        checkpoints: by path. Several are an ensemble; the files go into the directory of the first.
+
+    Raises:
+        UserError: the directory cannot be written, or its table of earlier tests is damaged.
     """
-    beam, penalty = task.args.beam_size, task.args.length_penalty
-    yield "greedy", {"beam_size": 1, "length_penalty": None, "consensus": None}, caption(task, images, 1, attention)
-    if beam > 1:
-        found = search(task, images, beam, attention, wanted=beam if task.consensus else 1)
-        about = {"beam_size": beam, "length_penalty": penalty, "consensus": None}
-        yield f"beam {beam}", about, [hypotheses[0] for hypotheses in found]
-        if task.consensus is not None:
-            best = by_consensus(task, task.consensus, images, found)
-            yield "consensus", about | {"consensus": task.args.consensus}, best
+    args, data = context.settings, context.data
+    path, *others = checkpoints
+    ensemble = "ensemble_" if others else ""
+    directory = make_directory(path.parent, "the results of a test")
+    rows_file = directory / f"{ensemble or 'test_'}metrics.json"
+    read_rows(rows_file)  # before anything is decoded
+    epochs = [checkpoint["epoch"] for checkpoint in checkpoints.values()]
+    header = {
+        "checkpoint": [str(member) for member in checkpoints] if others else path.name,
+        "epoch": epochs if others else epochs[0],
+        "dataset": args.dataset_type, "split": args.split, "views": args.views, "images": len(images),
+    }  # fmt: skip
+    pointing = args.dataset_type == "demo" and context.members[0][0].uses_grid  # there the place of each shape is known
 
-
-def save_attention_pictures(task: Task, chosen: np.ndarray, directory: Path) -> None:
-    """`attention_viz_sample_N` (and the advanced ones) of these images, N from 1, with their numbers as JSON."""
-    args, data = task.args, task.data
-    chosen = chosen[~np.isin(chosen, [image for _, features in task.members for image in features.unreadable])]
-    hypotheses = caption(task, chosen, args.beam_size, attention=True)
-    if task.consensus is not None:
-        log.info("The attention pictures are of the beam's likeliest captions, not of those that consensus chose")
+    results = []
+    for way in ways_to_decode(context, images, attention=pointing):
+        if distributed.is_first():
+            result = score_way(context, images, way, header)
+            save_result(rows_file, f"{ensemble}{args.split.replace('+', '_')}", data, images, result)
+            results.append(result)
+    if args.save_attention_viz:
+        folder = make_directory(directory / "ensemble_attention", "attention pictures") if others else directory
+        save_attention_pictures(context, images_to_draw(args, data, images), folder)
     if not distributed.is_first():
         return
-    drawn = 0
-    for n, (image, found) in enumerate(zip(chosen, hypotheses, strict=True), 1):
-        words, name = task.vocabulary.decode(found.ids), data.names[image]
-        if not words or found.attention is None:
-            log.warning(f"No attention picture of {name}: the model said nothing")
-            continue
-        picture = open_image(data.image_dir / name, at_least=max(900, 900 * args.attention_viz_dpi // plots.DPI))
-        attention_visualization.save_pictures(
-            directory, n, picture, name, words, found.attention, args.advanced_attention_viz,
-            args.attention_viz_format, args.attention_viz_dpi,
-        )  # fmt: skip
-        drawn += 1
-    if drawn:
-        log.info(f"Attention pictures of {drawn} images: {directory / 'attention_viz_sample_*'}")
+
+    references = [data.references(image) for image in images]
+    notes = add_java_scores([(each.captions, each.scores) for each in results], references, args.spice)
+    if pointing:
+        notes += add_pointing_game(data, images, results)
+    for result in results:
+        save_row(rows_file, result)
+    print_scores([(each.name, each.scores) for each in results], references, args.split, notes)
+    save_references(directory, data, images, args.split)
+    last = results[-1]
+    save_gallery(data, images, last.captions, last.by_image.cider, directory / f"{ensemble}sample_captions.png")
+    if not others and (directory / "run_config.json").is_file():  # a lone checkpoint has no run to report
+        print(f"Report: {write_report(directory, data)}")
+    print(f"Scores: {rows_file}. Captions: {directory / last.files['captions_file']}")
+
+
+def score_predictions(data: CaptionSet, args: argparse.Namespace) -> None:
+    """Score captions of this data set's images from any other program (`--predictions`)."""
+    images = np.concatenate([data.splits[split] for split in args.split.split("+")])
+    captions = read_predictions(args.predictions, data, images)
+    scores, _ = score_test(data, images, captions)
+    references = [data.references(image) for image in images]
+    notes = add_java_scores([(captions, scores)], references, args.spice)
+    print_scores([(printable(args.predictions.stem), scores)], references, args.split, notes)
+
+
+# --------------------------------------------------------------------------------------------------
+# Captions
+
+
+class Way(NamedTuple):
+    """One way of decoding, and what it gave."""
+
+    name: str
+    settings: dict[str, Any]  # fields of the row that tell this way from others
+    found: list[Hypothesis]  # a caption of each image
+    more: dict[str, Any]  # fields of the row that are results
+
+
+def ways_to_decode(context: EvalContext, images: np.ndarray, attention: bool) -> Iterator[Way]:
+    """Caption images greedily, with the beam, and by consensus of the beam's captions, where the flags ask for it."""
+    beam, penalty = context.settings.beam_size, context.settings.length_penalty
+    settings = {"beam_size": 1, "length_penalty": None, "consensus": None}
+    yield Way("greedy", settings, caption(context, images, 1, attention), {})
+    if beam > 1:
+        found = search(context, images, beam, attention, wanted=beam if context.consensus else 1)
+        settings = {"beam_size": beam, "length_penalty": penalty, "consensus": None}
+        yield Way(f"beam {beam}", settings, [hypotheses[0] for hypotheses in found], {})
+        if context.consensus is not None:
+            best, weight = by_consensus(context, images, found)
+            settings = settings | {"consensus": context.settings.consensus}
+            yield Way("consensus", settings, best, {"consensus_weight": weight})
+
+
+def by_consensus(
+    context: EvalContext, images: np.ndarray, found: list[list[Hypothesis]]
+) -> tuple[list[Hypothesis], float | None]:
+    """Pick of the beam's captions `found` of each image the one that agrees best with the evidence.
+
+    Returns:
+        a caption of each image, and the weight of the regression, tuned on the validation images; None without one.
+    """
+    consensus, beam = context.consensus, context.settings.beam_size
+    assert consensus is not None
+    val = context.data.splits["val"] if consensus.views else images[:0]
+    more = np.setdiff1d(val, images)
+    every = np.concatenate([images, more])
+    found = found + search(context, more, beam, wanted=beam)
+    mine = distributed.share(np.arange(len(every)))
+    evidence = distributed.gather(consensus.evidence(every[mine], [found[n] for n in mine]))
+    weight = None
+    if consensus.views:
+        place = {image: n for n, image in enumerate(every.tolist())}
+        at = [place[image] for image in val.tolist()]
+        weight = consensus.tune_weight([found[n] for n in at], [evidence[n] for n in at], val)
+    return pick_best(found[: len(images)], evidence[: len(images)], weight or 0.0), weight
+
+
+# --------------------------------------------------------------------------------------------------
+# Scores
+
+
+def score_way(context: EvalContext, images: np.ndarray, way: Way, header: Mapping[str, Any]) -> Result:
+    """Return the scores of one way of decoding that need no Java."""
+    captions = [context.text(hypothesis) for hypothesis in way.found]
+    scores, by_image = score_test(context.data, images, captions)
+    full = {**header, **way.settings, "tokenizer": "spacy.blank('en'), lower case, without punctuation"}
+    return Result(way.name, full, way.found, captions, way.more | scores, by_image)
+
+
+def score_test(data: CaptionSet, images: np.ndarray, captions: Sequence[str]) -> tuple[dict[str, Any], ImageScores]:
+    """Return scores, intervals of 95 % and variety of a set of captions; and the scores by image."""
+    by_image = score_images(captions, [data.references(image) for image in images])
+    scores: dict[str, Any] = {**summarize(by_image), **variety(captions, training_captions(data))}
+    scores |= {f"{name}_interval": list(bounds) for name, bounds in bootstrap_intervals(by_image).items()}
+    return scores, by_image
 
 
 def training_captions(data: CaptionSet) -> set[str]:
-    """The training captions, tokenized and joined as hypotheses are."""
+    """Return the training captions, tokenized and joined as hypotheses are."""
     words, ids, offsets = data.tokens
     captions = captions_of(data, data.splits["train"])
     return {" ".join(words[i] for i in ids[offsets[c] : offsets[c + 1]]) for c in captions}
 
 
-def score_test(
-    data: CaptionSet, images: np.ndarray, captions: Sequence[str], spice: bool = False
-) -> tuple[dict[str, Any], ImageScores]:
-    """Everything that is said of a set of captions: scores, intervals of 95 %, variety; and the scores by image."""
-    references = [data.references(image) for image in images]
-    each = score_images(captions, references)
-    scores: dict[str, Any] = {**summarize(each), **variety(captions, training_captions(data))}
-    if has_java():
-        scores["meteor"] = meteor_score(captions, references)
-    if spice:
-        scores["spice"] = spice_score(captions, references)
-    scores |= {f"{name}_interval": list(bounds) for name, bounds in bootstrap_intervals(each).items()}
-    return scores, each
+def add_java_scores(
+    systems: Sequence[tuple[Sequence[str], dict[str, Any]]], references: Sequence[Sequence[str]], spice: bool
+) -> list[str]:
+    """Add METEOR, and SPICE where asked for, to the scores of each system's captions; return notes on what failed."""
+    notes = []
+    for name, metric in (("meteor", meteor_scores), ("spice", spice_scores)):
+        if name == "spice" and not spice:
+            continue
+        try:
+            values = metric([captions for captions, _ in systems], references)
+        except MetricFailed as problem:
+            notes.append(f"{METRIC_NAMES[name]} is left out: {problem}")
+            continue
+        for (_, scores), value in zip(systems, values, strict=True):
+            scores[name] = value
+    return notes
 
 
-def save_test(
-    directory: Path, header: Mapping[str, Any], data: CaptionSet, images: np.ndarray, captions: Sequence[str],
-    scores: Mapping[str, Any], each: ImageScores,
-) -> str:  # fmt: skip
-    """Write `test_captions[_N].json`, with the same number `test_scores[_N].json`, and a row of `test_metrics.json`.
+def add_pointing_game(data: CaptionSet, images: np.ndarray, results: Sequence[Result]) -> list[str]:
+    """Add the pointing game of the demo set to the scores; return its outcome in the last way as a line to print."""
+    names = [data.names[image] for image in images]
+    try:
+        for result in results:
+            words, weights = [text.split() for text in result.captions], [each.attention for each in result.found]
+            result.scores |= demo_set.play(data.captions_file, names, words, weights)
+    except UserError as problem:
+        return [f"The pointing game is left out: {problem}"]
+    return [demo_set.describe(result.scores)] if "pointing_game" in result.scores else []
 
-    The row takes the place of an earlier one of the same test. Two tests of one run may end at once: one waits.
+
+# --------------------------------------------------------------------------------------------------
+# Files
+
+
+def save_result(rows_file: Path, prefix: str, data: CaptionSet, images: np.ndarray, result: Result) -> None:
+    """Write `{prefix}_captions_{way}.json`, `{prefix}_scores_{way}.json` and the row of `rows_file`.
+
+    A file of another test is never overwritten: a number is added to the name.
 
     Args:
-        header: what test it is.
-
-    Returns:
-        the name of the file of captions.
+        prefix: the split, after `ensemble_` for an ensemble.
+        result: whose `files` are set.
     """
-    names = [str(data.image_id(image)) for image in images]
-    content = [
-        {"image_id": data.image_id(image), "caption": caption} for image, caption in zip(images, captions, strict=True)
-    ]
-    by_image = {
-        "image_id": names, "cider": each.cider.tolist(), "rouge_l": each.rouge_l.tolist(), "wer": each.wer.tolist(),
-        "bleu": {"guess": each.guess.tolist(), "correct": each.correct.tolist(), "length": each.length.tolist(),
-                 "reference_length": each.reference_length.tolist()},
-    }  # fmt: skip
-    rows_file = directory / "test_metrics.json"
-    with FileLock(directory / ".test.lock"):
-        file = save_numbered(directory, "test_captions", content)
-        scores_file = file.replace("test_captions", "test_scores")
-        write_json(directory / scores_file, by_image)
-        rows = read_json(rows_file) if rows_file.is_file() else []
-        others = [row for row in rows if {key: row.get(key) for key in header} != header]
-        write_json(rows_file, [*others, {**header, "captions_file": file, "scores_file": scores_file, **scores}])
-    return file
+    names, each = [data.image_id(image) for image in images], result.by_image
+    lists: dict[str, Any] = {name: values.tolist() for name, values in each._asdict().items()}
+    contents: dict[str, Any] = {
+        "captions": [{"image_id": name, "caption": text} for name, text in zip(names, result.captions, strict=True)],
+        "scores": {
+            "image_id": list(map(str, names)),
+            **{name: lists[name] for name in ("cider", "rouge_l", "wer", "sentence_bleu4")},
+            "bleu": {name: lists[name] for name in ("guess", "correct", "length", "reference_length")},
+        },
+    }
+    way = result.name.replace(" ", "")
+    with rows_lock(rows_file):
+        result.files = {
+            f"{kind}_file": save_numbered(rows_file.parent, f"{prefix}_{kind}_{way}", content)
+            for kind, content in contents.items()
+        }
+    save_row(rows_file, result)
+
+
+def save_row(rows_file: Path, result: Result) -> None:
+    """Write the row of a result in place of an earlier row with the same header."""
+    with rows_lock(rows_file):
+        same = lambda row: {key: row.get(key) for key in result.header} == result.header  # noqa: E731
+        write_json(rows_file, [*(row for row in read_rows(rows_file) if not same(row)), result.row])
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a `test_metrics.json`, none where it is absent.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    rows = read_json(path) if path.is_file() else []
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path} is not a list of test scores: move it away, then test again")
+    return rows
+
+
+def rows_lock(rows_file: Path) -> FileLock:
+    """Let one of several tests that end at once write at a time."""
+    return FileLock(rows_file.with_name(".test.lock"))
+
+
+def print_scores(
+    columns: Sequence[tuple[str, dict[str, Any]]],
+    references: Sequence[Sequence[str]],
+    split: str,
+    notes: Sequence[str] = (),
+) -> None:
+    """Print a table with a column for each way of decoding, and a person's own scores as the yardstick."""
+    person = person_scores(references)
+    shown = [*columns, *([("a person", person)] if person else [])]
+    widths = [max(10, len(name) + 2) for name, _ in shown]
+
+    def line(name: str, cells: Sequence[str]) -> str:
+        return f"  {name:<26}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=False))
+
+    print(f"\nScores on {len(references)} {split} images (x100; lower case, no punctuation; CIDEr's word weights from")
+    print("these images; a person: one caption against the image's others, which are one fewer):")
+    print(line("", [name for name, _ in shown]))
+    for key, name in METRIC_NAMES.items():
+        if key in columns[0][1]:
+            print(line(name, [f"{100 * scores[key]:.2f}" if key in scores else "-" for _, scores in shown]))
+    for key, name, scale, digits in (
+        ("distinct_words", "distinct words", 1, 0),
+        ("mean_length", "words a caption", 1, 1),
+        ("in_training", "% in training", 100, 1),
+    ):
+        print(line(name, [f"{scale * scores[key]:.{digits}f}" for _, scores in columns]))
+    name, scores = columns[-1]
+    bounds = (
+        f"{label} {100 * scores[f'{key}_interval'][0]:.1f} to {100 * scores[f'{key}_interval'][1]:.1f}"
+        for key, label in INTERVALS.items()
+    )
+    print(f"  95 % intervals over images, {name}: " + ", ".join(bounds))
+    if "val" in split.split("+") and scores.get("consensus_weight") is not None:
+        print(f"  {name}: the regression's weight, {scores['consensus_weight']:g}, was chosen by the CIDEr of the")
+        print("  validation images, which are among these: its scores are slightly too high")
+    for note in notes:
+        print(f"  {note}")
 
 
 def save_references(directory: Path, data: CaptionSet, images: np.ndarray, split: str) -> Path:
-    """The references as the COCO evaluation reads them, under the `image_id`s of `test_captions.json`."""
+    """Write the references as the COCO evaluation reads them, under the `image_id`s of the captions."""
     content = {
         "info": {"description": f"{split} of {data.captions_file.name}"}, "type": "captions", "licenses": [],
         "images": [{"id": data.image_id(image)} for image in images],
@@ -149,36 +338,8 @@ def save_references(directory: Path, data: CaptionSet, images: np.ndarray, split
     return path
 
 
-def print_scores(
-    columns: Sequence[tuple[str, dict[str, Any]]], references: Sequence[Sequence[str]], split: str
-) -> None:
-    """A table with a column per way of decoding, and a person's own scores as the yardstick."""
-    person = person_scores(references)
-    shown = [*columns, *([("a person", person)] if person else [])]
-    print(f"\nScores on {len(references)} {split} images (x100; lower case, no punctuation; CIDEr's word weights from")
-    print("these images; a person: one caption against the image's others, which are one fewer):")
-    print(" " * 28 + "".join(f"{name:>10}" for name, _ in shown))
-    for key, name in METRIC_NAMES.items():
-        if key in columns[0][1]:
-            cells = (f"{100 * scores[key]:10.2f}" if key in scores else f"{'-':>10}" for _, scores in shown)
-            print(f"  {name:<26}" + "".join(cells))
-    if not has_java():
-        print("  METEOR is left out: it needs Java")
-    for key, name, scale in (
-        ("distinct_words", "distinct words", 1), ("mean_length", "words a caption", 1), ("in_training", "% in training", 100),
-    ):  # fmt: skip
-        cells = (f"{scale * scores[key]:10.{0 if key == 'distinct_words' else 1}f}" for _, scores in columns)
-        print(f"  {name:<26}" + "".join(cells))
-    name, scores = columns[-1]
-    bounds = (
-        f"{label} {100 * scores[f'{key}_interval'][0]:.1f} to {100 * scores[f'{key}_interval'][1]:.1f}"
-        for key, label in INTERVALS.items()
-    )
-    print(f"  95 % intervals over images, {name}: " + ", ".join(bounds))
-
-
 def save_gallery(data: CaptionSet, images: np.ndarray, captions: Sequence[str], cider: np.ndarray, path: Path) -> None:
-    """Twelve captions by rank of their own CIDEr, none picked by hand: the best four, the median, the worst.
+    """Draw twelve captions by rank of their CIDEr, none picked by hand: the best four, the median and the worst.
 
     Args:
         cider: (n,) of each image.
@@ -198,8 +359,38 @@ def save_gallery(data: CaptionSet, images: np.ndarray, captions: Sequence[str], 
     plots.plot_captions(samples, path)
 
 
+def save_attention_pictures(context: EvalContext, images: np.ndarray, directory: Path) -> None:
+    """Draw `attention_viz_sample_N` (and the advanced ones) of images, N from 1, with their numbers as JSON."""
+    args, data = context.settings, context.data
+    unreadable = [image for _, features in context.members for image in features.unreadable]
+    images = images[~np.isin(images, unreadable)]
+    hypotheses = caption(context, images, args.beam_size, attention=True)
+    if context.consensus is not None:
+        log.info("The attention pictures show the beam's most probable captions, not those that consensus chose")
+    if not distributed.is_first():
+        return
+    drawn = 0
+    for n, (image, found) in enumerate(zip(images, hypotheses, strict=True), 1):
+        words, name = context.vocabulary.decode(found.ids), data.names[image]
+        if not words or found.attention is None:
+            log.warning(f"No attention picture of {name}: its caption is empty")
+            continue
+        picture = open_image(data.image_dir / name, at_least=max(900, 900 * args.attention_viz_dpi // plots.DPI))
+        attention_visualization.save_pictures(
+            directory, n, picture, name, words, found.attention, args.advanced_attention_viz,
+            args.attention_viz_format, args.attention_viz_dpi,
+        )  # fmt: skip
+        drawn += 1
+    if drawn:
+        log.info(f"Attention pictures of {drawn} images: {directory / 'attention_viz_sample_*'}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Captions of another program
+
+
 def read_predictions(path: Path, data: CaptionSet, images: np.ndarray) -> list[str]:
-    """Captions that another program made, tokenized as ours are.
+    """Return captions that another program made, tokenized as ours are.
 
     Args:
         path: COCO results (`[{"image_id": ..., "caption": ...}]`) or a CSV file with the header `image,caption`;
@@ -220,7 +411,7 @@ def read_predictions(path: Path, data: CaptionSet, images: np.ndarray) -> list[s
         rows = read_json(path)
     form = '[{"image_id": "a.jpg", "caption": "a dog"}, ...], or a .csv with the header image,caption'
     if not isinstance(rows, list):
-        raise UserError(f"--predictions {path} is no list of captions: expected {form}")
+        raise UserError(f"--predictions {path} is not a list of captions: expected {form}")
     found: dict[str | int, str] = {}
     for number, row in enumerate(rows, 1):
         values = (row.get("image_id"), row.get("caption")) if isinstance(row, dict) else (None, None)

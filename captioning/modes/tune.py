@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from captioning import distributed
-from captioning.evaluation import Task, captions_of_images
-from metrics_utils import (
-    cider_of_each,
-)
+from captioning.checkpoints import require_trainable, save_checkpoint
+from captioning.cider import cider_of_each
+from captioning.evaluation import EvalContext, caption_texts
+from captioning.io import write_json
 
-BEAMS, LENGTH_PENALTIES = (1, 2, 3, 4, 5, 8), (0.0, 0.4, 0.7, 1.0, 1.3)  # what `--mode tune` tries
+BEAMS, LENGTH_PENALTIES = (1, 2, 3, 4, 5, 8), (0.0, 0.4, 0.7, 1.0, 1.3)
 
 
-def tune(task: Task) -> dict[str, Any]:
-    """Try beam sizes and length penalties on the validation images; returns what gave the best CIDEr."""
-    images = task.data.splits["val"]
-    references = [task.data.references(image) for image in images]
+def run(context: EvalContext, path: Path, checkpoint: dict[str, Any]) -> None:
+    """Tune decoding and keep the result in the checkpoint, and in `decoding.json` beside it.
+
+    Training replaces `best.pt` when it goes on; `decoding.json` names the epoch whose weights the result is of.
+
+    Raises:
+        UserError: `path` is an exported folder, or cannot be written.
+    """
+    require_trainable(checkpoint, path)
+    best = tune(context)
+    if distributed.is_first():
+        write_json(path.with_name("decoding.json"), {"epoch": checkpoint["epoch"], **best})
+        save_checkpoint(path, checkpoint | {"decoding": best})
+    print(f"Best: --beam_size {best['beam_size']} --length_penalty {best['length_penalty']}, "
+          f"CIDEr {100 * best['cider']:.2f}. Kept in {path}, which --mode test uses from now on")  # fmt: skip
+
+
+def tune(context: EvalContext) -> dict[str, Any]:
+    """Try beam sizes and length penalties on the validation images; return the pair with the best CIDEr."""
+    images = context.data.splits["val"]
+    references = [context.data.references(image) for image in images]
     found: list[tuple[float, int, float]] = []
     print(f"CIDEr on {len(images)} validation images, by beam size and length penalty:")
     print("      " + "".join(f"{penalty:>8}" for penalty in LENGTH_PENALTIES))
     for beam in BEAMS:
         line = f"{beam:>6}"
         for penalty in LENGTH_PENALTIES if beam > 1 else LENGTH_PENALTIES[:1]:  # greedy decoding compares no lengths
-            captions = captions_of_images(task, images, beam, penalty)
+            captions = caption_texts(context, images, beam, penalty)
             cider = distributed.from_first(lambda: float(cider_of_each(captions, references).mean()))  # noqa: B023
             found.append((cider, beam, penalty))
             line += f"{100 * cider:8.2f}"
