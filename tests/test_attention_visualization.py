@@ -139,8 +139,7 @@ def test_words_and_weights_must_be_as_many():
 # Pictures
 
 
-@pytest.mark.parametrize("words", [1, 3, 20])
-@pytest.mark.parametrize("shape", ["landscape", "portrait"])
+@pytest.mark.parametrize(("words", "shape"), [(1, "landscape"), (20, "portrait")])
 def test_basic_picture_has_the_photo_and_every_word(words, shape):
     figure = attention.attention_figure(photo(shape), caption(words), maps(words))
     assert labels(figure) == {"photo": 1, "word": words, "scale": 1}
@@ -148,8 +147,7 @@ def test_basic_picture_has_the_photo_and_every_word(words, shape):
     assert any("own scale" in text.get_text() for text in figure.texts)
 
 
-@pytest.mark.parametrize("words", [1, 3, 20])
-@pytest.mark.parametrize("shape", ["landscape", "portrait"])
+@pytest.mark.parametrize(("words", "shape"), [(1, "landscape"), (20, "portrait")])
 def test_advanced_picture_has_every_view(words, shape):
     figure = attention.advanced_attention_figure(photo(shape), caption(words), maps(words))
     crops = len(attention.strongest_regions(maps(words)))
@@ -262,15 +260,14 @@ def test_title_caption_and_odd_words_are_written_as_they_are(tmp_path):
     assert (tmp_path / "advanced_attention_viz_sample_1.png").exists()
 
 
-@pytest.mark.parametrize(("words", "shape"), [(1, "portrait"), (60, "tower")])
-def test_files_are_whole_pngs_of_bounded_size_with_their_numbers(tmp_path, words, shape):
-    weights = maps(words)
-    attention.save_pictures(tmp_path, 3, photo(shape), "dog.jpg", caption(words), weights, advanced=True)
+def test_files_are_whole_pngs_of_bounded_size_with_their_numbers(tmp_path):
+    words, weights = 60, maps(60)
+    attention.save_pictures(tmp_path, 3, photo("tower"), "dog.jpg", caption(60), weights, advanced=True, dpi=60)
     names = ["advanced_attention_viz_sample_3.png", "attention_viz_sample_3.json", "attention_viz_sample_3.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     for name in (names[0], names[2]):
         with Image.open(tmp_path / name) as picture:
-            assert picture.format == "PNG" and max(picture.size) <= 2400
+            assert picture.format == "PNG" and max(picture.size) <= 60 * 20
             picture.load()
     numbers = json.loads((tmp_path / names[1]).read_text())
     assert numbers["image"] == "dog.jpg" and numbers["words"] == caption(words) and numbers["grid"] == 7
