@@ -1,9 +1,9 @@
-"""Attention pictures: where a decoder looked while it said each word of a caption.
+"""Attention pictures: where a decoder attended while it predicted each word of a caption.
 
-Everything here takes a photo, words and weights; nothing knows of models or runs. The weights of a word
-are numbers that sum to one, the rows of a square grid (7x7 for the encoders that are there) laid over the whole
-photo one after the other. The encoders look at the photo squashed to a square, so a map belongs on it stretched
-to its full size. The weights of a word are of the step that predicts it: where the decoder looked to find it.
+The functions take a photo, words and weights, and know nothing about models; the last two caption a data set's images
+first. A word's weights sum to one and form a square grid (7x7 for the present encoders), row by row, over the whole photo. Encoders see the photo
+squashed to a square, so a map is stretched to the photo's full size. A word's weights are those of the step that
+predicts it.
 """
 
 from __future__ import annotations
@@ -12,43 +12,30 @@ import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageEnhance
+from PIL import Image
 
-from captioning.io import write_json
-from captioning.plots import (
-    BLUE,
-    DPI,
-    GREY,
-    ORANGE,
-    new_figure,
-    place_axes,
-    place_text,
-    save_figure,
-    show_photo,
-    shrunk,
-    wrap,
-)
+from captioning import plots
+from captioning.images import UnreadableImage, check_weights, grid_side, open_image, peak
+from captioning.io import log, write_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
-from captioning.images import check_weights, grid_side, peak
+
+    from captioning.evaluation import EvalContext
 
 FORMATS = ("png", "svg", "pdf")
-CROPS = 6  # at most, of the strongest regions
-CROP_CELLS = 3  # along each side of one that is cut out of a square photo
+ABOVE_CHANCE = 4  # a region is strong if its cell has this many times the weight of an even distribution
+CROPS, CROP_CELLS = 4, 3  # strongest regions at most, and cells along the side of one in a square photo
 
-# All in inches. The largest page has 1620 x 2280 pixels; a larger one is taken only if panels would get too small.
+# All in inches. The largest page has 1620 x 2280 pixels.
 PAGE_WIDTH, MARGIN, GAP = 13.5, 0.35, 0.16
-PAGE_HEIGHTS, ADVANCED_PAGE_HEIGHTS = (9.0, 12.0, 15.5, 19.0), (11.5, 13.0, 15.5, 19.0)
-SMALLEST_PANEL = 1.4
-HEADING = 0.34  # what a panel's heading needs above it
-SECTION = 0.34  # a line above a part of the advanced picture
-FOOTER = 1.15  # the colour bar and the line that explains it
+PAGE_HEIGHTS, SMALLEST_PANEL, LARGEST_PANEL = (9.0, 12.0, 15.5, 19.0), 1.4, 4.5
+HEADING, SECTION, FOOTER = 0.34, 0.34, 1.15  # above a panel, above the regions, below all for the colour bar
 
 
 def upsample(weights: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -58,8 +45,8 @@ def upsample(weights: np.ndarray, height: int, width: int) -> np.ndarray:
         weights: (cells,) or (side, side).
 
     Returns:
-        (height, width) floats between the smallest and the largest weight; the middle of a cell's part
-        of the picture has that cell's weight.
+        (height, width) floats between the smallest and the largest weight; the middle of each cell has
+        its weight.
 
     Raises:
         ValueError: another shape, or an empty picture.
@@ -76,9 +63,9 @@ def upsample(weights: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def entropy(weights: np.ndarray) -> np.ndarray:
-    """How widely each word looks: (words, cells) weights -> (words,) bits, 0 (one cell) to log2(cells) (all alike).
+    """How spread each word's attention is: (words, cells) weights -> (words,) bits.
 
-    Low entropy: the decoder knows where it looks. Of 49 cells the most is 5.61 bits.
+    0 bits: all weight on one cell; log2(cells), 5.61 bits for 49 cells: the same weight on every cell.
 
     Raises:
         ValueError: no weights, or not one distribution per word.
@@ -89,35 +76,35 @@ def entropy(weights: np.ndarray) -> np.ndarray:
 
 
 def strongest_regions(weights: np.ndarray, most: int = CROPS) -> list[tuple[int, int]]:
-    """What was looked at hardest: up to `most` (word, cell) in falling order of weight, of (words, cells) weights.
+    """The regions with the most attention: up to `most` (word, cell) in falling order of weight.
 
-    Two cells that touch are one region, and no word has two. A cell counts from twice the weight on that all cells
-    alike would have; the strongest of all is always there.
+    A cell counts from `ABOVE_CHANCE` times 1/cells on; there may be none. No two cells touch, and no word has two.
+
+    Args:
+        weights: (words, cells), each row a distribution.
     """
     rows = check_weights(weights)
     side = grid_side(rows.shape[1])
     found: list[tuple[int, int]] = []
     for place in np.argsort(-rows, axis=None, kind="stable"):
         word, cell = divmod(int(place), rows.shape[1])
-        if len(found) == most or (found and rows[word, cell] < 2 / rows.shape[1]):
+        if len(found) == most or rows[word, cell] < ABOVE_CHANCE / rows.shape[1]:
             break
         y, x = divmod(cell, side)
-        if all(
-            word != other_word and max(abs(y - other // side), abs(x - other % side)) > 1 for other_word, other in found
-        ):
+        if all(word != other and max(abs(y - at // side), abs(x - at % side)) > 1 for other, at in found):
             found.append((word, cell))
     return found
 
 
 def attention_numbers(name: str, words: Sequence[str], weights: np.ndarray) -> dict[str, Any]:
-    """What the pictures are drawn from, for `attention_viz_sample_N.json`.
+    """The content of `attention_viz_sample_N.json`: the numbers behind the pictures.
 
     Args:
         name: the image's.
         weights: (words, cells).
 
     Raises:
-        ValueError: words and weights do not fit, or a row is no distribution.
+        ValueError: words and weights differ in number, or a row is not a distribution.
     """
     rows = check_weights(weights, len(words))
     side = grid_side(rows.shape[1])
@@ -138,7 +125,7 @@ def attention_numbers(name: str, words: Sequence[str], weights: np.ndarray) -> d
 
 def save_pictures(
     directory: Path, number: int, image: Image.Image, name: str, words: Sequence[str], weights: np.ndarray,
-    advanced: bool = False, form: str = "png", dpi: int = DPI,
+    advanced: bool = False, form: str = "png", dpi: int = plots.DPI,
 ) -> None:  # fmt: skip
     """Write `attention_viz_sample_N`, with `advanced` also `advanced_attention_viz_sample_N`, and N's numbers as JSON.
 
@@ -152,76 +139,81 @@ def save_pictures(
         dpi: dots per inch of a png, and of the photos inside of an svg or pdf.
 
     Raises:
-        ValueError: words and weights do not fit, or a row is no distribution.
+        ValueError: words and weights differ in number, or a row is not a distribution.
         UserError: a file cannot be written.
     """
     figure = attention_figure(image, words, weights, name, dpi)
-    save_figure(figure, directory / f"attention_viz_sample_{number}.{form}")
+    plots.save_figure(figure, directory / f"attention_viz_sample_{number}.{form}")
     if advanced:
         figure = advanced_attention_figure(image, words, weights, name, dpi)
-        save_figure(figure, directory / f"advanced_attention_viz_sample_{number}.{form}")
+        plots.save_figure(figure, directory / f"advanced_attention_viz_sample_{number}.{form}")
     write_json(directory / f"attention_viz_sample_{number}.json", attention_numbers(name, words, weights))
 
 
 def attention_figure(
-    image: Image.Image, words: Sequence[str], weights: np.ndarray, title: str | None = None, dpi: int = DPI
+    image: Image.Image, words: Sequence[str], weights: np.ndarray, title: str | None = None, dpi: int = plots.DPI
 ) -> Figure:
     """The basic picture: the photo, then one map per word. Its axes are labelled `photo`, `word` (each) and `scale`.
 
     Args and errors as in `save_pictures`; title: a line under the caption.
     """
     rows = check_weights(weights, len(words))
-    grid = _fit_grid(len(words) + 1, _panel_aspect(image), [page - 1.2 - FOOTER for page in PAGE_HEIGHTS], largest=4.5)
-    page_width = max(grid.columns * (grid.width + GAP) - GAP + 2 * MARGIN, 6.5)
-    caption, header = _header(words, title, page_width)
-    figure = new_figure(page_width, header + grid.total_height + FOOTER, dpi)
-    _draw_header(figure, caption, title)
+    aspect = _panel_aspect(image)
+    columns, width = _fit_grid(len(words) + 1, aspect)
+    lines, height = -(-(len(words) + 1) // columns), width / aspect
+    page = max(columns * (width + GAP) - GAP + 2 * MARGIN, 6.5)
+    figure, top = _new_page(page, lines * (HEADING + height + GAP), words, title, rows.shape[1], dpi)
     photo = _fitted(image, dpi)
-    axes = _photo_axes(figure, grid.place(0, header), "photo", photo)
-    _heading(axes, "photo", _heading_size(["photo"], grid.width), style="italic")
-    _draw_words(figure, grid, header, 1, _dimmed(photo), words, rows)
-    _draw_scale(figure, rows.shape[1])
+    dimmed = dim(photo)
+    first, *panels = _grid(figure, top, len(words) + 1, columns, width, height, "word")
+    first.set_label("photo")
+    _show(first, photo)
+    _set_headings([first], ["photo"], style="italic")
+    for axes, row in zip(panels, rows, strict=True):
+        _draw_map(axes, dimmed, row)
+    _set_headings(panels, [f"{number} {word}" for number, word in enumerate(words, 1)], rows.max(1).tolist())
     return figure
 
 
 def advanced_attention_figure(
-    image: Image.Image, words: Sequence[str], weights: np.ndarray, title: str | None = None, dpi: int = DPI
+    image: Image.Image, words: Sequence[str], weights: np.ndarray, title: str | None = None, dpi: int = plots.DPI
 ) -> Figure:
-    """The advanced picture: the path of the peak, the mean map, entropy per word, the strongest regions, all maps.
+    """The advanced picture: the path of the peak, the mean map, the entropy per word, the strongest regions.
 
-    Its axes are labelled `path`, `mean`, `entropy`, `crop` (each), `word` (each) and `scale`.
+    Its axes are labelled `path`, `mean`, `entropy`, `crop` (each) and `scale`. Args and errors as in `attention_figure`.
     """
     rows = check_weights(weights, len(words))
-    aspect = _panel_aspect(image)
-    caption, header = _header(words, title, PAGE_WIDTH)
-    photo_width = min(3.95, 4.6 * aspect)
-    photo_height = photo_width / aspect
-    axis_height = 0.7  # below the bars
-    bars_height = min(8.0, max(photo_height - axis_height, 0.19 * len(words)))
-    overview = HEADING + max(photo_height + 0.3, bars_height + axis_height) + 0.15
-    crop_width = (PAGE_WIDTH - 2 * MARGIN + GAP) / CROPS - GAP
-    crops = _Grid(CROPS, 1, crop_width, crop_width)
-    above = header + overview + SECTION + crops.total_height + SECTION
-    grid = _fit_grid(len(words), aspect, [page - above - FOOTER for page in ADVANCED_PAGE_HEIGHTS], largest=3.2)
-    figure = new_figure(PAGE_WIDTH, above + grid.total_height + FOOTER, dpi)
-    _draw_header(figure, caption, title)
+    cells, chosen = rows.shape[1], strongest_regions(rows)
+    width = min(3.95, 4.6 * _panel_aspect(image))
+    height = width / _panel_aspect(image)
+    crop = (2 * width + 3 * GAP) / CROPS - GAP
+    regions = HEADING + height + 0.4  # where the part below the photos begins
+    left_height = regions + SECTION + (HEADING + crop + GAP if chosen else 0)
+    axis, bars_height = 0.75, min(0.2 * len(words), 12.0)  # below the bars, and the least for them
+    figure, top = _new_page(PAGE_WIDTH, max(left_height, HEADING + bars_height + axis), words, title, cells, dpi)
 
-    photo = _fitted(image, dpi)
-    dimmed, left, top = _dimmed(photo), MARGIN, header + HEADING
-    axes = _photo_axes(figure, (left, top, photo_width, photo_height), "path", dimmed)
-    _draw_path(figure, axes, dimmed, rows)
-    left += photo_width + 2 * GAP
-    axes = _photo_axes(figure, (left, top, photo_width, photo_height), "mean", dimmed)
-    _draw_map(axes, dimmed, rows.mean(0))
-    _heading(axes, "mean map", _heading_size(["mean map"], photo_width), note=f"{rows.mean(0).max():.0%}")
-    left += photo_width + 2 * GAP + 1.35  # the words stand left of their bars
-    axes = place_axes(figure, left, top, PAGE_WIDTH - MARGIN - 0.1 - left, bars_height, label="entropy")
-    _draw_entropy(axes, words, entropy(rows), rows.shape[1])
-    _section(figure, header + overview, "Strongest regions: what was looked at hardest, and for which word")
-    _draw_crops(figure, crops, header + overview + SECTION, image, words, rows)
-    _section(figure, above - SECTION, "Word by word")
-    _draw_words(figure, grid, above, 0, dimmed, words, rows)
-    _draw_scale(figure, rows.shape[1])
+    dimmed = dim(_fitted(image, dpi))
+    path, mean = (
+        plots.place_axes(figure, left, top + HEADING, width, height, label)
+        for left, label in ((MARGIN, "path"), (MARGIN + width + 2 * GAP, "mean"))
+    )
+    _draw_path(path, dimmed, rows)
+    _draw_map(mean, dimmed, rows.mean(0))
+    _set_headings([path], ["path of the peak"])
+    _set_headings([mean], ["mean map"], [rows.mean(0).max()])
+
+    share = f"{ABOVE_CHANCE} times the even share ({ABOVE_CHANCE / cells:.1%})"
+    note = f"Strongest regions: at least {share}" if chosen else f"No strong region: no cell has {share}"
+    plots.place_text(figure, MARGIN, top + regions + 0.06, note, fontsize=13, color=plots.GREY, fontweight="bold")
+    panels = _grid(figure, top + regions + SECTION, len(chosen), CROPS, crop, crop, "crop")
+    for axes, (_, cell) in zip(panels, chosen, strict=True):
+        _draw_crop(axes, image, cell, grid_side(cells))
+    _set_headings(panels, [f"{word + 1} {words[word]}" for word, _ in chosen], [rows[place] for place in chosen])
+
+    left = MARGIN + 2 * width + 4 * GAP + 1.4  # the words stand left of their bars
+    bars_height = max(bars_height, min(left_height - HEADING - axis, 0.4 * len(words)))
+    bars = plots.place_axes(figure, left, top + HEADING, PAGE_WIDTH - MARGIN - 0.1 - left, bars_height, label="entropy")
+    _draw_entropy(bars, words, entropy(rows), cells)
     return figure
 
 
@@ -234,83 +226,89 @@ def _panel_aspect(image: Image.Image) -> float:
     return min(max(image.width / image.height, 0.5), 2.5)
 
 
-class _Grid(NamedTuple):
-    """Equal panels in lines, each with room for its heading; in inches."""
+def _fit_grid(panels: int, aspect: float) -> tuple[int, float]:
+    """The number of columns and the panels' width: large panels, with few places empty in the last line.
 
-    columns: int
-    lines: int
-    width: float
-    height: float
+    The page gets the first of `PAGE_HEIGHTS` that does not make the panels too small.
+    """
 
-    @property
-    def total_height(self) -> float:
-        return self.lines * (HEADING + self.height + GAP)
+    def width(columns: int, page: float) -> float:
+        from_height = ((page - 1.2 - FOOTER) / -(-panels // columns) - HEADING - GAP) * aspect
+        from_width = (PAGE_WIDTH - 2 * MARGIN + GAP) / columns - GAP
+        return min(from_width, from_height, LARGEST_PANEL * min(1, aspect))
 
-    def place(self, number: int, top: float) -> tuple[float, float, float, float]:
-        """Left, top, width and height of a panel of the grid that starts at `top`."""
-        line, column = divmod(number, self.columns)
-        left = MARGIN + column * (self.width + GAP)
-        return left, top + HEADING + line * (HEADING + self.height + GAP), self.width, self.height
+    def merit(columns: int, page: float) -> float:
+        return width(columns, page) * math.sqrt(panels / (columns * -(-panels // columns)))
 
-
-def _fit_grid(panels: int, aspect: float, heights: Sequence[float], largest: float) -> _Grid:
-    """The largest panels for the page's width and the first of `heights` that does not make them too small."""
-
-    def fit(columns: int, room: float) -> _Grid:
-        lines = -(-panels // columns)
-        from_width = (PAGE_WIDTH - 2 * MARGIN - (columns - 1) * GAP) / columns
-        from_height = (room / lines - HEADING - GAP) * aspect
-        width = min(from_width, from_height, largest, largest * aspect)
-        return _Grid(columns, lines, width, width / aspect)
-
-    def merit(grid: _Grid) -> tuple[float, int]:
-        filled = panels / (grid.lines * grid.columns)
-        return grid.width * math.sqrt(filled), grid.columns  # large panels, few of them missing in the last line
-
-    for room in heights:
-        best = max((fit(columns, room) for columns in range(1, panels + 1)), key=merit)
-        if best.width >= SMALLEST_PANEL:
+    for page in PAGE_HEIGHTS:
+        columns = max(range(panels, 0, -1), key=lambda columns: merit(columns, page))
+        if width(columns, page) >= SMALLEST_PANEL:
             break
-    return best
+    return columns, width(columns, page)
 
 
-def _header(words: Sequence[str], title: str | None, page_width: float) -> tuple[list[str], float]:
-    """The caption broken into lines, and the height in inches that it needs with the title."""
-    caption = wrap(" ".join(words), page_width - 2 * MARGIN, 18, lines=3, bold=True)
-    return caption, 0.25 + 0.32 * len(caption) + (0.3 if title else 0.05)
+def _new_page(
+    width: float, body: float, words: Sequence[str], title: str | None, cells: int, dpi: int
+) -> tuple[Figure, float]:
+    """A figure with the caption and title above a body of this size, and the colour bar below it.
 
+    Returns:
+        the figure, and where the body begins, in inches from the figure's upper edge.
+    """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
 
-def _draw_header(figure: Figure, caption: list[str], title: str | None) -> None:
-    place_text(figure, MARGIN, 0.25, "\n".join(caption), fontsize=18, fontweight="bold", linespacing=1.1)
+    room = width - 2 * MARGIN
+    caption = plots.wrap(" ".join(words), room, 18, lines=3, bold=True)
+    top = 0.25 + 0.32 * len(caption) + (0.3 if title else 0.05)
+    height = top + body + FOOTER
+    figure = plots.new_figure(width, height, dpi)
+    plots.place_text(figure, MARGIN, 0.25, "\n".join(caption), fontsize=18, fontweight="bold", linespacing=1.1)
     if title:
-        line = wrap(title, figure.get_size_inches()[0] - 2 * MARGIN, 12, lines=1)
-        place_text(figure, MARGIN, 0.29 + 0.32 * len(caption), "".join(line), fontsize=12, color=GREY)
+        name = plots.wrap(title, room, 12, lines=1)
+        plots.place_text(figure, MARGIN, 0.29 + 0.32 * len(caption), "".join(name), fontsize=12, color=plots.GREY)
+
+    axes = plots.place_axes(figure, MARGIN, height - 0.74, 2.6, 0.2, label="scale")
+    axes.set_facecolor("#666666")  # stands for the dimmed photo behind the map
+    bar = figure.colorbar(ScalarMappable(Normalize(0, 1), colours()), cax=axes, orientation="horizontal")
+    bar.set_ticks([0, 0.5, 1], labels=["0", "half", "peak"], fontsize=11)
+    axes.set_title("attention weight", fontsize=11, loc="left", pad=4)
+    text = (
+        f"Each map has its own scale, from 0 to its peak: the weight of its strongest of {cells} cells, in percent. "
+        "It shows where the decoder attended to predict the word."
+    )
+    lines = plots.wrap(text, room - 3.0, 11, lines=4)
+    plots.place_text(
+        figure, MARGIN + 3.0, height - 0.72 - 0.08 * (len(lines) - 1), "\n".join(lines), fontsize=11, color=plots.GREY
+    )
+    return figure, top
 
 
-def _section(figure: Figure, top: float, text: str) -> None:
-    place_text(figure, MARGIN, top + 0.06, text, fontsize=13, color=GREY, fontweight="bold")
+def _grid(figure: Figure, top: float, panels: int, columns: int, width: float, height: float, label: str) -> list[Axes]:
+    """Equal panels line by line from `top` on, each with room for its heading above it."""
+    places = (divmod(number, columns) for number in range(panels))
+    return [
+        plots.place_axes(
+            figure, MARGIN + column * (width + GAP), top + HEADING + line * (HEADING + height + GAP), width, height, label
+        )
+        for line, column in places
+    ]  # fmt: skip
 
 
-def _heading_size(texts: Sequence[str], room: float) -> float:
-    """The font size, the same for all panels, at which the longest of their headings fits into `room` inches."""
-    longest = max(len(text) for text in texts)
-    return min(14.0, max(8.5, room * 72 / (0.62 * max(longest, 1))))
-
-
-def _letters(room: float) -> int:
-    """How many letters of a heading fit into `room` inches at the smallest size."""
-    return int(room * 72 / (0.62 * 8.5))
-
-
-def _heading(axes: Axes, text: str, size: float, note: str = "", style: str = "normal") -> None:
-    """A panel's heading at its upper left, a grey note at its upper right."""
-    axes.set_title(text, fontsize=size, loc="left", pad=4, style=style, fontweight="bold", parse_math=False)
-    if note:
-        axes.set_title(note, fontsize=min(size, 10), loc="right", pad=4, color=GREY)
-
-
-def _shortened(word: str, letters: int) -> str:
-    return word if len(word) <= letters else word[: letters - 1] + "…"
+def _set_headings(
+    panels: Sequence[Axes], texts: Sequence[str], peaks: Sequence[float] | None = None, **style: Any
+) -> None:
+    """A bold heading at the upper left of each panel, all of one size, and its peak at the upper right."""
+    if not panels:
+        return
+    room = panels[0].get_position().width * panels[0].get_figure().get_size_inches()[0]  # type: ignore[union-attr]
+    room -= 0 if peaks is None else 0.48
+    size = min(14.0, max(8.5, 14 * room / max(plots.text_width(text, 14, bold=True) for text in texts)))
+    for number, (axes, text) in enumerate(zip(panels, texts, strict=True)):
+        (line,) = plots.wrap(text, room, size, lines=1, bold=True)
+        axes.set_title(line, fontsize=size, loc="left", pad=4, fontweight="bold", parse_math=False, **style)
+        if peaks is not None:
+            axes.set_title(f"{peaks[number]:.0%}", fontsize=min(size, 10), loc="right", pad=4, color=plots.GREY)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -319,12 +317,24 @@ def _shortened(word: str, letters: int) -> str:
 
 def _fitted(image: Image.Image, dpi: int) -> Image.Image:
     """The photo with as many pixels as its largest panel shows at this resolution, and some more."""
-    return shrunk(image, max(900, 900 * dpi // DPI))
+    return plots.shrunk(image, max(900, 900 * dpi // plots.DPI))
 
 
-def _dimmed(photo: Image.Image) -> Image.Image:
-    """The photo half grey and darker, so that a map's colours stand out and the scene stays recognisable."""
-    return ImageEnhance.Brightness(ImageEnhance.Color(photo).enhance(0.25)).enhance(0.65)
+def dim(photo: Image.Image) -> Image.Image:
+    """The photo nearly grey and in middle tones, so that a map's colours stand out on dark and light photos alike.
+
+    The luminance is stretched to the full range, brought to a median of one half by a gamma curve, and compressed
+    to what stays visible below the map; a quarter of the colour is kept.
+    """
+    pixels = np.asarray(photo.convert("RGB"), dtype=np.float32) / 255
+    luminance = pixels @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
+    low, high = np.percentile(luminance, [1, 99])
+    spread = max(high - low, 0.25)  # noise in an even photo stays small
+    even = ((luminance - (low + high - spread) / 2) / spread).clip(0, 1)
+    gamma = np.log(0.5) / np.log(np.median(even).clip(0.05, 0.95))
+    tones = 0.18 + 0.44 * even ** gamma.clip(0.4, 2.5)
+    mixed = tones[..., None] + 0.25 * (pixels - luminance[..., None])
+    return Image.fromarray((255 * mixed.clip(0, 1)).astype(np.uint8))
 
 
 def colours() -> ListedColormap:
@@ -338,84 +348,41 @@ def colours() -> ListedColormap:
     return ListedColormap(colours, name="attention")
 
 
-def _photo_axes(figure: Figure, place: tuple[float, float, float, float], label: str, photo: Image.Image) -> Axes:
-    axes = place_axes(figure, *place, label=label)
-    show_photo(axes, photo)
+def _show(axes: Axes, photo: Image.Image) -> None:
+    plots.show_photo(axes, photo)
     axes.set_adjustable("datalim")  # a photo narrower than its panel leaves the panel, and so the heading, its width
-    return axes
 
 
 def _draw_map(axes: Axes, dimmed: Image.Image, row: np.ndarray) -> None:
+    _show(axes, dimmed)
     smooth = upsample(row, 280, 280)  # fine enough to be stretched further
     extent = (0, dimmed.width, dimmed.height, 0)
     axes.imshow(smooth, cmap=colours(), vmin=0, vmax=row.max(), extent=extent, interpolation="bilinear")
 
 
-def _draw_words(
-    figure: Figure, grid: _Grid, top: float, first: int, dimmed: Image.Image, words: Sequence[str], rows: np.ndarray
-) -> None:
-    """One map per word, from panel `first` of the grid on."""
-    room = grid.width - 0.48  # beside the percentage
-    headings = [_shortened(f"{number} {word}", _letters(room)) for number, word in enumerate(words, start=1)]
-    size = _heading_size(headings, room)
-    for number, (heading, row) in enumerate(zip(headings, rows, strict=True), start=first):
-        axes = _photo_axes(figure, grid.place(number, top), "word", dimmed)
-        _draw_map(axes, dimmed, row)
-        _heading(axes, heading, size, note=f"{row.max():.0%}")
-
-
-def _draw_crops(
-    figure: Figure, grid: _Grid, top: float, image: Image.Image, words: Sequence[str], rows: np.ndarray
-) -> None:
-    """The strongest regions cut out of the photo as squares, each with a frame around its cell."""
+def _draw_crop(axes: Axes, image: Image.Image, cell: int, side: int) -> None:
+    """A square cut out of the photo around a cell, which gets a frame."""
     from matplotlib.patches import Rectangle
 
-    side = grid_side(rows.shape[1])
-    cell_width, cell_height = image.width / side, image.height / side
-    length = round(min(CROP_CELLS * math.sqrt(cell_width * cell_height), image.width, image.height))
-    chosen = strongest_regions(rows)
-    room = grid.width - 0.48  # beside the percentage
-    headings = [_shortened(f"{word + 1} {words[word]}", _letters(room)) for word, _ in chosen]
-    size = _heading_size(headings, room)
-    for number, (heading, (word, cell)) in enumerate(zip(headings, chosen, strict=True)):
-        row, column = divmod(cell, side)
-        left = round(min(max((column + 0.5) * cell_width - length / 2, 0), image.width - length))
-        upper = round(min(max((row + 0.5) * cell_height - length / 2, 0), image.height - length))
-        cut = image.crop((left, upper, left + length, upper + length)).convert("RGB")
-        axes = _photo_axes(figure, grid.place(number, top), "crop", cut)
-        corner = (column * cell_width - left, row * cell_height - upper)
-        for color, width in (("black", 3.4), ("white", 1.6)):  # to be seen on light and dark
-            axes.add_patch(Rectangle(corner, cell_width, cell_height, fill=False, edgecolor=color, linewidth=width))
-        axes.set_xlim(0, length)  # a cell of a very long photo may be wider than its crop
-        axes.set_ylim(length, 0)
-        _heading(axes, heading, size, note=f"{rows[word, cell]:.0%}")
+    row, column = divmod(cell, side)
+    width, height = image.width / side, image.height / side
+    length = round(min(CROP_CELLS * math.sqrt(width * height), image.width, image.height))
+    left = round(min(max((column + 0.5) * width - length / 2, 0), image.width - length))
+    upper = round(min(max((row + 0.5) * height - length / 2, 0), image.height - length))
+    _show(axes, image.crop((left, upper, left + length, upper + length)).convert("RGB"))
+    corner = (column * width - left, row * height - upper)
+    for color, line in (("black", 3.4), ("white", 1.6)):  # to be seen on light and dark
+        axes.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=color, linewidth=line))
+    axes.set_xlim(0, length)  # a cell of a very long photo may be wider than its crop
+    axes.set_ylim(length, 0)
 
 
-def _draw_scale(figure: Figure, cells: int) -> None:
-    """The one colour bar at the foot of the picture, and how to read it."""
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
-
-    width, height = figure.get_size_inches()
-    axes = place_axes(figure, MARGIN, height - 0.74, 2.6, 0.2, label="scale")
-    axes.set_facecolor("#555555")  # stands for the dimmed photo behind the map
-    bar = figure.colorbar(ScalarMappable(Normalize(0, 1), colours()), cax=axes, orientation="horizontal")
-    bar.set_ticks([0, 0.5, 1], labels=["0", "half", "peak"], fontsize=11)
-    axes.set_title("attention weight", fontsize=11, loc="left", pad=4)
-    text = (
-        f"Each map has its own scale, from 0 to its peak: the weight of its strongest of {cells} cells, in percent. "
-        "It shows where the decoder looked to find the word."
-    )
-    lines = wrap(text, width - 2 * MARGIN - 3.0, 11, lines=4)
-    place_text(figure, MARGIN + 3.0, height - 0.72 - 0.08 * (len(lines) - 1), "\n".join(lines), fontsize=11, color=GREY)
-
-
-def _draw_path(figure: Figure, axes: Axes, dimmed: Image.Image, rows: np.ndarray) -> None:
-    """The strongest cell of each word, numbered, with an arrow wherever the gaze moves to another cell."""
+def _draw_path(axes: Axes, dimmed: Image.Image, rows: np.ndarray) -> None:
+    """The strongest cell of each word, numbered, with an arrow wherever the peak moves to another cell."""
     from matplotlib.patches import FancyArrowPatch
 
-    width = axes.get_window_extent().width / figure.dpi
-    _heading(axes, "path of the peak", _heading_size(["path of the peak"], width))
+    _show(axes, dimmed)
+    cell = axes.get_window_extent().width / axes.get_figure().dpi / grid_side(rows.shape[1])  # type: ignore[union-attr]
     points = peak(rows) * [dimmed.width, dimmed.height]
     stops: dict[tuple[float, float], list[int]] = {}
     for number, (x, y) in enumerate(points, start=1):
@@ -429,15 +396,15 @@ def _draw_path(figure: Figure, axes: Axes, dimmed: Image.Image, rows: np.ndarray
             axes.add_patch(arrow)
     for (x, y), numbers in stops.items():
         first, last = 1 in numbers, len(rows) in numbers
-        face = BLUE if first else ORANGE if last else "white"
-        edge = ORANGE if last else BLUE if first else "black"
+        face = plots.BLUE if first else plots.ORANGE if last else "white"
+        edge = plots.ORANGE if last else plots.BLUE if first else "black"
         ink, line_width, layer = ("white", 2.2, 5) if first or last else ("black", 1.2, 4)
         axes.text(
-            x, y, "\n".join(wrap(_ranges(numbers), width / grid_side(rows.shape[1]), 8.5, lines=2)), fontsize=8.5, fontweight="bold",
+            x, y, "\n".join(plots.wrap(_ranges(numbers), cell, 8.5, lines=2)), fontsize=8.5, fontweight="bold",
             color=ink, ha="center", va="center", linespacing=1.0, zorder=layer,
             bbox={"boxstyle": "round,pad=0.25", "facecolor": face, "edgecolor": edge, "linewidth": line_width},
         )  # fmt: skip
-    for x, name, colour in ((0.0, "start", BLUE), (0.75, "end", ORANGE)):
+    for x, name, colour in ((0.0, "start", plots.BLUE), (0.75, "end", plots.ORANGE)):
         axes.annotate(f"■ {name}", (0, 0), xycoords="axes fraction", xytext=(72 * x, -5), textcoords="offset points",
                       color=colour, fontsize=11, fontweight="bold", va="top")  # fmt: skip
 
@@ -454,19 +421,76 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def _draw_entropy(axes: Axes, words: Sequence[str], bits: np.ndarray, cells: int) -> None:
-    """How widely each word looks, as bars from the first word down."""
+    """The entropy of each word's attention, as bars from the first word down."""
     places, most = range(len(words)), math.log2(cells)
+    size = min(10.5, 60 * axes.get_window_extent().height / axes.get_figure().dpi / len(words))  # type: ignore[union-attr]
     axes.barh(places, bits, height=0.72, color="#56B4E9")
     for place, value in zip(places, bits.tolist(), strict=True):
-        axes.text(value - 0.08 if value > 1 else value + 0.08, place, f"{value:.1f}", fontsize=10,
+        axes.text(value - 0.08 if value > 1 else value + 0.08, place, f"{value:.1f}", fontsize=size,
                   ha="right" if value > 1 else "left", va="center")  # fmt: skip
-    axes.axvline(most, color=ORANGE, linestyle="--", linewidth=1.8)
+    axes.axvline(most, color=plots.ORANGE, linestyle="--", linewidth=1.8)
     axes.set_title("entropy per word", fontsize=14, fontweight="bold", loc="left", pad=4)
-    axes.set_title(f"max {most:.2f}", fontsize=10, color=ORANGE, loc="right", pad=4)
+    axes.set_title(f"max {most:.2f}", fontsize=10, color=plots.ORANGE, loc="right", pad=4)
     axes.set_xlim(0, 1.07 * most or 1)  # a single cell has no entropy
     axes.set_ylim(len(words) - 0.5, -0.5)
-    labels = [_shortened(f"{number} {word}", 15) for number, word in enumerate(words, start=1)]
-    axes.set_yticks(places, labels, fontsize=10.5, parse_math=False)
+    labels = [plots.wrap(f"{number} {word}", 1.4, size, lines=1)[0] for number, word in enumerate(words, start=1)]
+    axes.set_yticks(places, labels, fontsize=size, parse_math=False)
     axes.tick_params(axis="y", length=0)
-    axes.set_xlabel(f"bits; few: it knows where it looks\n(0: one cell; dashed: all {cells} alike)", fontsize=10.5)
+    axes.set_xlabel(f"bits (0: all weight on one cell;\ndashed: the same weight on all {cells})", fontsize=10.5)
     axes.spines[["top", "right", "left"]].set_visible(False)
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures of a data set's images
+
+
+def save_attention_pictures(context: EvalContext, images: np.ndarray, directory: Path) -> None:
+    """Draw `attention_viz_sample_N` (and the advanced ones) of images, N from 1, with their numbers as JSON."""
+    from captioning import distributed
+    from captioning.evaluation import caption
+
+    settings, data = context.settings, context.data
+    unreadable = [image for _, features in context.members for image in features.unreadable]
+    images = images[~np.isin(images, unreadable)]
+    hypotheses = caption(context, images, settings.beam_size, attention=True)
+    if context.consensus is not None:
+        log.info("The attention pictures show the beam's most probable captions, not those that consensus chose")
+    if not distributed.is_first():
+        return
+    drawn = 0
+    for n, (image, found) in enumerate(zip(images, hypotheses, strict=True), 1):
+        words, name = context.vocabulary.decode(found.ids), data.names[image]
+        if not words or found.attention is None:
+            log.warning(f"No attention picture of {name}: its caption is empty")
+            continue
+        picture = open_image(data.image_dir / name, at_least=max(900, 900 * settings.attention_viz_dpi // plots.DPI))
+        save_pictures(
+            directory, n, picture, name, words, found.attention, settings.advanced_attention_viz,
+            settings.attention_viz_format, settings.attention_viz_dpi,
+        )  # fmt: skip
+        drawn += 1
+    if drawn:
+        log.info(f"Attention pictures of {drawn} images: {directory / 'attention_viz_sample_*'}")
+
+
+def epoch_figures(context: EvalContext) -> dict[str, Figure]:
+    """Return the figures of an epoch for TensorBoard: captions of four validation images, attention of the first.
+
+    Of several processes each captions its shard; all must come here.
+    """
+    from captioning.evaluation import caption
+
+    data = context.data
+    images = np.random.default_rng(context.settings.seed).permutation(data.splits["val"])[:4]
+    samples, figures = [], {}
+    for image, found in zip(images, caption(context, images, 1, attention=True), strict=True):
+        name, words = data.names[image], context.vocabulary.decode(found.ids)
+        try:
+            picture = open_image(data.image_dir / name, at_least=400)
+        except UnreadableImage:
+            continue
+        references = data.references(image)
+        samples.append({"image": picture, "name": name, "caption": " ".join(words), "references": references})
+        if "attention" not in figures and found.attention is not None and words:
+            figures["attention"] = attention_figure(picture, words, found.attention, name)
+    return ({"captions": plots.captions_figure(samples)} if samples else {}) | figures

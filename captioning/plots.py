@@ -7,13 +7,14 @@ Matplotlib itself is imported where it is used, because it takes a while and mos
 from __future__ import annotations
 
 import os
-import textwrap
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from captioning.io import write_atomic
 
@@ -23,12 +24,9 @@ if TYPE_CHECKING:
 
 DPI = 120  # with the sizes below, a picture fills a screen and its text stays readable there
 GREY = "#595959"
-BLUE, ORANGE, GREEN = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-)  # from Okabe and Ito's palette, told apart by colour-blind readers
-MAX_SAMPLES = 12
+BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"  # of Okabe and Ito's palette for colour-blind readers
+NEUTRAL = "#808080"  # marks and grid lines: readable on white and on a dark page behind a transparent figure
+MAX_SAMPLES, COLUMN = 12, 3.4  # of a gallery: photos, and a column's width in inches
 
 
 # --------------------------------------------------------------------------------------------------
@@ -88,6 +86,7 @@ def show_photo(axes: Axes, image: Image.Image) -> None:
     scale = min(room.width / image.width, room.height / image.height)
     fitted = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
     axes.imshow(np.asarray(fitted), extent=(0, image.width, image.height, 0), interpolation="bilinear")
+    axes.set(xticks=[], yticks=[])  # hidden ticks would still take a third of the drawing time
     axes.set_axis_off()
 
 
@@ -98,13 +97,35 @@ def shrunk(image: Image.Image, longest: int = 900) -> Image.Image:
     return small
 
 
+def text_width(text: str, size: float, bold: bool = False) -> float:
+    """The width of one line in inches at font size `size`."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    font = FontProperties(size=size, weight="bold" if bold else "normal")
+    return float(text_to_path.get_text_width_height_descent(text, font, ismath=False)[0]) / 72
+
+
 def wrap(text: str, width: float, size: float, lines: int, bold: bool = False) -> list[str]:
-    """Break text for a line `width` inches long at font size `size`; what exceeds `lines` lines ends in an ellipsis."""
-    letter = size / 72 * (0.60 if bold else 0.52)  # a letter's mean width in DejaVu Sans
-    letters = max(6, int(width / letter))
-    broken = textwrap.wrap(text, letters)
-    if len(broken) > lines:  # textwrap's own max_lines would drop a long file name altogether
-        broken = [*broken[: lines - 1], broken[lines - 1][: letters - 2].rstrip() + " …"]
+    """Break text into lines at most `width` inches long at font size `size`.
+
+    Text beyond `lines` lines is cut; the last line then ends in an ellipsis.
+    """
+
+    def fitting(text: str, end: str = "") -> int:
+        letters = range(1, len(text) + 1)
+        return max(1, bisect_left(letters, True, key=lambda n: text_width(text[:n] + end, size, bold) > width))
+
+    broken: list[str] = []
+    rest = " ".join(text.split())[: 500 * lines]  # no line has room for 500 letters
+    while rest:
+        fit = fitting(rest)
+        if fit < len(rest) and len(broken) == lines - 1:
+            return [*broken, rest[: fitting(rest, "…")].rstrip() + "…"]
+        if fit < len(rest):
+            fit = max(rest.rfind(" ", 0, fit + 1), 0) or fit  # a word longer than a line is broken
+        broken.append(rest[:fit].rstrip())
+        rest = rest[fit:].lstrip()
     return broken
 
 
@@ -115,109 +136,78 @@ def wrap(text: str, width: float, size: float, lines: int, bold: bool = False) -
 def draw_curves(
     directory: Path, curve: Mapping[str, Sequence[Any]], history: Sequence[Mapping[str, Any]], best_epoch: int | None
 ) -> None:
-    """All three pictures of a run's epochs, into its directory; args and errors as below."""
-    plot_losses(curve, directory / "training_losses.png", best_epoch)
-    plot_learning_rate(curve, directory / "learning_rate.png", best_epoch)
-    plot_scores(history, directory / "validation_scores.png", best_epoch)
-
-
-def plot_losses(curve: Mapping[str, Sequence[Any]], path: str | os.PathLike[str], best_epoch: int | None) -> None:
-    """Draw training and validation loss by epoch (`training_losses.png`).
+    """Write all three pictures of a run's epochs into its directory: losses, learning rate, validation scores.
 
     Args:
         curve: the content of `loss_curve.json`: `epochs`, `training_losses`, `validation_losses`,
-            `learning_rates`, lists of equal length. A loss that is None or not finite leaves a gap.
+            `learning_rates`, lists of equal length. A value that is None or not finite leaves a gap.
+        history: the content of `metrics_history.json`; a score that an epoch lacks leaves a gap. An epoch
+            with a `reward` is self-critical and lies on a grey band.
         best_epoch: the epoch whose weights became `best.pt`; marked where it is among the epochs.
 
     Raises:
         ValueError: the lists are empty or of different lengths.
-        UserError: the file cannot be written.
+        UserError: a file cannot be written.
     """
-    save_figure(losses_figure(curve, best_epoch), path)
+    save_figure(losses_figure(curve, best_epoch, history), directory / "training_losses.png")
+    save_figure(learning_rate_figure(curve, best_epoch, history), directory / "learning_rate.png")
+    save_figure(scores_figure(history, best_epoch), directory / "validation_scores.png")
 
 
-def plot_learning_rate(
-    curve: Mapping[str, Sequence[Any]], path: str | os.PathLike[str], best_epoch: int | None
-) -> None:
-    """Draw the learning rate by epoch (`learning_rate.png`), logarithmically if it spans more than a decade.
+def losses_figure(
+    curve: Mapping[str, Sequence[Any]], best_epoch: int | None, history: Sequence[Mapping[str, Any]] = ()
+) -> Figure:
+    """Training and validation loss by epoch; args and errors as in `draw_curves`.
 
-    Args and errors as in `plot_losses`.
+    The training loss of a self-critical epoch is near zero and of another kind: the line breaks there.
     """
-    save_figure(learning_rate_figure(curve, best_epoch), path)
-
-
-def plot_scores(history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], best_epoch: int | None) -> None:
-    """Draw the validation scores by epoch (`validation_scores.png`).
-
-    Args:
-        history: the content of `metrics_history.json`; a score that an epoch lacks leaves a gap.
-        best_epoch: as in `plot_losses`.
-
-    Raises:
-        ValueError: there is no epoch.
-        UserError: the file cannot be written.
-    """
-    save_figure(scores_figure(history, best_epoch), path)
-
-
-def losses_figure(curve: Mapping[str, Sequence[Any]], best_epoch: int | None) -> Figure:
-    """The figure that `plot_losses` writes."""
     epochs, training, validation = _columns(curve, "training_losses", "validation_losses")
-    figure, axes = _curve_axes(epochs, "Loss by epoch", "loss")
-    style = _line_style(epochs)
-    axes.plot(epochs, training, color=BLUE, label="training", marker="o", **style)
-    axes.plot(epochs, validation, color=ORANGE, label="validation", marker="s", **style)
-    _mark_best(axes, epochs, validation, best_epoch, "validation {:.3f}")
-    axes.legend(fontsize=12, frameon=False)
+    self_critical = _self_critical(history)
+    training[np.isin(epochs, self_critical)] = np.nan
+    figure, (axes,) = _curve_axes(epochs, "loss (cross-entropy)")
+    _plot(axes, epochs, training, "training", BLUE, "o")
+    _plot(axes, epochs, validation, "validation", ORANGE, "s")
+    _mark_best([axes], epochs, validation, best_epoch, "validation {:.3f}")
+    _finish(figure, "Loss by epoch", self_critical, "self-critical epochs (training loss not comparable)")
     return figure
 
 
-def learning_rate_figure(curve: Mapping[str, Sequence[Any]], best_epoch: int | None) -> Figure:
-    """The figure that `plot_learning_rate` writes."""
+def learning_rate_figure(
+    curve: Mapping[str, Sequence[Any]], best_epoch: int | None, history: Sequence[Mapping[str, Any]] = ()
+) -> Figure:
+    """The learning rate by epoch, logarithmic if it spans more than a decade; args and errors as in `draw_curves`."""
     from matplotlib.ticker import FuncFormatter
 
     epochs, rates = _columns(curve, "learning_rates")
-    figure, axes = _curve_axes(epochs, "Learning rate by epoch", "learning rate")
-    axes.plot(epochs, rates, color=BLUE, marker="o", label="learning rate", **_line_style(epochs))
-    _mark_best(axes, epochs, rates, best_epoch, "rate {:.3g}")
+    figure, (axes,) = _curve_axes(epochs, "learning rate")
+    _plot(axes, epochs, rates, "learning rate", BLUE, "o")
+    _mark_best([axes], epochs, rates, best_epoch, "rate {:.3g}")
     known = rates[np.isfinite(rates)]
     if len(known) and known.min() > 0 and known.max() > 10 * known.min():  # a rate of zero has no place on a log axis
         axes.set_yscale("log")
-        axes.set_ylabel("learning rate (log scale)", fontsize=13)
+        axes.set_ylabel("learning rate (log scale)")
     else:
         axes.set_ylim(0, 1.1 * known.max() if len(known) and known.max() > 0 else 1)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:.6g}"))
-    axes.legend(fontsize=12, frameon=False)
+    _finish(figure, "Learning rate by epoch", _self_critical(history))
     return figure
 
 
 def scores_figure(history: Sequence[Mapping[str, Any]], best_epoch: int | None) -> Figure:
-    """The figure that `plot_scores` writes."""
-    shown = (("cider", "CIDEr", BLUE, "o"), ("rouge_l", "ROUGE-L", ORANGE, "s"), ("bleu4", "BLEU-4", GREEN, "^"))
-    keys = [key for key, *_ in shown]
-    epochs, *columns = _columns(
+    """The validation scores by epoch, CIDEr in a panel of its own scale; args and errors as in `draw_curves`."""
+    keys = ("cider", "rouge_l", "bleu4")
+    epochs, cider, rouge, bleu = _columns(
         {"epochs": [row["epoch"] for row in history], **{key: [row.get(key) for row in history] for key in keys}}, *keys
     )
-    figure, axes = _curve_axes(epochs, "Scores of greedy captions of the validation images", "score (x100)")
-    for (_, name, color, marker), values in zip(shown, columns, strict=True):
-        axes.plot(epochs, 100 * values, color=color, marker=marker, label=name, **_line_style(epochs))
-    _mark_best(axes, epochs, 100 * columns[0], best_epoch, "CIDEr {:.1f}")
-    axes.set_ylim(bottom=0)
-    axes.legend(fontsize=12, frameon=False)
+    figure, (upper, lower) = _curve_axes(epochs, "CIDEr (x100)", "score (x100)")
+    _plot(upper, epochs, 100 * cider, "CIDEr", BLUE, "o")
+    _plot(lower, epochs, 100 * rouge, "ROUGE-L", ORANGE, "s")
+    _plot(lower, epochs, 100 * bleu, "BLEU-4", GREEN, "^")
+    _mark_best([upper, lower], epochs, 100 * cider, best_epoch, "CIDEr {:.1f}")
+    for axes in (upper, lower):
+        axes.set_ylim(bottom=0)
+    _finish(figure, "Scores of greedy captions of the validation images", _self_critical(history))
     return figure
-
-
-def _mark_best(axes: Axes, epochs: np.ndarray, values: np.ndarray, best_epoch: int | None, note: str) -> None:
-    """A ring around the best epoch's value and a dashed line through it, where it is among the epochs."""
-    if best_epoch is None or best_epoch not in epochs:
-        return
-    value = values[list(epochs).index(best_epoch)]
-    axes.axvline(best_epoch, color=GREY, linestyle="--", linewidth=1.2, zorder=0)
-    label = f"best epoch: {best_epoch}" + (f" ({note.format(value)})" if np.isfinite(value) else "")
-    axes.plot(
-        [best_epoch], [value], color="black", label=label, marker="o", markersize=15, markerfacecolor="none",
-        markeredgewidth=2, linestyle="none",
-    )  # fmt: skip
 
 
 def _columns(curve: Mapping[str, Sequence[Any]], *keys: str) -> list[np.ndarray]:
@@ -230,26 +220,68 @@ def _columns(curve: Mapping[str, Sequence[Any]], *keys: str) -> list[np.ndarray]
     return [epochs, *(np.where(np.isfinite(column), column, np.nan) for column in columns)]
 
 
-def _curve_axes(epochs: np.ndarray, title: str, y_label: str) -> tuple[Figure, Axes]:
+def _self_critical(history: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The epochs that were trained on rewards."""
+    return [row["epoch"] for row in history if "reward" in row]
+
+
+def _curve_axes(epochs: np.ndarray, *y_labels: str) -> tuple[Figure, list[Axes]]:
+    """A figure with one panel per label, one above the other over the same epochs."""
     from matplotlib.ticker import MaxNLocator
 
-    figure = new_figure(9, 5.5)
-    axes = place_axes(figure, left=1.1, top=0.6, width=7.6, height=4.1, label="curve")
-    axes.set_title(title, fontsize=15, fontweight="bold", loc="left", pad=12)
-    axes.set_xlabel("epoch", fontsize=13)
-    axes.set_ylabel(y_label, fontsize=13)
-    axes.tick_params(labelsize=11)
-    axes.grid(color="#dddddd", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    figure = new_figure(9, 3 + 2.5 * len(y_labels))
+    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12)
+    panels = figure.subplots(len(y_labels), sharex=True, squeeze=False)[:, 0].tolist()
     margin = max(0.5, 0.02 * (epochs[-1] - epochs[0]))  # a single epoch stands in the middle, not on the axis
-    axes.set_xlim(epochs[0] - margin, epochs[-1] + margin)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12, min_n_ticks=1))
-    return figure, axes
+    for axes, label in zip(panels, y_labels, strict=True):
+        axes.set_label("curve")
+        axes.set_ylabel(label)
+        axes.yaxis.label.set_size(13)
+        axes.tick_params(labelsize=11)
+        axes.grid(color=NEUTRAL, alpha=0.3, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlim(epochs[0] - margin, epochs[-1] + margin)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12, min_n_ticks=1))
+    panels[-1].set_xlabel("epoch", fontsize=13)
+    figure.align_ylabels()
+    return figure, panels
 
 
-def _line_style(epochs: np.ndarray) -> dict[str, Any]:
-    return {"linewidth": 2, "markersize": 6 if len(epochs) <= 30 else 3}
+def _plot(axes: Axes, epochs: np.ndarray, values: np.ndarray, label: str, color: str, marker: str) -> None:
+    axes.plot(
+        epochs, values, color=color, label=label, marker=marker, linewidth=2, markersize=6 if len(epochs) <= 30 else 3
+    )
+
+
+def _mark_best(
+    panels: Sequence[Axes], epochs: np.ndarray, values: np.ndarray, best_epoch: int | None, note: str
+) -> None:
+    """A dashed line at the best epoch and, in the first panel, a ring around its value."""
+    if best_epoch is None or best_epoch not in epochs:
+        return
+    for axes in panels:
+        axes.axvline(best_epoch, color=NEUTRAL, linestyle="--", linewidth=1.2, zorder=0)
+    value = values[list(epochs).index(best_epoch)]
+    label = f"best epoch: {best_epoch}" + (f" ({note.format(value)})" if np.isfinite(value) else "")
+    panels[0].plot(
+        [best_epoch], [value], color=NEUTRAL, label=label, marker="o", markersize=13, markerfacecolor="none",
+        markeredgewidth=2, linestyle="none",
+    )  # fmt: skip
+
+
+def _finish(figure: Figure, title: str, self_critical: Sequence[int], note: str = "self-critical epochs") -> None:
+    """Shade the self-critical epochs, and put title and legend above the panels, where no line crosses them."""
+    for axes in figure.axes:
+        for epoch in self_critical:
+            label = note if axes is figure.axes[0] and epoch == self_critical[0] else None
+            axes.axvspan(epoch - 0.5, epoch + 0.5, color=NEUTRAL, alpha=0.15, linewidth=0, zorder=-1, label=label)
+    handles = [handle for axes in figure.axes for handle in axes.get_legend_handles_labels()[0]]
+    handles.sort(key=lambda handle: "epoch" in str(handle.get_label()))  # curves first, marks of epochs last
+    figure.legend(
+        handles=handles, loc="outside upper left", ncols=3, fontsize=11, frameon=False,
+        title=title, title_fontproperties={"size": 15, "weight": "bold"}, alignment="left",
+    )  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------
@@ -257,11 +289,7 @@ def _line_style(epochs: np.ndarray) -> dict[str, Any]:
 
 
 def plot_captions(samples: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
-    """Draw a gallery of photos with the captions a model gave them; of more than 12 samples the first 12.
-
-    Args:
-        samples: `{"image": PIL image, "name": its file name, "caption": str, "references": list of str}` each;
-            the first two references are shown.
+    """Write the gallery of `captions_figure`.
 
     Raises:
         ValueError: there is no sample.
@@ -271,28 +299,63 @@ def plot_captions(samples: Sequence[Mapping[str, Any]], path: str | os.PathLike[
 
 
 def captions_figure(samples: Sequence[Mapping[str, Any]]) -> Figure:
-    """The figure that `plot_captions` writes: one axes per sample, with its text below."""
+    """A gallery of photos, the captions a model gave them below; of more than 12 samples the first 12.
+
+    Args:
+        samples: `{"image": PIL image, "name": a line of text, "caption": str, "references": list of str}` each;
+            the first two references are shown. With a `group` each, consecutive samples of one group stand
+            in rows of their own under the group's name.
+    """
     if not samples:
         raise ValueError("a gallery needs at least one sample")
-    samples = samples[:MAX_SAMPLES]
-    columns = {1: 1, 2: 2, 3: 3, 4: 2, 5: 3, 6: 3, 9: 3}.get(len(samples), 4)
-    rows = -(-len(samples) // columns)
-    width, photo, text, gap, margin = 3.4, 2.5, 1.95, 0.3, 0.35
-    figure = new_figure(
-        2 * margin + columns * width + (columns - 1) * gap, 2 * margin + rows * (photo + text) + (rows - 1) * gap
-    )
-    for number, sample in enumerate(samples):
-        row, column = divmod(number, columns)
-        left, top = margin + column * (width + gap), margin + row * (photo + text + gap)
-        axes = place_axes(figure, left, top, width, photo, label="sample")
-        axes.set_anchor("SW")  # so that photos of any aspect share their captions' left edge and stand on them
-        show_photo(axes, shrunk(sample["image"]))
-        top += photo + 0.1
-        caption = wrap(sample["caption"] or "(no words)", width, 12.5, lines=4, bold=True)
-        place_text(figure, left, top, "\n".join(caption), fontsize=12.5, fontweight="bold", linespacing=1.15)
-        top += 0.06 + 0.21 * len(caption)
-        references = [wrap("– " + text, width, 9.5, lines=2) for text in sample["references"][:2]]
-        lines = [line for reference in references for line in reference]
-        lines += wrap(sample["name"], width, 9.5, lines=1)
-        place_text(figure, left, top, "\n".join(lines), fontsize=9.5, color=GREY, linespacing=1.25)
+    groups = [(name, list(found)) for name, found in groupby(samples[:MAX_SAMPLES], lambda each: each.get("group", ""))]
+    largest = max(len(found) for _, found in groups)
+    columns = {1: 1, 2: 2, 3: 3, 5: 3, 6: 3, 9: 3}.get(largest, 4) if len(groups) == 1 else min(largest, 4)
+    rows = [
+        (name if first == 0 else "", [(each, _caption_lines(each)) for each in found[first : first + columns]])
+        for name, found in groups
+        for first in range(0, len(found), columns)
+    ]
+    aspect = float(np.median([each["image"].width / each["image"].height for _, row in rows for each, _ in row]))
+    photo = COLUMN / min(max(aspect, 0.8), 1.5)
+    heights = [
+        0.42 * bool(name) + photo + 0.45 + max(0.21 * len(caption) + 0.165 * len(small) for _, (caption, small) in row)
+        for name, row in rows
+    ]
+    gap, margin = 0.3, 0.35
+    figure = new_figure(2 * margin + columns * (COLUMN + gap) - gap, margin + sum(heights))
+    top = margin
+    for (name, row), height in zip(rows, heights, strict=True):
+        upper = top + 0.42 * bool(name)
+        if name:
+            place_text(figure, margin, top, name, fontsize=16, fontweight="bold", color=GREY)
+        for column, (sample, (caption, small)) in enumerate(row):
+            left = margin + column * (COLUMN + gap)
+            axes = place_axes(figure, left, upper, COLUMN, photo, label="sample")
+            show_photo(axes, _framed(shrunk(sample["image"]), COLUMN / photo))
+            below = upper + photo + 0.08
+            place_text(figure, left, below, "\n".join(caption), fontsize=12.5, fontweight="bold", linespacing=1.15)
+            below += 0.06 + 0.21 * len(caption)
+            place_text(figure, left, below, "\n".join(small), fontsize=9.5, color=GREY, linespacing=1.25)
+        top += height
     return figure
+
+
+def _caption_lines(sample: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """A sample's caption, and its references and name in small print, broken into lines of a column's width."""
+    references = sample["references"]
+    small = [line for text in references[:2] for line in wrap("– " + text, COLUMN, 9.5, lines=4)]
+    if len(references) > 2:
+        small.append(f"+ {len(references) - 2} more")
+    small += wrap(sample["name"], COLUMN, 9.5, lines=3)
+    return wrap(sample["caption"] or "(no words)", COLUMN, 12.5, lines=8, bold=True), small
+
+
+def _framed(photo: Image.Image, aspect: float) -> Image.Image:
+    """The photo at this aspect: cropped to it if at most a quarter of a side is lost, else whole on light grey."""
+    own = photo.width / photo.height
+    if 0.75 <= own / aspect <= 1 / 0.75:
+        size = min(photo.width, photo.height * aspect)
+        return ImageOps.fit(photo, (round(size), round(size / aspect)))
+    size = max(photo.width, photo.height * aspect)
+    return ImageOps.pad(photo, (round(size), round(size / aspect)), color="#eeeeee")

@@ -75,11 +75,8 @@ def test_the_grid_is_as_large_as_the_weights_say(side):
     weights[:, -1] += 0.5
     np.testing.assert_allclose(attention.peak(weights), 1 - 0.5 / side)
     assert attention.upsample(weights[0], 20, 30).shape == (20, 30)
-    for figure in (
-        attention.attention_figure(photo(), caption(2), weights),
-        attention.advanced_attention_figure(photo(), caption(2), weights),
-    ):
-        assert labels(figure)["word"] == 2 and f"of {side * side} cells" in figure.texts[-1].get_text()
+    for build in (attention.attention_figure, attention.advanced_attention_figure):
+        assert any(f"of {side * side} cells" in text.get_text() for text in build(photo(), caption(2), weights).texts)
     assert attention.attention_numbers("a.jpg", caption(2), weights)["grid"] == side
 
 
@@ -142,8 +139,7 @@ def test_words_and_weights_must_be_as_many():
 # Pictures
 
 
-@pytest.mark.parametrize("words", [1, 3, 20])
-@pytest.mark.parametrize("shape", ["landscape", "portrait"])
+@pytest.mark.parametrize(("words", "shape"), [(1, "landscape"), (20, "portrait")])
 def test_basic_picture_has_the_photo_and_every_word(words, shape):
     figure = attention.attention_figure(photo(shape), caption(words), maps(words))
     assert labels(figure) == {"photo": 1, "word": words, "scale": 1}
@@ -151,20 +147,19 @@ def test_basic_picture_has_the_photo_and_every_word(words, shape):
     assert any("own scale" in text.get_text() for text in figure.texts)
 
 
-@pytest.mark.parametrize("words", [1, 3, 20])
-@pytest.mark.parametrize("shape", ["landscape", "portrait"])
+@pytest.mark.parametrize(("words", "shape"), [(1, "landscape"), (20, "portrait")])
 def test_advanced_picture_has_every_view(words, shape):
     figure = attention.advanced_attention_figure(photo(shape), caption(words), maps(words))
     crops = len(attention.strongest_regions(maps(words)))
-    assert labels(figure) == {"path": 1, "mean": 1, "entropy": 1, "crop": crops, "word": words, "scale": 1}
-    assert 1 <= crops <= min(words, 6)
+    assert 1 <= crops <= min(words, 4)
+    assert labels(figure) == {"path": 1, "mean": 1, "entropy": 1, "crop": crops, "scale": 1}, "no map of one word"
     (bars,) = [axes for axes in figure.axes if axes.get_label() == "entropy"]
     np.testing.assert_allclose([bar.get_width() for bar in bars.patches], attention.entropy(maps(words)))
     assert [line.get_xdata()[0] for line in bars.lines] == [math.log2(49)]
 
 
 @pytest.mark.parametrize("build", [attention.attention_figure, attention.advanced_attention_figure])
-@pytest.mark.parametrize(("words", "shape"), [(1, "tower"), (8, "portrait"), (12, "panorama"), (40, "landscape")])
+@pytest.mark.parametrize(("words", "shape"), [(1, "tower"), (8, "portrait"), (12, "panorama"), (30, "landscape")])
 def test_panels_neither_overlap_nor_leave_the_page(build, words, shape):
     boxes = [axes.get_position() for axes in build(photo(shape), caption(words), maps(words)).axes]
     corners = np.array([(box.x0, box.y0, box.x1, box.y1) for box in boxes])
@@ -204,10 +199,36 @@ def test_strongest_regions_are_apart_strong_and_of_different_words():
     for word, cell, neighbour in ((0, 0, 8), (1, 24, 25), (2, 8, 9)):  # cell 8 touches cell 0
         weights[word, [cell, neighbour]] = 0.8 - 0.1 * word, 0.2
         weights[word] /= weights[word].sum()
-    weights[3] = 1 / 49  # looks nowhere in particular
+    weights[3] = 1 / 49  # attends to nothing in particular
     assert attention.strongest_regions(weights) == [(0, 0), (1, 24), (2, 9)]
-    assert attention.strongest_regions(np.full((3, 49), 1 / 49)) == [(0, 0)], "there is always one"
-    assert len(attention.strongest_regions(maps(30), 4)) == 4
+    assert len(attention.strongest_regions(maps(30), 3)) == 3
+
+
+@pytest.mark.parametrize(
+    ("cells", "times", "strong"), [(49, 3.9, 0), (49, 4.1, 1), (64, 3.9, 0), (64, 4.1, 1), (1, 1, 0)]
+)
+def test_a_region_is_strong_from_four_times_an_even_share_on(cells, times, strong):
+    weights = np.full((1, cells), (1 - times / cells) / max(1, cells - 1))
+    weights[0, 0] = times / cells
+    assert len(attention.strongest_regions(weights)) == strong
+    figure = attention.advanced_attention_figure(photo(), caption(1), weights)
+    assert labels(figure)["crop"] == strong
+    notes = [text.get_text() for text in figure.texts if "4 times the even share" in text.get_text()]
+    assert len(notes) == 1 and notes[0].startswith("Strongest regions" if strong else "No strong region")
+
+
+@pytest.mark.parametrize("level", ["night", "day", "snow"])
+def test_dark_and_light_photos_are_dimmed_to_the_same_middle_tones(level):
+    low, high = {"night": (0, 25), "day": (40, 220), "snow": (215, 255)}[level]
+    scene = np.linspace(low, high, 60 * 80).reshape(60, 80)
+    grey = np.asarray(attention.dim(Image.fromarray(scene.astype(np.uint8)).convert("RGB")))[..., 0]
+    assert 70 < np.median(grey) < 130 and grey.max() < 180, "visible, and darker than the colours of a map"
+    assert np.ptp(grey.astype(int)) > 30, "the scene stays recognisable"
+
+
+def test_an_even_photo_gets_no_noise():
+    noise = np.random.default_rng(0).integers(100, 104, (40, 40, 3)).astype(np.uint8)
+    assert np.ptp(np.asarray(attention.dim(Image.fromarray(noise))).astype(int)) < 15
 
 
 @pytest.mark.parametrize("shape", SIZES)
@@ -239,15 +260,14 @@ def test_title_caption_and_odd_words_are_written_as_they_are(tmp_path):
     assert (tmp_path / "advanced_attention_viz_sample_1.png").exists()
 
 
-@pytest.mark.parametrize(("words", "shape"), [(1, "portrait"), (20, "landscape"), (60, "tower")])
-def test_files_are_whole_pngs_of_bounded_size_with_their_numbers(tmp_path, words, shape):
-    weights = maps(words)
-    attention.save_pictures(tmp_path, 3, photo(shape), "dog.jpg", caption(words), weights, advanced=True)
+def test_files_are_whole_pngs_of_bounded_size_with_their_numbers(tmp_path):
+    words, weights = 60, maps(60)
+    attention.save_pictures(tmp_path, 3, photo("tower"), "dog.jpg", caption(60), weights, advanced=True, dpi=60)
     names = ["advanced_attention_viz_sample_3.png", "attention_viz_sample_3.json", "attention_viz_sample_3.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     for name in (names[0], names[2]):
         with Image.open(tmp_path / name) as picture:
-            assert picture.format == "PNG" and max(picture.size) <= 2400
+            assert picture.format == "PNG" and max(picture.size) <= 60 * 20
             picture.load()
     numbers = json.loads((tmp_path / names[1]).read_text())
     assert numbers["image"] == "dog.jpg" and numbers["words"] == caption(words) and numbers["grid"] == 7
@@ -256,19 +276,19 @@ def test_files_are_whole_pngs_of_bounded_size_with_their_numbers(tmp_path, words
     np.testing.assert_allclose(numbers["entropies"], attention.entropy(weights), atol=1e-4)
 
 
-@pytest.mark.parametrize(("form", "start"), [("svg", b"<?xml"), ("pdf", b"%PDF")])
-def test_vector_formats_are_written_alike_each_time(tmp_path, form, start):
+@pytest.mark.parametrize(("form", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+def test_every_format_is_written_alike_each_time(tmp_path, form, start):
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
-        attention.save_pictures(tmp_path / folder, 1, photo(), "dog.jpg", caption(3), maps(3), form=form)
+        attention.save_pictures(tmp_path / folder, 1, photo(), "dog.jpg", caption(1), maps(1), form=form)
     first, second = ((tmp_path / folder / f"attention_viz_sample_1.{form}").read_bytes() for folder in ("one", "two"))
     assert first.startswith(start) and first == second
 
 
 def test_more_dots_per_inch_make_a_larger_png_of_the_same_page(tmp_path):
     sizes = []
-    for dpi in (60, 240):
-        attention.save_pictures(tmp_path, 1, photo(), "dog.jpg", caption(3), maps(3), dpi=dpi)
+    for dpi in (40, 160):
+        attention.save_pictures(tmp_path, 1, photo(), "dog.jpg", caption(1), maps(1), dpi=dpi)
         with Image.open(tmp_path / "attention_viz_sample_1.png") as picture:
             sizes.append(picture.size)
     assert sizes[1] == pytest.approx(np.multiply(sizes[0], 4), abs=4)

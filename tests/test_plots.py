@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -23,8 +27,19 @@ def sample(width: int = 60, height: int = 40, **changes) -> dict:
     return {"image": Image.new("RGB", (width, height), "teal"), **plain, **changes}
 
 
+def history(epochs: int, self_critical: int = 0) -> list[dict]:
+    """Scores of each epoch, the last `self_critical` of them with a reward."""
+    rows = [{"epoch": n, "cider": n / 10, "rouge_l": 0.4, "bleu4": 0.2, "wer": 0.9} for n in range(1, epochs + 1)]
+    return [row | ({"reward": 0.5} if row["epoch"] > epochs - self_critical else {}) for row in rows]
+
+
 def texts(figure) -> str:
     return "\n".join(text.get_text() for text in figure.texts)
+
+
+def legend(figure) -> list[str]:
+    (found,) = figure.legends
+    return [text.get_text() for text in found.get_texts()]
 
 
 def assert_whole_picture(path) -> None:
@@ -43,15 +58,43 @@ def test_losses_show_both_curves_and_the_best_epoch(epochs):
     assert lines["validation"].get_ydata()[-1] == 5 / epochs
     (best,) = [line for label, line in lines.items() if label.startswith(f"best epoch: {epochs} ")]
     assert best.get_xdata()[0] == epochs and best.get_ydata()[0] == 5 / epochs
-    assert axes.get_xlabel() == "epoch" and axes.get_ylabel() == "loss"
+    assert axes.get_xlabel() == "epoch" and axes.get_ylabel().startswith("loss")
     ticks = [tick for tick in axes.get_xticks() if axes.get_xlim()[0] <= tick <= axes.get_xlim()[1]]
     assert ticks and all(float(tick).is_integer() for tick in ticks)
 
 
 @pytest.mark.parametrize("best_epoch", [None, 7])
 def test_no_best_epoch_is_marked_where_none_is_known_or_it_is_outside(best_epoch):
-    (axes,) = plots.losses_figure(curve(3), best_epoch).axes
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["training", "validation"]
+    assert legend(plots.losses_figure(curve(3), best_epoch)) == ["training", "validation"]
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 40])
+def test_nothing_crosses_the_title_and_legend(epochs):
+    rows = history(epochs, self_critical=epochs // 2)
+    for figure in (
+        plots.losses_figure(curve(epochs), 1, rows),
+        plots.learning_rate_figure(curve(epochs), 1, rows),
+        plots.scores_figure(rows, 1),
+    ):
+        plots.pixels_of(figure)  # places everything
+        box = figure.legends[0].get_window_extent()
+        assert figure.legends[0].get_title().get_text().split(" ")[0] in ("Loss", "Learning", "Scores")
+        assert box.y0 > max(axes.get_tightbbox().y1 for axes in figure.axes)
+        assert figure.bbox.containsx(box.x0) and figure.bbox.containsx(box.x1) and figure.bbox.containsy(box.y1)
+
+
+def test_self_critical_epochs_are_marked_and_break_the_line_of_the_training_loss():
+    numbers = curve(8)
+    numbers["training_losses"][6:] = [-50.0, -60.0]
+    figure = plots.losses_figure(numbers, 8, history(8, self_critical=2))
+    (axes,) = figure.axes
+    np.testing.assert_array_equal(np.isnan(axes.lines[0].get_ydata()), [False] * 6 + [True] * 2)
+    assert axes.get_ylim()[0] > -1, "a loss of another kind does not stretch the scale"
+    for each in (figure, plots.learning_rate_figure(numbers, 8, history(8, 2)), plots.scores_figure(history(8, 2), 8)):
+        assert legend(each)[-1].startswith("self-critical epochs")
+        for axes in each.axes:
+            assert [(band.get_x(), band.get_width()) for band in axes.patches] == [(6.5, 1), (7.5, 1)]
+    assert not plots.losses_figure(curve(8), 8, history(8)).axes[0].patches
 
 
 def test_a_loss_that_is_missing_or_not_finite_leaves_a_gap(tmp_path):
@@ -59,7 +102,7 @@ def test_a_loss_that_is_missing_or_not_finite_leaves_a_gap(tmp_path):
     broken["validation_losses"] = [None, float("inf"), 2.0, float("nan")]
     (axes,) = plots.losses_figure(broken, best_epoch=1).axes
     np.testing.assert_array_equal(axes.lines[1].get_ydata(), [np.nan, np.nan, 2.0, np.nan])
-    plots.plot_losses(broken, tmp_path / "training_losses.png", best_epoch=1)
+    plots.save_figure(plots.losses_figure(broken, best_epoch=1), tmp_path / "training_losses.png")
     assert_whole_picture(tmp_path / "training_losses.png")
 
 
@@ -86,25 +129,31 @@ def test_curves_of_different_lengths_or_without_an_epoch_raise():
         plots.learning_rate_figure({key: [] for key in curve(1)}, None)
 
 
-def test_learning_rate_file(tmp_path):
-    plots.plot_learning_rate(curve(1), tmp_path / "learning_rate.png", 1)
-    assert_whole_picture(tmp_path / "learning_rate.png")
+def test_the_curves_of_a_run_are_three_pictures_of_the_same_bytes_each_time(tmp_path):
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        folder.mkdir()
+        plots.draw_curves(folder, curve(2), history(2, self_critical=1), 1)
+    names = ["learning_rate.png", "training_losses.png", "validation_scores.png"]
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == names
+    assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in names)
 
 
-def test_scores_show_three_curves_and_the_best_epoch_on_cider():
-    history = [{"epoch": n, "cider": n / 10, "rouge_l": 0.4, "bleu4": 0.2, "wer": 0.9} for n in (1, 2, 3)]
-    history[0].pop("bleu4")
-    (axes,) = plots.scores_figure(history, best_epoch=2).axes
-    lines = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
-    np.testing.assert_allclose(lines["CIDEr"], [10, 20, 30])
-    np.testing.assert_allclose(lines["BLEU-4"], [np.nan, 20, 20])
-    assert lines["best epoch: 2 (CIDEr 20.0)"] == [20] and axes.get_ylim()[0] == 0
-    assert axes.get_xlabel() == "epoch" and "x100" in axes.get_ylabel()
+def test_cider_has_a_panel_of_its_own_scale():
+    rows = history(3)
+    rows[0].pop("bleu4")
+    figure = plots.scores_figure(rows, best_epoch=2)
+    upper, lower = ({line.get_label(): list(line.get_ydata()) for line in axes.lines} for axes in figure.axes)
+    np.testing.assert_allclose(upper["CIDEr"], [10, 20, 30])
+    np.testing.assert_allclose(lower["ROUGE-L"], [40, 40, 40])
+    np.testing.assert_allclose(lower["BLEU-4"], [np.nan, 20, 20])
+    assert upper["best epoch: 2 (CIDEr 20.0)"] == [20] and [axes.get_ylim()[0] for axes in figure.axes] == [0, 0]
+    assert legend(figure) == ["CIDEr", "ROUGE-L", "BLEU-4", "best epoch: 2 (CIDEr 20.0)"]
+    assert figure.axes[1].get_xlabel() == "epoch" and all("x100" in axes.get_ylabel() for axes in figure.axes)
 
 
 def test_pixels_are_those_of_the_file(tmp_path):
     pixels = plots.pixels_of(plots.learning_rate_figure(curve(3), 1))
-    plots.plot_learning_rate(curve(3), tmp_path / "rate.png", 1)
+    plots.save_figure(plots.learning_rate_figure(curve(3), 1), tmp_path / "rate.png")
     with Image.open(tmp_path / "rate.png") as picture:
         np.testing.assert_array_equal(pixels, np.asarray(picture.convert("RGB")))
 
@@ -114,7 +163,52 @@ def test_gallery_shows_every_sample_with_its_caption_and_two_references():
     figure = plots.captions_figure(samples)
     assert [axes.get_label() for axes in figure.axes] == ["sample"] * 5
     assert all(f"caption {number}" in texts(figure) for number in range(5))
-    assert "r2" in texts(figure) and "r3" not in texts(figure) and "dog.jpg" in texts(figure)
+    assert "r2" in texts(figure) and "r3" not in texts(figure) and "+ 1 more" in texts(figure)
+    assert "dog.jpg" in texts(figure)
+
+
+def test_groups_have_rows_and_titles_of_their_own():
+    groups = ["Best"] * 4 + ["Median"] * 2 + ["Worst"] * 4
+    figure = plots.captions_figure([sample(group=group) for group in groups])
+    tops = [round(axes.get_position().y1, 6) for axes in figure.axes]
+    assert len(set(tops)) == 3 and tops == sorted(tops, reverse=True)
+    assert [tops.count(top) for top in dict.fromkeys(tops)] == [4, 2, 4]
+    titles = {text.get_text(): text.get_position() for text in figure.texts if text.get_text() in groups}
+    assert list(titles) == ["Best", "Median", "Worst"]
+    left = figure.axes[0].get_position().x0
+    for (x, y), top in zip(titles.values(), dict.fromkeys(tops), strict=True):
+        assert x == left and top < y < top + 0.1
+
+
+@pytest.mark.parametrize("size", [(400, 300), (300, 300), (300, 400)])
+def test_photos_fill_their_columns_undistorted(size):
+    figure = plots.captions_figure([sample(*size)] * 5)
+    for axes in figure.axes:
+        box, (height, width, _) = axes.get_window_extent(), axes.images[0].get_array().shape
+        assert width / height == pytest.approx(box.width / box.height, rel=0.02)
+        assert np.ptp(np.asarray(axes.images[0].get_array()), axis=(0, 1)).max() == 0, "a border"
+
+
+def test_a_photo_of_another_shape_is_shown_whole():
+    tall = Image.new("RGB", (100, 300), "teal")
+    tall.paste("red", (0, 0, 100, 5))
+    tall.paste("blue", (0, 295, 100, 300))
+    figure = plots.captions_figure([sample(400, 300), sample(400, 300), sample(image=tall)])
+    shown = np.asarray(figure.axes[2].images[0].get_array())
+    assert (shown[0, shown.shape[1] // 2, :3] == (255, 0, 0)).all()
+    assert (shown[-1, shown.shape[1] // 2, :3] == (0, 0, 255)).all()
+    assert (shown[0, 0, :3] == 0xEE).all()
+    assert shown.shape[1] / shown.shape[0] == pytest.approx(4 / 3, rel=0.02)
+
+
+def test_a_gallery_shows_captions_of_thirty_words_to_the_end_and_no_text_on_another():
+    long = sample(caption=" ".join(f"word{n}" for n in range(30)), references=["some long reference " * 6] * 5)
+    figure = plots.captions_figure([long] * 2 + [sample()] * 6)
+    assert "word29" in texts(figure) and "…" not in texts(figure)
+    plots.pixels_of(figure)
+    boxes = [each.get_window_extent() for each in (*figure.texts, *figure.axes)]
+    assert sum(one.overlaps(other) for one in boxes for other in boxes) == len(boxes), "each overlaps itself alone"
+    assert all(box.x1 <= figure.bbox.x1 and box.y0 >= 0 for box in boxes)
 
 
 def test_gallery_stops_at_twelve_and_needs_one(tmp_path):
@@ -139,18 +233,17 @@ def test_wrap_keeps_the_lines_it_may_and_says_where_it_cut():
     assert len(cut) == 3 and cut[-1].endswith("…") and not cut[0].endswith("…")
     (name,) = plots.wrap("x" * 300, 2, 10, lines=1)
     assert name.startswith("xxx") and name.endswith("…")
+    for text in ("W" * 200, "WWWW iiii " * 20, "a man and a dog " * 9):
+        lines = plots.wrap(text, 2, 10, lines=50, bold=True)
+        assert max(plots.text_width(line, 10, bold=True) for line in lines) <= 2
+        assert "".join(lines).replace(" ", "") == text.replace(" ", "")
 
 
 def test_nothing_goes_through_pyplot(tmp_path):
-    import subprocess
-    import sys
-
     code = (
-        "import sys, plots; assert 'matplotlib' not in sys.modules\n"
-        "plots.plot_learning_rate({'epochs': [1], 'learning_rates': [1.0]}, sys.argv[1], 1)\n"
+        "import sys; from captioning import plots; assert 'matplotlib' not in sys.modules\n"
+        "plots.save_figure(plots.learning_rate_figure({'epochs': [1], 'learning_rates': [1.0]}, 1), sys.argv[1])\n"
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
-    subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "rate.png")],
-        check=True, cwd=plots.__file__.rpartition("plots.py")[0] or ".",
-    )  # fmt: skip
+    root = Path(plots.__file__).parent.parent
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "rate.png")], check=True, cwd=root)

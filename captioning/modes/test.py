@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from filelock import FileLock
 
-import attention_visualization
+from attention_visualization import save_attention_pictures
 from captioning import demo_set, distributed, plots
 from captioning.consensus import pick_best
 from captioning.dataset import CaptionSet, captions_of, tokenize
 from captioning.decoding import Hypothesis
 from captioning.evaluation import EvalContext, caption, images_to_draw, search
 from captioning.images import UnreadableImage, open_image
-from captioning.io import UserError, log, make_directory, printable, read_json, write_json
+from captioning.io import UserError, make_directory, printable, read_json, write_json
 from captioning.reports import write_report
 from captioning.scores import METRIC_NAMES, ImageScores, bootstrap_intervals, by_rank
 from experiment_utils import save_numbered
@@ -357,32 +357,6 @@ def save_gallery(data: CaptionSet, images: np.ndarray, captions: Sequence[str], 
             title = f"{group.lower()}: CIDEr {100 * cider[place]:.0f}, {name}"
             samples.append({"image": picture, "name": title, "caption": captions[place], "references": references})
     plots.plot_captions(samples, path)
-
-
-def save_attention_pictures(context: EvalContext, images: np.ndarray, directory: Path) -> None:
-    """Draw `attention_viz_sample_N` (and the advanced ones) of images, N from 1, with their numbers as JSON."""
-    args, data = context.settings, context.data
-    unreadable = [image for _, features in context.members for image in features.unreadable]
-    images = images[~np.isin(images, unreadable)]
-    hypotheses = caption(context, images, args.beam_size, attention=True)
-    if context.consensus is not None:
-        log.info("The attention pictures show the beam's most probable captions, not those that consensus chose")
-    if not distributed.is_first():
-        return
-    drawn = 0
-    for n, (image, found) in enumerate(zip(images, hypotheses, strict=True), 1):
-        words, name = context.vocabulary.decode(found.ids), data.names[image]
-        if not words or found.attention is None:
-            log.warning(f"No attention picture of {name}: its caption is empty")
-            continue
-        picture = open_image(data.image_dir / name, at_least=max(900, 900 * args.attention_viz_dpi // plots.DPI))
-        attention_visualization.save_pictures(
-            directory, n, picture, name, words, found.attention, args.advanced_attention_viz,
-            args.attention_viz_format, args.attention_viz_dpi,
-        )  # fmt: skip
-        drawn += 1
-    if drawn:
-        log.info(f"Attention pictures of {drawn} images: {directory / 'attention_viz_sample_*'}")
 
 
 # --------------------------------------------------------------------------------------------------
