@@ -206,7 +206,7 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise UserError(
-            f"{path}, line {line}: not {encoding} text; convert it, e.g. `iconv -f latin1 -t utf-8 {path.name}`"
+            f"{path}, line {line}: not {encoding.removesuffix('-sig')} text; convert it, e.g. `iconv -f latin1 -t utf-8 {path.name}`"
         ) from error
 
 
