@@ -9,29 +9,26 @@ import torch
 
 from captioning.dataset import EOS, SOS, UNK, CaptionSet, Vocabulary, concatenate_ranges
 
-# --------------------------------------------------------------------------------------------------
-# Batches of whole images
-
 
 class Batch(NamedTuple):
     """Captions of whole images as one packed sequence: no padding anywhere.
 
     Rows (captions) are sorted by falling length; tokens lie time step after time step, so that step t
     holds the first `batch_sizes[t]` rows, which are all that have not ended. This is the layout of
-    `torch.nn.utils.rnn.PackedSequence`.
+    `torch.nn.utils.rnn.PackedSequence`. I images, R captions, N tokens, T time steps.
     """
 
     images: np.ndarray  # int64 (I,) positions in the caption set
-    row_image: torch.Tensor  # int64 (R,) which of the I images a caption belongs to
+    row_image: torch.Tensor  # int64 (R,) each caption's image, 0 to I - 1
     inputs: torch.Tensor  # int64 (N,) <SOS>, w1, ..., wn of every caption
     targets: torch.Tensor  # int64 (N,) w1, ..., wn, <EOS>
-    batch_sizes: torch.Tensor  # int64 (T,) rows still running at each step, on the CPU
-    token_row: torch.Tensor  # int64 (N,) the row of each token
-    slots: torch.Tensor  # int64 (N,) place of each token in an (I, S) table of the images' tokens
+    batch_sizes: torch.Tensor  # int64 (T,) rows at each time step, on the CPU
+    token_row: torch.Tensor  # int64 (N,) each token's caption, 0 to R - 1
+    slots: torch.Tensor  # int64 (N,) each token's place in an (I, S) table of the images' tokens
     slots_per_image: int  # S
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch with its index tensors on `device` (batch_sizes stay: PyTorch wants them on the CPU)."""
+        """Return the batch with its tensors on `device`, but for `batch_sizes`, which PyTorch takes from the CPU."""
         moved = {
             name: getattr(self, name).to(device, non_blocking=True)
             for name in ("row_image", "inputs", "targets", "token_row", "slots")
@@ -40,7 +37,11 @@ class Batch(NamedTuple):
 
 
 class BatchMaker:
-    """Cuts a split into batches of whole images with at most `batch_size` captions each."""
+    """Makes batches of whole images from a split.
+
+    Args:
+        max_length: words of a caption that are used; the rest is cut off.
+    """
 
     def __init__(self, data: CaptionSet, vocabulary: Vocabulary, max_length: int):
         self.first_caption = data.first_caption
@@ -51,9 +52,9 @@ class BatchMaker:
         self.lengths = np.minimum(np.diff(data.tokens.offsets), max_length)
 
     def plan(self, images: np.ndarray, batch_size: int) -> list[np.ndarray]:
-        """Cut `images`, in their order, into runs whose captions number at most `batch_size`.
+        """Group the captions of `images`, in their order, into batches of at most `batch_size` captions.
 
-        Returns arrays of caption numbers; an image with more captions than that is spread over several.
+        Returns arrays of caption numbers. An image with more captions than `batch_size` is spread over several.
         """
         captions = concatenate_ranges(self.first_caption[images], self.first_caption[images + 1])
         cuts, position, filled = [], 0, 0
@@ -69,34 +70,33 @@ class BatchMaker:
         return np.split(captions, cuts) if len(captions) else []
 
     def word_counts(self, images: np.ndarray) -> torch.Tensor:
-        """How often each word, and `<EOS>`, is a target in these images' captions: (V,)."""
+        """Count each word, and `<EOS>`, as a target in the captions of `images`: float32 (V,)."""
         counts = torch.zeros(self.words)
         for captions in self.plan(images, 4096):
             counts += torch.bincount(self.make(captions).targets, minlength=self.words)
         return counts
 
     def owner(self, captions: np.ndarray) -> np.ndarray:
-        """The image, int64 (R,), of each of these captions (R,)."""
+        """Return the image of each caption: (R,) -> int64 (R,)."""
         return np.searchsorted(self.first_caption, captions, side="right") - 1
 
     def make(self, captions: np.ndarray) -> Batch:
-        """Pack the given captions (numbers) with their images."""
+        """Return the batch of the captions with these numbers."""
         owner = self.owner(captions)
-        # The words are looked up by `lookup` once they are few.
         return pack_captions(self.tokens, self.starts[captions], self.lengths[captions], owner, self.lookup)[0]
 
 
 def pack_captions(
     words: np.ndarray, starts: np.ndarray, lengths: np.ndarray, owner: np.ndarray, lookup: np.ndarray | None = None
 ) -> tuple[Batch, np.ndarray]:
-    """Pack captions that lie in one flat array, caption c at `words[starts[c]:starts[c] + lengths[c]]`.
+    """Pack the captions of one flat array, caption c at `words[starts[c]:starts[c] + lengths[c]]`.
 
     Args:
-        words: int (tokens,) vocabulary ids, or what `lookup` makes such.
+        words: int (tokens,) vocabulary ids, or indices into `lookup`, which holds vocabulary ids.
         owner: int64 (R,) the image of each caption.
 
     Returns:
-        the batch, and which of the given captions each of its rows is, int64 (R,).
+        the batch, and for each of its rows the index of the given caption, int64 (R,).
     """
     order = np.argsort(-lengths, kind="stable")
     starts, owner, steps = starts[order], owner[order], lengths[order] + 1  # the words and <EOS>

@@ -1,7 +1,7 @@
 """Captioned images, their split, the tokenizer and the vocabulary.
 
-Everything downstream knows an image by its position in `CaptionSet.names`. Captions are tokenized once and
-kept as flat int32 arrays; there is no Python object per caption.
+An image is its position in `CaptionSet.names` everywhere else. Captions are tokenized once and kept as flat int32
+arrays, without a Python object per caption.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from captioning.splits import StoredSplit, find_splits, require_splits
 
 PAD, SOS, EOS, UNK = range(4)
 SPECIAL_TOKENS = ["<PAD>", "<SOS>", "<EOS>", "<UNK>"]
-LONG_CAPTION = 100  # words; nothing is wrong with more, but one caption per row is what people mean
+LONG_CAPTION = 100  # words; longer ones are legal, but often several captions in one row
 COCO_HELD_OUT = 5000  # validation and test images of COCO, as many as Karpathy's split has
 # COCO_val2014_000000391895.jpg: the number is the image's id in COCO's own files.
 COCO_NAME = re.compile(r"(?:[^/]+/)?COCO_(?:train|val|test)\d{4}_0*(\d{1,12})\.jpg")
@@ -52,12 +52,12 @@ class Tokens(NamedTuple):
 
 
 def tokenize(texts: Iterable[str]) -> Tokens:
-    """Lower-case, split with spaCy's English rules, drop punctuation.
+    """Lower-case, split with spaCy's English rules, drop punctuation (tokens without a letter or digit).
 
-    The one tokenizer of the project: the vocabulary, the training captions and both sides of every
-    metric go through it. Punctuation is any token without a letter or digit; published scores drop it too.
+    It is the project's only tokenizer: for the vocabulary, the training captions and both sides of every metric.
+    Published scores drop punctuation too.
     """
-    import spacy  # takes seconds to import, and cached tokens make it unnecessary
+    import spacy  # takes seconds to import; cached tokens do without
 
     split = spacy.blank("en").tokenizer
     number: dict[str, int] = {}
@@ -73,7 +73,7 @@ def tokenize(texts: Iterable[str]) -> Tokens:
 
 
 def tokenize_cached(texts: Sequence[str], cache_directory: Path | None) -> Tokens:
-    """`tokenize`, remembered on disk under the texts' own hash, so that later runs need not import spaCy."""
+    """Return `tokenize(texts)`, cached on disk under the texts' hash, so that later runs need not import spaCy."""
     if cache_directory is None:
         return tokenize(texts)
     version = importlib.metadata.version("spacy")
@@ -87,19 +87,19 @@ def tokenize_cached(texts: Sequence[str], cache_directory: Path | None) -> Token
     return tokens
 
 
-# Of a token cache: bytes of words, number of ids, number of texts, CRC-32 of all that follows.
+# Of a token cache: bytes of words, number of ids, number of texts, CRC-32 of the rest.
 TOKEN_HEADER = struct.Struct("<QQQI")
 
 
 def pack_tokens(tokens: Tokens) -> bytes:
-    """Tokens as one block: header, words in UTF-8 with a line each, ids, offsets."""
+    """Serialize tokens: header, words in UTF-8 with a line each, ids, offsets."""
     words = "\n".join(tokens.words).encode("utf-8")
     body = words + tokens.ids.astype("<i4").tobytes() + tokens.offsets.astype("<i8").tobytes()
     return TOKEN_HEADER.pack(len(words), len(tokens.ids), len(tokens.offsets) - 1, zlib.crc32(body)) + body
 
 
 def unpack_tokens(raw: bytes, texts: int) -> Tokens | None:
-    """Undo `pack_tokens`; None for anything else than a whole block of `texts` texts, whoever wrote it."""
+    """Read what `pack_tokens` wrote; None if `raw` is anything but the tokens of `texts` texts."""
     if len(raw) < TOKEN_HEADER.size:
         return None
     word_bytes, id_count, text_count, checksum = TOKEN_HEADER.unpack_from(raw)
@@ -118,7 +118,7 @@ def unpack_tokens(raw: bytes, texts: int) -> Tokens | None:
 
 
 class Vocabulary:
-    """Words and their ids: the four special tokens, then words by falling frequency (ties alphabetically)."""
+    """Words and their ids: the four special tokens, then words by descending frequency (ties alphabetically)."""
 
     def __init__(self, words: Sequence[str]):
         if list(words[:4]) != SPECIAL_TOKENS or len(set(words)) != len(words):
@@ -128,7 +128,7 @@ class Vocabulary:
 
     @classmethod
     def from_counts(cls, words: Sequence[str], counts: np.ndarray, threshold: int) -> Vocabulary:
-        """Keep the words that were counted at least `threshold` times."""
+        """Return the vocabulary of the words with a count of at least `threshold`."""
         kept = sorted((-int(count), word) for word, count in zip(words, counts, strict=True) if count >= threshold)
         return cls(SPECIAL_TOKENS + [word for _, word in kept])
 
@@ -136,7 +136,7 @@ class Vocabulary:
         return len(self.words)
 
     def decode(self, ids: Iterable[int]) -> list[str]:
-        """Ids up to `<EOS>`, as words; other special tokens are left out."""
+        """Return the words of `ids` up to `<EOS>`, without the other special tokens."""
         ended = itertools.takewhile(lambda number: number != EOS, (int(number) for number in ids))
         return [self.words[number] for number in ended if number > UNK]
 
@@ -146,7 +146,7 @@ class Vocabulary:
 
 
 class ImagePaths(Sequence[Path]):
-    """Paths made when they are asked for: kept ones would take half a kilobyte each."""
+    """The paths of `names` in `directory`, made on access: stored, each would take half a kilobyte."""
 
     def __init__(self, directory: Path, names: Sequence[str]):
         self.directory, self.names = directory, names
@@ -171,33 +171,31 @@ class CaptionSet:
     """Images with their tokenized captions and their split."""
 
     image_dir: Path
-    names: list[
-        str
-    ]  # image file names, COCO's with their folder, sorted; a position in this list is how an image is known
+    names: list[str]  # image file names, sorted, COCO's with their folder; an image is its position in this list
     first_caption: np.ndarray  # int64 (images + 1,): image i has captions first_caption[i]:first_caption[i + 1]
     tokens: Tokens  # one text per caption
     splits: dict[str, np.ndarray]  # 'train' | 'val' | 'test' -> int64 positions
     split_source: str
     captions_file: Path
-    notes: list[str] = field(default_factory=list)  # what was left out and why, one line each
+    notes: list[str] = field(default_factory=list)  # what was left out and why, a line each
 
     def paths(self) -> Sequence[Path]:
-        """Every image's path, by position."""
+        """Return every image's path, by position."""
         return ImagePaths(self.image_dir, self.names)
 
     def image_id(self, image: int) -> str | int:
-        """What the COCO evaluation calls an image: COCO's number, else the file name."""
+        """Return the `image_id` of the COCO evaluation: COCO's number, else the file name."""
         found = COCO_NAME.fullmatch(self.names[image])
         return int(found[1]) if found else self.names[image]
 
     def references(self, image: int) -> list[str]:
-        """All captions of an image, tokenized and joined with spaces, as the metrics take them."""
+        """Return an image's captions, tokenized and joined with spaces, as the metrics take them."""
         words, ids, offsets = self.tokens
         captions = range(self.first_caption[image], self.first_caption[image + 1])
         return [" ".join(words[i] for i in ids[offsets[c] : offsets[c + 1]]) for c in captions]
 
     def caption_counts(self, images: np.ndarray) -> np.ndarray:
-        """Number of captions of each given image."""
+        """Return the number of captions of each image: (I,) -> int64 (I,)."""
         return self.first_caption[images + 1] - self.first_caption[images]
 
     def dump_split(self) -> str:
@@ -219,7 +217,7 @@ class CaptionSet:
         }
 
     def drop_images(self, bad: set[int]) -> None:
-        """Take images out of every split (they keep their position).
+        """Remove images from every split; their positions in `names` stay.
 
         Raises:
             UserError: a split has no image left.
@@ -232,7 +230,7 @@ class CaptionSet:
 
 
 def build_vocabulary(data: CaptionSet, threshold: int) -> Vocabulary:
-    """Count words in the training captions alone: a word only seen in validation or test stays `<UNK>`.
+    """Return the vocabulary of the training captions; a word of validation or test images only is `<UNK>`.
 
     Raises:
         UserError: no word reaches the threshold.
@@ -250,12 +248,12 @@ def build_vocabulary(data: CaptionSet, threshold: int) -> Vocabulary:
 
 
 def captions_of(data: CaptionSet, images: np.ndarray) -> np.ndarray:
-    """The caption numbers of the given images, in their order."""
+    """Return the caption numbers of `images`, in their order."""
     return concatenate_ranges(data.first_caption[images], data.first_caption[images + 1])
 
 
 def concatenate_ranges(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """[starts[0], ..., ends[0] - 1, starts[1], ..., ends[1] - 1, ...] without a Python loop."""
+    """Return [starts[0], ..., ends[0] - 1, starts[1], ..., ends[1] - 1, ...]."""
     lengths = ends - starts
     if lengths.sum() == 0:
         return np.zeros(0, dtype=np.int64)
@@ -264,7 +262,7 @@ def concatenate_ranges(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
 
 
 # --------------------------------------------------------------------------------------------------
-# Reading what is on disk
+# Reading
 
 
 def load_caption_set(
@@ -278,47 +276,50 @@ def load_caption_set(
     """Find and read a data set in any of the layouts of `docs/architecture.md`.
 
     Args:
-        data_dir: where to look; `image_dir` and `captions_file` override what would be found there.
-        seed: of the split that is drawn where the data set brings none.
+        data_dir: where to look; `image_dir` and `captions_file` override what is found there.
+        seed: of the random split of a data set without split lists.
         stored: the split in a checkpoint, which rules wherever it knows an image: see captioning/splits.py.
         token_cache: a directory for tokenized captions, or None.
 
     Raises:
-        UserError: nothing usable is there; the message says what was looked for and how to get it.
+        UserError: no usable data set; the message says what was looked for and how to get it.
     """
     captions_path = captions_file or find_captions_file(data_dir)
-    captions, notes = read_captions(captions_path)
-    directory = find_image_directory(data_dir, image_dir, captions)
-    on_disk = files_in(directory, {name.rpartition("/")[0] for name in captions})
-    missing = sorted(name for name in captions if name not in on_disk)
-    if len(missing) == len(captions):
+    table, notes = read_captions(captions_path)
+    captioned = table["image"].unique().tolist()
+    directory = find_image_directory(data_dir, image_dir, captioned)
+    on_disk = files_in(directory, {name.rpartition("/")[0] for name in captioned})
+    missing = sorted(set(captioned) - on_disk)
+    if len(missing) == len(captioned):
         raise UserError(
-            f"none of the {len(captions)} images that {captions_path} names is in {directory} "
+            f"none of the {len(captioned)} images that {captions_path} names is in {directory} "
             f"(looked for {missing[0]}, for example): give the right --image_dir"
         )
-    if len(missing) > 0.01 * len(captions):
+    if len(missing) > 0.01 * len(captioned):
         raise UserError(
-            f"{len(missing)} of the {len(captions)} images that {captions_path} names are missing from {directory}, "
+            f"{len(missing)} of the {len(captioned)} images that {captions_path} names are missing from {directory}, "
             f"{missing[0]} for example: complete the folder, or remove their rows from the captions file"
         )
     if missing:
         notes.append(f"{len(missing)} captioned image(s) not on disk, left out: {', '.join(missing[:3])}")
-    names = sorted(set(captions) & on_disk)
+    table = table[table["image"].isin(on_disk)].sort_values("image", kind="stable")
+    per_image = table.groupby("image").size()  # sorted by name
+    names = per_image.index.tolist()
     files = {name.rpartition("/")[2]: name for name in names}
     twice = next((name for name in names if files[name.rpartition("/")[2]] != name), None)
     if twice:
         raise UserError(
             f"{captions_path}: {twice} and {files[twice.rpartition('/')[2]]} have the same file name; rename one"
         )
-    uncaptioned = sum(Path(name).suffix.lower() in IMAGE_ENDINGS and name not in captions for name in on_disk)
+    uncaptioned = sum(Path(name).suffix.lower() in IMAGE_ENDINGS for name in on_disk.difference(captioned))
     if uncaptioned:
         notes.append(f"{uncaptioned} image(s) without captions, left out")
 
-    duplicates = sum(len(known) - len(set(known)) for known in captions.values())
-    if duplicates:  # people do say the same: Flickr8k itself has some, and published scores count them
+    duplicates = int(table.duplicated().sum())
+    if duplicates:  # Flickr8k itself has some, and published scores count them
         notes.append(f"{duplicates} caption(s) that their image has already, kept")
-    tokens = tokenize_cached([caption for name in names for caption in captions[name]], token_cache)
-    first_caption = np.concatenate([[0], np.cumsum([len(captions[name]) for name in names])]).astype(np.int64)
+    tokens = tokenize_cached(table["caption"].tolist(), token_cache)
+    first_caption = np.concatenate([[0], np.cumsum(per_image)]).astype(np.int64)
     long = int((np.diff(tokens.offsets) > LONG_CAPTION).sum())
     if long:
         notes.append(f"{long} caption(s) of more than {LONG_CAPTION} words: training reads --max_length words of each")

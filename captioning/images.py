@@ -1,27 +1,28 @@
-"""Opening images, the views that encoders see, and the geometry of the encoders' square grids."""
+"""Opening images, the views given to the encoders, and the geometry of the encoders' square grids."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
-if TYPE_CHECKING:
-    pass
-from PIL import ImageOps
+IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
+# Pillow goes by the content, not by the ending, and would hand PostScript called .jpg to Ghostscript.
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF")
+
 
 # --------------------------------------------------------------------------------------------------
-# Numbers
+# Grids
 
 
 def grid_side(cells: int) -> int:
-    """How many cells a square grid of so many has along each side: 49 -> 7.
+    """Return the cells along each side of a square grid: 49 -> 7.
 
     Raises:
-        ValueError: no square number.
+        ValueError: `cells` is not a square number.
     """
     side = math.isqrt(cells)
     if side < 1 or side * side != cells:
@@ -30,16 +31,16 @@ def grid_side(cells: int) -> int:
 
 
 def cell_middles(cells: int) -> np.ndarray:
-    """(cells, 2): x and y of each cell's middle as fractions of the picture's width and height."""
+    """Return the centre (x, y) of each cell, (cells, 2), as fractions of the image's width and height."""
     side = grid_side(cells)
     row, column = np.divmod(np.arange(cells), side)
     return (np.stack([column, row], axis=1) + 0.5) / side
 
 
 def peak(weights: np.ndarray) -> np.ndarray:
-    """Where each word looks most: (words, cells) weights -> (words, 2), the middle of the strongest cell.
+    """Return the centre of each word's strongest cell: (words, cells) weights -> (words, 2).
 
-    x and y are fractions of the picture's width and height, from its upper left corner.
+    x and y are fractions of the image's width and height, from its upper left corner.
 
     Raises:
         ValueError: no weights, or not one distribution per word.
@@ -49,7 +50,14 @@ def peak(weights: np.ndarray) -> np.ndarray:
 
 
 def check_weights(weights: np.ndarray, words: int | None = None) -> np.ndarray:
-    """The weights as float64, of which each row is a distribution over the cells of a square grid."""
+    """Return the weights (words, cells) as float64, each row a distribution over the cells of a square grid.
+
+    Args:
+        words: how many rows are expected, None for any number.
+
+    Raises:
+        ValueError: another shape, or rows that are not distributions.
+    """
     rows = np.asarray(weights, dtype=np.float64)
     if rows.ndim != 2 or len(rows) == 0:
         raise ValueError(f"attention weights have the shape (words, cells) with at least one word, not {rows.shape}")
@@ -61,30 +69,27 @@ def check_weights(weights: np.ndarray, words: int | None = None) -> np.ndarray:
     return rows
 
 
-IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
-# Pillow looks at the content, not at the ending, and would hand PostScript called .jpg to Ghostscript.
-IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF")
-
-
 # --------------------------------------------------------------------------------------------------
-# Pictures
+# Images
 
 
 class UnreadableImage(Exception):
-    """An image file that Pillow cannot decode; the message says which and why."""
+    """An image that cannot be read or decoded; the message says which and why."""
 
 
-def open_image(path: Path, at_least: int | None = None) -> Image.Image:
-    """A picture in one of `IMAGE_FORMATS`, upright (EXIF), as RGB, transparency on white, the first frame of several.
+def open_image(source: Path | BinaryIO, at_least: int | None = None) -> Image.Image:
+    """Open an image of one of `IMAGE_FORMATS`: upright (EXIF), RGB, transparency on white, the first frame of several.
 
     Args:
+        source: a file's path, or an uploaded image's bytes as a binary file.
         at_least: let the JPEG decoder work at a reduced scale that keeps both sides at least this long.
 
     Raises:
-        UnreadableImage: truncated, no image at all, or more pixels than Pillow's bomb limit allows.
+        UnreadableImage: no permission, a read error, truncated, not an image, or more pixels than Pillow's
+            decompression bomb limit.
     """
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
+        with Image.open(source, formats=IMAGE_FORMATS) as image:
             if at_least:
                 image.draft("RGB", (at_least, at_least))
             image.load()
@@ -97,11 +102,12 @@ def open_image(path: Path, at_least: int | None = None) -> Image.Image:
                 upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
             return upright.convert("RGB")
     except Exception as error:  # Pillow's decoders raise whatever their format's parser raised
-        raise UnreadableImage(f"{path}: {error}") from error
+        name = source if isinstance(source, Path) else "the uploaded image"
+        raise UnreadableImage(f"{name}: {getattr(error, 'strerror', None) or error}") from error
 
 
 class View(NamedTuple):
-    """One way of looking at a picture: the part of it that is squashed to a square, perhaps mirrored."""
+    """The part of an image that is resized to the encoder's square, perhaps mirrored."""
 
     box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)  # left, top, right, bottom, as parts of the sides
     mirrored: bool = False
@@ -118,13 +124,16 @@ VIEWS = {
 VIEW_SETS = {"whole": ("whole",), "mirror": ("whole", "mirror"), "all": tuple(VIEWS)}  # --views
 
 
-def load_pixels(path: Path, size: int, view: str = "whole") -> np.ndarray:
-    """A picture, or one of `VIEWS` of it, squashed to `size` x `size`, uint8 (size, size, 3): what the encoders see.
+def load_pixels(source: Path | BinaryIO, size: int, view: str = "whole") -> np.ndarray:
+    """Return an image, or one of `VIEWS` of it, resized to `size` x `size` for the encoder: uint8 (size, size, 3).
 
-    Squashing rather than cropping keeps everything in view, and an attention map stretched back over
-    the picture lies where it belongs.
+    The aspect ratio is not kept: nothing is cropped away, and an attention map that is stretched back over the image
+    fits it.
+
+    Raises:
+        UnreadableImage: see `open_image`.
     """
-    image = open_image(path, at_least=2 * size)
+    image = open_image(source, at_least=2 * size)
     (width, height), (box, mirrored) = image.size, VIEWS[view]
     if image.size != (size, size) or view != "whole":
         part = (box[0] * width, box[1] * height, box[2] * width, box[3] * height)

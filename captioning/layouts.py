@@ -1,21 +1,28 @@
-"""The layouts of caption data sets: where images, captions and split lists lie, and how captions files are read."""
+"""The layouts of caption data sets: where images, captions and split lists lie, and how captions files are read.
+
+Captions come as a pandas table. It is filled line by line rather than by pandas' own parser, which reads neither
+commas that nobody quoted nor the row without its separator in Flickr30k's file, cannot name the line of a faulty row
+after a caption of several lines, and takes "None" for a missing value.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
-import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from captioning.io import CONTROL_CHARACTERS, UserError, read_json
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 SPLITS = ("train", "val", "test")
 
-# Where the known data sets keep their parts, relative to the data directory; the first that is there is used.
+# Where the known data sets keep their parts, relative to the data directory; the first that exists is used.
 IMAGE_DIRECTORIES = (
     "Images", "images", "Flicker8k_Dataset", "Flickr8k_Dataset", "Flickr8k_Dataset/Flicker8k_Dataset",
     "flickr30k_images", "flickr30k-images", "flickr30k_images/flickr30k_images", ".",
@@ -30,11 +37,15 @@ SPLIT_LISTS = (
     ("flickr30k_train.txt", "flickr30k_val.txt", "flickr30k_test.txt"),
     ("train.txt", "val.txt", "test.txt"),
 )
+# `name.jpg#0<TAB>caption`, the official Flickr form; Flickr8k has rows of `name.jpg.1#0`.
+TOKEN_ROW = r"^(?P<image>[^\t]+)#\d+\t(?P<caption>.*)$"
+# `image_name| comment_number| comment`, Kaggle's Flickr30k, one row of which lacks its second bar.
+BAR_ROW = r"^(?P<image>[^|]*)\|\s*\d+\s*(?:\|\s*|\s+)(?P<caption>.*)$"
 KARPATHY_FILES = ("dataset_flickr8k.json", "dataset_flickr30k.json", "dataset_coco.json", "dataset.json")
 
 
 def files_in(directory: Path, folders: set[str]) -> set[str]:
-    """The files in these folders below a directory, as captions name them: `a.jpg`, `val2014/a.jpg`."""
+    """Return the files in these folders below a directory, as captions name them: `a.jpg`, `val2014/a.jpg`."""
     return {
         f"{folder}/{entry.name}" if folder else entry.name
         for folder in folders
@@ -45,6 +56,11 @@ def files_in(directory: Path, folders: set[str]) -> set[str]:
 
 
 def find_captions_file(data_dir: Path | None) -> Path:
+    """Return the first of CAPTION_FILES in `data_dir`.
+
+    Raises:
+        UserError: there is none; the message says how to get or name one.
+    """
     if data_dir is None or not data_dir.is_dir():
         raise UserError(
             f"data directory {data_dir} is not there: `python download_datasets.py` fetches Flickr8k and Flickr30k, "
@@ -58,80 +74,118 @@ def find_captions_file(data_dir: Path | None) -> Path:
     )
 
 
-def find_image_directory(data_dir: Path | None, image_dir: Path | None, captions: dict[str, list[str]]) -> Path:
+def find_image_directory(data_dir: Path | None, image_dir: Path | None, images: Sequence[str]) -> Path:
+    """Return `image_dir`, or the folder of a known layout below `data_dir` that holds some of the named images.
+
+    Raises:
+        UserError: there is none.
+    """
     if image_dir is not None:
         if not image_dir.is_dir():
             raise UserError(f"--image_dir {image_dir} is not a directory")
         return image_dir
-    sample = list(itertools.islice(captions, 50))
     for name in IMAGE_DIRECTORIES if data_dir is not None else ():
         assert data_dir is not None
-        if any((data_dir / name / image).is_file() for image in sample):
+        if any((data_dir / name / image).is_file() for image in images[:50]):
             return data_dir / name
     raise UserError(
-        f"no image of the captions file ({sample[0]}, for example) in {data_dir} or its "
+        f"no image of the captions file ({images[0]}, for example) in {data_dir} or its "
         f"{', '.join(IMAGE_DIRECTORIES[:-1])}: give their folder with --image_dir"
     )
 
 
-def read_captions(path: Path) -> tuple[dict[str, list[str]], list[str]]:
+def read_captions(path: Path) -> tuple[pd.DataFrame, list[str]]:
     """Read one captions file of any known form.
 
     Returns:
-        captions by image name, in file order; and notes on what was left out.
+        a table with a row per caption in file order, columns `image` (file name) and `caption`, both str; and notes on
+        what was left out.
 
     Raises:
         UserError: unreadable, or a malformed row (named with its line).
     """
+    import pandas as pd  # 0.2 s, and only this needs it
+
     if path.suffix == ".json":
-        rows: Iterable[tuple[int, str, str]] = json_rows(path)
+        table = rows_table(json_rows(path))
     else:
         text = read_text(path)
         header = text[:200].split("\n", 1)[0].strip().lower()
         if path.suffix == ".token" or re.match(r"[^\t\n]+#\d+\t", text):
-            rows = token_file_rows(path, text)
+            table = lines_table(path, text, TOKEN_ROW, "image.jpg#0<TAB>caption")
+            plain = {name: re.sub(r"(\.\w+)\.\d+$", r"\1", name) for name in table["image"].unique()}
+            table["image"] = table["image"].map(plain)
         elif header.startswith("image_name|"):
-            rows = bar_rows(path, text)
+            table = lines_table(path, text, BAR_ROW, "image| number| caption", first=2)
+            table["image"] = table["image"].str.strip()
         else:
-            rows = csv_rows(path, text)
-    captions: dict[str, list[str]] = {}
-    empty = cleaned = 0
-    for line, name, caption in rows:
-        if not name:
-            raise UserError(f"{path}, line {line}: a row without an image name")
-        folder, slash, file = name.rpartition("/")
-        if (slash and not (folder and file)) or any(
-            os.path.basename(part.replace("\\", "/")) != part or part in (".", "..") for part in (folder, file)
-        ):
-            raise UserError(f"{path}, line {line}: {name[:80]!r} is not a plain file name; images lie in one folder")
-        if CONTROL_CHARACTERS.search(name) or len(name.encode()) > 255:
-            raise UserError(
-                f"{path}, line {line}: the image name {name[:80]!r} has a line break or another control character, or "
-                "is longer than file systems allow: rename the image"
-            )
-        known = captions.setdefault(name, [])
-        caption, controls = CONTROL_CHARACTERS.subn(" ", caption)
-        cleaned += controls > 0
-        if not any(map(str.isalnum, caption)):
-            empty += 1
-        else:
-            known.append(caption)
+            table = rows_table(csv_rows(path, text))
+    names = table["image"].unique()
+    for name in names:
+        if reason := name_fault(name):
+            raise UserError(f"{path}, line {table.index[table['image'] == name][0]}: {reason}")
+    captions = table["caption"].str.replace(CONTROL_CHARACTERS, " ", regex=True)
+    worded = captions.str.contains(r"[^\W_]").astype(bool)  # a letter or a digit
+    cleaned, empty = int((captions != table["caption"]).sum()), int((~worded).sum())
+    table = pd.DataFrame({"image": table["image"], "caption": captions})[worded].reset_index(drop=True)
+    if table.empty:
+        raise UserError(f"{path} holds no captions")
     notes = []
     if cleaned:
         notes.append(f"{cleaned} caption(s) with line breaks or other control characters, which became spaces")
     if empty:
         notes.append(f"{empty} empty caption(s), left out")
-    wordless = [name for name, known in captions.items() if not known]
+    wordless = pd.Index(names).difference(table["image"], sort=False).tolist()
     if wordless:
         notes.append(f"{len(wordless)} image(s) with empty captions only, left out: {', '.join(wordless[:3])}")
-    captions = {name: known for name, known in captions.items() if known}
-    if not captions:
-        raise UserError(f"{path} holds no captions")
-    return captions, notes
+    return table, notes
+
+
+def name_fault(name: str) -> str | None:
+    """Return why an image name of a captions file is refused, or None."""
+    if not name:
+        return "a row without an image name"
+    folder, slash, file = name.rpartition("/")
+    if (slash and not (folder and file)) or any(
+        os.path.basename(part.replace("\\", "/")) != part or part in (".", "..") for part in (folder, file)
+    ):
+        return f"{name[:80]!r} is not a plain file name; images lie in one folder"
+    if CONTROL_CHARACTERS.search(name) or len(name.encode()) > 255:
+        return (
+            f"the image name {name[:80]!r} has a line break or another control character, or is longer than file "
+            "systems allow: rename the image"
+        )
+    return None
+
+
+def rows_table(rows: Iterable[tuple[int, str, str]]) -> pd.DataFrame:
+    """Return the rows (line, image, caption) as a table, indexed by line."""
+    import pandas as pd
+
+    # Python's own strings: JSON may hold lone surrogates, which other string types refuse.
+    return pd.DataFrame(rows, columns=["line", "image", "caption"], dtype=object).set_index("line")
+
+
+def lines_table(path: Path, text: str, pattern: str, form: str, first: int = 1) -> pd.DataFrame:
+    """Return the table of a file with a caption per line, indexed by line, from the line `first` on.
+
+    Raises:
+        UserError: a line that is not of the `form` that `pattern` reads.
+    """
+    import pandas as pd
+
+    lines = pd.Series(text.split("\n"), dtype=object)
+    lines.index += 1
+    lines = lines[(lines.str.strip() != "") & (lines.index >= first)]
+    table = lines.str.extract(pattern)
+    faulty = lines[table["caption"].isna()]
+    if len(faulty):
+        raise UserError(f"{path}, line {faulty.index[0]}: expected `{form}`, found {faulty.iloc[0][:60]!r}")
+    return table
 
 
 def read_text(path: Path) -> str:
-    """A text file in UTF-8, or in UTF-16 with its mark, with whatever line ends.
+    """Read a text file in UTF-8, or in UTF-16 with its byte order mark, with any line ends.
 
     Raises:
         UserError: unreadable, or in another encoding (the message says how to convert it).
@@ -144,7 +198,7 @@ def read_text(path: Path) -> str:
     encoding = "utf-16" if marked else "utf-8-sig"
     if not marked and b"\0" in raw:
         raise UserError(
-            f"{path} holds NUL characters: UTF-16 without its mark, UTF-32, or no text at all; "
+            f"{path} holds NUL characters: UTF-16 without its mark, UTF-32, or not text; "
             f"convert it, e.g. `iconv -f utf-16le -t utf-8 {path.name}`"
         )
     try:
@@ -152,12 +206,12 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise UserError(
-            f"{path}, line {line}: not {encoding} text; convert it, e.g. `iconv -f latin1 -t utf-8 {path.name}`"
+            f"{path}, line {line}: not {encoding.removesuffix('-sig')} text; convert it, e.g. `iconv -f latin1 -t utf-8 {path.name}`"
         ) from error
 
 
 def json_rows(path: Path) -> Iterator[tuple[int, str, str]]:
-    """The rows of Karpathy's files or of COCO's own, which come in two."""
+    """Read Karpathy's files or COCO's own, which come in two."""
     content = read_json(path)
     if not isinstance(content, dict) or "annotations" not in content:
         yield from karpathy_rows(path, content)
@@ -171,7 +225,7 @@ def json_rows(path: Path) -> Iterator[tuple[int, str, str]]:
 
 
 def karpathy_rows(path: Path, content: Any) -> Iterator[tuple[int, str, str]]:
-    """`{"images": [{"filename", "split", "sentences": [{"raw"}]}]}`, Karpathy and Fei-Fei's form."""
+    """Read `{"images": [{"filename", "split", "sentences": [{"raw"}]}]}`, Karpathy and Fei-Fei's form."""
     try:
         for number, image in enumerate(content["images"], start=1):
             name = karpathy_name(image)
@@ -184,7 +238,7 @@ def karpathy_rows(path: Path, content: Any) -> Iterator[tuple[int, str, str]]:
 
 
 def karpathy_name(image: Any) -> str:
-    """An image's file name, with its folder where there are several, as COCO has."""
+    """Return an image's file name, with its folder where there are several, as in COCO."""
     name, folder = image["filename"], image.get("filepath", "")
     if not isinstance(name, str) or not isinstance(folder, str):
         raise TypeError("filename and filepath are texts")
@@ -192,7 +246,10 @@ def karpathy_name(image: Any) -> str:
 
 
 def coco_rows(path: Path, content: Any) -> Iterator[tuple[int, str, str]]:
-    """`{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}`; the images of captions_X.json lie in X."""
+    """Read `{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}`.
+
+    The images of captions_X.json are in the folder X.
+    """
     part = re.fullmatch(r"captions_(\w+)\.json", path.name)
     folder = f"{part[1]}/" if part else ""
     try:
@@ -207,33 +264,8 @@ def coco_rows(path: Path, content: Any) -> Iterator[tuple[int, str, str]]:
         ) from error
 
 
-def token_file_rows(path: Path, text: str) -> Iterator[tuple[int, str, str]]:
-    """`name.jpg#0<TAB>caption`, the official Flickr form."""
-    for line, row in enumerate(io.StringIO(text), start=1):
-        row = row.rstrip("\n")
-        if not row.strip():
-            continue
-        match = re.fullmatch(r"([^\t]+)#\d+\t(.*)", row)
-        if not match:
-            raise UserError(f"{path}, line {line}: expected `image.jpg#0<TAB>caption`, found {row[:60]!r}")
-        yield line, re.sub(r"(\.\w+)\.\d+$", r"\1", match[1]), match[2]  # Flickr8k has rows of `x.jpg.1`
-
-
-def bar_rows(path: Path, text: str) -> Iterator[tuple[int, str, str]]:
-    """`image_name| comment_number| comment`, Kaggle's Flickr30k, one row of which lacks its second bar."""
-    for line, row in enumerate(io.StringIO(text), start=1):
-        row = row.rstrip("\n")
-        if line == 1 or not row.strip():
-            continue
-        name, _, rest = row.partition("|")
-        match = re.fullmatch(r"\s*\d+\s*(?:\|\s*|\s+)(.*)", rest)
-        if not match:
-            raise UserError(f"{path}, line {line}: expected `image| number| caption`, found {row[:60]!r}")
-        yield line, name.strip(), match[1]
-
-
 def csv_rows(path: Path, text: str) -> Iterator[tuple[int, str, str]]:
-    """`image,caption` with a header, or the columns image_name, comment_number, comment."""
+    """Read `image,caption` with a header, or the columns image_name, comment_number, comment."""
     reader = csv.reader(io.StringIO(text), strict=True)
     line = 1  # where a row begins: a quoted caption may go over several lines
     try:
@@ -249,7 +281,7 @@ def csv_rows(path: Path, text: str) -> Iterator[tuple[int, str, str]]:
             )
         line = reader.line_num + 1
         for row in reader:
-            # A comma that nobody quoted belongs to the caption when that is the last column.
+            # An unquoted comma belongs to the caption when that is the last column.
             last = caption == len(header) - 1
             blank = not "".join(row).strip() and len(row) < len(header)
             if not blank and (len(row) < len(header) or (len(row) > len(header) and not last)):
@@ -265,6 +297,7 @@ def csv_rows(path: Path, text: str) -> Iterator[tuple[int, str, str]]:
 
 
 def split_lists(place: Path) -> tuple[dict[str, list[str]], str] | None:
+    """Return the image names of each split from the lists in `place`, and their source; None without lists."""
     for files in SPLIT_LISTS:
         if all((place / name).is_file() for name in files):
             lists = {
@@ -276,6 +309,11 @@ def split_lists(place: Path) -> tuple[dict[str, list[str]], str] | None:
 
 
 def karpathy_split(place: Path) -> tuple[dict[str, list[str]], str] | None:
+    """Return the image names of each split from Karpathy's file in `place`, and their source; None without one.
+
+    Raises:
+        UserError: the file is not one of Karpathy's.
+    """
     for file in KARPATHY_FILES:
         if (place / file).is_file():
             lists: dict[str, list[str]] = {split: [] for split in SPLITS}

@@ -1,16 +1,24 @@
 """Layouts, splits by image, vocabulary and batches; runs under pytest and as a script."""
 
+import errno
+import io
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import as_script
 import numpy as np
 import pytest
+from PIL import Image
 
 from captioning.batches import BatchMaker
 from captioning.dataset import EOS, SOS, build_vocabulary, load_caption_set, tokenize
+from captioning.images import UnreadableImage, load_pixels, open_image
 from captioning.io import UserError
 from captioning.layouts import read_captions
 
@@ -44,8 +52,10 @@ def test_tokens_are_lower_case_without_punctuation():
 )
 def test_layouts(tmp_path, name, text):
     (tmp_path / name).write_bytes(text.encode())
-    captions, _ = read_captions(tmp_path / name)
-    assert {k: [c.strip() for c in v] for k, v in captions.items()} == {"a.jpg": ["A dog, big"], "b.jpg": ["A cat"]}
+    captions, notes = read_captions(tmp_path / name)
+    assert list(captions.columns) == ["image", "caption"] and not notes
+    assert captions["image"].tolist() == ["a.jpg", "b.jpg"]
+    assert captions["caption"].str.strip().tolist() == ["A dog, big", "A cat"]
 
 
 def coco(folder: Path, karpathy: bool) -> Path:
@@ -108,9 +118,101 @@ def test_a_malformed_row_is_named_with_its_line(tmp_path):
         read_captions(path)
 
 
-def test_none_is_a_word(tmp_path):
-    (tmp_path / "captions.txt").write_text("image,caption\na.jpg,None\nb.jpg,NA\n")
-    assert read_captions(tmp_path / "captions.txt")[0] == {"a.jpg": ["None"], "b.jpg": ["NA"]}
+@pytest.mark.parametrize(
+    "name, header, row",
+    [
+        ("captions.txt", "image,caption", "{}.jpg,{}"),
+        ("Flickr8k.token.txt", "x.jpg#0\tx", "{}.jpg#0\t{}"),
+        ("results.csv", "image_name| comment_number| comment", "{}.jpg| 0| {}"),
+    ],
+)
+def test_words_for_missing_values_are_words(tmp_path, name, header, row):
+    words = ["None", "NA", "null", "nan", "N/A", "3", "1e5", "True"]
+    (tmp_path / name).write_text("\n".join([header, *(row.format(word, word) for word in words)]) + "\n")
+    table, _ = read_captions(tmp_path / name)
+    assert table["caption"].tolist()[-8:] == words and table["image"].tolist()[-8:] == [f"{word}.jpg" for word in words]
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("captions.txt", 'image,caption\na.jpg,"a\ndog"\n\n../b.jpg,dog\n', "line 5: '../b.jpg' is not"),
+        ("captions.txt", 'image,caption\na.jpg,"a\ndog"\nb.jpg\n', "line 4: expected 2 comma-separated fields"),
+        ("Flickr8k.token.txt", "a.jpg#0\tdog\n\nb.jpg dog\n", "line 3: expected `image.jpg#0<TAB>caption`"),
+        ("Flickr8k.token.txt", "a.jpg#0\tdog\n\n..#0\tdog\n", r"line 3: '\.\.' is not"),
+        ("results.csv", "image_name| n| comment\n\na.jpg| dog\n", r"line 3: expected `image\| number\| caption`"),
+        ("results.csv", "image_name| n| comment\n\n | 0| dog\n", "line 3: a row without an image name"),
+    ],
+)
+def test_lines_are_counted_over_blank_ones_and_captions_of_several_lines(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_captions(tmp_path / name)
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="their file names are always Unicode")
+def test_file_names_that_are_not_utf_8(tiny):
+    name = os.fsencode(tiny / "Images") + b"/caf\xe9.jpg"
+    Path(os.fsdecode(name)).write_bytes((tiny / "Images" / "p00.jpg").read_bytes())
+    data = load_caption_set(tiny)
+    assert data.notes == ["1 image(s) without captions, left out"] and len(data.names) == 20
+    rows = (tiny / "captions.txt").read_bytes()
+    (tiny / "captions.txt").write_bytes(rows + b"caf\xe9.jpg,A cup .\n")
+    with pytest.raises(UserError, match="line 42: not utf-8 text; .*iconv"):
+        load_caption_set(tiny)
+    document = {"images": [{"filename": "caf\udce9.jpg", "split": "train", "sentences": [{"raw": "a cup"}]}]}
+    (tiny / "dataset.json").write_text(json.dumps(document))
+    with pytest.raises(UserError, match=r"'caf.udce9.jpg' has a line break or another control character"):
+        read_captions(tiny / "dataset.json")
+
+
+def test_pandas_is_imported_where_captions_are_read_alone():
+    code = "import sys, captioning.dataset; print({'pandas', 'torch'} & set(sys.modules))"
+    folder = Path(__file__).resolve().parent.parent
+    result = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+    assert result.stdout == "set()\n"
+
+
+@pytest.mark.parametrize("script", ["test_lr_scheduling.py", "test_dataset_support.py", "test_unique_directories.py"])
+def test_without_pytest_the_scripts_say_how_to_install_it(tmp_path, script):
+    (tmp_path / "pytest.py").write_text("raise ModuleNotFoundError('No module named pytest', name='pytest')")
+    command = [sys.executable, str(Path(__file__).parent / script)]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr.startswith("error: the tests need pytest: python -m pip install pytest")
+
+
+# --------------------------------------------------------------------------------------------------
+# Images
+
+
+def picture(**options: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (30, 20), "red").save(buffer, "PNG", **options)
+    return buffer.getvalue()
+
+
+def test_an_image_is_opened_from_a_path_or_from_bytes(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(picture())
+    for source in (tmp_path / "a.jpg", io.BytesIO(picture())):
+        assert open_image(source).getpixel((3, 3)) == (255, 0, 0)
+    assert load_pixels(io.BytesIO(picture()), 8).shape == (8, 8, 3)
+    with pytest.raises(UnreadableImage, match="the uploaded image: "):
+        open_image(io.BytesIO(b"not an image"))
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ENOENT, errno.ESTALE])
+def test_an_image_that_the_system_cannot_read_is_unreadable(tmp_path, monkeypatch, number):
+    (tmp_path / "a.jpg").write_bytes(picture())
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(number, os.strerror(number), str(tmp_path / "a.jpg"))
+
+    monkeypatch.setattr("builtins.open", fail)
+    with pytest.raises(UnreadableImage) as error:
+        open_image(tmp_path / "a.jpg")
+    assert str(error.value) == f"{tmp_path / 'a.jpg'}: {os.strerror(number)}"
 
 
 def test_split_is_by_image_and_seeded(tiny):
@@ -171,4 +273,4 @@ def test_missing_images_are_an_error_or_a_note(tiny):
 
 
 if __name__ == "__main__":
-    sys.exit(pytest.main([__file__, "-v"]))
+    sys.exit(as_script.run(__file__))

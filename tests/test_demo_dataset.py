@@ -1,8 +1,9 @@
-"""The drawn data set: deterministic, true to its captions, readable, and never at the cost of other files."""
+"""The drawn data set: deterministic, true to its captions, readable by training, and other files are safe."""
 
 import csv
 import hashlib
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -134,6 +135,18 @@ def test_a_complete_set_is_reused_and_an_incomplete_one_drawn_again(demo, tmp_pa
     assert len(calls) == 2
     draw_demo_dataset(directory, 12)
     assert len(captions_of(directory)) == 12
+
+
+def test_a_set_that_an_older_version_drew_stays_in_use(demo, tmp_path):
+    directory = tmp_path / "demo"
+    shutil.copytree(demo, directory)
+    (directory / "demo.json").write_text(json.dumps({"drawing_version": 1, "scenes": SCENES, "seed": 0}))
+    (directory / "Images" / "scene_0001.jpg").write_bytes((demo / "Images" / "scene_0002.jpg").read_bytes())
+    before = digests(directory)
+    draw_demo_dataset(directory, SCENES)
+    assert digests(directory) == before and len(load_caption_set(directory).names) == SCENES
+    draw_demo_dataset(directory, SCENES, redraw=True)
+    assert digests(directory) == digests(demo)
 
 
 def test_interrupted_drawing_leaves_nothing_and_the_old_set(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Downloading and unpacking against servers and archives that misbehave; nothing leaves this machine."""
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -9,6 +10,7 @@ import sys
 import tarfile
 import threading
 import time
+import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,8 +22,10 @@ from filelock import FileLock
 from PIL import Image
 
 import download_datasets
+from captioning import fetch
+from captioning.fetch import BadArchive, DownloadError, extract_archive
 from captioning.io import UserError
-from download_datasets import BadArchive, DownloadError, Mirror, Part, Source, download, extract_archive, main
+from download_datasets import Mirror, Part, Source, download, main
 
 BODY = bytes(range(256)) * 40
 
@@ -53,7 +57,7 @@ class Server:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(download_datasets, "BACKOFF", 0.001)
+    monkeypatch.setattr(fetch, "BACKOFF", 0.001)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     server = Server()
     yield server
@@ -179,9 +183,9 @@ def test_wrong_range_is_not_glued_on(server, tmp_path):
 
 def test_content_length_too_large_is_given_up_after_some_attempts(server, tmp_path):
     server.routes["/a"] = lambda handler: answer(handler, BODY, Content_Length=str(len(BODY) + 9))
-    with pytest.raises(DownloadError, match=f"after {download_datasets.ATTEMPTS} attempts"):
+    with pytest.raises(DownloadError, match=f"after {fetch.ATTEMPTS} attempts"):
         download(mirror(server.url("/a")), tmp_path)
-    assert len(server.requests) == download_datasets.ATTEMPTS
+    assert len(server.requests) == fetch.ATTEMPTS
     assert not (tmp_path / "file.bin").exists()
 
 
@@ -212,6 +216,60 @@ def test_wrong_bytes_are_deleted(server, tmp_path):
     with pytest.raises(DownloadError, match="wrong bytes.*deleted"):
         download(mirror(server.url("/a")), tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_slow_server_is_given_up_and_what_it_sent_is_kept(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch, "SPEED_WINDOW", 0.1)
+    monkeypatch.setattr(fetch, "ATTEMPTS", 2)
+
+    def drip(handler):
+        start = int(re.sub(r"\D", "", handler.headers.get("Range", "0")))
+        handler.send_response(206 if start else 200)
+        handler.send_header("Content-Length", str(len(BODY) - start))
+        handler.send_header("Content-Range", f"bytes {start}-{len(BODY) - 1}/{len(BODY)}")
+        handler.end_headers()
+        with contextlib.suppress(OSError):  # the client hangs up
+            for number in range(start, start + 500):
+                handler.wfile.write(BODY[number : number + 1])
+                time.sleep(0.01)
+
+    server.routes["/a"] = drip
+    started = time.monotonic()
+    with pytest.raises(
+        DownloadError, match=r"only \d+ B arrived in 0 seconds; given up after 2 attempts; \d+ B are kept"
+    ):
+        download(mirror(server.url("/a")), tmp_path)
+    assert time.monotonic() - started < 3
+    kept = (tmp_path / "file.bin.127.0.0.1.part").read_bytes()
+    assert 2 < len(kept) < 500 and BODY.startswith(kept)
+    server.routes["/a"] = serve(BODY)
+    assert download(mirror(server.url("/a")), tmp_path).read_bytes() == BODY
+    assert server.requests[-1] == ("/a", f"bytes={len(kept)}-")
+
+
+def test_a_compressed_transfer_is_never_expanded(server, tmp_path):
+    bomb = gzip.compress(bytes(50_000_000))
+    server.routes["/a"] = lambda handler: answer(handler, bomb, Content_Encoding="gzip")
+    tracemalloc.start()
+    with pytest.raises(DownloadError, match="wrong bytes .* sent as gzip"):
+        download(mirror(server.url("/a"), size=100_000), tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
+    # Some servers name the compression of the file itself: then the bytes are the file's.
+    assert download(mirror(server.url("/a"), size=100_000, body=bomb), tmp_path).read_bytes() == bomb
+
+
+@pytest.mark.parametrize("place", ["http://[bad/", "http://127.0.0.1:99999999/", "http://127.0.0.1:port/", "/a"])
+def test_a_bad_redirect_is_reported_as_such_and_not_as_wrong_bytes(server, tmp_path, place):
+    server.routes["/a"] = lambda handler: answer(handler, b"", 302, Location=place)
+    with pytest.raises(DownloadError, match="a bad redirect"):
+        download(mirror(server.url("/a")), tmp_path)
+    assert len({path for path, _ in server.requests}) == 1 and len(server.requests) <= 31, "it is not tried again"
+
+
+def test_a_length_of_thousands_of_digits_is_ignored(server, tmp_path):
+    server.routes["/a"] = lambda handler: answer(handler, BODY, Content_Length="9" * 5000)
+    assert download(mirror(server.url("/a")), tmp_path).read_bytes() == BODY
 
 
 def test_busy_server_is_asked_again_and_a_missing_file_is_not(server, tmp_path):
@@ -247,7 +305,7 @@ def test_https_does_not_become_http_of_this_machine(server):
     response = requests.Response()
     response.status_code, response.url = 302, "https://example.invalid/a"
     response.headers["location"] = server.url("/a")
-    (hook,) = download_datasets.make_session().hooks["response"]
+    (hook,) = fetch.make_session().hooks["response"]
     with pytest.raises(DownloadError, match="from https to http"):
         hook(response)
 
@@ -363,7 +421,7 @@ def test_tar_bomb(tmp_path):
 
 
 def test_tar_bomb_among_what_is_not_wanted(tmp_path, monkeypatch):
-    monkeypatch.setattr(download_datasets, "MAX_PASSED_OVER", 1_000_000)
+    monkeypatch.setattr(fetch, "MAX_SKIPPED", 1_000_000)
     archive = make_tar(tmp_path / "x", tar_entry("zeros"), content=bytes(5_000_000))
     with pytest.raises(BadArchive, match="more than it should"):
         extract_archive(archive, tmp_path / "out", 10_000, ["*.jpg"])
@@ -372,7 +430,31 @@ def test_tar_bomb_among_what_is_not_wanted(tmp_path, monkeypatch):
 def test_a_tar_header_that_is_a_bomb_is_not_read(tmp_path):
     """A name may be as long as its header says: tarfile would read it whole."""
     name = make_tar(tmp_path / "x", tar_entry("n" * 20_000_000))
-    refused(name, "holds a header of 200.* bytes")
+    refused(name, "holds a header that is too long")
+
+
+@pytest.mark.parametrize("size, message", [(10_000, "a number of a hundred digits"), (80_000, "too long")])
+def test_a_pax_header_of_digits_is_not_parsed(tmp_path, size, message):
+    """tarfile looks for a number and a word from each of its digits on: 26 s for 80,000."""
+    header = tar_entry("pax", tarfile.XHDTYPE)
+    header.size = size
+    raw = header.tobuf(tarfile.USTAR_FORMAT) + b"1" * size + bytes(-size % 512)
+    (tmp_path / "x").write_bytes(gzip.compress(raw + tar_entry("a").tobuf(tarfile.USTAR_FORMAT) + bytes(1024)))
+    refused(tmp_path / "x", message)
+
+
+def test_headers_are_limited_in_all(tmp_path):
+    """A large header is none too many, and large ones for each of many files are."""
+    names = [f"{number}/" * 30 + "n" * 100 for number in range(50)]
+    extract_archive(make_tar(tmp_path / "x", *map(tar_entry, names)), tmp_path / "out", 10_000)
+    entries = [tar_entry(name) for name in names]
+    for entry in entries:
+        entry.pax_headers = {"comment": "c" * 10_000}
+    with tarfile.open(tmp_path / "y", "w:gz", format=tarfile.PAX_FORMAT) as archive:
+        for entry in entries:
+            archive.addfile(entry)
+    with pytest.raises(BadArchive, match="too long"):
+        extract_archive(tmp_path / "y", tmp_path / "out2", 10_000)
 
 
 @pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.GNUTYPE_LONGNAME])
@@ -383,7 +465,7 @@ def test_a_negative_size_does_not_go_round_in_circles(tmp_path, kind):
     raw = raw[:148] + b"%06o\0 " % tarfile.calc_chksums(raw)[0] + raw[156:]
     first = tar_entry("first", tarfile.DIRTYPE).tobuf(tarfile.GNU_FORMAT)
     (tmp_path / "x").write_bytes(gzip.compress(first + raw + bytes(1024)))
-    refused(tmp_path / "x", "negative size|header of")
+    refused(tmp_path / "x", "negative size|header that is too long")
 
 
 def test_a_zip_member_without_a_name(tmp_path):
@@ -399,7 +481,7 @@ def test_a_name_with_a_line_break_stays_in_its_line(tmp_path):
 
 
 def test_too_many_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(download_datasets, "MAX_MEMBERS", 5)
+    monkeypatch.setattr(fetch, "MAX_MEMBERS", 5)
     refused(make_zip(tmp_path / "x", {str(number): b"" for number in range(6)}), "more than 5 files")
 
 
@@ -545,7 +627,7 @@ def test_next_mirror_is_used(tiny, tmp_path, capsys, bodies, fault):
     assert call(tmp_path) == 0
     streams = capsys.readouterr()
     assert ("404" if fault == "missing" else "wrong bytes") in streams.err
-    assert "nobody publishes a checksum for mirror.zip" in streams.out
+    assert "no checksum is published for mirror.zip" in streams.out
     assert len(list((tmp_path / "flickr8k" / "Flicker8k_Dataset").iterdir())) == 10
 
 
@@ -656,7 +738,7 @@ def test_ctrl_c_keeps_what_has_arrived(tiny, tmp_path, capsys, bodies, monkeypat
 
     tiny.routes["/images"] = serve(bodies["images"], break_at=1000)
     with monkeypatch.context() as patch:
-        patch.setattr(download_datasets.time, "sleep", interrupt)
+        patch.setattr(fetch.time, "sleep", interrupt)
         assert call(tmp_path) == 130
     assert "stopped" in capsys.readouterr().err
     assert (tmp_path / "downloads" / "images.zip.127.0.0.1.part").stat().st_size == 1000

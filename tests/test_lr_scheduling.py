@@ -6,6 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import as_script
 import pytest
 import torch
 
@@ -81,4 +82,4 @@ def test_state_goes_on_where_it_was():
 
 
 if __name__ == "__main__":
-    sys.exit(pytest.main([__file__, "-v"]))
+    sys.exit(as_script.run(__file__))

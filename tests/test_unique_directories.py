@@ -7,6 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import as_script
 import pytest
 
 from captioning.io import UserError, read_json
@@ -71,4 +72,4 @@ if __name__ == "__main__":
             made = create_run_directory(Path(folder), FLAGS | changes, "resnet", NOW)
             write_run_config(made, FLAGS | changes, "python x")
             print(made.relative_to(folder), [path.name for path in made.iterdir()])
-    sys.exit(pytest.main([__file__, "-v"]))
+    sys.exit(as_script.run(__file__))
