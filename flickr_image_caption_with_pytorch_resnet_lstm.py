@@ -292,7 +292,7 @@ class Training(Task):
     decoder: LSTMDecoder
     views: list[Features]  # of the images
     batches: BatchMaker
-    step_loss: torch.nn.Module  # a StepLoss, of several processes with their gradients meaned
+    step_loss: torch.nn.Module  # a StepLoss, of several processes with their gradients averaged across them
     optimizer: torch.optim.Optimizer
     precision: Precision
     schedule: Schedule | None
@@ -371,8 +371,20 @@ def build_data(args: argparse.Namespace, saved_split: dict[str, Any] | None) -> 
     log.info(f"Split by image: {sizes} (from {data.split_source})")
     for note in data.notes:
         log.warning(f"Note: {note}")
-    distributed.agree_on_data(data)
+    distributed.check_agreement(data.facts(), distributed.SAME_FILES)
     return data
+
+
+def check_same_start(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> None:
+    """Make sure that all processes have the same flags, checkpoint and PyTorch.
+
+    Raises:
+        UserError: they have not.
+    """
+    facts = {"PyTorch": torch.__version__, **{f"--{name}": str(value) for name, value in vars(args).items()}}
+    if checkpoint:
+        facts["the checkpoint's epoch and step"] = f"{checkpoint['epoch']}, {checkpoint['progress']['step']}"
+    distributed.check_agreement(facts, distributed.SAME_COMMAND)
 
 
 def build_features(
@@ -392,7 +404,7 @@ def build_features(
         UserError: the weights are not those that a checkpoint was trained with.
     """
     weights, digest = find_weights(args.encoder, args.resnet_weights, weights_hash)
-    distributed.agree_on_encoder(digest)
+    distributed.check_agreement({"the hash of the encoder's weights": digest}, distributed.SAME_FILES)
     found = [
         open_features(
             cache_folders(args.feature_cache), ENCODERS[args.encoder], digest,
@@ -505,7 +517,7 @@ def start_training(args: argparse.Namespace, typed: set[str], argv: list[str]) -
     precision = Precision(args.precision, device)
     args.precision = precision.name
     log.info(f"Device: {device}, matrix products of training in {precision.name}")
-    distributed.agree_on_flags(vars(args), checkpoint)
+    check_same_start(args, checkpoint)
     data = build_data(args, checkpoint["split"] if checkpoint else None)
     needed = np.unique(np.concatenate([*data.splits.values(), images_to_draw(args, data, data.splits["test"])]))
     known_hash = checkpoint["encoder"]["weights_hash"] if checkpoint else None
@@ -568,7 +580,6 @@ def start_training(args: argparse.Namespace, typed: set[str], argv: list[str]) -
         if distributed.is_first():
             write_run_config(run.directory, run.flags, reproducing_command(argv))
             write_atomic(run.directory / "split.json", lambda file: file.write(dump_split(data).encode()))
-            distributed.remember_launch(run.directory)
     run.lock = lock
     left = run.last_epoch - run.epoch
     files = min(left, args.keep_checkpoints + 1) if args.keep_checkpoints else left
@@ -577,7 +588,10 @@ def start_training(args: argparse.Namespace, typed: set[str], argv: list[str]) -
     log.info(f"Run directory: {run.directory} (will take up to {format_bytes(space)}; {format_bytes(free)} are free)")
     if args.resume is None:
         run.save(run.directory / "last.pt")  # from here on the run can be resumed
-    distributed.agree_on_directory(run.directory, "last.pt")
+    distributed.remember("run directory", str(run.directory))  # to go on with after a restart by torchrun
+    distributed.wait_for_all()  # until the first has written
+    last = run.directory / "last.pt"
+    distributed.check_agreement({f"whether {last} exists": last.is_file()}, distributed.SAME_FILES)
     return run
 
 
@@ -709,7 +723,7 @@ def load_task(args: argparse.Namespace, typed: set[str], splits: list[str]) -> t
     """
     as_typed, device = copy.copy(args), pick_device(args.device)
     regression = args.mode == "test" and args.consensus == "regression"
-    distributed.agree_on_flags(vars(args))
+    check_same_start(args, None)
     checkpoints: dict[Path, dict[str, Any]] = {}
     for path in map(find_checkpoint, args.model_path):
         checkpoint = load_checkpoint(path)
@@ -815,10 +829,10 @@ def run(argv: list[str]) -> int:
         return serve_page(args, typed)
     distributed.join()
     fresh_run = args.mode == "train" and args.resume is None
-    interrupted = distributed.interrupted_run(args.model_save_dir) if fresh_run else None
-    if interrupted is not None:  # torchrun has started everybody anew after one was lost
-        log.warning(f"Going on with {interrupted}, which this torchrun began")
-        argv = ["--resume", str(interrupted)]
+    interrupted = distributed.recall("run directory") if fresh_run else None
+    if interrupted is not None:  # torchrun has restarted all processes after one was lost
+        log.warning(f"Going on with {interrupted}, which this torchrun started")
+        argv = ["--resume", interrupted]
         args, typed = parse_flags(argv)
     if args.predictions is not None:
         score_predictions(args)
@@ -845,7 +859,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         return run_command(
-            lambda: distributed.with_one_voice(lambda: run(argv)),
+            lambda: distributed.report_error_once(lambda: run(argv)),
             "Stopped. What is saved stays: go on with --resume and the run directory named above, or, where none is, "
             "with the same command.",
         )

@@ -290,7 +290,7 @@ def take_share(batches: BatchMaker, captions: np.ndarray, views: int, seeds: lis
     drawn = np.random.default_rng(seeds).integers(views, size=len(images))
     mine = np.ones(len(images), dtype=bool)
     if distributed.size() > 1:
-        mine = distributed.deal(np.bincount(image_of, tokens), distributed.size()) == distributed.rank()
+        mine = distributed.balance_by_weight(np.bincount(image_of, tokens), distributed.size()) == distributed.rank()
     batch = batches.make(captions[mine[image_of]]) if mine.any() else None
     return Share(batch, drawn[mine], int(tokens.sum()), len(captions))
 
@@ -340,7 +340,7 @@ class StepLoss(nn.Module):
 
 
 def shared_out(step_loss: StepLoss) -> nn.Module:
-    """The same with its gradients meaned over all processes, where there are several."""
+    """The same with its gradients averaged across processes, where there are several."""
     if distributed.size() == 1:
         return step_loss
     # Without device_ids, with which it would move the batch's sizes to the GPU too.
@@ -390,7 +390,7 @@ def validation_loss(
     """Plain cross-entropy per token of these images' captions, whatever the training loss adds."""
     decoder.eval()
     total, tokens = 0.0, 0.0
-    for captions in distributed.share(batches.plan(images, max(batch_size, 64))):
+    for captions in distributed.shard(batches.plan(images, max(batch_size, 64))):
         batch = batches.make(captions)
         output = decoder(features.gather(batch.images, device), batch.to(device))
         total += float(decoder.cross_entropy(output.code, batch.targets.to(device)))

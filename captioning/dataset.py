@@ -201,6 +201,19 @@ class CaptionSet:
         """Number of captions of each given image."""
         return self.first_caption[images + 1] - self.first_caption[images]
 
+    def facts(self) -> dict[str, Any]:
+        """Return what has to be the same in all processes that train on this set, as plain values by name."""
+        words, ids, offsets = self.tokens
+        arrays = (ids, offsets, self.first_caption, *(self.splits[split] for split in SPLITS))
+        crc = zlib.crc32("\n".join([*self.names, *words]).encode("utf-8", "surrogatepass"))
+        for array in arrays:
+            crc = zlib.crc32(array.tobytes(), crc)
+        return {
+            "the number of captioned images": len(self.names),
+            "the hash of the captions and the split": f"{crc:08x}",
+            "the folder of the images": str(self.image_dir.resolve()),
+        }
+
     def drop_images(self, bad: set[int]) -> None:
         """Take images out of every split (they keep their position).
 

@@ -58,7 +58,7 @@ def search(
     penalty = task.args.length_penalty if length_penalty is None else length_penalty
     captions: list[list[Hypothesis]] = []
     chunk = max(1, 384 // (beam * len(task.members)))
-    mine = distributed.share(images)
+    mine = distributed.shard(images)
     for start in tqdm(range(0, len(mine), chunk), "Captioning", unit="batch", disable=bars_off(), leave=False):
         part = mine[start : start + chunk]
         seen = [(decoder, features.gather(part, task.device)) for decoder, features in task.members]
@@ -79,7 +79,7 @@ def by_consensus(
     more = np.setdiff1d(val, images)
     all_images = np.concatenate([images, more])
     found = found + search(task, more, task.args.beam_size, wanted=task.args.beam_size)
-    mine = distributed.share(np.arange(len(all_images)))
+    mine = distributed.shard(np.arange(len(all_images)))
     evidence = distributed.gather(consensus.evidence(all_images[mine], [found[n] for n in mine]))
     weight = 0.0
     if consensus.looks:

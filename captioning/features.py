@@ -318,7 +318,7 @@ class LiveFeatures:
         self.encode = encoder.fast_form(device)
         self.paths, self.size, self.means, self.view = paths, encoder.spec.image_size, means, view
         self.pool = ThreadPoolExecutor(workers)
-        problems = list(self.pool.map(self.problem_of, [paths[i] for i in distributed.share(needed)]))
+        problems = list(self.pool.map(self.problem_of, [paths[i] for i in distributed.shard(needed)]))
         found = zip(needed.tolist(), distributed.gather(problems), strict=True)
         self.unreadable = {image: problem for image, problem in found if problem}
 
@@ -412,8 +412,8 @@ def open_features(
         compiled = compile_encoder == "on" or (compile_encoder == "auto" and worth_it)
         numbers = range(-(-len(caches) // distributed.size()) * distributed.size())  # of the parts: all disks take part
         for number, mine in zip(
-            distributed.share(numbers),
-            split_evenly(distributed.share(todo), len(numbers) // distributed.size()),
+            distributed.shard(numbers),
+            split_evenly(distributed.shard(todo), len(numbers) // distributed.size()),
             strict=True,
         ):
             file = store.part(number)
@@ -423,7 +423,7 @@ def open_features(
                 require_free_space(file.directory, len(mine) * (file.row_bytes + 128), "encoding the images")
                 unreadable |= encode_images(build_encoder(), device, file, paths, mine, workers, compiled, view)
         distributed.wait_for_all()
-    for theirs in distributed.everybodys(unreadable):
+    for theirs in distributed.all_gather(unreadable):
         unreadable |= theirs
     check_unreadable(unreadable, len(needed))
     store, holders = look() if todo or not seen else seen[0]
