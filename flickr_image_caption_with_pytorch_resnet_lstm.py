@@ -184,7 +184,7 @@ def new_run(settings: Settings, argv: list[str]) -> tuple[Run, TrainState]:
         write_run_files(
             directory, run.constants["flags"], settings.explicit, reproducing_command(argv), run.context.data
         )
-        distributed.remember_launch(directory)
+    distributed.remember("run directory", str(directory))  # for a restart by torchrun
     save_last(run, state)  # from here on the run can be resumed
     return run, state
 
@@ -380,7 +380,9 @@ def train(settings: Settings, argv: list[str]) -> Path:
     settings, context, directory = run.settings, run.context, run.directory
     size, epochs_left = count_parameters(state.decoder), state.last_epoch(settings) - state.epoch
     distributed.from_first(lambda: require_room(directory, size, epochs_left, settings.keep_checkpoints))
-    distributed.require_file(directory / "last.pt")
+    distributed.wait_for_all()
+    last = directory / "last.pt"
+    distributed.check_agreement({f"whether {last} exists": last.is_file()}, distributed.SAME_FILES)
     log.debug(f"Reading data, encoding images and building the model: {time.time() - started:.1f} s")
     training_started, first = time.time(), state.epoch
     save = functools.partial(save_last, run, state)
@@ -450,12 +452,10 @@ def dispatch(settings: Settings, argv: list[str]) -> int:
         return serve_page(settings)
     distributed.join()
     if settings.mode == "train":
-        interrupted = None
-        if settings.resume is None:
-            interrupted = distributed.interrupted_run(settings.model_save_dir)
+        interrupted = None if settings.resume else distributed.recall("run directory")
         if interrupted is not None:  # torchrun has restarted all processes after one was lost
             log.warning(f"Going on with {interrupted}, which this torchrun started")
-            argv = ["--resume", str(interrupted)]
+            argv = ["--resume", interrupted]
             settings = parse_flags(argv)
         directory = train(settings, argv)
         if settings.dry_run:

@@ -73,7 +73,9 @@ class TrainLoader:
         drawn = np.random.default_rng([self.seed, epoch, step]).integers(self.views, size=len(images))
         mine = np.ones(len(images), dtype=bool)
         if distributed.size() > 1:
-            mine = distributed.deal(np.bincount(image_of, tokens), distributed.size()) == distributed.rank()
+            mine = (
+                distributed.balance_by_weight(np.bincount(image_of, tokens), distributed.size()) == distributed.rank()
+            )
         batch = self.batches.make(captions[mine[image_of]]) if mine.any() else None
         return RankBatch(batch, drawn[mine], int(tokens.sum()), len(captions))
 
@@ -280,7 +282,7 @@ def validation_loss(
     """Return the plain cross-entropy per token of these images' captions, whatever the training loss adds."""
     decoder.eval()
     total, tokens = 0.0, 0.0
-    for captions in distributed.share(batches.plan(images, max(batch_size, 64))):
+    for captions in distributed.shard(batches.plan(images, max(batch_size, 64))):
         batch = batches.make(captions)
         output = decoder(features.gather(batch.images, device), batch.to(device))
         total += float(decoder.cross_entropy(output.code, batch.targets.to(device)))

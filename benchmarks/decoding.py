@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import statistics
 from functools import partial
+from typing import Any
 
 import numpy as np
 import training
 from measure import Bench, Figure, faster, interleaved
 
-import flickr_image_caption_with_pytorch_resnet_lstm as trainer
+from captioning.evaluation import caption
 
 PART = "decoding"
 BEAMS = (1, 3, 5)
@@ -31,7 +32,7 @@ def measure(bench: Bench) -> list[Figure]:
     ]
 
 
-def measure_decoder(bench: Bench, run: trainer.Training, steps: int) -> list[Figure]:
+def measure_decoder(bench: Bench, run: Any, steps: int) -> list[Figure]:
     """One decoder, after some steps of training, since an untrained one never ends a caption."""
     scale, device = bench.scale, bench.device
     every = np.concatenate(list(run.data.splits.values()))
@@ -43,15 +44,15 @@ def measure_decoder(bench: Bench, run: trainer.Training, steps: int) -> list[Fig
 
     def one_by_one(beam: int) -> None:
         for image in alone:
-            trainer.caption(run, np.array([image]), beam)
+            caption(run, np.array([image]), beam)
 
-    ways = {("batch", beam): partial(trainer.caption, run, images, beam) for beam in BEAMS}
+    ways = {("batch", beam): partial(caption, run, images, beam) for beam in BEAMS}
     singles = {("alone", beam): partial(one_by_one, beam) for beam in BEAMS}
     seconds = interleaved(
         {f"{how} {beam}": way for (how, beam), way in {**ways, **singles}.items()}, scale.repeats, device
     )
     name = run.args.decoder
-    words = statistics.mean(len(found.ids) for found in trainer.caption(run, images, BEAMS[-1]))
+    words = statistics.mean(len(found.ids) for found in caption(run, images, BEAMS[-1]))
     trained = f"trained for {steps} steps" if steps else "loaded"
     note = f"{len(images)} images against {len(alone)}; {trained}; captions of {words:.1f} words at beam {BEAMS[-1]}"
     figures = [

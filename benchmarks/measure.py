@@ -79,6 +79,7 @@ class Figure:
     target: str = ""
     reached: bool | None = None
     note: str = ""
+    limit: float | None = None  # a ratio above it is physically impossible: the measurement is wrong
 
     def must(self, sign: str, bound: float, of_value: bool = False) -> Figure:
         """Set the target: the ratio (or the value) is to be '>=', '<' this bound."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import math
 import sys
 import time
 from dataclasses import asdict
@@ -78,7 +79,14 @@ def write_result(path: Path, figures: list[Figure], bench: Bench, quick: bool) -
 
 
 def main(argv: list[str] | None = None, scale: Scale | None = None) -> Path:
-    """Measure, print and write; returns the file. Args: scale: in place of what `--quick` chooses."""
+    """Measure, print and write; return the file.
+
+    Args:
+        scale: instead of what `--quick` chooses.
+
+    Raises:
+        SystemExit: a figure is above its physical limit.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer images, steps and repeats; nothing is compiled")
     parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas (default: %(default)s)")
@@ -104,6 +112,11 @@ def main(argv: list[str] | None = None, scale: Scale | None = None) -> Path:
     write_result(output, figures, bench, args.quick)
     missed = [figure.name for figure in figures if figure.reached is False]
     print(f"{len(missed)} target(s) missed{': ' if missed else ''}{'; '.join(missed)}. Written: {output}")
+    wrong = [
+        f"{figure.name} is {figure.ratio:.2f}" for figure in figures if (figure.ratio or 0) > (figure.limit or math.inf)
+    ]
+    if wrong:
+        raise SystemExit(f"error: above the physical limit, so that something else was measured: {'; '.join(wrong)}")
     return output
 
 

@@ -7,16 +7,19 @@ captions' images, scaled to a batch, and that of a padded step.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from baselines import naive_pass, padded, padded_step
 from generated import PICTURES, draw_pictures, feature_file, fill_cache, write_data_set
 from measure import Bench, Figure, faster, interleaved, large_product, quicker
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from captioning.dataset import load_caption_set
@@ -31,6 +34,7 @@ SIZES = {
 }
 ENOUGH = {("lstm", "small"): 45, ("attention", "small"): 25, ("lstm", "default"): 8, ("attention", "default"): 8}
 ARITHMETIC = {"lstm": 0.70, "attention": 0.60}
+PRODUCTS = {getattr(torch.ops.aten, name) for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_")}
 
 
 def restrict(training: trainer.Training, steps: int) -> tuple[int, list[np.ndarray]]:
@@ -88,6 +92,34 @@ def start(bench: Bench, flags: list[str]) -> trainer.Training:
         return trainer.start_training(args, typed, flags)
 
 
+class ProductTypes(TorchDispatchMode):
+    """Counts the operations of matrix products by the dtype of their factors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: Counter[torch.dtype] = Counter()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if function.overloadpacket in PRODUCTS:
+            left, right = [value for value in args if isinstance(value, torch.Tensor)][-2:]
+            self.operations[left.dtype] += 2 * left.numel() * right.shape[-1]
+        return function(*args, **(kwargs or {}))
+
+
+def check_precision(training: trainer.Training, precision: Precision) -> None:
+    """Train an epoch and make sure that its matrix products run in this precision.
+
+    Raises:
+        AssertionError: a tenth of the operations or more runs in another one.
+    """
+    with ProductTypes() as seen:
+        epoch(training)
+    if seen.operations[precision.dtype] <= 0.9 * seen.operations.total():
+        raise AssertionError(f"--precision {precision.name} has these operations by dtype: {dict(seen.operations)}")
+
+
 def multiply_adds(training: trainer.Training, plan: list[np.ndarray]) -> int:
     """Multiply-adds that training on these batches needs, in matrix products over real tokens.
 
@@ -135,9 +167,15 @@ def measure(bench: Bench) -> list[Figure]:
 def measure_decoder(bench: Bench, data_dir: Path, decoder: str, size: str, encode: Callable[[], float]) -> list[Figure]:
     """One decoder at one size, in every precision that this device is made for."""
     scale, device = bench.scale, bench.device
-    training = start(bench, flags_for(bench, data_dir, decoder, size))
-    captions = int(training.data.caption_counts(training.data.splits["train"]).sum())
-    steps, plan = restrict(training, scale.steps)
+    precisions = [Precision(name, device) for name in ("fp32", *(["bf16"] if multiplies_bf16(device) else []))]
+    ways: dict[str, Callable[[], object]] = {"encode": encode}
+    for precision in precisions:
+        training = start(bench, [*flags_for(bench, data_dir, decoder, size), "--precision", precision.name])
+        captions = int(training.data.caption_counts(training.data.splits["train"]).sum())
+        steps, plan = restrict(training, scale.steps)
+        check_precision(training, precision)
+        ways[precision.name] = partial(epoch, training)
+        ways[f"product {precision.name}"] = large_product(scale.matmul, precision.dtype, device)
     here = sum(map(len, plan))
 
     chosen = np.random.default_rng(1).permutation(np.concatenate(plan))[:BATCH]
@@ -151,17 +189,7 @@ def measure_decoder(bench: Bench, data_dir: Path, decoder: str, size: str, encod
         features = training.views[0].gather(owner, device)
         padded_step(training.decoder, plain_adam, features, inputs, targets)
 
-    def ours(precision: Precision) -> None:
-        training.precision = precision
-        epoch(training)
-
-    precisions = ["fp32"] + (["bf16"] if multiplies_bf16(device) else [])
-    ways: dict[str, Callable[[], object]] = {"encode": encode, "slow": slow}
-    for name in precisions:
-        precision = Precision(name, device)
-        ways[name] = partial(ours, precision)
-        ways[f"product {name}"] = large_product(scale.matmul, precision.dtype, device)
-    seconds = interleaved(ways, scale.repeats, device)
+    seconds = interleaved(ways | {"slow": slow}, scale.repeats, device)
 
     part_of_batch = len(chosen) / scale.captions_encoded
     original = slow_steps * (seconds["encode"] * part_of_batch + seconds["slow"])
@@ -172,9 +200,10 @@ def measure_decoder(bench: Bench, data_dir: Path, decoder: str, size: str, encod
     )
     what = f"{decoder}, {'512 x 1' if size == 'small' else '1024 x 3'}"
     work = 2 * multiply_adds(training, plan)
-    product = {name: 2 * scale.matmul**3 / seconds[f"product {name}"] for name in precisions}
+    names = [precision.name for precision in precisions]
+    product = {name: 2 * scale.matmul**3 / seconds[f"product {name}"] for name in names}
     figures = []
-    for name in precisions:
+    for name in names:
         ours_seconds = seconds[name] * captions / here
         against_original = quicker(
             PART, f"{what}, {name}: epoch / the original's way", ours_seconds, "the original's way", original, note=note
@@ -182,7 +211,7 @@ def measure_decoder(bench: Bench, data_dir: Path, decoder: str, size: str, encod
         against_cached = quicker(
             PART, f"{what}, {name}: epoch / cached features", ours_seconds, "cached, padded, projection in the loop", cached
         )  # fmt: skip
-        if name == precisions[-1]:  # what --precision auto takes
+        if name == names[-1]:  # what --precision auto takes
             against_original.must(">=", ENOUGH[decoder, size])
             if (decoder, size) == ("attention", "small"):
                 against_cached.must(">=", 2.5)
@@ -196,6 +225,7 @@ def measure_decoder(bench: Bench, data_dir: Path, decoder: str, size: str, encod
                 PART, f"{what}, {name}: arithmetic / {against} product", work / seconds[name] / 1e9,
                 f"{scale.matmul} x {scale.matmul} in {against}", product[against] / 1e9, "GFLOP/s",
             )  # fmt: skip
+            arithmetic.limit = 1.0 if name == against else None
             if size == "small" and name == against == "fp32":
                 arithmetic.must(">=", ARITHMETIC[decoder])
             figures.append(arithmetic)

@@ -107,7 +107,7 @@ def check_settings(settings: Settings, checkpoint: dict[str, Any] | None = None)
     facts = {"PyTorch": torch.__version__, **{f"--{name}": str(value) for name, value in settings.values().items()}}
     if checkpoint:
         facts["the checkpoint's epoch and step"] = f"{checkpoint['epoch']}, {checkpoint['progress']['step']}"
-    distributed.check_agreement(facts, "Start every process with the same command and files, on the same PyTorch")
+    distributed.check_agreement(facts, distributed.SAME_COMMAND)
 
 
 def load_context(settings: Settings, splits: list[str]) -> tuple[EvalContext, np.ndarray, dict[Path, Any]]:

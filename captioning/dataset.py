@@ -204,15 +204,15 @@ class CaptionSet:
         return json.dumps({"source": self.split_source, **named}, indent=1)
 
     def facts(self) -> dict[str, Any]:
-        """Return what several processes must agree on."""
+        """Return what has to be the same in all processes that train on this set, as plain values by name."""
         words, ids, offsets = self.tokens
-        parts = (ids, offsets, self.first_caption, *(self.splits[split] for split in SPLITS))
-        text = "\n".join([*self.names, *words]).encode()
+        arrays = (ids, offsets, self.first_caption, *(self.splits[split] for split in SPLITS))
+        crc = zlib.crc32("\n".join([*self.names, *words]).encode("utf-8", "surrogatepass"))
+        for array in arrays:
+            crc = zlib.crc32(array.tobytes(), crc)
         return {
             "the number of captioned images": len(self.names),
-            "the hash of the captions and the split": zlib.crc32(
-                b"".join(part.tobytes() for part in parts), zlib.crc32(text)
-            ),
+            "the hash of the captions and the split": f"{crc:08x}",
             "the folder of the images": str(self.image_dir.resolve()),
         }
 

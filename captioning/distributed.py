@@ -1,8 +1,8 @@
-"""Several processes that train one model, as `torchrun` starts them: who is who, and what they tell each other.
+"""Several processes that train one model: who is who, and what they tell each other. Knows nothing of captions.
 
     torchrun --nproc_per_node=4 flickr_image_caption_with_pytorch_resnet_lstm.py --decoder attention ...
 
-Without `torchrun` there is one process, and every function here returns at once what it was given.
+Without `torchrun` there is one process, and every function returns at once what it was given.
 """
 
 from __future__ import annotations
@@ -10,123 +10,113 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-import socket
 import sys
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from captioning import distributed
 from captioning.io import UserError, first_line, log
-from captioning.runs import begun
 
 T = TypeVar("T")
-# How long one process waits for another before it takes it for lost; torchrun notices a process that died at once, but not
-# a machine that vanished. Shares of the encoding end at very different times.
-PATIENCE, LONG_PATIENCE = datetime.timedelta(minutes=30), datetime.timedelta(hours=24)
+# How long one process waits for another: longer than the processes' shares of the encoding end apart. torchrun notices
+# at once that a process died, and TCP after some minutes that a machine vanished.
+PATIENCE = datetime.timedelta(hours=6)
+SAME_COMMAND = "Start every process with the same command and files, on the same PyTorch"
 SAME_FILES = "Processes on several machines need the same data and weights, and disks that they share"
-LAUNCH_FILE = ".torchrun"  # in a run directory: which torchrun began it
-_store: Any = None  # of the process group; messages go through it while errors end the processes one by one
-_patient: Any = None  # all processes, with the long patience
+_launcher_store: Any = None  # torchrun's, which outlives a restart of the processes
+_store: Any = None  # the part of it that this start of the processes uses
 
 
 def rank() -> int:
-    """This process's number, from 0 on."""
+    """Return this process's number, from 0 on."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def size() -> int:
-    """How many processes there are."""
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes files and speaks."""
+    """Tell whether this process is the one that writes files and prints."""
     return rank() == 0
 
 
 def launched() -> bool:
-    """Whether this process was started as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def by_torchrun() -> bool:
-    """Whether `torchrun` started this process, be it alone."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
+    """Tell whether `torchrun` or a cluster's launcher started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def local_rank() -> int:
-    """This process's number on its machine, which is also that of its GPU."""
+    """Return this process's number on its machine, which is also that of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0")) if launched() else 0
 
 
 def local_cores() -> int:
-    """Cores for this process: the machine's, shared among its processes."""
+    """Return the number of cores for this process: the machine's, divided among its processes."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched() else 1
     return max(1, (os.cpu_count() or 1) // local)
 
 
 def join() -> None:
-    """Meet the other processes, if there are any. Only the first goes on saying what happens.
+    """Connect to the other processes, if there are any. Only the first prints from here on.
 
     Gradients go through NCCL on GPUs and Gloo on CPUs, everything else, which is small, through Gloo.
     """
-    global _store, _patient
+    global _launcher_store, _store
     if not launched() or dist.is_initialized():
         return
-    if os.environ.get("OMP_NUM_THREADS") == "1":  # what torchrun sets where nothing else is said
+    if os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default for several processes
         torch.set_num_threads(local_cores())
     with_gpus = torch.cuda.is_available() and dist.is_nccl_available()
-    shared, number, count = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
-    _store = fresh_part(shared, number, count)
+    _launcher_store, number, count = next(iter(dist.rendezvous("env://")))
+    _store = fresh_store(_launcher_store, number, count)
     backends = "cpu:gloo,cuda:nccl" if with_gpus else "gloo"
     dist.init_process_group(backends, store=_store, rank=number, world_size=count, timeout=PATIENCE)
-    _patient = dist.new_group(backend="gloo", timeout=LONG_PATIENCE)
     if not is_first():
         log.disabled = True
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (for as long as the process lives)
-    log.info(f"{count} processes, {local_cores()} of the cores each")
+    if count > 1:
+        log.info(f"{count} processes, {local_cores()} of the cores each")
 
 
-def fresh_part(store: Any, number: int, count: int) -> Any:
-    """A part of torchrun's store that only this start of the processes uses.
+def fresh_store(store: Any, number: int, count: int) -> Any:
+    """Return a part of torchrun's store that only this start of the processes uses.
 
-    After a restart the store still holds what the processes before wrote, their addresses among it, and machines count
-    restarts differently. So the first process invents a name and tells it to all others that are alive now.
+    After a restart the store still holds the addresses of the dead processes, and PyTorch may connect to those. The
+    restart's number cannot tell the starts apart, since every machine counts its own. So the first process invents a
+    name and repeats it until all others have answered to it.
     """
-    if number:
-        own = uuid.uuid4().hex
-        store.set(f"hello {number}", own)
-        name = store.get(f"welcome {own}").decode()  # waits
-        store.set(f"here {name} {number}", "")
-    else:
-        name, missing = uuid.uuid4().hex, set(range(1, count))
-        while missing:
-            for other in tuple(missing):
-                if store.check([f"hello {other}"]):
-                    store.set("welcome " + store.get(f"hello {other}").decode(), name)
-                if store.check([f"here {name} {other}"]):
-                    missing.remove(other)
-            time.sleep(0.02)
+    name = ""
+    if number == 0:
+        name = uuid.uuid4().hex
+        store.set("start", name)
+        if count > 1:
+            store.wait([f"{name} {other}" for other in range(1, count)])
+        store.set("start", "")  # before "go": a process of the next start finds no name that was let go
+        store.set(f"{name} go", "")
+    while not (name and store.check([f"{name} go"])):
+        name = store.get("start").decode() or name
+        store.set(f"{name} {number}", "")
+        time.sleep(0.02)
     return dist.PrefixStore(name, store)
 
 
 def leave() -> None:
-    """Say good-bye, once everybody has come so far."""
+    """Disconnect, once all processes are done."""
     if dist.is_initialized():
         wait_for_all()
         dist.destroy_process_group()
 
 
 def end(code: int) -> NoReturn:
-    """End this process, of several without taking the interpreter down: threads of Gloo now and then abort that."""
+    """End this process with an exit code; without taking the interpreter down where Gloo's threads may abort that."""
     if launched():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -135,7 +125,7 @@ def end(code: int) -> NoReturn:
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What `make` returns in the first process, which alone runs it.
+    """Return in every process what `make` returns in the first, which alone runs it.
 
     Raises:
         UserError: `make` raised it there; then in every process.
@@ -148,27 +138,25 @@ def from_first(make: Callable[[], T]) -> T:
             answer[0] = make()
         except UserError as error:
             answer[1] = str(error)
-    dist.broadcast_object_list(answer, src=0, group=_patient)
+    dist.broadcast_object_list(answer, src=0)
     if answer[1] is not None:
         raise UserError(answer[1])
     return answer[0]  # type: ignore[no-any-return]
 
 
-def share(items: Sequence[T] | np.ndarray) -> Any:
-    """This process's part of a sequence: every `size()`-th."""
+def shard(items: Sequence[T] | np.ndarray) -> Any:
+    """Return this process's part of a sequence: every `size()`-th item."""
     return items[rank() :: size()]
 
 
 def gather(mine: list[T]) -> list[T]:
-    """Everybody's `share` put together again, in every process."""
-    if size() == 1:
-        return mine
-    parts: list[list[T]] = everybodys(mine)
+    """Undo `shard`: return the parts of all processes in the sequence's order, in every process."""
+    parts = all_gather(mine)
     return [parts[place % size()][place // size()] for place in range(sum(map(len, parts)))]
 
 
-def everybodys(value: T) -> list[T]:
-    """One value of each process, by rank."""
+def all_gather(value: T) -> list[T]:
+    """Return one value of each process, by rank."""
     if size() == 1:
         return [value]
     values: list[Any] = [None] * size()
@@ -177,12 +165,12 @@ def everybodys(value: T) -> list[T]:
 
 
 def total(*numbers: float) -> list[float]:
-    """The sums of these numbers over the processes, in float64."""
+    """Return the sums of these numbers over the processes, in float64."""
     return _reduced(numbers, dist.ReduceOp.SUM)
 
 
 def largest(*numbers: float) -> list[float]:
-    """Of each of these numbers the largest that a process has."""
+    """Return the largest that a process has of each of these numbers."""
     return _reduced(numbers, dist.ReduceOp.MAX)
 
 
@@ -195,110 +183,69 @@ def _reduced(numbers: Sequence[float], operation: Any) -> list[float]:
 
 
 def wait_for_all() -> None:
-    """Go on when everybody has come here."""
+    """Return when all processes have come here."""
     if size() > 1:
-        dist.barrier(group=_patient)
+        dist.barrier()
 
 
-def describe_machine(device: torch.device) -> str:
-    """Return what a run ran on, e.g. `2 cores, cpu, PyTorch 2.14.1, Linux`."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return f"{os.cpu_count()} cores, {name}, PyTorch {torch.__version__}, {platform.system()}"
-
-
-def require_file(path: Path) -> None:
-    """Make sure that every process sees what the first one wrote.
-
-    Raises:
-        UserError: one does not.
-    """
-    wait_for_all()
-    if not path.is_file():
-        raise UserError(f"rank {rank()} does not see {path}, which rank 0 wrote: {SAME_FILES}")
-
-
-def deal(weights: np.ndarray, shares: int) -> np.ndarray:
-    """Share things out so that their weights are balanced: by falling weight, to and fro over the shares.
+def balance_by_weight(weights: np.ndarray, parts: int) -> np.ndarray:
+    """Assign items to parts of about equal weight: by falling weight, to parts 0, 1, ..., 1, 0, 0, 1, ...
 
     Args:
-        weights: (n,) of each thing.
+        weights: (n,) of the items.
 
     Returns:
-        (n,) to which of the shares each goes; the same in every process.
+        int64 (n,) the part of each item; the same in every process.
     """
     turn = np.arange(len(weights))
-    there, back = turn % shares, shares - 1 - turn % shares
+    forward, backward = turn % parts, parts - 1 - turn % parts
     owner = np.empty(len(weights), dtype=np.int64)
-    owner[np.argsort(-weights, kind="stable")] = np.where(turn // shares % 2, back, there)
+    owner[np.argsort(-weights, kind="stable")] = np.where(turn // parts % 2, backward, forward)
     return owner
 
 
-def check_agreement(facts: dict[str, Any], advice: str) -> None:
-    """Make sure that all processes mean the same.
+def check_agreement(facts: Mapping[str, Any], advice: str) -> None:
+    """Make sure that all processes have the same facts.
 
     Args:
-        facts: plain values by what they are called.
+        facts: plain values by name, of the same names in every process.
+        advice: the last sentence of the message.
 
     Raises:
-        UserError: they differ; the message names the first thing in which they do, with its values by rank.
+        UserError: they differ; the message names the first fact that does, with two values and their ranks.
     """
-    all_facts = everybodys(facts)
-    for name in facts:
-        values = [each.get(name) for each in all_facts]
-        if any(value != values[0] for value in values):
-            other = next(number for number, value in enumerate(values) if value != values[0])
-            raise UserError(
-                f"the processes disagree: {name} is {values[0]!r} in rank 0 and {values[other]!r} in rank {other}. {advice}"
-            )
+    all_facts = all_gather(dict(facts))
+    for name, value in all_facts[0].items():
+        for number, others in enumerate(all_facts):
+            if others.get(name) != value:
+                raise UserError(
+                    f"the processes disagree on {name}: {value!r} in rank 0, {others.get(name)!r} in rank {number}. {advice}"
+                )
 
 
-def fingerprint(*parts: np.ndarray | list[str]) -> str:
-    """A short hash of arrays and lists of words, to compare between processes."""
-    crc = 0
-    for part in parts:
-        crc = zlib.crc32(part.tobytes() if isinstance(part, np.ndarray) else "\n".join(part).encode(), crc)
-    return f"{crc:08x}"
+def remember(key: str, value: str) -> None:
+    """Keep the first process's value for `recall` after a restart, as long as this `torchrun` runs."""
+    if _launcher_store is not None and is_first():
+        _launcher_store.set(f"remember {key}", value)
 
 
-def launch_name() -> str:
-    """What tells this `torchrun` from others, over its restarts."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return name if name != "none" else f"{socket.gethostname()} {os.getppid()}"
-
-
-def remember_launch(directory: Path) -> None:
-    """Note in a run directory which `torchrun` began it, for `interrupted_run` after a restart."""
-    if by_torchrun():
-        (directory / LAUNCH_FILE).write_text(launch_name(), encoding="utf-8")
-
-
-def interrupted_run(folder: Path) -> Path | None:
-    """The run below `folder` that this `torchrun` began before it restarted its processes, if it got that far."""
-    (restarts,) = largest(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))  # each machine counts its own
-
-    def find() -> Path | None:
-        notes = list(folder.rglob(LAUNCH_FILE)) if folder.is_dir() and by_torchrun() else []
-        ours = [note for note in notes if note.read_text(encoding="utf-8") == launch_name()]
-        if not restarts:  # names come again: what has this one's is an earlier torchrun's
-            for note in ours:
-                note.unlink()
-            return None
-        return max((note.parent for note in ours if (note.parent / "last.pt").is_file()), key=begun, default=None)
-
-    return from_first(find)
+def recall(key: str) -> str | None:
+    """Return what `remember` kept before `torchrun` restarted the processes, in every process; None if nothing."""
+    store, key = _launcher_store, f"remember {key}"
+    return from_first(lambda: store.get(key).decode() if store is not None and store.check([key]) else None)
 
 
 def report_error_once(command: Callable[[], int]) -> int:
-    """Run a command; what several processes have to complain of alike, one of them says."""
+    """Run a command and return its exit code; an error that several processes find alike is raised in one of them."""
     try:
         return command()
     except UserError as error:
-        if is_first():
-            first_to_say(str(error))
-            raise
-        time.sleep(1)  # mostly the first has found the same; torchrun then ends this process
-        if not first_to_say(str(error)):
+        if not is_first():
+            time.sleep(1)  # the first has mostly found the same, and torchrun then ends this process
+        if not claim_message(str(error)):
             return 2
+        if is_first():
+            raise
         raise UserError(f"rank {rank()}: {error}") from error
     except KeyboardInterrupt:
         if is_first():
@@ -311,34 +258,40 @@ def report_error_once(command: Callable[[], int]) -> int:
         return 1
 
 
-def first_to_say(message: str) -> bool:
-    """Whether no other process has said this yet."""
+def claim_message(message: str) -> bool:
+    """Tell whether no other process has claimed this message yet."""
     if _store is None:
         return True
     try:
-        return int(_store.add(f"said {zlib.crc32(message.encode())}", 1)) == 1
-    except RuntimeError:  # the store has ended with whoever kept it
+        return int(_store.add(f"message {zlib.crc32(message.encode())}", 1)) == 1
+    except RuntimeError:  # the process that kept the store has ended
         return True
 
 
+def describe_machine(device: torch.device) -> str:
+    """Return what a run ran on, e.g. `2 cores, cpu, PyTorch 2.14.1, Linux`."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{os.cpu_count()} cores, {name}, PyTorch {torch.__version__}, {platform.system()}"
+
+
 def pick_device(name: str) -> torch.device:
-    """`auto` is the fastest device at hand.
+    """Return the device of that name, this process's GPU of several; `auto` is the fastest one available.
 
     Raises:
-        UserError: the named device is not there.
+        UserError: PyTorch sees no such device.
     """
     has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    has["mps"] &= distributed.size() == 1  # for which torch.distributed has no backend
+    has["mps"] &= size() == 1  # for which torch.distributed has no backend
     if name == "auto":
         name = next(kind for kind in ("cuda", "mps", "cpu") if has[kind])
     if not has[name]:
         raise UserError(f"--device {name}: this PyTorch sees no such device here; use --device auto or cpu")
     if name != "cuda":
         return torch.device(name)
-    if distributed.local_rank() >= torch.cuda.device_count():
+    if local_rank() >= torch.cuda.device_count():
         raise UserError(
-            f"rank {distributed.rank()} finds no GPU for itself, this machine has {torch.cuda.device_count()}: "
+            f"rank {rank()} finds no GPU for itself, this machine has {torch.cuda.device_count()}: "
             "torchrun's --nproc_per_node is at most that"
         )
-    torch.cuda.set_device(distributed.local_rank())
-    return torch.device(name, distributed.local_rank())
+    torch.cuda.set_device(local_rank())
+    return torch.device(name, local_rank())

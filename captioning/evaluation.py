@@ -54,7 +54,7 @@ def search(
     penalty = context.settings.length_penalty if length_penalty is None else length_penalty
     captions: list[list[Hypothesis]] = []
     chunk = max(1, ROWS // (beam * len(context.members)))
-    mine = distributed.share(images)
+    mine = distributed.shard(images)
     starts = range(0, len(mine), chunk)
     for start in tqdm(starts, "Captioning", unit="batch", disable=bars_off(), leave=False):
         part = mine[start : start + chunk]

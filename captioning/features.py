@@ -136,7 +136,7 @@ class LiveFeatures:
         self.encode = encoder.fast_form(device)
         self.paths, self.size, self.means, self.view = paths, encoder.spec.image_size, means, view
         self.pool = ThreadPoolExecutor(workers)
-        found = distributed.gather(list(self.pool.map(self.look, [paths[i] for i in distributed.share(needed)])))
+        found = distributed.gather(list(self.pool.map(self.look, [paths[i] for i in distributed.shard(needed)])))
         self.unreadable = {int(i): problem for i, (problem, _) in zip(needed, found, strict=True) if problem}
         self.versions = np.full((len(paths), 2), -1, dtype=np.int64)
         self.versions[needed] = [version for _, version in found]
@@ -245,8 +245,8 @@ def open_features(request: FeatureRequest, view: str = "whole") -> Features:
         compiled = request.compile_encoder == "on" or (request.compile_encoder == "auto" and worth_it)
         numbers = range(-(-len(caches) // distributed.size()) * distributed.size())  # of the parts: all disks take part
         for number, mine in zip(
-            distributed.share(numbers),
-            split_evenly(distributed.share(todo), len(numbers) // distributed.size()),
+            distributed.shard(numbers),
+            split_evenly(distributed.shard(todo), len(numbers) // distributed.size()),
             strict=True,
         ):
             file = store.part(number)
@@ -256,7 +256,7 @@ def open_features(request: FeatureRequest, view: str = "whole") -> Features:
                 require_free_space(file.directory, len(mine) * (file.row_bytes + 128), "encoding the images")
                 unreadable |= encode_images(build_encoder(), device, file, paths, mine, workers, compiled, view)
         distributed.wait_for_all()
-    for theirs in distributed.everybodys(unreadable):
+    for theirs in distributed.all_gather(unreadable):
         unreadable |= theirs
     check_unreadable(unreadable, len(needed))
     store, holders = look() if todo or not seen else seen[0]

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,13 +14,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import baselines
 import charts
-import encoders
 import generated
 import measure
 import memory
 import run
 import scale
 import training
+
+from training_utils import Precision
 
 LINUX = Path("/proc/self/status").is_file()
 PARTS = ["encoding", "epoch", "decoding", "reward", "startup", *(["memory"] if LINUX else [])]
@@ -39,11 +41,15 @@ def test_every_part_gives_figures_and_charts(
         return {**json.loads(capsys.readouterr().out.splitlines()[-1]), "peak": 1.0}
 
     monkeypatch.setattr(memory, "watch", in_this_process)
+    monkeypatch.setattr(training, "large_product", lambda *_: lambda: 1e-9)  # seconds: no rate here is above it
     output = run.main(["--only", part, "--output", str(tmp_path / "result.json")], measure.TINY)
     figures = json.loads(output.read_text())["figures"]
     assert figures and all(figure["part"] == part and figure["unit"] and figure["against"] for figure in figures)
     assert all(figure["value"] > 0 and figure["ratio"] > 0 for figure in figures)
     assert part == "memory" or any(figure["target"] for figure in figures)
+    products = {figure["name"]: figure["limit"] for figure in figures if "arithmetic" in figure["name"]}
+    assert all(limit == (1.0 if name.count("fp32") != 1 else None) for name, limit in products.items())
+    assert bool(products) == (part == "epoch")
     drawn = charts.main([str(output), "--directory", str(tmp_path)])
     assert bool(drawn) == (part not in ("reward", "startup")) and all(
         0 < path.stat().st_size < 60_000 for path in drawn
@@ -71,6 +77,28 @@ def test_the_original_way_has_the_same_loss(bench: measure.Bench, decoder: str) 
         inputs, targets = baselines.padded(task.batches, captions, 37)
         plain = baselines.padded_loss(model, task.views[0].gather(owner), inputs, targets)
     torch.testing.assert_close(plain, loss / len(batch.targets))
+
+
+@pytest.mark.parametrize("asked, other", [("fp32", "bf16"), ("bf16", "fp32")])
+def test_the_precision_that_is_asked_for_is_measured(bench: measure.Bench, asked: str, other: str) -> None:
+    data_dir, _ = training.prepare_data(bench)
+    training.prepare_features(bench, data_dir)
+    task = training.start(bench, [*training.flags_for(bench, data_dir, "attention", "small"), "--precision", asked])
+    training.restrict(task, 1)
+    training.check_precision(task, Precision(asked, bench.device))
+    with pytest.raises(AssertionError, match=f"--precision {other} has these operations"):
+        training.check_precision(task, Precision(other, bench.device))
+
+
+def test_a_rate_above_the_matrix_products_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = [measure.Figure("epoch", f"arithmetic {ratio}", 1.0, "GFLOP/s", ratio=ratio) for ratio in (0.7, 1.2)]
+    monkeypatch.setitem(run.PARTS, "epoch", SimpleNamespace(measure=lambda _: figures))
+    command = ["--only", "epoch", "--output", str(tmp_path / "result.json")]
+    run.main(command, measure.TINY)
+    for figure in figures:
+        figure.limit = 1.0
+    with pytest.raises(SystemExit, match=r"above the physical limit.*measured: arithmetic 1.2 is 1.20$"):
+        run.main(command, measure.TINY)
 
 
 def test_generated_captions_are_like_flickr8k() -> None:
@@ -124,11 +152,3 @@ def test_more_workers_are_never_slower_and_the_plan_says_what_they_wait_for(caps
     assert scale.plan(scale.DATA_SETS[0], crawling, 8, 640).limit == "reading features"
     scale.main(["--disk", "1e6"])
     assert "writing features" in capsys.readouterr().out
-
-
-def test_encoders_are_compared_with_resnet50(capsys: pytest.CaptureFixture[str]) -> None:
-    encoders.main(["--images", "1", "--repeats", "1", "--encoder", "efficientnet_lite0_stages"])
-    header, names, *lines = capsys.readouterr().out.splitlines()
-    assert header.startswith("1 images, ") and "cache" in names
-    assert [line.split()[0] for line in lines] == ["resnet50", "efficientnet_lite0_stages"]
-    assert lines[0].split()[2] == "1.00" and lines[1].split()[-1] == "174"  # 2 x 49 x 1776 bytes

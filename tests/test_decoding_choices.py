@@ -321,14 +321,3 @@ def test_views_show_the_parts_that_their_names_say(tmp_path):
     assert red["top_right"] == red["bottom_left_mirror"] == pytest.approx(part * 0.35 / 0.85, abs=0.03)
     mirrored = load_pixels(tmp_path / "corner.png", 64, "top_left_mirror")[..., 0]
     assert mirrored[5, 60] > 200 and mirrored[5, 5] < 50
-
-
-def test_the_benchmark_of_consensus_shows_its_settings(trained, capsys, monkeypatch):
-    _, _, lstm, _ = trained
-    monkeypatch.syspath_prepend(str(Path(trainer.__file__).parent / "benchmarks"))
-    import consensus_settings
-
-    assert consensus_settings.main([str(lstm)]) == 0
-    printed = capsys.readouterr().out
-    assert "temperature 3, regression's weight 8" in printed and printed.count("regression's weight 0") == 4
-    assert "2 validation images" in printed and "ms an image" in printed

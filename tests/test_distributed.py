@@ -1,5 +1,6 @@
-"""Several processes under torchrun do what one does; what they cannot agree on is said; a lost one is made good."""
+"""Several processes under torchrun train as one does, report what they disagree on, and go on after one is lost."""
 
+import datetime
 import json
 import os
 import signal
@@ -202,7 +203,7 @@ def test_processes_that_were_started_otherwise_say_so(place):
     flags = [*TRAIN, "--model_save_dir", "otherwise"]
     first, second = by_hand([place, place], [*flags, "--drop_prob", "0.2"], [*flags, "--drop_prob", "0.4"])
     assert (first.returncode, second.returncode) == (2, 2) and "Traceback" not in first.stderr + second.stderr
-    assert "error: the processes disagree: --drop_prob is '0.2' in rank 0 and '0.4' in rank 1" in first.stderr
+    assert "error: the processes disagree on --drop_prob: '0.2' in rank 0, '0.4' in rank 1" in first.stderr
     assert not (place / "otherwise").exists()
 
 
@@ -232,7 +233,7 @@ def test_machines_with_another_data_set_say_so(place):
     flags = [*TRAIN, "--model_save_dir", str(place / "data"), "--feature_cache", str(place / "feature_cache")]
     flags += ["--image_dir", str(place / "tiny" / "Images")]
     first, _ = by_hand([place, other], flags, flags)
-    assert first.returncode == 2 and "disagree: the hash of the captions and the split is" in first.stderr
+    assert first.returncode == 2 and "disagree on the hash of the captions and the split" in first.stderr
     assert not (place / "data").exists()
 
 
@@ -243,12 +244,12 @@ def test_captioning_takes_no_torchrun(monkeypatch, capsys):
     assert "--mode caption runs in one process" in capsys.readouterr().err
 
 
-def test_work_is_dealt_out_evenly():
+def test_parts_have_about_the_same_weight():
     weights = np.random.default_rng(0).integers(20, 90, 64)
-    owner = distributed.deal(weights, 4)
+    owner = distributed.balance_by_weight(weights, 4)
     loads = np.bincount(owner, weights, minlength=4)
     assert loads.sum() == weights.sum() and loads.max() - loads.min() < 20
-    assert set(distributed.deal(np.array([5, 5]), 4)) == {0, 1}
+    assert set(distributed.balance_by_weight(np.array([5, 5]), 4)) == {0, 1}
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
@@ -264,38 +265,55 @@ def test_a_signal_that_torchrun_passes_on_is_no_second_one(monkeypatch):
             time.sleep(1)
 
 
-def test_after_a_restart_nobody_reads_what_the_processes_before_wrote(tmp_path):
-    """On machines that count restarts differently, too: what tells the starts apart is agreed on through the store."""
+def test_after_a_restart_nobody_reads_what_the_processes_before_wrote():
+    """Also where the first process of a start was killed before the others came."""
     store = torch.distributed.HashStore()
+    store.set_timeout(datetime.timedelta(seconds=0.1))
     for start in ("first", "second"):
+        with pytest.raises(torch.distributed.DistError):
+            distributed.fresh_store(store, 0, 3)
+        store.set_timeout(datetime.timedelta(seconds=20))
         with ThreadPoolExecutor(3) as pool:
-            parts = list(pool.map(lambda number: distributed.fresh_part(store, number, 3), range(3)))
+            others = [pool.submit(distributed.fresh_store, store, number, 3) for number in (2, 1)]
+            time.sleep(0.1)  # they find the name of the start that failed
+            parts = [distributed.fresh_store(store, 0, 3), *(other.result() for other in others)]
         assert not parts[0].check(["address"])
         parts[0].set("address", start)
         assert [part.get("address").decode() for part in parts] == [start] * 3
+        store.set_timeout(datetime.timedelta(seconds=0.1))
 
 
-def test_a_torchrun_goes_on_with_its_own_run_alone(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "captions")
-    earlier, later = (tmp_path / f"run_2026010{day}_000000" for day in (1, 2))
-    earlier.mkdir()
-    (earlier / "last.pt").touch()
-    distributed.remember_launch(earlier)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert distributed.interrupted_run(tmp_path) == earlier
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    assert distributed.interrupted_run(tmp_path) is None  # another torchrun of the same name
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert distributed.interrupted_run(tmp_path) is None  # which was lost before it had a run directory
-    later.mkdir()
-    distributed.remember_launch(later)
-    assert distributed.interrupted_run(tmp_path) is None  # nothing saved yet
-    (later / "last.pt").touch()
-    assert distributed.interrupted_run(tmp_path) == later
+def test_what_the_first_process_remembers_outlives_a_restart(monkeypatch):
+    distributed.remember("run directory", "lost")  # without torchrun there are no restarts
+    assert distributed.recall("run directory") is None
+    monkeypatch.setattr(distributed, "_launcher_store", torch.distributed.HashStore())
+    assert distributed.recall("run directory") is None
+    distributed.remember("run directory", "runs/a")
+    assert distributed.recall("run directory") == "runs/a" and distributed.recall("another") is None
 
 
-def test_one_process_needs_nobody():
-    assert distributed.share([1, 2, 3]) == distributed.gather([1, 2, 3]) == [1, 2, 3]
+def test_the_same_error_is_raised_in_one_process(monkeypatch):
+    store, raised = torch.distributed.HashStore(), []
+    monkeypatch.setattr(distributed, "_store", store)
+    monkeypatch.setattr(distributed.time, "sleep", lambda _: None)
+
+    def fail() -> int:
+        raise UserError("no such folder")
+
+    for number in (0, 1, 2):
+        monkeypatch.setattr(distributed, "rank", lambda number=number: number)
+        try:
+            assert distributed.report_error_once(fail) == 2
+        except UserError as error:
+            raised.append(str(error))
+    assert raised == ["no such folder"]
+    monkeypatch.setattr(distributed, "_store", torch.distributed.HashStore())
+    with pytest.raises(UserError, match="rank 2: no such folder"):
+        distributed.report_error_once(fail)
+
+
+def test_without_torchrun_one_process_has_all():
+    assert distributed.shard([1, 2, 3]) == distributed.gather([1, 2, 3]) == [1, 2, 3]
     assert distributed.total(1, 2.5) == [1.0, 2.5] and distributed.is_first() and distributed.size() == 1
-    with pytest.raises(UserError, match="spoken"):
-        distributed.from_first(lambda: (_ for _ in ()).throw(UserError("spoken")))
+    with pytest.raises(UserError, match="no weights"):
+        distributed.from_first(lambda: (_ for _ in ()).throw(UserError("no weights")))

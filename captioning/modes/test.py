@@ -159,7 +159,7 @@ def by_consensus(
     more = np.setdiff1d(val, images)
     every = np.concatenate([images, more])
     found = found + search(context, more, beam, wanted=beam)
-    mine = distributed.share(np.arange(len(every)))
+    mine = distributed.shard(np.arange(len(every)))
     evidence = distributed.gather(consensus.evidence(every[mine], [found[n] for n in mine]))
     weight = None
     if consensus.views:

@@ -1,0 +1,85 @@
+"""Imports run one way, files are short, and the package's small modules load no PyTorch."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import captioning
+
+ROOT = Path(__file__).resolve().parent.parent
+MAIN = "flickr_image_caption_with_pytorch_resnet_lstm"
+# Their command lines import what they show, whatever it is, when they are called.
+COMMAND_LINES = ("experiment_utils", "download_datasets")
+SMALL = ("captioning", *(f"captioning.{name}" for name in ("io", "flags", "runs", "scores", "layouts")))
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+FILES = {module_of(path): path for path in [*ROOT.glob("*.py"), *ROOT.glob("captioning/**/*.py")]}
+
+
+def rank(module: str) -> int:
+    """The layer of a module; it may import from its own and from lower ones."""
+    if module == MAIN:
+        return 3
+    if module.startswith("captioning.modes"):
+        return 2
+    return 0 if module.split(".")[0] == "captioning" else 1
+
+
+def imports(node: ast.AST, in_function: bool = False) -> Iterator[tuple[str, bool]]:
+    """The project's modules that a piece of code imports, and whether it does so within a function."""
+    for child in ast.iter_child_nodes(node):
+        names = []
+        if isinstance(child, ast.Import):
+            names = [alias.name for alias in child.names]
+        elif isinstance(child, ast.ImportFrom):
+            assert child.module and not child.level, "imports name the whole path of a module"
+            whole = [f"{child.module}.{alias.name}" for alias in child.names]
+            names = [name if name in FILES else child.module for name in whole]
+        yield from ((name, in_function) for name in names if name in FILES)
+        yield from imports(child, in_function or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+IMPORTS = {module: set(imports(ast.parse(path.read_text("utf-8")))) for module, path in FILES.items()}
+
+
+def test_nobody_imports_upwards() -> None:
+    upwards = {
+        f"{module} imports {name}"
+        for module, found in IMPORTS.items()
+        for name, in_function in found
+        if rank(name) > rank(module) and not (module in COMMAND_LINES and in_function)
+    }
+    assert upwards == set()
+
+
+def test_there_are_no_circles() -> None:
+    """Of the imports that run when a module is imported; `prepare` raises CycleError, which names the circle."""
+    graph = {module: {name for name, later in found if not later} for module, found in IMPORTS.items()}
+    TopologicalSorter(graph).prepare()
+
+
+def test_no_file_has_more_than_600_lines() -> None:
+    paths = [*FILES.values(), *ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/*.py")]
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text("utf-8").splitlines()) for path in paths}
+    assert {name: length for name, length in lengths.items() if length > 600} == {}
+
+
+def test_small_modules_load_no_pytorch() -> None:
+    command = f"import sys, {', '.join(SMALL)}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", command], cwd=ROOT).returncode == 0
+
+
+def test_every_public_name_is_there() -> None:
+    assert set(captioning.__all__) <= set(dir(captioning))
+    for name in captioning.__all__:
+        assert getattr(captioning, name).__name__ == name
+    newest = re.search(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
+    assert newest and newest[1] == captioning.__version__
