@@ -35,7 +35,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from captioning.flags import ENCODER_NAMES, MODES_OF, RESUME_FLAGS, SCHEDULERS, check_flags, number
+from captioning import registry
+from captioning.flags import MODES_OF, RESUME_FLAGS, SCHEDULERS, check_flags, number
 from captioning.io import (
     UserError,
     bars_off,
@@ -43,7 +44,6 @@ from captioning.io import (
     log,
     make_directory,
     not_installed,
-    publish_copy,
     read_json,
     require_free_space,
     run_command,
@@ -82,7 +82,7 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("basic").add_argument
     add("--dataset_type", choices=("flickr8k", "flickr30k", "coco", "custom", "demo"), default="flickr30k",
         help="custom is your own folder, demo the drawn set of download_datasets.py")  # fmt: skip
-    add("--decoder", choices=("lstm", "attention"), default="lstm", help="attention is better and can be looked at")
+    add("--decoder", choices=tuple(registry.DECODERS), default="lstm", help="attention is better and can be looked at")
     add("--epochs", type=number(int, 0), default=10, help="epochs to train; with --model_path, epochs more")
     add("--batch_size", type=count, default=128, help="captions in a batch (whole images; fewer if memory runs out)")
     add("--learning_rate", type=positive, default=0.0001,
@@ -100,7 +100,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--feature_cache", default="feature_cache", help="folder of encoded images; 'off' encodes them in every batch")
 
     add = parser.add_argument_group("model").add_argument
-    add("--encoder", choices=ENCODER_NAMES, default="resnet50",
+    add("--encoder", choices=tuple(registry.ENCODERS), default="resnet50",
         help="frozen network that sees; efficientnet_lite0 needs no download; _stages: what its earlier stages see too, for a larger cache")  # fmt: skip
     add("--resnet_weights", help="file of the encoder's weights, or 'random'; by default looked for, then downloaded")
     add("--embed_size", type=count, default=512, help="size of word and image embeddings")
@@ -235,19 +235,19 @@ from captioning import demo_set as pointing_game
 from captioning import distributed, plots
 from captioning.batches import BatchMaker
 from captioning.checkpoints import (
+    CheckpointSaver,
     apply_checkpoint,
     carry_best,
     load_checkpoint,
     load_weights,
-    prune_checkpoints,
     require_trainable,
     save_checkpoint,
 )
 from captioning.consensus import BEAM_SIZE, Consensus, regression_images
 from captioning.dataset import CaptionSet, Vocabulary, build_vocabulary, dump_split, load_caption_set, saved_split_of
-from captioning.decoders import LSTMDecoder, build_decoder
+from captioning.decoders import Decoder, build_decoder, find_decoder
 from captioning.distributed import pick_device
-from captioning.encoders import ENCODERS, build_encoder, find_weights
+from captioning.encoders import find_encoder
 from captioning.evaluation import Task, caption, captions_of_images, images_to_draw
 from captioning.features import Features, cache_folders, open_features
 from captioning.images import VIEW_SETS
@@ -289,7 +289,7 @@ from training_utils import (
 class Training(Task):
     """And what training has on top: everything that a checkpoint brings back."""
 
-    decoder: LSTMDecoder
+    decoder: Decoder
     views: list[Features]  # of the images
     batches: BatchMaker
     step_loss: torch.nn.Module  # a StepLoss, of several processes with their gradients meaned
@@ -321,7 +321,7 @@ class Training(Task):
             path,
             {
                 "epoch": self.epoch, "decoder_type": self.args.decoder, "decoder": self.decoder.state_dict(),
-                "encoder": {"name": self.args.encoder, "weights_hash": self.weights_hash, "transform": ENCODERS[self.args.encoder].transform},
+                "encoder": {"name": self.args.encoder, "weights_hash": self.weights_hash, "transform": find_encoder(self.args.encoder).transform},
                 "optimizer": self.optimizer.state_dict(), "scaler": self.precision.scaler.state_dict(),
                 "schedule": self.schedule.state() if self.schedule else None,
                 "vocabulary": self.vocabulary.words, "flags": self.flags, "split": saved_split_of(self.data),
@@ -386,17 +386,17 @@ def build_features(
     """Features of the images at the positions `needed`, in each of the views, and the hash of the encoder's weights.
 
     Args:
-        means: of the whole image, which the `lstm` decoder sees, rather than of its regions.
+        means: of the whole image rather than its regions.
 
     Raises:
         UserError: the weights are not those that a checkpoint was trained with.
     """
-    weights, digest = find_weights(args.encoder, args.resnet_weights, weights_hash)
+    spec = find_encoder(args.encoder)
+    weights, digest = spec.find_weights(args.resnet_weights, weights_hash)
     distributed.agree_on_encoder(digest)
     found = [
         open_features(
-            cache_folders(args.feature_cache), ENCODERS[args.encoder], digest,
-            lambda: build_encoder(args.encoder, weights), data.paths(), data.image_dir, needed, pick_device(args.device),
+            cache_folders(args.feature_cache), spec, digest, lambda: spec.build(weights), data.paths(), data.image_dir, needed, pick_device(args.device),
             means, decoding_threads(args.num_workers), args.compile, args.features_on_device, view,
         )
         for view in VIEW_SETS[views]
@@ -414,10 +414,9 @@ def decoding_threads(wanted: int) -> int:
     return min(wanted or 1, cores)
 
 
-def build_model(args: argparse.Namespace, vocabulary: Vocabulary) -> LSTMDecoder:
+def build_model(args: argparse.Namespace, vocabulary: Vocabulary) -> Decoder:
     torch.manual_seed(args.seed)
-    spec = ENCODERS[args.encoder]
-    return build_decoder(vars(args), len(vocabulary), spec.channels, spec.regions)
+    return build_decoder(vars(args), len(vocabulary), find_encoder(args.encoder))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -509,7 +508,7 @@ def start_training(args: argparse.Namespace, typed: set[str], argv: list[str]) -
     data = build_data(args, checkpoint["split"] if checkpoint else None)
     needed = np.unique(np.concatenate([*data.splits.values(), images_to_draw(args, data, data.splits["test"])]))
     known_hash = checkpoint["encoder"]["weights_hash"] if checkpoint else None
-    views, weights_hash = build_features(args, data, needed, args.decoder == "lstm", args.views, known_hash)
+    views, weights_hash = build_features(args, data, needed, not find_decoder(args.decoder).uses_grid, args.views, known_hash)
     vocabulary = Vocabulary(checkpoint["vocabulary"]) if checkpoint else build_vocabulary(data, args.freq_threshold)
     batches = BatchMaker(data, vocabulary, args.max_length)
     decoder = build_model(args, vocabulary)
@@ -553,7 +552,7 @@ def start_training(args: argparse.Namespace, typed: set[str], argv: list[str]) -
             run.schedule = choose_schedule(args, typed, checkpoint, run.steps)
         elif checkpoint and checkpoint["schedule"]:  # self-critical epochs alone: it is kept for who trains on
             run.schedule = Schedule.from_state(checkpoint["schedule"])
-        family = ENCODERS[args.encoder].family
+        family = find_encoder(args.encoder).family
         run.directory = distributed.from_first(lambda: create_run_directory(args.model_save_dir, vars(args), family))
         lock = lock_run_directory(run.directory) if distributed.is_first() else None
         run.flags = {
@@ -630,12 +629,8 @@ def publish_epoch(run: Training) -> None:
                   for image, found in zip(chosen, caption(run, chosen, 1, attention=True), strict=True)]  # fmt: skip
     if not distributed.is_first():
         return
-    saved = run.directory / f"model_epoch_{run.epoch}.pt"
-    if saved.is_file():
-        if run.best["epoch"] == run.epoch:
-            publish_copy(saved, run.directory / "best.pt")
-        publish_copy(saved, run.directory / "last.pt")
-    prune_checkpoints(run.directory, run.args.keep_checkpoints)
+    saver = CheckpointSaver(run.directory, run.args.keep_checkpoints, run.first_epoch)
+    saver.publish(run.epoch, run.best["epoch"] == run.epoch)
     write_json(run.directory / "loss_curve.json", run.curve)
     write_json(run.directory / "metrics_history.json", run.history)
     write_training_log(run.directory, run.curve, run.history)
@@ -729,7 +724,7 @@ def load_task(args: argparse.Namespace, typed: set[str], splits: list[str]) -> t
         needed = np.union1d(images, images_to_draw(args, task.data, images))
         if regression:  # whose weight is settled on these
             needed = np.union1d(needed, task.data.splits["val"])
-        means, weights_hash = own.decoder == "lstm", checkpoint["encoder"]["weights_hash"]
+        means, weights_hash = not find_decoder(own.decoder).uses_grid, checkpoint["encoder"]["weights_hash"]
         views, _ = build_features(own, task.data, needed, means, own.views, weights_hash)
         decoder = build_model(own, task.vocabulary)
         load_weights(decoder, checkpoint["decoder"], path)
@@ -750,7 +745,7 @@ def test(args: argparse.Namespace, typed: set[str]) -> None:
     task, images, checkpoints = load_task(args, typed, args.split.split("+"))
     data, (path, *others) = task.data, checkpoints
     directory = make_directory(path.parent, "what the test finds")
-    pointing = args.dataset_type == "demo" and args.decoder == "attention"  # there we know where things are
+    pointing = args.dataset_type == "demo" and find_decoder(args.decoder).has_attention  # there we know where things are
     columns: list[tuple[str, dict[str, Any]]] = []
     for way, about, found in ways_to_decode(task, images, attention=pointing):
         if not distributed.is_first():

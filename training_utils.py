@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from captioning import distributed
 from captioning.batches import Batch, BatchMaker
-from captioning.decoders import LSTMDecoder
+from captioning.decoders import Decoder
 from captioning.features import DeviceFeatures, Features, gather_views
 from captioning.io import UserError, format_bytes, log
 from captioning.runs import training_rows
@@ -303,7 +303,7 @@ class StepLoss(nn.Module):
     that the mean is the gradient that one process would have found.
     """
 
-    def __init__(self, decoder: LSTMDecoder, critic: SelfCritic | None, args: argparse.Namespace, precision: Precision):
+    def __init__(self, decoder: Decoder, critic: SelfCritic | None, args: argparse.Namespace, precision: Precision):
         super().__init__()
         self.decoder, self.critic, self.args, self.precision = decoder, critic, args, precision
 
@@ -330,11 +330,11 @@ class StepLoss(nn.Module):
         """The loss per token of people's captions, with what the flags add to it."""
         with self.precision.autocast():
             output = self.decoder(features, batch)
-            loss = self.decoder.cross_entropy(output.code, batch.targets, self.args.label_smoothing) / share.tokens
-            if self.args.attention_reg and output.attention is not None:
+            loss = self.decoder.cross_entropy(output.hidden_out, batch.targets, self.args.label_smoothing) / share.tokens
+            if self.args.attention_reg and output.alphas is not None:
                 # Doubly stochastic attention (Xu et al., 2015, section 4.2.1): every region is looked at once in all.
-                looked = output.attention.new_zeros(len(batch.row_image), output.attention.shape[1])
-                looked = looked.index_add(0, batch.token_row, output.attention)  # (R, 49)
+                looked = output.alphas.new_zeros(len(batch.row_image), output.alphas.shape[1])
+                looked = looked.index_add(0, batch.token_row, output.alphas)  # (R, 49)
                 loss = loss + self.args.attention_reg * ((1 - looked) ** 2).mean(1).sum() / share.captions
         return loss
 
@@ -380,7 +380,7 @@ def advise_on_memory(device: torch.device, args: argparse.Namespace, directory: 
 
 @torch.inference_mode()
 def validation_loss(
-    decoder: LSTMDecoder,
+    decoder: Decoder,
     features: Features,
     batches: BatchMaker,
     images: np.ndarray,
@@ -393,7 +393,7 @@ def validation_loss(
     for captions in distributed.share(batches.plan(images, max(batch_size, 64))):
         batch = batches.make(captions)
         output = decoder(features.gather(batch.images, device), batch.to(device))
-        total += float(decoder.cross_entropy(output.code, batch.targets.to(device)))
+        total += float(decoder.cross_entropy(output.hidden_out, batch.targets.to(device)))
         tokens += len(batch.targets)
     total, tokens = distributed.total(total, tokens)
     return total / tokens

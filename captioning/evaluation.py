@@ -13,7 +13,7 @@ import attention_visualization
 from captioning import distributed
 from captioning.consensus import REGRESSION_WEIGHTS, Consensus, chosen
 from captioning.dataset import CaptionSet, Vocabulary
-from captioning.decoders import LSTMDecoder
+from captioning.decoders import Decoder
 from captioning.decoding import Hypothesis, beam_search
 from captioning.features import Features
 from captioning.io import bars_off, log
@@ -30,7 +30,7 @@ class Task:
     device: torch.device
     data: CaptionSet
     vocabulary: Vocabulary
-    members: list[tuple[LSTMDecoder, Features]]  # who captions: a decoder and a view of the images, or several
+    members: list[tuple[Decoder, Features]]  # who captions: a decoder and a view of the images, or several
     consensus: Consensus | None = dataclasses.field(default=None, kw_only=True)  # who chooses among their captions
 
     def text(self, found: Hypothesis) -> str:

@@ -7,6 +7,8 @@ import math
 import os
 from typing import Any
 
+from captioning import registry
+
 SCHEDULERS = ("reduce_lr_on_plateau", "step", "cosine", "exponential", "one_cycle")
 SCHEDULER_FLAGS = (
     "scheduler_type", "scheduler_patience", "scheduler_factor", "scheduler_step_size", "scheduler_gamma",
@@ -17,12 +19,7 @@ ARCHITECTURE_FLAGS = (
     "decoder", "encoder", "dataset_type", "embed_size", "hidden_size", "num_layers", "attention_dim",
     "freq_threshold", "max_length",
 )  # fmt: skip
-STAGES = "_stages"  # ends the names of encoders that give what every stage sees
-ENCODER_NAMES = tuple(
-    name + form
-    for form in ("", STAGES)
-    for name in ("resnet50", "resnet101", "resnet152", "convnext_base", "efficientnet_lite0", "efficientnet_lite2")
-)
+ENCODER_NAMES = tuple(registry.ENCODERS)
 # What may be typed beside --resume: where things are and where they run, not what is trained.
 RESUME_FLAGS = (
     "resume", "device", "num_workers", "compile", "features_on_device", "feature_cache", "checkpoint_minutes",

@@ -182,9 +182,8 @@ def data_url(picture: Image.Image, form: str) -> str:
 def build_page(captioner: Captioner, examples: Sequence[Path], beam_size: int, length_penalty: float) -> gr.Blocks:
     """The page, not yet served."""
     flags = captioner.flags
-    kinds = {"attention": "LSTM decoder with attention", "lstm": "LSTM decoder"}
     model = (
-        f"{kinds[flags['decoder']]} on {flags['encoder']}, trained on {flags['dataset_type']}, epoch {captioner.epoch}"
+        f"{flags['decoder']} decoder on {flags['encoder']}, trained on {flags['dataset_type']}, epoch {captioner.epoch}"
     )
     with gr.Blocks(title="Image captioner", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(f"# Image captioner\nDrop a photo or take one. It stays on this computer.  \n{model}.")
