@@ -165,8 +165,8 @@ def find_problems(directory: Path, images: int) -> dict[str, str]:
     Returns:
         a reason under "captions" (captions or split lists) and under "images".
     """
-    from captioning.dataset import find_splits
     from captioning.layouts import find_captions_file, find_image_directory, read_captions
+    from captioning.splits import find_splits, listed_split
 
     if not directory.is_dir():
         return dict.fromkeys(("captions", "images"), f"{directory} is not there")
@@ -176,9 +176,9 @@ def find_problems(directory: Path, images: int) -> dict[str, str]:
     try:
         table, _ = read_captions(find_captions_file(directory))
         names = sorted(table["image"].unique())
-        splits, source = find_splits([directory], names, 0, None, [])
+        splits, _ = find_splits([directory], names, [0] * len(names), 0, None, [])
         used = {names[i] for positions in splits.values() for i in positions}
-        if source.startswith("drawn"):
+        if listed_split([directory]) is None:
             problems["captions"] = f"{directory} has no lists of its training, validation and test images"
     except UserError as error:
         problems["captions"] = str(error)

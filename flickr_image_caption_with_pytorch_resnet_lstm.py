@@ -174,11 +174,12 @@ def new_run(settings: Settings, argv: list[str]) -> tuple[Run, TrainState]:
     state.schedule = choose_schedule(settings, checkpoint, run.loader.steps)
     family = find_encoder(settings.encoder).family
     directory = distributed.from_first(lambda: create_run_directory(settings.model_save_dir, settings.values(), family))
-    run.saver = CheckpointSaver(directory, settings.keep_checkpoints)
+    run.saver = CheckpointSaver(directory, settings.keep_checkpoints, state.first_epoch)
     run.constants["flags"] = settings.stored() | {"model_path": str(source) if source else None}
     same_bar = checkpoint and checkpoint["best"]["metric"] == settings.best_metric
     if checkpoint and source and same_bar and same_split(checkpoint["split"], run.constants["split"]):
-        state.best = distributed.from_first(lambda: carry_best(checkpoint, source, directory)) or state.best
+        carried: dict[str, Any] | None = distributed.from_first(lambda: carry_best(checkpoint, source, directory))
+        state.best = carried or state.best
     if distributed.is_first():
         run.lock = lock_run_directory(directory)
         write_run_files(
@@ -199,11 +200,14 @@ def resume_run(settings: Settings) -> tuple[Run, TrainState]:
         )
     checkpoint = load_checkpoint(source)
     run, state = build_run(settings, checkpoint, source)
-    run.lock, run.saver = lock, CheckpointSaver(directory, run.settings.keep_checkpoints)
+    run.lock = lock
     run.constants |= {"flags": checkpoint["flags"], "decoding": checkpoint["decoding"]}
     state.restore_progress(checkpoint)
+    run.saver = CheckpointSaver(directory, run.settings.keep_checkpoints, state.first_epoch)
     log.info(f"Resuming {directory} after {state.epoch} epochs and {state.step} steps")
     if state.step == 0 and state.curve["epochs"]:
+        if distributed.is_first():
+            run.saver.publish(state.epoch, is_best=state.best["epoch"] == state.epoch)
         write_outputs(run, state)  # a crash may have come between the checkpoint and these
     return run, state
 
@@ -352,16 +356,15 @@ def save_last(run: Run, state: TrainState) -> None:
 def save_epoch(run: Run, state: TrainState) -> None:
     checkpoint = checkpoint_of(run, state)
     if distributed.is_first() and run.saver:
-        run.saver.save_epoch(checkpoint)
+        run.saver.save_epoch(checkpoint, state.epoch, is_best=state.best["epoch"] == state.epoch)
     run.clock.lap("saving")
 
 
 def write_outputs(run: Run, state: TrainState) -> None:
-    """Write what follows from an epoch's checkpoint: best.pt, histories, curves. Writing it twice changes nothing."""
+    """Write what follows from an epoch's checkpoint: histories, curves, TensorBoard. Twice changes nothing."""
     figures = epoch_figures(run.context) if run.settings.tensorboard else {}
-    if not distributed.is_first() or run.saver is None:
+    if not distributed.is_first():
         return
-    run.saver.publish(state.epoch, is_best=state.best["epoch"] == state.epoch)
     rows = write_epoch_files(run.directory, state.curve, state.history)
     if run.clock.share("drawing") < 0.05:  # short epochs do not wait for pictures that the next one replaces
         plots.draw_curves(run.directory, state.curve, state.history, state.best["epoch"])

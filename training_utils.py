@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from captioning import distributed
 from captioning.batches import Batch, BatchMaker
-from captioning.decoders import LSTMDecoder
+from captioning.decoders import Decoder
 from captioning.features import DeviceFeatures, Features, gather_views
 from captioning.io import UserError, format_bytes, log
 from captioning.scst import SelfCritic
@@ -89,7 +89,7 @@ class StepLoss(nn.Module):
     """
 
     def __init__(
-        self, decoder: LSTMDecoder, views: Sequence[Features], critic: SelfCritic | None, precision: Precision,
+        self, decoder: Decoder, views: Sequence[Features], critic: SelfCritic | None, precision: Precision,
         settings: Settings,
     ):  # fmt: skip
         """Args: views: the features of each view; critic: None without self-critical training."""
@@ -119,11 +119,14 @@ class StepLoss(nn.Module):
         settings = self.settings
         with self.precision.autocast():
             output = self.decoder(features, batch)
-            loss = self.decoder.cross_entropy(output.code, batch.targets, settings.label_smoothing) / rank_batch.tokens
-            if settings.attention_reg and output.attention is not None:
+            loss = (
+                self.decoder.cross_entropy(output.hidden_out, batch.targets, settings.label_smoothing)
+                / rank_batch.tokens
+            )
+            if settings.attention_reg and output.alphas is not None:
                 # Xu et al. (2015), section 4.2.1: over a caption, the weights of each region should sum to one.
-                sums = output.attention.new_zeros(len(batch.row_image), output.attention.shape[1])
-                sums = sums.index_add(0, batch.token_row, output.attention)  # (R, 49)
+                sums = output.alphas.new_zeros(len(batch.row_image), output.alphas.shape[1])
+                sums = sums.index_add(0, batch.token_row, output.alphas)  # (R, 49)
                 penalty = ((1 - sums) ** 2).mean(1).sum() / rank_batch.captions
                 loss = loss + settings.attention_reg * penalty
         return loss
@@ -141,7 +144,7 @@ def wrap_ddp(step_loss: StepLoss) -> nn.Module:
 class TrainState:
     """Everything a checkpoint restores. It changes while training runs; settings do not."""
 
-    decoder: LSTMDecoder
+    decoder: Decoder
     optimizer: torch.optim.Optimizer
     precision: Precision  # its loss scaler has a state
     schedule: Schedule | None
@@ -276,7 +279,7 @@ def advise_on_memory(device: torch.device, batch_size: int, directory: Path, vie
 
 @torch.inference_mode()
 def validation_loss(
-    decoder: LSTMDecoder, features: Features, batches: BatchMaker, images: np.ndarray, batch_size: int,
+    decoder: Decoder, features: Features, batches: BatchMaker, images: np.ndarray, batch_size: int,
     device: torch.device,
 ) -> float:  # fmt: skip
     """Return the plain cross-entropy per token of these images' captions, whatever the training loss adds."""
@@ -285,7 +288,7 @@ def validation_loss(
     for captions in distributed.shard(batches.plan(images, max(batch_size, 64))):
         batch = batches.make(captions)
         output = decoder(features.gather(batch.images, device), batch.to(device))
-        total += float(decoder.cross_entropy(output.code, batch.targets.to(device)))
+        total += float(decoder.cross_entropy(output.hidden_out, batch.targets.to(device)))
         tokens += len(batch.targets)
     total, tokens = distributed.total(total, tokens)
     return total / tokens

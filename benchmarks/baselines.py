@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from captioning.batches import BatchMaker
 from captioning.dataset import EOS, PAD, SOS
-from captioning.decoders import LSTMDecoder
+from captioning.decoders import Decoder
 from captioning.encoders import Encoder
 
 
@@ -61,9 +61,7 @@ def padded(batches: BatchMaker, captions: np.ndarray, length: int) -> tuple[torc
     return torch.from_numpy(inputs), torch.from_numpy(targets)
 
 
-def padded_loss(
-    decoder: LSTMDecoder, features: torch.Tensor, inputs: torch.Tensor, targets: torch.Tensor
-) -> torch.Tensor:
+def padded_loss(decoder: Decoder, features: torch.Tensor, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """The loss per token of the same decoder, the original's way.
 
     Everything that belongs to an image (its projection, its keys) is computed for every caption, an LSTM cell
@@ -78,12 +76,12 @@ def padded_loss(
     logits = []
     for words in inputs.unbind(1):
         state, output = decoder.step(state, words)
-        logits.append(decoder.logits(output.code))
+        logits.append(decoder.logits(output.hidden_out))
     return F.cross_entropy(torch.stack(logits, 1).flatten(0, 1), targets.flatten(), ignore_index=PAD)
 
 
 def padded_step(
-    decoder: LSTMDecoder, optimizer: torch.optim.Optimizer, features: torch.Tensor, inputs: torch.Tensor,
+    decoder: Decoder, optimizer: torch.optim.Optimizer, features: torch.Tensor, inputs: torch.Tensor,
     targets: torch.Tensor,
 ) -> None:  # fmt: skip
     """A training step the original's way."""

@@ -14,7 +14,7 @@ from generated import draw_pictures
 from measure import Bench, Figure, faster, interleaved
 
 from captioning.dataset import load_caption_set
-from captioning.encoders import Encoder, build_encoder, find_weights
+from captioning.encoders import Encoder, find_encoder
 from captioning.features import ENCODE_BATCH, FeatureFile, encode_images
 from captioning.images import load_pixels
 
@@ -35,12 +35,13 @@ def measure_encoder(bench: Bench, name: str, paths: list[Path]) -> list[Figure]:
     scale, device = bench.scale, bench.device
     paths = paths[: scale.encoded[name]]
     count, batch = len(paths), min(ENCODE_BATCH, len(paths))
-    weights, _ = find_weights(name, "random" if name == "resnet50" else None)
-    eager, fast = (build_encoder(name, weights).to(device) for _ in range(2))
+    spec = find_encoder(name)
+    weights, _ = spec.find_weights("random" if name == "resnet50" else None)
+    eager, fast = (spec.build(weights).to(device) for _ in range(2))
     pixels = np.stack([load_pixels(path, fast.spec.image_size) for path in paths[:batch]])
     tensor = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).contiguous()
     forms = {"frozen graph" if device.type == "cpu" else "float16": fast.fast_form(device)}
-    if scale.compiled and (compiled := compiled_form(build_encoder(name, weights), device)):
+    if scale.compiled and (compiled := compiled_form(spec.build(weights), device)):
         forms["compiled"] = compiled
     best = forms[list(forms)[-1]]
 

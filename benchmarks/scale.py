@@ -207,8 +207,8 @@ def work(folder: Path, epochs: int) -> None:
     flags = json.loads((folder / "flags.json").read_text())
     args, typed = trainer.parse_flags(flags)
     build, encoding = trainer.build_features, [0.0]
-    weights, _ = trainer.find_weights(args.encoder, None)
-    encoder = trainer.build_encoder(args.encoder, weights)
+    spec = trainer.find_encoder(args.encoder)
+    encoder = spec.build(spec.find_weights()[0])
     start = time.perf_counter()
     encode = encoder.fast_form(torch.device("cpu"))
     for _ in range(3):  # the first calls optimize the graph

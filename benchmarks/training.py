@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from captioning.dataset import load_caption_set
-from captioning.encoders import ENCODERS, build_encoder, find_weights
+from captioning.encoders import find_encoder
 from training_utils import Precision, StopRequest, multiplies_bf16
 
 PART = "epoch"
@@ -135,7 +135,8 @@ def multiply_adds(training: trainer.Training, plan: list[np.ndarray]) -> int:
     and, but for the image projection, three times this with the gradients of inputs and of weights.
     """
     decoder, flags = training.decoder, training.args
-    channels, regions = ENCODERS[flags.encoder].channels, ENCODERS[flags.encoder].regions
+    spec = find_encoder(flags.encoder)
+    channels, regions = spec.channels, spec.regions
     embed, hidden, words = flags.embed_size, flags.hidden_size, len(training.vocabulary)
     batches = [training.batches.make(captions) for captions in plan]
     images, tokens = sum(len(batch.images) for batch in batches), sum(len(batch.targets) for batch in batches)
@@ -153,8 +154,7 @@ def multiply_adds(training: trainer.Training, plan: list[np.ndarray]) -> int:
 def measure(bench: Bench) -> list[Figure]:
     data_dir, pictures = prepare_data(bench)
     prepare_features(bench, data_dir)
-    weights, _ = find_weights("resnet50", "random")
-    encoder = build_encoder("resnet50", weights).to(bench.device)
+    encoder = find_encoder("resnet50").build(None).to(bench.device)
     paths = [pictures[n % len(pictures)] for n in range(bench.scale.captions_encoded)]
     encode = lambda: naive_pass(encoder, paths, len(paths), bench.device)  # noqa: E731
     figures = []

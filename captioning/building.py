@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from captioning import decoders, distributed, registry
+from captioning import decoders, distributed
 from captioning.checkpoints import load_checkpoint, load_weights
 from captioning.consensus import BEAM_SIZE, Consensus, regression_images
 from captioning.dataset import CaptionSet, Vocabulary, load_caption_set
-from captioning.decoders import LSTMDecoder
-from captioning.encoders import build_encoder, find_encoder, find_weights
+from captioning.decoders import Decoder
+from captioning.encoders import find_encoder
 from captioning.evaluation import EvalContext, images_to_draw
 from captioning.features import FeatureRequest, Features, open_features
 from captioning.images import VIEW_SETS
@@ -67,14 +67,14 @@ def build_features(
         UserError: the weights are not those of the checkpoint, or the cache cannot be written.
     """
     spec = find_encoder(settings.encoder)
-    weights, digest = find_weights(spec, settings.resnet_weights, weights_hash)
+    weights, digest = spec.find_weights(settings.resnet_weights, weights_hash)
     distributed.check_agreement({"the hash of the encoder's weights": digest}, distributed.SAME_FILES)
     if means is None:
-        means = not registry.load(registry.DECODERS[settings.decoder]).uses_grid
+        means = not decoders.find_decoder(settings.decoder).uses_grid
     views = VIEW_SETS[settings.views]
     request = FeatureRequest(
         caches=cache_folders(settings.feature_cache), spec=spec, weights_hash=digest,
-        build_encoder=lambda: build_encoder(spec, weights), paths=data.paths(), folder=data.image_dir, images=images,
+        build_encoder=lambda: spec.build(weights), paths=data.paths(), folder=data.image_dir, images=images,
         device=distributed.pick_device(settings.device), means=means, workers=decoding_threads(settings.num_workers),
         compile_encoder=settings.compile, keep_on_device=settings.features_on_device, views=len(views),
     )  # fmt: skip
@@ -92,7 +92,7 @@ def decoding_threads(workers: int) -> int:
     return min(workers or 1, cores)
 
 
-def build_decoder(settings: Settings, vocabulary: Vocabulary) -> LSTMDecoder:
+def build_decoder(settings: Settings, vocabulary: Vocabulary) -> Decoder:
     """Build the decoder that the settings describe; its initial weights depend on the seed alone."""
     torch.manual_seed(settings.seed)
     return decoders.build_decoder(settings.values(), len(vocabulary), find_encoder(settings.encoder))

@@ -1,9 +1,7 @@
-"""A checkpoint that captions images: no data set, no feature cache."""
+"""Caption images from a checkpoint alone, without a data set or a feature cache."""
 
 from __future__ import annotations
 
-import argparse
-import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +16,7 @@ from captioning.dataset import Vocabulary
 from captioning.decoders import build_decoder
 from captioning.decoding import beam_search, sample
 from captioning.distributed import pick_device
-from captioning.encoders import ENCODE_BATCH, ENCODERS, build_encoder, find_weights
+from captioning.encoders import ENCODE_BATCH, find_encoder
 from captioning.features import mean_of
 from captioning.images import (
     VIEW_SETS,
@@ -27,6 +25,7 @@ from captioning.images import (
 )
 from captioning.io import UserError
 from captioning.runs import find_checkpoint
+from captioning.settings import Settings
 
 
 class Caption(NamedTuple):
@@ -42,7 +41,7 @@ class Caption(NamedTuple):
 
 
 class Captioned(NamedTuple):
-    """An image and its captions, best first, or why it has none."""
+    """An image with its captions, best first, or with the reason why it has none."""
 
     path: Path
     captions: list[Caption]
@@ -50,19 +49,18 @@ class Captioned(NamedTuple):
 
 
 class Captioner:
-    """A checkpoint, ready to caption images anywhere: no data set, no feature cache.
+    """A checkpoint, ready to caption images anywhere.
 
-    The captions are those of `--mode test`: of the same views of an image, whose features are rounded to float16 as
-    the cache stores them, and go through the encoder in batches of the same size.
+    The captions are those of `--mode test`: the same views of an image go through the encoder in batches of the same
+    size, and their features are rounded to float16 as the cache stores them.
     """
 
     def __init__(self, model_path: Path, device: str = "auto", resnet_weights: str | None = None, workers: int = 1):
-        """Load everything.
+        """Load encoder and decoder.
 
         Args:
-            model_path: as `experiment_utils.find_checkpoint` takes it.
-            resnet_weights: as `caption_models.find_weights` takes it; by default those of training, or where they
-                have moved, those found in the usual places.
+            model_path: as `runs.find_checkpoint` takes it.
+            resnet_weights: as `EncoderSpec.find_weights` takes it. A path in the checkpoint is not followed.
             workers: threads that decode images.
 
         Raises:
@@ -75,14 +73,11 @@ class Captioner:
         self.tuned = checkpoint["decoding"]
         flags = self.flags
         self.views = VIEW_SETS[flags["views"]]
-        self.spec = ENCODERS[flags["encoder"]]
-        saved = flags["resnet_weights"]
-        if resnet_weights is None and saved and (saved == "random" or os.path.isfile(saved)):
-            resnet_weights = saved
-        weights, _ = find_weights(self.spec.name, resnet_weights, checkpoint["encoder"]["weights_hash"])
-        self.encode = build_encoder(self.spec.name, weights).fast_form(self.device)
+        self.spec = find_encoder(flags["encoder"])
+        weights, _ = self.spec.find_weights(resnet_weights, checkpoint["encoder"]["weights_hash"])
+        self.encode = self.spec.build(weights).fast_form(self.device)
         self.vocabulary = Vocabulary(checkpoint["vocabulary"])
-        self.decoder = build_decoder(flags, len(self.vocabulary), self.spec.channels, self.spec.regions)
+        self.decoder = build_decoder(flags, len(self.vocabulary), self.spec)
         load_weights(self.decoder, checkpoint["decoder"], self.path)
         self.decoder.to(self.device)
 
@@ -90,11 +85,11 @@ class Captioner:
         flags = self.flags
         return f"{self.path} (epoch {self.epoch}, {flags['decoder']} on {flags['encoder']}, {flags['dataset_type']})"
 
-    def decoding(self, args: argparse.Namespace, typed: set[str]) -> tuple[int, float]:
-        """Beam size and length penalty: those that were typed, else those tuned for the checkpoint, else the defaults."""
-        if self.tuned and not typed & {"beam_size", "length_penalty"}:
+    def decoding(self, settings: Settings) -> tuple[int, float]:
+        """Return beam size and length penalty: explicit ones, else those tuned for the checkpoint, else the defaults."""
+        if self.tuned and not settings.explicit & {"beam_size", "length_penalty"}:
             return self.tuned["beam_size"], self.tuned["length_penalty"]
-        return args.beam_size, args.length_penalty
+        return settings.beam_size, settings.length_penalty
 
     def caption(
         self, paths: Sequence[Path], beam_size: int, length_penalty: float, count: int = 1, attention: bool = False,
@@ -103,9 +98,9 @@ class Captioner:
         """Caption images in their order, a batch at a time, however many there are.
 
         Args:
-            count: different captions wanted of each; the beam may find fewer.
-            attention: with where each word looked, if the decoder has attention.
-            top_p: draw the captions from the nucleus of this probability (`caption_models.sample`) rather than search.
+            count: number of different captions of each; the beam may find fewer.
+            attention: keep the attention of each word, if the decoder has attention.
+            top_p: draw the captions from the nucleus of this probability (`decoding.sample`) rather than search.
 
         Raises:
             UserError: the device's memory is too small.
@@ -120,7 +115,10 @@ class Captioner:
                     yield Captioned(path, next(captions), None)
 
     def decoded(self, paths: Sequence[Path]) -> Iterator[list[tuple[Path, np.ndarray | UnreadableImage]]]:
-        """Images, ENCODE_BATCH at a time, as pixels (views, size, size, 3) or as the reason why not; threads decode one batch ahead."""
+        """Yield images, ENCODE_BATCH at a time, as pixels (views, size, size, 3) or as the reason why they cannot be read.
+
+        Threads decode one batch ahead.
+        """
 
         def read(path: Path) -> np.ndarray | UnreadableImage:
             try:
@@ -140,8 +138,8 @@ class Captioner:
         self, pixels: list[np.ndarray], beam_size: int, length_penalty: float, count: int, attention: bool,
         top_p: float | None,
     ) -> list[list[Caption]]:  # fmt: skip
-        """The captions of up to ENCODE_BATCH decoded images, uint8 (views, size, size, 3) each."""
-        # A single image goes alone, since a person waits for it; others fill a batch up, as in feature_cache.
+        """Caption up to ENCODE_BATCH decoded images, uint8 (views, size, size, 3) each."""
+        # A single image goes alone, since a person waits for it; several are filled up to a batch, as in `features`.
         filler = [np.zeros_like(pixels[0])] * (ENCODE_BATCH - len(pixels) if len(pixels) > 1 else 0)
         try:
             members = []
@@ -162,7 +160,7 @@ class Captioner:
         ]
 
     def drawn(self, features: torch.Tensor, count: int, top_p: float) -> list[list[Caption]]:
-        """Up to `count` different captions of each image, drawn at random; the likeliest first."""
+        """Draw up to `count` different captions of each image at random; the likeliest come first."""
         samples = sample(self.decoder, features, count, self.flags["max_length"], top_p)
         captions = [
             Caption(self.vocabulary.decode(words), float(log_probability), None)

@@ -1,8 +1,11 @@
-"""Checkpoints: written whole or not at all, read without executing anything, and checked field by field."""
+"""Checkpoints: written whole or not at all, read without executing anything, and checked field by field.
+
+A checkpoint comes from anybody. Its file is read through before anything is built (`captioning.tensor_files`),
+each field is compared with `CHECKPOINT`, and the weights with the decoder that the flags describe.
+"""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import math
 from collections.abc import Callable
@@ -10,21 +13,25 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.overrides import TorchFunctionMode
 
-from captioning.features import cache_folders
-from captioning.flags import ARCHITECTURE_FLAGS, ENCODER_NAMES
+from captioning import registry
+from captioning.decoders import Decoder, build_decoder
+from captioning.encoders import find_encoder
 from captioning.io import (
     CONTROL_CHARACTERS,
     UserError,
-    check_tensor_zip,
     first_line,
     link_or_copy,
     log,
     read_json,
     write_atomic,
 )
+from captioning.registry import LIMITS
+from captioning.splits import is_stored, upgrade_split
+from captioning.tensor_files import read_tensors
 
-SCHEMA = 3  # of the checkpoint; a reader refuses what it does not know
+SCHEMA = 4  # of the checkpoint; a reader refuses what it does not know
 EXPORT_SCHEMA = 1  # of config.json in an exported folder
 LARGEST_JSON = 64_000_000  # bytes of a file in an exported folder; the vocabulary of Flickr30k has 0.2 million
 
@@ -37,25 +44,25 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint on the CPU without executing anything in it, whoever wrote it.
 
-    What comes back has every field of `CHECKPOINT` with the type that the program counts on, tensors that are
-    finite and of the shapes that the flags and the vocabulary say, and an optimizer state that fits them. Of an
-    exported folder (given as its `model.safetensors`) the optimizer is None: see `require_trainable`.
+    Returns:
+        every field of `CHECKPOINT` in its form, finite tensors of the shapes of the decoder that flags and vocabulary
+        describe, and an optimizer state that fits them. The optimizer of an exported folder (given as its
+        `model.safetensors`) is None: see `require_trainable`.
 
     Raises:
-        UserError: no checkpoint, a truncated, damaged or malformed one, or one of another program or version.
+        UserError: not a checkpoint, a truncated, damaged or malformed one, or one of another program or version.
     """
     if path.suffix == ".safetensors":
         return load_exported(path)
     try:
-        check_tensor_zip(path)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = read_tensors(path)
     except Exception as error:  # unpickling and zip errors of every kind mean the same to the user
         raise UserError(
-            f"{path} cannot be read as a checkpoint (truncated, or not one of ours): {first_line(error)}. "
+            f"{path} cannot be read as a checkpoint (truncated, or not written by this program): {first_line(error)}. "
             "Use another model_epoch_N.pt of its run"
         ) from error
-    wanted = ("decoder", "decoder_type", "vocabulary", "flags", "encoder", "epoch")
-    if not isinstance(checkpoint, dict) or any(key not in checkpoint for key in wanted):
+    required = ("decoder", "decoder_type", "vocabulary", "flags", "encoder", "epoch")
+    if not isinstance(checkpoint, dict) or any(key not in checkpoint for key in required):
         raise UserError(
             f"{path} is not a checkpoint of this program: give a model_epoch_N.pt, best.pt or a run directory"
         )
@@ -64,53 +71,19 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} has checkpoint schema {checkpoint['schema']}, this program reads 1 to {SCHEMA}")
     if checkpoint["schema"] == 1:
         upgrade_from_1(checkpoint)
-    if checkpoint["schema"] < SCHEMA:
+    if checkpoint["schema"] < 3:
         upgrade_from_2(checkpoint)
+    if checkpoint["schema"] < 4:
+        checkpoint["split"] = upgrade_split(checkpoint.get("split"))
+    checkpoint["schema"] = SCHEMA
     require_form(checkpoint, CHECKPOINT, path)
-    check_architecture(checkpoint, path)
-    check_optimizer(checkpoint["optimizer"], list(checkpoint["decoder"].values()), path)
+    decoder = check_architecture(checkpoint, path)
+    check_optimizer(checkpoint["optimizer"], list(decoder.parameters()), path)
     return checkpoint
 
 
-def apply_checkpoint(args: argparse.Namespace, typed: set[str], checkpoint: dict[str, Any], path: Path) -> None:
-    """Take from a checkpoint what it decides; only a flag that was typed can contradict it.
-
-    Raises:
-        UserError: a typed flag says otherwise.
-    """
-    saved = checkpoint["flags"]
-    for name in ARCHITECTURE_FLAGS:
-        if name in typed and getattr(args, name) != saved[name]:
-            raise UserError(
-                f"--{name} {getattr(args, name)} contradicts {path}, which was trained with {saved[name]}: "
-                f"leave the flag out, or train a new model without --model_path"
-            )
-        setattr(args, name, saved[name])
-    if args.decoder == "lstm" and args.save_attention_viz:
-        raise UserError(f"--save_attention_viz has no effect: {path} is an lstm decoder, which has no attention")
-    if args.encoder.startswith("efficientnet") and "resnet_weights" in typed:
-        raise UserError(f"--resnet_weights has no effect with {path}, whose encoder is {args.encoder}")
-    follow = ["data_dir", "image_dir", "captions_file", "resnet_weights", "seed", "views"]
-    # A stranger's checkpoint makes no cache elsewhere: only what is one already is used.
-    caches = cache_folders(saved["feature_cache"])
-    if not caches or any(any(cache.glob(f"{args.encoder}-*")) for cache in caches):
-        follow.append("feature_cache")
-    if checkpoint["decoding"] and not typed & {"beam_size", "length_penalty"}:
-        args.beam_size = checkpoint["decoding"]["beam_size"]
-        args.length_penalty = checkpoint["decoding"]["length_penalty"]
-    if args.mode == "train":
-        follow += ["weight_decay", "batch_size", "drop_prob", "grad_clip", "label_smoothing", "attention_reg"]
-        follow += ["best_metric", "precision"]
-        if not args.use_scheduler and "learning_rate" not in typed:
-            follow.append("learning_rate")
-    for name in follow:
-        if name not in typed:
-            value = saved[name]
-            setattr(args, name, Path(value) if value and name in ("data_dir", "image_dir", "captions_file") else value)
-
-
 def upgrade_from_1(checkpoint: dict[str, Any]) -> None:
-    """Schema 1 knew neither precision nor a place within an epoch."""
+    """Add what schema 1 lacks: the precision, and the place within an epoch."""
     checkpoint["scaler"] = {}
     checkpoint["progress"] = {"first_epoch": checkpoint["epoch"], "step": 0, "loss_sum": 0.0, "tokens": 0}
     if isinstance(checkpoint["flags"], dict):
@@ -118,8 +91,8 @@ def upgrade_from_1(checkpoint: dict[str, Any]) -> None:
 
 
 def upgrade_from_2(checkpoint: dict[str, Any]) -> None:
-    """Schema 2 knew neither views, nor self-critical training, nor tuned decoding; its weight decay was AdamW's own."""
-    checkpoint["schema"], checkpoint["decoding"] = SCHEMA, None
+    """Add what schema 2 lacks: views, self-critical training, tuned decoding; its weight decay was AdamW's default."""
+    checkpoint["decoding"] = None
     if isinstance(checkpoint.get("progress"), dict):
         checkpoint["progress"].setdefault("reward_sum", 0.0)
     if isinstance(checkpoint["flags"], dict):
@@ -127,10 +100,10 @@ def upgrade_from_2(checkpoint: dict[str, Any]) -> None:
 
 
 def load_exported(path: Path) -> dict[str, Any]:
-    """Read what `export_model.export` wrote as if it were a checkpoint without a training behind it.
+    """Read an exported folder (`modes/export.py`) as a checkpoint that has no optimizer state.
 
     Args:
-        path: its `model.safetensors`; `config.json`, `vocabulary.json` and, where the split was drawn, `split.json`
+        path: its `model.safetensors`; `config.json`, `vocabulary.json` and, where the model's split is known, `split.json`
             lie beside it.
 
     Raises:
@@ -148,7 +121,7 @@ def load_exported(path: Path) -> dict[str, Any]:
         if name in config["sha256"]:
             file = path.with_name(name)
             if not file.is_file():
-                raise UserError(f"{file} is not there: {path.parent} is no whole exported model. Export it again")
+                raise UserError(f"{file} is not there: {path.parent} is not a complete exported model. Export it again")
             with open(file, "rb") as opened:
                 if hashlib.file_digest(opened, "sha256").hexdigest() != config["sha256"][name]:
                     raise UserError(f"{file} is damaged (its SHA-256 is not that of {place}): copy or export it again")
@@ -165,7 +138,7 @@ def load_exported(path: Path) -> dict[str, Any]:
         "encoder": config["encoder"], "vocabulary": contents["vocabulary.json"],
         "flags": {**flags, **places, "feature_cache": "feature_cache"}, "optimizer": None, "scaler": {},
         "progress": {"first_epoch": config["epoch"], "step": 0, "loss_sum": 0.0, "reward_sum": 0.0, "tokens": 0},
-        "schedule": None, "decoding": config["decoding"], "split": contents["split.json"], "loss_curve": {name: [] for name in CHECKPOINT["loss_curve"]},
+        "schedule": None, "decoding": config["decoding"], "split": upgrade_split(contents["split.json"]), "loss_curve": {name: [] for name in CHECKPOINT["loss_curve"]},
         "metrics_history": [], "best": {"score": 0.0, "epoch": config["epoch"], "metric": flags["best_metric"]},
     }  # fmt: skip
     require_form(checkpoint, {name: form for name, form in CHECKPOINT.items() if name != "optimizer"}, path)
@@ -175,7 +148,7 @@ def load_exported(path: Path) -> dict[str, Any]:
 
 def read_exported_json(path: Path) -> Any:
     if path.is_file() and path.stat().st_size > LARGEST_JSON:
-        raise UserError(f"{path} is larger than {LARGEST_JSON} bytes: it is none of this program's")
+        raise UserError(f"{path} is larger than {LARGEST_JSON} bytes: it was not written by this program")
     return read_json(path)
 
 
@@ -193,7 +166,7 @@ def require_trainable(checkpoint: dict[str, Any], path: Path) -> None:
 
 
 class Rule(NamedTuple):
-    """What a field of a checkpoint has to be."""
+    """What a field of a checkpoint must be."""
 
     fits: Callable[[Any], bool]
     expected: str
@@ -205,8 +178,14 @@ class OrNone(NamedTuple):
     form: Any
 
 
-def whole(low: int = 0) -> Rule:
-    return Rule(lambda value: type(value) is int and low <= value < 2**63, f"a whole number, at least {low}")
+def whole(low: int = 0, high: int = 2**63 - 1) -> Rule:
+    bounds = f"at least {low}" + (f" and at most {high}" if high < 2**63 - 1 else "")
+    return Rule(lambda value: type(value) is int and low <= value <= high, f"a whole number, {bounds}")
+
+
+def size(flag: str) -> Rule:
+    """A size whose limit is that of the flag."""
+    return whole(1, LIMITS[flag])
 
 
 def real(low: float = -math.inf, high: float = math.inf) -> Rule:
@@ -251,10 +230,9 @@ def is_vocabulary(value: Any) -> bool:
 
 
 TEXT = Rule(is_text, "a text of one line")
-NAMES = Rule(lambda value: is_list(value, is_text), "a list of image names")
 NUMBERS = Rule(lambda value: is_list(value, real().fits), "a list of numbers")
-DECODERS = one_of("lstm", "attention")
-ENCODERS = one_of(*ENCODER_NAMES)
+DECODER = Rule(lambda value: type(value) is str and value in registry.DECODERS, "a decoder of this program")
+ENCODER = Rule(lambda value: type(value) is str and value in registry.ENCODERS, "an encoder of this program")
 SCHEDULE = {
     "settings": {
         "type": one_of("reduce_lr_on_plateau", "step", "cosine", "exponential", "one_cycle"),
@@ -264,17 +242,19 @@ SCHEDULE = {
     },
     "plateau": {"rate": real(0), "best": real(), "bad_epochs": whole()},
 }  # fmt: skip
-# The fields that the program reads, a form for each: a rule, or a table of forms, or one of them or None. Others are left alone.
+# The fields that the program reads, each with its form: a rule, or a table of forms, or either or None. Other fields are
+# ignored.
 CHECKPOINT: dict[str, Any] = {
     "epoch": whole(),
-    "decoder_type": DECODERS,
+    "decoder_type": DECODER,
     "decoder": Rule(lambda value: is_table(value, is_tensor), "a table of float32 tensors with finite numbers"),
-    "encoder": {"name": ENCODERS, "weights_hash": TEXT, "transform": one_of("squash224", "squash256")},
+    "encoder": {"name": ENCODER, "weights_hash": TEXT, "transform": TEXT},
     "vocabulary": Rule(is_vocabulary, "a list of different words that begins with <PAD>, <SOS>, <EOS>, <UNK>"),
     "flags": {
-        "decoder": DECODERS, "encoder": ENCODERS, "dataset_type": one_of("flickr8k", "flickr30k", "coco", "custom", "demo"),
-        "embed_size": whole(1), "hidden_size": whole(1), "num_layers": whole(1), "attention_dim": whole(1),
-        "freq_threshold": whole(1), "max_length": whole(1), "batch_size": whole(1), "seed": whole(),
+        "decoder": DECODER, "encoder": ENCODER, "dataset_type": one_of("flickr8k", "flickr30k", "coco", "custom", "demo"),
+        "embed_size": size("embed_size"), "hidden_size": size("hidden_size"), "num_layers": size("num_layers"),
+        "attention_dim": size("attention_dim"), "freq_threshold": whole(1), "max_length": size("max_length"),
+        "batch_size": whole(1), "seed": whole(0, LIMITS["seed"]),
         "drop_prob": real(0, 0.95), "grad_clip": real(0, 1e30), "label_smoothing": real(0, 0.9),
         "attention_reg": real(0, 1e30), "learning_rate": real(0, 1e30), "feature_cache": TEXT,
         "views": one_of("whole", "mirror", "all"), "weight_decay": real(0, 1e30),
@@ -286,9 +266,9 @@ CHECKPOINT: dict[str, Any] = {
     "scaler": Rule(lambda value: is_table(value, is_scalar), "the state of a loss scaler"),
     "progress": {"first_epoch": whole(), "step": whole(), "loss_sum": real(-1e300, 1e300), "reward_sum": real(0, 1e300),
                  "tokens": whole()},
-    "decoding": OrNone({"beam_size": whole(1), "length_penalty": real(0, 1e3), "cider": real(), "images": whole()}),
+    "decoding": OrNone({"beam_size": size("beam_size"), "length_penalty": real(0, LIMITS["length_penalty"]), "cider": real(), "images": whole()}),
     "schedule": OrNone(SCHEDULE),
-    "split": OrNone({"val": NAMES, "test": NAMES}),
+    "split": OrNone(Rule(is_stored, "a split by image name, size and hash")),
     "loss_curve": dict.fromkeys(("epochs", "training_losses", "validation_losses", "learning_rates"), NUMBERS),
     "metrics_history": Rule(
         lambda value: is_list(value, lambda entry: is_table(entry, is_scalar)), "a list of tables of scores"
@@ -297,7 +277,7 @@ CHECKPOINT: dict[str, Any] = {
 }  # fmt: skip
 
 
-# config.json of an exported folder; where things lay on the exporting machine is not in it.
+# config.json of an exported folder; the exporting machine's paths are not in it.
 EXPORTED: dict[str, Any] = {
     "schema": whole(),
     "epoch": whole(),
@@ -337,38 +317,49 @@ def malformed(path: Path, problem: str) -> UserError:
     return UserError(f"{path} is a malformed checkpoint: {problem}. {hint}")
 
 
-def check_architecture(checkpoint: dict[str, Any], path: Path) -> None:
-    """Compare sizes that are told twice, so that no decoder is built that the weights do not fill.
+class SkipInit(TorchFunctionMode):
+    """Leave the weights of new layers as they are: on the meta device a first random number takes PyTorch a second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ("normal_", "uniform_", "kaiming_uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def check_architecture(checkpoint: dict[str, Any], path: Path) -> Decoder:
+    """Compare flags, vocabulary and weights, and return the decoder on the meta device, where it takes no memory.
 
     Raises:
-        UserError: flags, vocabulary and weights tell of different networks, or a table's columns differ.
+        UserError: they describe different networks, or lists that belong together differ in length.
     """
-    flags, decoder = checkpoint["flags"], checkpoint["decoder"]
-    if flags["decoder"] != checkpoint["decoder_type"] or flags["encoder"] != checkpoint["encoder"]["name"]:
+    flags, weights, encoder = checkpoint["flags"], checkpoint["decoder"], checkpoint["encoder"]
+    if flags["decoder"] != checkpoint["decoder_type"] or flags["encoder"] != encoder["name"]:
         raise malformed(path, "its flags name another decoder or encoder than it holds")
-    places = {"embed_size": ("embed.weight", 1), "hidden_size": ("lstm.weight_hh_l0", 1)}
-    if flags["decoder"] == "attention":
-        places["attention_dim"] = ("key.weight", 0)
-    if any(name not in decoder or decoder[name].dim() != 2 for name, _ in places.values()):
-        raise UserError(f"{path} holds another architecture: no {' or '.join(name for name, _ in places.values())}")
-    found = {flag: decoder[name].shape[axis] for flag, (name, axis) in places.items()}
-    found["num_layers"] = sum(name.startswith("lstm.weight_hh_l") for name in decoder)
-    for flag, size in found.items():
-        if flags[flag] != size:
-            raise UserError(f"{path} holds another architecture: {flag} is {flags[flag]}, its weights have {size}")
-    if len(decoder["embed.weight"]) != len(checkpoint["vocabulary"]):
-        raise malformed(path, f"{len(checkpoint['vocabulary'])} words for {len(decoder['embed.weight'])} embeddings")
+    spec = find_encoder(encoder["name"])
+    if encoder["transform"] != spec.transform:
+        raise malformed(path, f"encoder.transform is not {spec.transform}, that of {spec.name}")
+    with torch.device("meta"), SkipInit():
+        decoder = build_decoder(flags, len(checkpoint["vocabulary"]), spec)
+    expected = {name: list(tensor.shape) for name, tensor in decoder.state_dict().items()}
+    found = {name: list(tensor.shape) for name, tensor in weights.items()}
+    for name in {**expected, **found}:
+        if expected.get(name) != found.get(name):
+            raise UserError(
+                f"{path} holds another architecture than its flags and vocabulary describe: {name} is "
+                f"{found.get(name, 'absent')} rather than {expected.get(name, 'absent')}"
+            )
     if checkpoint["schedule"] and len(checkpoint["schedule"]["settings"]) != len(SCHEDULE["settings"]):
-        raise malformed(path, "schedule.settings has fields that are none")
+        raise malformed(path, "schedule.settings has unknown fields")
     if len(set(map(len, (checkpoint["loss_curve"][name] for name in CHECKPOINT["loss_curve"])))) != 1:
         raise malformed(path, "the lists of loss_curve are not equally long")
+    return decoder
 
 
 def check_optimizer(optimizer: dict[str, Any], weights: list[torch.Tensor], path: Path) -> None:
     """Make sure that AdamW can go on from a saved state.
 
     Raises:
-        UserError: it belongs to other weights, or asks for what this program never does.
+        UserError: it belongs to other weights, or has settings that this program never uses.
     """
     state, groups = optimizer.get("state"), optimizer.get("param_groups")
     if not isinstance(state, dict) or type(groups) is not list or len(groups) != 1 or not isinstance(groups[0], dict):
@@ -390,23 +381,82 @@ def check_optimizer(optimizer: dict[str, Any], weights: list[torch.Tensor], path
         or not all(map(real(0, 0.999999).fits, group["betas"]))
         or any(group.get(name) not in (None, False) for name in switches)
     ):
-        raise malformed(path, "optimizer.param_groups is not that of this program")
+        raise malformed(path, "optimizer.param_groups was not written by this program")
 
 
-def load_weights(module: torch.nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
+def load_weights(decoder: Decoder, weights: dict[str, torch.Tensor], path: Path) -> None:
     """Fill a decoder.
 
     Raises:
         UserError: the weights are of another architecture.
     """
     try:
-        module.load_state_dict(weights)
+        decoder.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(f"{path} holds another architecture: {str(error).splitlines()[-1].strip()[:200]}") from error
 
 
+class CheckpointSaver:
+    """Owns the checkpoints of one run: `last.pt`, `best.pt`, `model_epoch_N.pt`, and which of these are deleted.
+
+    Only files that this run wrote are ever deleted: `model_epoch_N.pt` of its own epochs. `best.pt` and `last.pt` are
+    files of their own, hard links where the disk has them.
+    """
+
+    def __init__(self, directory: Path, keep: int = 0, first_epoch: int = 0):
+        """Args:
+        directory: the run directory, which exists.
+        keep: the newest epochs whose files stay (`--keep_checkpoints`); 0 for all.
+        first_epoch: epochs that were trained before this run, by the run of --model_path.
+        """
+        self.directory, self.keep, self.first_epoch = directory, keep, first_epoch
+        self.last, self.best = directory / "last.pt", directory / "best.pt"
+        self.checked = False
+
+    def epoch_file(self, epoch: int) -> Path:
+        return self.directory / f"model_epoch_{epoch}.pt"
+
+    def save_last(self, checkpoint: dict[str, Any]) -> None:
+        """Write `last.pt`; the first one is read back, so that no run trains for nothing.
+
+        Raises:
+            UserError: it cannot be written, or is not one that `load_checkpoint` reads.
+        """
+        save_checkpoint(self.last, checkpoint)
+        if not self.checked:
+            load_checkpoint(self.last)
+            self.checked = True
+
+    def save_epoch(self, checkpoint: dict[str, Any], epoch: int, is_best: bool) -> None:
+        """Write the checkpoint of a finished epoch and `publish` it."""
+        save_checkpoint(self.epoch_file(epoch), checkpoint)
+        self.publish(epoch, is_best)
+
+    def publish(self, epoch: int, is_best: bool) -> None:
+        """Make the newest epoch's file `last.pt` and, where it is, `best.pt`; then delete the files of old epochs.
+
+        Doing it again changes nothing: a resumed run does, since a crash may have come in between.
+        """
+        newest = self.epoch_file(epoch)
+        if newest.is_file():
+            if is_best:
+                link_or_copy(newest, self.best)
+            link_or_copy(newest, self.last)
+        if self.keep:
+            for old in range(self.first_epoch + 1, epoch - self.keep + 1):
+                self.epoch_file(old).unlink(missing_ok=True)
+
+
 def carry_best(checkpoint: dict[str, Any], path: Path, directory: Path) -> dict[str, Any] | None:
-    """Take the old run's best checkpoint along, so that the new run has a best.pt even if it gets no better."""
+    """Take the old run's best checkpoint along, so that the new run has a best.pt even if it gets no better.
+
+    Args:
+        checkpoint: the one that the new run trains on from, read from `path`.
+        directory: of the new run.
+
+    Returns:
+        its score and epoch, or None where its file is gone.
+    """
     best = checkpoint["best"]
     candidates = [path.parent / f"model_epoch_{best['epoch']}.pt", path.parent / "best.pt"]
     if best["epoch"] == checkpoint["epoch"]:
@@ -417,11 +467,3 @@ def carry_best(checkpoint: dict[str, Any], path: Path, directory: Path) -> dict[
             return dict(best)
     log.warning(f"The old run's best checkpoint (epoch {best['epoch']}) is gone: this run finds its own best")
     return None
-
-
-def prune_checkpoints(directory: Path, keep: int) -> None:
-    """Delete all but the newest `keep` epoch files; best.pt and last.pt are files of their own."""
-    if keep:
-        epochs = sorted(directory.glob("model_epoch_*.pt"), key=lambda path: int(path.stem.rpartition("_")[2]))
-        for old in epochs[:-keep]:
-            old.unlink()

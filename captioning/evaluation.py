@@ -13,7 +13,7 @@ from tqdm import tqdm
 from captioning import distributed
 from captioning.consensus import Consensus
 from captioning.dataset import CaptionSet, Vocabulary
-from captioning.decoders import LSTMDecoder
+from captioning.decoders import Decoder
 from captioning.decoding import Hypothesis, beam_search
 from captioning.features import Features
 from captioning.io import UserError, bars_off
@@ -30,7 +30,7 @@ class EvalContext:
     device: torch.device
     data: CaptionSet
     vocabulary: Vocabulary
-    members: list[tuple[LSTMDecoder, Features]]  # a decoder with a view of the images, or an ensemble of several
+    members: list[tuple[Decoder, Features]]  # a decoder with a view of the images, or an ensemble of several
     consensus: Consensus | None = field(default=None, kw_only=True)  # picks among the beam's captions
 
     def text(self, hypothesis: Hypothesis) -> str:

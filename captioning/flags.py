@@ -15,16 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from captioning.io import CONTROL_CHARACTERS
-from captioning.registry import DECODERS, ENCODERS
+from captioning.registry import DECODERS, ENCODERS, LIMITS
 
 MODES = ("train", "test", "tune", "caption", "serve", "export")
 DATA_MODES = ("train", "test", "tune")  # modes that read a data set
 SCHEDULERS = ("reduce_lr_on_plateau", "step", "cosine", "exponential", "one_cycle")
-# Largest sizes that a flag takes, and that are believed of a checkpoint: a forged file cannot ask for more memory.
-LIMITS = {
-    "embed_size": 16384, "hidden_size": 16384, "attention_dim": 16384, "num_layers": 32, "max_length": 1000,
-    "beam_size": 1000, "batch_size": 1_000_000, "epochs": 100_000, "freq_threshold": 1_000_000,
-}  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------
@@ -162,7 +157,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
     ),
     "training": (
         Flag("seed", "of the split that is drawn, weights, order, dropout, and what --top_p draws",
-            number(int, 0, 2**63 - 1), 0, modes=(*DATA_MODES, "caption"), checkpoint="kept"),
+            number(int, 0, LIMITS["seed"]), 0, modes=(*DATA_MODES, "caption"), checkpoint="kept"),
         Flag("device", "where the networks run", str, "auto", ("auto", "cpu", "cuda", "mps"), resume=True,
             parameter=False),
         Flag("precision", "matmul dtype in training; auto is bf16 where the device is made for it, else fp32", str,
@@ -210,7 +205,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
     "decoding": (
         Flag("beam_size", "hypotheses kept in testing, beside greedy decoding (unless given: what --mode tune found)",
             size("beam_size"), 3),
-        Flag("length_penalty", "exponent of the length; more makes captions longer", number(float, 0, 10), 0.7),
+        Flag("length_penalty", "exponent of the length; more makes captions longer", number(float, 0, LIMITS["length_penalty"]), 0.7),
         Flag("consensus", "take the beam's caption that agrees best with all of them (beam), or also with what a "
             "regression on the training captions expects of the image (regression); the beam is 20 wide unless given",
             str, "off", ("off", "beam", "regression"), modes=("test",)),

@@ -1,7 +1,7 @@
-"""The parts of a training step that PyTorch's own operators do slowly: each gives what the plain one gives.
+"""Faster forms of the parts of a training step that PyTorch's own operators do slowly.
 
 `PackedLSTMLayer` is `torch.nn.LSTM` over a packed sequence, `ProjectedCrossEntropy` is
-`F.cross_entropy(F.linear(...))`, `Dropout` is `torch.nn.Dropout`. The tests hold them against those.
+`F.cross_entropy(F.linear(...))`, `Dropout` is `torch.nn.Dropout`. The tests compare each with the plain one.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-ROWS_AT_A_TIME = 1024  # of the logits: what is computed of them next still lies in the processor's cache
+ROWS_AT_A_TIME = 1024  # of the logits, so that they still lie in the processor's cache when they are read again
 
 
 def matmul_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """The type that matrix products of this tensor run in: autocast's where it is on, else its own."""
+    """Return the type that matrix products of this tensor run in: autocast's where it is on, else its own."""
     kind = tensor.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
 
@@ -72,16 +72,16 @@ class PackedLSTMLayer(torch.autograd.Function):
             c_before = cells[end - n - ctx.sizes[t - 1] :][:n] if t else cell
             i, f, g, o = gates[step].chunk(4, 1)
             d_i, d_f, d_g, d_o = d_gates[step].chunk(4, 1)
-            squashed = cells[step].tanh()
+            tanh_c = cells[step].tanh()
             total = d_outputs[step].clone()
             total[:later] += d_h
-            torch.mul(total, squashed, out=d_o).mul_(o).mul_(1 - o)
-            carried = total.mul_(o).mul_(squashed.square_().neg_().add_(1))
-            carried[:later] += d_c
-            torch.mul(carried, g, out=d_i).mul_(i).mul_(1 - i)
-            torch.mul(carried, c_before, out=d_f).mul_(f).mul_(1 - f)
-            torch.mul(carried, i, out=d_g).mul_(1 - g.square())
-            d_c = carried.mul_(f)
+            torch.mul(total, tanh_c, out=d_o).mul_(o).mul_(1 - o)
+            d_cell = total.mul_(o).mul_(tanh_c.square_().neg_().add_(1))
+            d_cell[:later] += d_c
+            torch.mul(d_cell, g, out=d_i).mul_(i).mul_(1 - i)
+            torch.mul(d_cell, c_before, out=d_f).mul_(f).mul_(1 - f)
+            torch.mul(d_cell, i, out=d_g).mul_(1 - g.square())
+            d_c = d_cell.mul_(f)
             d_h = (d_gates[step].to(weight.dtype) @ weight).to(gates.dtype)
             end, later = end - n, n
         d_weight = (d_gates.to(weight.dtype).t() @ previous).to(gates.dtype)
@@ -97,29 +97,29 @@ class ProjectedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, code, weight, bias, targets, token_weights, label_smoothing):  # type: ignore[no-untyped-def]
-        """Args: code: (N, E); weight: (V, E); bias: (V,); targets: int64 (N,); token_weights: (N,) or None.
+    def forward(ctx, hidden_out, weight, bias, targets, token_weights, label_smoothing):  # type: ignore[no-untyped-def]
+        """Args: hidden_out: (N, E); weight: (V, E); bias: (V,); targets: int64 (N,); token_weights: (N,) or None.
 
         Returns the sum over tokens of weight * loss, float32.
         """
-        dtype, words = matmul_dtype(code), len(weight)
-        low_code, low_weight = code.detach().to(dtype), weight.detach().to(dtype)
-        wanted = any(ctx.needs_input_grad)
-        total = torch.zeros((), dtype=bias.dtype, device=code.device)
-        if wanted:
-            d_code = torch.empty_like(code, dtype=bias.dtype)
+        dtype, words = matmul_dtype(hidden_out), len(weight)
+        low_hidden, low_weight = hidden_out.detach().to(dtype), weight.detach().to(dtype)
+        needs_gradient = any(ctx.needs_input_grad)
+        total = torch.zeros((), dtype=bias.dtype, device=hidden_out.device)
+        if needs_gradient:
+            d_hidden = torch.empty_like(hidden_out, dtype=bias.dtype)
             d_weight, d_bias = torch.zeros_like(weight), torch.zeros_like(bias)
-        for start in range(0, len(code), ROWS_AT_A_TIME):
+        for start in range(0, len(hidden_out), ROWS_AT_A_TIME):
             rows = slice(start, start + ROWS_AT_A_TIME)
             target = targets[rows].unsqueeze(1)  # (n, 1)
-            logits = (low_code[rows] @ low_weight.t()).to(bias.dtype).add_(bias)  # (n, V)
+            logits = (low_hidden[rows] @ low_weight.t()).to(bias.dtype).add_(bias)  # (n, V)
             logits -= logits.max(1, keepdim=True).values
             right = logits.gather(1, target).squeeze(1)
             mean = logits.mean(1) if label_smoothing else right
             normalizer = logits.exp_().sum(1)
             loss = normalizer.log() - (1 - label_smoothing) * right - label_smoothing * mean
             total += loss.sum() if token_weights is None else (loss * token_weights[rows]).sum()
-            if wanted:
+            if needs_gradient:
                 gradient = logits.div_(normalizer.unsqueeze(1))
                 gradient -= label_smoothing / words
                 gradient.scatter_add_(1, target, gradient.new_full(target.shape, label_smoothing - 1))
@@ -127,18 +127,18 @@ class ProjectedCrossEntropy(torch.autograd.Function):
                     gradient *= token_weights[rows].unsqueeze(1)
                 d_bias += gradient.sum(0)
                 gradient = gradient.to(dtype)
-                d_code[rows] = gradient @ low_weight
-                d_weight += gradient.t() @ low_code[rows]
-        if wanted:
-            ctx.save_for_backward(d_code, d_weight, d_bias)
-            ctx.code_dtype = code.dtype
+                d_hidden[rows] = gradient @ low_weight
+                d_weight += gradient.t() @ low_hidden[rows]
+        if needs_gradient:
+            ctx.save_for_backward(d_hidden, d_weight, d_bias)
+            ctx.hidden_dtype = hidden_out.dtype
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, scale):  # type: ignore[no-untyped-def]
-        d_code, d_weight, d_bias = ctx.saved_tensors
-        return (d_code * scale).to(ctx.code_dtype), d_weight * scale, d_bias * scale, None, None, None
+        d_hidden, d_weight, d_bias = ctx.saved_tensors
+        return (d_hidden * scale).to(ctx.hidden_dtype), d_weight * scale, d_bias * scale, None, None, None
 
 
 def dropout(values: torch.Tensor, probability: float) -> torch.Tensor:
@@ -172,21 +172,21 @@ class Dropout(nn.Module):
 
 
 def projected_cross_entropy(
-    code: torch.Tensor,
+    hidden_out: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
     targets: torch.Tensor,
     label_smoothing: float = 0.0,
     token_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Sum over tokens of the cross-entropy of `F.linear(code, weight, bias)` against `targets`.
+    """Sum over tokens of the cross-entropy of `F.linear(hidden_out, weight, bias)` against `targets`.
 
     Args:
-        code: (N, E).
+        hidden_out: (N, E).
         weight: (V, E); bias: (V,), float32 under autocast too.
         targets: int64 (N,).
         label_smoothing: as in `F.cross_entropy`.
         token_weights: (N,) factors of the tokens' losses, or None for ones.
     """
-    result: Any = ProjectedCrossEntropy.apply(code, weight, bias, targets, token_weights, label_smoothing)
+    result: Any = ProjectedCrossEntropy.apply(hidden_out, weight, bias, targets, token_weights, label_smoothing)
     return result

@@ -1,32 +1,68 @@
-"""The encoders and decoders by name. Importing this imports no PyTorch."""
+"""The encoders and decoders by name. To add one, write it in a module of any package and add a line here.
+
+Nothing heavy is imported, so that the parser can take its choices from here before PyTorch is loaded. What an
+encoder has to offer is in `captioning.encoders.EncoderSpec`, a decoder in `captioning.decoders.Decoder`.
+"""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 
 class Entry(NamedTuple):
-    """One encoder or decoder."""
+    """Where an encoder or a decoder is defined."""
 
-    target: str  # 'module:ATTRIBUTE', imported when it is asked for
+    target: str  # "module:ATTRIBUTE": an instance of EncoderSpec, or a subclass of Decoder
     flags: tuple[str, ...] = ()  # flags that only such entries read
 
 
-STAGES = "_stages"  # ends the names of encoders that give what every stage sees
-ENCODERS: dict[str, Entry] = {
-    name + form: Entry("captioning.encoders:ENCODERS", () if name.startswith("efficientnet") else ("resnet_weights",))
-    for form in ("", STAGES)
-    for name in ("resnet50", "resnet101", "resnet152", "convnext_base", "efficientnet_lite0", "efficientnet_lite2")
+NAMED = ("resnet_weights",)  # the user may name the file of the weights
+ENCODERS = {
+    "resnet50": Entry("captioning.encoders:RESNET50", NAMED),
+    "resnet101": Entry("captioning.encoders:RESNET101", NAMED),
+    "resnet152": Entry("captioning.encoders:RESNET152", NAMED),
+    "convnext_base": Entry("captioning.encoders:CONVNEXT_BASE", NAMED),
+    "efficientnet_lite0": Entry("captioning.encoders:EFFICIENTNET_LITE0"),
+    "efficientnet_lite2": Entry("captioning.encoders:EFFICIENTNET_LITE2"),
+    "resnet50_stages": Entry("captioning.encoders:RESNET50_STAGES", NAMED),
+    "resnet101_stages": Entry("captioning.encoders:RESNET101_STAGES", NAMED),
+    "resnet152_stages": Entry("captioning.encoders:RESNET152_STAGES", NAMED),
+    "convnext_base_stages": Entry("captioning.encoders:CONVNEXT_BASE_STAGES", NAMED),
+    "efficientnet_lite0_stages": Entry("captioning.encoders:EFFICIENTNET_LITE0_STAGES"),
+    "efficientnet_lite2_stages": Entry("captioning.encoders:EFFICIENTNET_LITE2_STAGES"),
 }
-DECODERS: dict[str, Entry] = {
+DECODERS = {
     "lstm": Entry("captioning.decoders:LSTMDecoder"),
     "attention": Entry(
         "captioning.decoders:AttentionDecoder", ("attention_dim", "attention_reg", "save_attention_viz")
     ),
 }
 
+# The largest values that the parser and the reader of checkpoints take: what needs more memory or time than any
+# machine has, or overflows, is refused before anything is built.
+LIMITS = {
+    "max_length": 1000,
+    "embed_size": 16384,
+    "hidden_size": 16384,
+    "attention_dim": 16384,
+    "num_layers": 32,
+    "beam_size": 1000,
+    "batch_size": 1_000_000,
+    "epochs": 100_000,
+    "freq_threshold": 1_000_000,
+    "length_penalty": 100,  # max_length to this power is still a float
+    "seed": 2**63 - 1,
+}
+
 
 def load(entry: Entry) -> Any:
-    module, _, name = entry.target.partition(":")
-    return getattr(importlib.import_module(module), name)
+    """Import what an entry names."""
+    module, _, attribute = entry.target.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def idle_flags(entries: Mapping[str, Entry], name: str) -> set[str]:
+    """Return the flags that other entries read and the one of this name does not."""
+    return {flag for entry in entries.values() for flag in entry.flags}.difference(entries[name].flags)

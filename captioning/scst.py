@@ -9,7 +9,7 @@ from captioning import distributed
 from captioning.batches import pack_captions
 from captioning.cider import CiderReward
 from captioning.dataset import EOS, CaptionSet, Vocabulary
-from captioning.decoders import DecoderOutput, LSTMDecoder
+from captioning.decoders import Decoder, DecoderOutput
 from captioning.decoding import sample
 
 
@@ -27,7 +27,7 @@ class SelfCritic:
         self.word_of = self.reward.words_of(vocabulary)
 
     def loss(
-        self, decoder: LSTMDecoder, features: torch.Tensor | None, images: np.ndarray, autocast: torch.autocast
+        self, decoder: Decoder, features: torch.Tensor | None, images: np.ndarray, autocast: torch.autocast
     ) -> tuple[torch.Tensor, float]:
         """Draw, reward, and run the decoder over what was drawn.
 
@@ -58,7 +58,7 @@ class SelfCritic:
         with autocast:
             output: DecoderOutput = decoder(features, batch)
             token_weights = torch.from_numpy(weights).float().to(features.device)
-            loss = decoder.cross_entropy(output.code, batch.targets, 0.0, token_weights) / tokens
+            loss = decoder.cross_entropy(output.hidden_out, batch.targets, 0.0, token_weights) / tokens
         return loss, reward / samples
 
     def rewards(self, words: np.ndarray, lengths: np.ndarray, ended: np.ndarray, images: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from captioning.io import UserError, log, read_json
+from captioning.io import CONTROL_CHARACTERS, UserError, log, read_json
 from captioning.layouts import SPLITS, karpathy_split, split_lists
 
 COCO_HELD_OUT = 5000  # validation and test images of COCO, as many as Karpathy's split has
@@ -210,6 +210,33 @@ def refuse_trained_images(
             f"{source} was trained on {len(seen)} of the {len(images)} images to score ({few(seen)}): a score on them "
             "says nothing. Score images that it has not seen, e.g. with split lists that leave these out"
         )
+
+
+def upgrade_split(value: Any) -> Any:
+    """Return the stored form of a split of schema 3, which had the names of a drawn split's val and test."""
+    if isinstance(value, dict) and all(isinstance(part, list) for part in value.values()):
+        return {split: {"names": names, "sizes": None, "hashes": None} for split, names in value.items()}
+    return value
+
+
+def is_stored(value: Any) -> bool:
+    """Return whether a value from a file has the stored form."""
+
+    def is_part(part: Any) -> bool:
+        if not isinstance(part, dict) or not {"names", "sizes", "hashes"} <= part.keys():
+            return False
+        names, numbers = part["names"], (part["sizes"], part["hashes"])
+        return (
+            isinstance(names, list)
+            and all(type(name) is str and not CONTROL_CHARACTERS.search(name) for name in names)
+            and all(
+                column is None
+                or (isinstance(column, list) and len(column) == len(names) and all(type(n) is int for n in column))
+                for column in numbers
+            )
+        )
+
+    return isinstance(value, dict) and {"val", "test"} <= value.keys() and all(map(is_part, value.values()))
 
 
 def split_of_run(directory: Path) -> StoredSplit | None:

@@ -36,6 +36,7 @@ from captioning.checkpoints import SCHEMA, is_tensor, load_checkpoint, load_weig
 from captioning.dataset import Tokens, Vocabulary, find_splits, pack_tokens, unpack_tokens
 from captioning.decoders import build_decoder
 from captioning.demo_set import read_boxes, score
+from captioning.encoders import find_encoder
 from captioning.features import FeatureFile, Version
 from captioning.images import UnreadableImage, open_image
 from captioning.io import CONTROL_CHARACTERS, UserError
@@ -352,7 +353,7 @@ def sound_checkpoint(name: str = "attention") -> dict[str, Any]:
         "precision": "fp32",
     }  # fmt: skip
     words = ["<PAD>", "<SOS>", "<EOS>", "<UNK>", "a", "dog"]
-    decoder = build_decoder(flags, len(words), 4)
+    decoder = build_decoder(flags, len(words), find_encoder("resnet50"))
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-3, fused=True)
     for parameter in decoder.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -481,7 +482,7 @@ def exported_model(value: dict[str, bytes], folder: Path) -> bool:
 
 def fill_decoder(checkpoint: dict[str, Any], path: Path) -> torch.nn.Module:
     flags = checkpoint["flags"]
-    decoder = build_decoder(flags, len(Vocabulary(checkpoint["vocabulary"])), 4)
+    decoder = build_decoder(flags, len(Vocabulary(checkpoint["vocabulary"])), find_encoder(flags["encoder"]))
     load_weights(decoder, checkpoint["decoder"], path)
     return decoder
 

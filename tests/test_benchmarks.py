@@ -72,7 +72,7 @@ def test_the_original_way_has_the_same_loss(bench: measure.Bench, decoder: str) 
     batch = task.batches.make(captions)
     model = task.decoder.eval()
     with torch.no_grad():
-        loss = model.cross_entropy(model(task.views[0].gather(batch.images), batch).code, batch.targets)
+        loss = model.cross_entropy(model(task.views[0].gather(batch.images), batch).hidden_out, batch.targets)
         owner = np.searchsorted(task.data.first_caption, captions, side="right") - 1
         inputs, targets = baselines.padded(task.batches, captions, 37)
         plain = baselines.padded_loss(model, task.views[0].gather(owner), inputs, targets)

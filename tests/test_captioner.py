@@ -250,7 +250,7 @@ def test_asking_for_more_captions_changes_nothing_about_the_best(tiny_runs):
     model = Captioner(tiny_runs["attention"])
     features = torch.from_numpy(np.random.default_rng(0).normal(size=(6, 49, 1280)).astype(np.float32))
     one = beam_search([(model.decoder, features)], 5, 12)
-    five = beam_search([(model.decoder, features)], 5, 12, wanted=5)
+    five = beam_search([(model.decoder, features)], 5, 12, num_hypotheses=5)
     for few, many in zip(one, five, strict=True):
         assert few[0].ids == many[0].ids and len(many) > 1
         assert [h.score for h in many] == sorted((h.score for h in many), reverse=True)

@@ -12,38 +12,40 @@ from captioning.kernels import ROWS_AT_A_TIME, Dropout, dropout, projected_cross
 def test_projected_cross_entropy_is_cross_entropy_of_the_projection(smoothing, weighted):
     torch.manual_seed(0)
     tokens, size, words = ROWS_AT_A_TIME + 37, 12, 50  # more than one piece
-    code, weight, bias = (
+    hidden_out, weight, bias = (
         torch.randn(shape, dtype=torch.double, requires_grad=True)
         for shape in ((tokens, size), (words, size), (words,))
     )
     targets = torch.randint(words, (tokens,))
     factors = torch.randn(tokens, dtype=torch.double) if weighted else None
-    ours = projected_cross_entropy(code, weight, bias, targets, smoothing, factors)
-    each = F.cross_entropy(F.linear(code, weight, bias), targets, label_smoothing=smoothing, reduction="none")
+    ours = projected_cross_entropy(hidden_out, weight, bias, targets, smoothing, factors)
+    each = F.cross_entropy(F.linear(hidden_out, weight, bias), targets, label_smoothing=smoothing, reduction="none")
     theirs = (each * factors).sum() if weighted else each.sum()
     torch.testing.assert_close(ours, theirs)
     for a, b in zip(
-        torch.autograd.grad(3 * ours, (code, weight, bias)),
-        torch.autograd.grad(3 * theirs, (code, weight, bias)),
+        torch.autograd.grad(3 * ours, (hidden_out, weight, bias)),
+        torch.autograd.grad(3 * theirs, (hidden_out, weight, bias)),
         strict=True,
     ):
         torch.testing.assert_close(a, b)
     with torch.no_grad():
-        torch.testing.assert_close(projected_cross_entropy(code, weight, bias, targets, smoothing, factors), theirs)
+        torch.testing.assert_close(
+            projected_cross_entropy(hidden_out, weight, bias, targets, smoothing, factors), theirs
+        )
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_under_autocast_the_loss_is_that_of_float32_within_its_rounding(dtype):
     torch.manual_seed(0)
-    code, weight, bias = torch.randn(300, 32), torch.randn(80, 32) / 6, torch.randn(80)
+    hidden_out, weight, bias = torch.randn(300, 32), torch.randn(80, 32) / 6, torch.randn(80)
     targets = torch.randint(80, (300,))
-    wanted = [value.requires_grad_() for value in (code, weight, bias)]
-    plain = projected_cross_entropy(*wanted, targets)
+    inputs = [value.requires_grad_() for value in (hidden_out, weight, bias)]
+    plain = projected_cross_entropy(*inputs, targets)
     with torch.autocast("cpu", dtype):
-        low = projected_cross_entropy(*wanted, targets)
+        low = projected_cross_entropy(*inputs, targets)
     assert low.dtype == torch.float32
     torch.testing.assert_close(low, plain, rtol=2e-3, atol=0)
-    for a, b in zip(torch.autograd.grad(low, wanted), torch.autograd.grad(plain, wanted), strict=True):
+    for a, b in zip(torch.autograd.grad(low, inputs), torch.autograd.grad(plain, inputs), strict=True):
         assert a.dtype == torch.float32 and float((a - b).norm() / b.norm()) < 0.01
 
 

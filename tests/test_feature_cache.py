@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from captioning import registry
-from captioning.encoders import ENCODERS, Encoder, EncoderSpec
+from captioning.encoders import Encoder, EncoderSpec, find_encoder
 from captioning.features import DeviceFeatures, FeatureRequest, fits_on, open_features
 from captioning.io import UserError
 
@@ -238,7 +238,8 @@ def test_the_version_of_each_image_is_known(tmp_path, paths):
 
 
 def test_the_encoders_say_what_they_are():
-    said = {name: (spec.network, spec.family, spec.regions, spec.transform) for name, spec in ENCODERS.items()}
+    specs = {name: find_encoder(name) for name in registry.ENCODERS}
+    said = {name: (spec.network, spec.family, spec.regions, spec.transform) for name, spec in specs.items()}
     plain = {
         "resnet50": ("resnet50", "resnet", 49, "squash224"),
         "resnet101": ("resnet101", "resnet", 49, "squash224"),
@@ -251,4 +252,4 @@ def test_the_encoders_say_what_they_are():
         f"{name}_stages": (network, family if family == "resnet" else f"{family}_stages", regions, transform)
         for name, (network, family, regions, transform) in plain.items()
     }
-    assert said == plain | stages and set(said) == set(registry.ENCODERS)
+    assert said == plain | stages and all(spec.name == name for name, spec in specs.items())

