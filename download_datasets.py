@@ -240,15 +240,15 @@ def fetch(name: str, data_dir: Path, force: bool) -> None:
     if not problems and not force:
         print(f"{name}: complete already in {target} (--force downloads it again)")
         return
-    wanted_parts = [part for part in source.parts if force or part in problems]
-    if "images" in wanted_parts:
+    parts = [part for part in source.parts if force or part in problems]
+    if "images" in parts:
         require_no_other_folder(target, source)
     shutil.rmtree(fresh, ignore_errors=True)
     make_directory(fresh, "unpacking")
     downloads = make_directory(data_dir / "downloads", "the downloaded archives")
     archives: list[Path] = []
     try:
-        for part in wanted_parts:
+        for part in parts:
             print(f"{name}: fetching its {part}")
             archives.append(fetch_part(name, part, downloads, fresh, source))
         print(f"{name}: checking")

@@ -1,4 +1,4 @@
-"""Downloads that resume and are verified, and unpacking of archives that nobody vouches for.
+"""Verified downloads that resume, and safe unpacking of archives from untrusted servers.
 
 It knows nothing of data sets: a URL, a hash and a limit go in, a file or a folder comes out, whole or not at all.
 """

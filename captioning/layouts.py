@@ -1,8 +1,8 @@
 """The layouts of caption data sets: where images, captions and split lists lie, and how captions files are read.
 
-Captions come as a pandas table. It is filled line by line rather than by pandas' own parser, which reads neither
-commas that nobody quoted nor the row without its separator in Flickr30k's file, cannot name the line of a faulty row
-after a caption of several lines, and takes "None" for a missing value.
+Captions come as a pandas table. It is filled line by line instead of by pandas' own parser, which reads neither unquoted
+commas nor the row without its separator in Flickr30k's file, cannot name the line of a faulty row after a caption of
+several lines, and takes "None" for a missing value.
 """
 
 from __future__ import annotations

@@ -74,8 +74,8 @@ def coco(folder: Path, karpathy: bool) -> Path:
             (folder / "annotations" / f"captions_{part}.json").write_text(json.dumps(content))
         for n, name in files.items():
             split = {9: "train", 25: "train", 42: "restval", 73: "val", 74: "val"}.get(n, "test")
-            said = [{"raw": f"picture {n} again"}, {"raw": f"picture {n} again"}]
-            images.append({"filepath": part, "filename": name, "cocoid": n, "split": split, "sentences": said})
+            sentences = [{"raw": f"picture {n} again"}, {"raw": f"picture {n} again"}]
+            images.append({"filepath": part, "filename": name, "cocoid": n, "split": split, "sentences": sentences})
     if karpathy:
         (folder / "dataset_coco.json").write_text(json.dumps({"dataset": "coco", "images": images}))
     return folder

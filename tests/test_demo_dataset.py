@@ -62,8 +62,8 @@ def test_five_different_true_captions_each(demo):
         shown = Counter(f"{shape['color']} {shape['shape']}" for shape in shapes[image])
         for text in texts:
             words = text.split()
-            said = Counter(f"{a} {b}" for a, b in zip(words, words[1:], strict=False) if a in COLORS and b in SHAPES)
-            assert said == shown, text
+            named = Counter(f"{a} {b}" for a, b in zip(words, words[1:], strict=False) if a in COLORS and b in SHAPES)
+            assert named == shown, text
             if len(shapes[image]) == 1:
                 assert ("small" in words) <= (shapes[image][0]["size"] == "small")
                 assert ("large" in words or "big" in words) <= (shapes[image][0]["size"] == "large")

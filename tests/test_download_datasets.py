@@ -420,7 +420,7 @@ def test_tar_bomb(tmp_path):
     refused(make_tar(tmp_path / "x", tar_entry("zeros"), content=bytes(5_000_000)), "more than it should")
 
 
-def test_tar_bomb_among_what_is_not_wanted(tmp_path, monkeypatch):
+def test_tar_bomb_among_members_that_are_not_extracted(tmp_path, monkeypatch):
     monkeypatch.setattr(fetch, "MAX_SKIPPED", 1_000_000)
     archive = make_tar(tmp_path / "x", tar_entry("zeros"), content=bytes(5_000_000))
     with pytest.raises(BadArchive, match="more than it should"):
@@ -435,7 +435,7 @@ def test_a_tar_header_that_is_a_bomb_is_not_read(tmp_path):
 
 @pytest.mark.parametrize("size, message", [(10_000, "a number of a hundred digits"), (80_000, "too long")])
 def test_a_pax_header_of_digits_is_not_parsed(tmp_path, size, message):
-    """tarfile looks for a number and a word from each of its digits on: 26 s for 80,000."""
+    """tarfile searches for a number and a word from each of its digits on: 26 s for 80,000."""
     header = tar_entry("pax", tarfile.XHDTYPE)
     header.size = size
     raw = header.tobuf(tarfile.USTAR_FORMAT) + b"1" * size + bytes(-size % 512)
@@ -560,7 +560,7 @@ def bodies() -> dict[str, bytes]:
     jpeg = io.BytesIO()
     Image.new("RGB", (8, 8), "red").save(jpeg, "JPEG")
     captions = "".join(f"{name}#{i}\ta red picture .\n" for name in NAMES for i in range(5))
-    text = {"Flickr8k.token.txt": captions, "CrowdFlowerAnnotations.txt": "unwanted"}
+    text = {"Flickr8k.token.txt": captions, "CrowdFlowerAnnotations.txt": "not extracted"}
     for split, names in {"train": NAMES[:8], "dev": NAMES[8:9], "test": NAMES[9:]}.items():
         text[f"Flickr_8k.{split}Images.txt"] = "\n".join(names) + "\n"
     images = {f"Flicker8k_Dataset/{name}": jpeg.getvalue() for name in NAMES}
@@ -603,10 +603,10 @@ def test_end_to_end(tiny, tmp_path, capsys):
     data = tmp_path / "data"
     assert call(data, "--verify-only") == 1
     assert call(data) == 0
-    said = capsys.readouterr().out
-    assert said.count("non-commercial") == 1
-    assert "flickr8k: complete, 10 images" in said
-    assert "python flickr_image_caption_with_pytorch_resnet_lstm.py --dataset_type flickr8k" in said
+    printed = capsys.readouterr().out
+    assert printed.count("non-commercial") == 1
+    assert "flickr8k: complete, 10 images" in printed
+    assert "python flickr_image_caption_with_pytorch_resnet_lstm.py --dataset_type flickr8k" in printed
     assert sorted(path.name for path in data.iterdir()) == [".download.lock", "flickr8k"]
     assert {path.name for path in (data / "flickr8k").iterdir()} == {
         "Flicker8k_Dataset", "Flickr8k.token.txt",
@@ -700,7 +700,7 @@ def test_killed_while_replacing_heals_on_the_next_run(tiny, tmp_path):
     assert files_in(tmp_path / "flickr8k") == before and not tiny.requests
 
 
-def test_another_image_folder_in_the_way_is_said_before_downloading(tiny, tmp_path, capsys):
+def test_another_image_folder_in_the_way_is_reported_before_downloading(tiny, tmp_path, capsys):
     (tmp_path / "flickr8k" / "Images").mkdir(parents=True)
     (tmp_path / "flickr8k" / "Images" / "000.jpg").write_bytes(b"mine")
     assert call(tmp_path) == 2
@@ -710,13 +710,13 @@ def test_another_image_folder_in_the_way_is_said_before_downloading(tiny, tmp_pa
 
 def test_two_downloads_at_once_take_turns(tiny, tmp_path, monkeypatch):
     codes: list[int] = []
-    said: list[str] = []  # rather than capsys, which loses what is printed while another thread reads it
-    monkeypatch.setattr(download_datasets, "print", lambda text, **_: said.append(text), raising=False)
+    printed: list[str] = []  # rather than capsys, which loses what is printed while another thread reads it
+    monkeypatch.setattr(download_datasets, "print", lambda text, **_: printed.append(text), raising=False)
     with FileLock(tmp_path / ".download.lock"):
         threads = [threading.Thread(target=lambda: codes.append(call(tmp_path))) for _ in range(2)]
         for started, thread in enumerate(threads, 1):
             thread.start()
-            while sum("is under way; waiting" in text for text in said) < started:
+            while sum("is under way; waiting" in text for text in printed) < started:
                 assert thread.is_alive()
                 time.sleep(0.01)
         assert tiny.requests == []
@@ -725,7 +725,7 @@ def test_two_downloads_at_once_take_turns(tiny, tmp_path, monkeypatch):
     assert codes == [0, 0] and sorted(path for path, _ in tiny.requests) == ["/images", "/text"]
 
 
-def test_full_disk_is_said_before_downloading(tiny, tmp_path, capsys, monkeypatch):
+def test_full_disk_is_reported_before_downloading(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 5})())
     assert call(tmp_path) == 2
     assert "5 B free" in capsys.readouterr().err
@@ -754,8 +754,8 @@ def test_demo_and_its_verification(tmp_path, monkeypatch, capsys):
     original = demo_dataset.draw_demo_dataset
     monkeypatch.setattr(demo_dataset, "draw_demo_dataset", lambda directory, redraw: original(directory, 10, 0, redraw))
     assert main(flags) == 0
-    said = capsys.readouterr().out
-    assert "--dataset_type demo" in said and "non-commercial" not in said
+    printed = capsys.readouterr().out
+    assert "--dataset_type demo" in printed and "non-commercial" not in printed
     assert download_datasets.find_problems(tmp_path / "demo", 10) == {}
 
 

@@ -1,4 +1,4 @@
-"""The pointing game on maps that are made to hit, to miss, and to know nothing; and a demo set tested for real."""
+"""The pointing game on attention maps made to hit or to miss, and on a model trained on a small demo set."""
 
 import json
 import sys
@@ -20,36 +20,41 @@ LEFT = {"star": (0.0, 0.0, 0.2, 0.2)}  # holds the middle of cell 0 alone
 RIGHT = {"heart": (0.8, 0.8, 1.0, 1.0)}  # of cell 48 alone
 
 
-def looks(*cells: int) -> np.ndarray:
+def attention(*cells: int) -> np.ndarray:
+    """A word's whole attention in one of the 49 cells, for each given cell."""
     return np.eye(49)[list(cells)]
 
 
 def test_right_maps_hit_and_those_of_the_other_picture_miss():
     words = [["a", "star"], ["a", "heart"]]
-    result = pointing_game.score(words, [looks(5, 0), looks(5, 48)], [LEFT, RIGHT])
+    result = pointing_game.score(words, [attention(5, 0), attention(5, 48)], [LEFT, RIGHT])
     assert result["pointing_game"] == result["pointing_game_near"] == 1 and result["pointing_game_words"] == 2
     assert result["pointing_game_shuffled"] == result["pointing_game_near_shuffled"] == 0
     assert result["pointing_game_uniform"] == pytest.approx(1 / 49)
     assert result["pointing_game_near_uniform"] == pytest.approx(4 / 49), "boxes of 0.2 touch two cells a side"
-    swapped = pointing_game.score(words, [looks(5, 48), looks(5, 0)], [LEFT, RIGHT])
+    swapped = pointing_game.score(words, [attention(5, 48), attention(5, 0)], [LEFT, RIGHT])
     assert swapped["pointing_game"] == 0 and swapped["pointing_game_shuffled"] == 1
 
 
 def test_a_cell_beside_the_box_is_near_and_one_further_off_is_not():
     for cell, near in ((1, 1), (8, 1), (2, 0), (14, 0)):
-        result = pointing_game.score([["star"]], [looks(cell)], [LEFT])
+        result = pointing_game.score([["star"]], [attention(cell)], [LEFT])
         assert (result["pointing_game"], result["pointing_game_near"]) == (0, near)
         assert "pointing_game_shuffled" not in result
 
 
-def test_words_for_what_is_not_there_and_empty_captions_do_not_count():
-    result = pointing_game.score([["star", "heart"], [], ["heart"]], [looks(0, 3), None, looks(4)], [LEFT, LEFT, {}])
+def test_words_of_absent_shapes_and_empty_captions_do_not_count():
+    result = pointing_game.score(
+        [["star", "heart"], [], ["heart"]], [attention(0, 3), None, attention(4)], [LEFT, LEFT, {}]
+    )
     assert result["pointing_game_words"] == 1 and result["pointing_game"] == 1
-    assert pointing_game.score([["a", "dog"]], [looks(1, 2)], [LEFT]) == {}
+    assert pointing_game.score([["a", "dog"]], [attention(1, 2)], [LEFT]) == {}
 
 
-def test_the_line_has_the_chances_beside_the_shares():
-    line = pointing_game.describe(pointing_game.score([["star"], ["heart"]], [looks(0), looks(3)], [LEFT, RIGHT]))
+def test_the_printed_line_has_chance_beside_the_shares():
+    line = pointing_game.describe(
+        pointing_game.score([["star"], ["heart"]], [attention(0), attention(3)], [LEFT, RIGHT])
+    )
     assert "of 2 shape words, 50.0% have" in line and "any cell alike 2.0%, other pictures' maps 0.0%" in line
 
 
