@@ -164,7 +164,7 @@ def losses_figure(
     epochs, training, validation = _columns(curve, "training_losses", "validation_losses")
     self_critical = _self_critical(history)
     training[np.isin(epochs, self_critical)] = np.nan
-    figure, (axes,) = _curve_axes(epochs, "loss (cross-entropy)")
+    figure, (axes,) = _curve_axes(epochs, "loss")
     _plot(axes, epochs, training, "training", BLUE, "o")
     _plot(axes, epochs, validation, "validation", ORANGE, "s")
     _mark_best([axes], epochs, validation, best_epoch, "validation {:.3f}")
