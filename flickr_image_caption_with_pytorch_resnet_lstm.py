@@ -51,7 +51,7 @@ from captioning.io import (
     write_json,
 )
 from captioning.runs import find_checkpoint, lock_run_directory, reproducing_command
-from experiment_utils import config_flags, create_run_directory, write_run_config, write_run_summary, write_training_log
+from experiment_utils import config_flags, create_run_directory, write_run_config, write_summary, write_training_log
 
 # --------------------------------------------------------------------------------------------------
 # Flags
@@ -691,7 +691,7 @@ def sum_up(run: Training, argv: list[str], minutes: float) -> None:
         **({"Resumed From": run.flags["model_path"]} if run.flags.get("model_path") else {}),
     }
     command = read_json(run.directory / "run_config.json").get("command", reproducing_command(argv))
-    write_run_summary(run.directory, run.flags, command, facts)
+    write_summary(run.directory, run.flags, command, facts)
     print(f"\nBest epoch: {run.best['epoch']} by {run.args.best_metric}. Everything is in {run.directory}")
     print(f"Report: {write_report(run.directory, run.data)}")
     test_command = reproducing_command(["--mode", "test", "--model_path", str(run.directory)])

@@ -26,7 +26,7 @@ from captioning import distributed
 from captioning.dataset import CaptionSet
 from captioning.io import UserError, first_line, log
 from captioning.layouts import SPLITS
-from captioning.runs import begun
+from captioning.runs import run_start_key
 
 T = TypeVar("T")
 # How long one process waits for another before it takes it for lost; torchrun notices a process that died at once, but not
@@ -267,7 +267,9 @@ def interrupted_run(folder: Path) -> Path | None:
             for note in ours:
                 note.unlink()
             return None
-        return max((note.parent for note in ours if (note.parent / "last.pt").is_file()), key=begun, default=None)
+        return max(
+            (note.parent for note in ours if (note.parent / "last.pt").is_file()), key=run_start_key, default=None
+        )
 
     return from_first(find)
 
