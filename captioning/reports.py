@@ -23,7 +23,17 @@ from PIL import Image
 from captioning.images import UnreadableImage, check_weights, open_image
 from captioning.io import CONTROL_CHARACTERS, UserError, read_json, write_atomic
 from captioning.plots import new_figure
-from captioning.runs import Run, command_to_test, decoding, is_number, read_run, read_scores, score_text
+from captioning.runs import (
+    MEMBERS,
+    Run,
+    command_to_test,
+    decoding,
+    is_ensemble,
+    is_number,
+    read_run,
+    read_scores,
+    score_text,
+)
 from captioning.scores import METRIC_NAMES, by_rank
 
 if TYPE_CHECKING:
@@ -171,10 +181,12 @@ def describe(row: Mapping[str, Any]) -> list[str]:
     lines = [decoding(row), f"{row.get('split')}, {row.get('images')} images"]
     if row.get("views", "whole") != "whole":
         lines.append(f"views {row['views']}")
-    if row.get("checkpoint", "best.pt") != "best.pt" and " + " not in str(row["checkpoint"]):
+    if row.get("checkpoint", "best.pt") != "best.pt" and not is_ensemble(row):
         lines.append(f"{row['checkpoint']}, epoch {row.get('epoch')}")
+    if is_number(row.get("consensus_weight")):
+        lines.append(f"weight {row['consensus_weight']:g}")
     if row.get("consensus") == "regression" and "val" in str(row.get("split")).split("+"):
-        lines.append("its weight was chosen on validation images")
+        lines.append("the weight was chosen on validation images")
     return lines
 
 
@@ -209,7 +221,7 @@ def ensembles(run: Run) -> list[dict[str, Any]]:
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in run.ensembles:
         groups.setdefault(str(row.get("checkpoint")), []).append(row)
-    return [{"members": name.split(" + "), "scores": score_table(rows)} for name, rows in groups.items()]
+    return [{"members": name.split(MEMBERS), "scores": score_table(rows)} for name, rows in groups.items()]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ SCRIPT = "flickr_image_caption_with_pytorch_resnet_lstm.py"
 DRY_RUN = "dry_run_"  # begins the names of runs that are not results
 EXPORTED_WEIGHTS = "model.safetensors"  # what `--mode export` writes, beside config.json and vocabulary.json
 EPOCH_FILE = re.compile(r"model_epoch_([1-9][0-9]{0,8})\.pt")
+MEMBERS = " + "  # between the members of an ensemble
 CONFIG_NAMES = {"decoder": "decoder_type"}  # our flags under the names that the original's run_config.json has
 # The lists of loss_curve.json, which are of equal length, and the columns of `training_rows`.
 CURVE = {"epochs": "epoch", "training_losses": "training_loss", "validation_losses": "validation_loss"}
@@ -66,7 +67,7 @@ class Run:
     facts: dict[str, str]  # the lines "Name: value" of run_summary.txt
     epochs: list[dict[str, Any]]  # see `training_rows`
     tests: list[dict[str, Any]]  # the rows of test_metrics.json, the latest last
-    ensembles: list[dict[str, Any]]  # the rows of ensemble_metrics.json: of this run's model with others
+    ensembles: list[dict[str, Any]]  # the rows of ensemble_metrics.json; checkpoint and epoch joined by `MEMBERS`
     damage: list[str]  # what could not be read: messages that name file and field
 
     @property
@@ -137,6 +138,9 @@ def read_run(directory: Path) -> Run:
             if not isinstance(row, dict):
                 damage.append(f"{directory / name}: entry {number} is not an object")
                 continue
+            for key in ("checkpoint", "epoch"):
+                if isinstance(row.get(key), list):  # of an ensemble
+                    row[key] = MEMBERS.join(map(str, row[key]))
             wrong = [key for key, value in row.items() if not fits(key, value)]
             wrong += [key for key in required if key not in row]
             damage.extend(f"{directory / name}: entry {number}: {key} has a wrong value" for key in wrong)
@@ -168,7 +172,7 @@ def read_run(directory: Path) -> Run:
 def fits(key: str, value: Any) -> bool:
     """Whether a field of a table of scores has the form that this program writes."""
     if key == "epoch":
-        return is_epoch(value)
+        return is_epoch(value) or MEMBERS in str(value)
     if key.endswith("_interval"):
         return isinstance(value, list) and len(value) == 2 and all(map(is_number, value))
     return is_plain(value) and (key not in METRIC_NAMES or value is None or is_number(value))
@@ -186,7 +190,7 @@ def wrong_list(curve: Mapping[str, Any]) -> str:
 
 
 def is_ensemble(row: Mapping[str, Any]) -> bool:
-    return " + " in str(row.get("checkpoint"))
+    return MEMBERS in str(row.get("checkpoint"))
 
 
 def read_facts(path: Path) -> dict[str, str]:

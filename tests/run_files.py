@@ -95,12 +95,14 @@ def write_data(tmp_path: Path) -> Path:
     return folder
 
 
-def add_ensemble(run: Path, file: str, cider: float) -> None:
+def add_ensemble(run: Path, file: str, cider: float, as_list: bool = False) -> None:
+    """Add a row of an ensemble of two models, named as newer runs do or in one text."""
     path = run / file
     (row,) = json.loads((run / "test_metrics.json").read_text())
     rows = json.loads(path.read_text()) if path.is_file() else []
-    members = "best.pt + models/<b>two</b>/best.pt"
-    path.write_text(json.dumps([*rows, row | {"checkpoint": members, "cider": cider, "epoch": 3}]))
+    members = ["best.pt", "models/<b>two</b>/best.pt"]
+    named = {"checkpoint": members, "epoch": [3, 2]} if as_list else {"checkpoint": " + ".join(members), "epoch": 3}
+    path.write_text(json.dumps([*rows, row | named | {"cider": cider}]))
 
 
 def command(*words: object) -> int:

@@ -60,7 +60,13 @@ def test_the_headline_is_the_latest_test_and_columns_name_their_tests(runs):
     path = runs / "one" / "test_metrics.json"
     (beam,) = json.loads(path.read_text())
     greedy = beam | {"beam_size": 1, "views": "mirror", "cider": 0.5, "epoch": 2, "checkpoint": "model_epoch_2.pt"}
-    consensus = beam | {"consensus": "regression", "split": "val+test", "cider": 1.234, "person_cider": 2.345}
+    consensus = beam | {
+        "consensus": "regression",
+        "split": "val+test",
+        "cider": 1.234,
+        "person_cider": 2.345,
+        "consensus_weight": 0.25,
+    }
     path.write_text(json.dumps([greedy, beam, consensus]))
     reports.write_report(runs / "one")
     page = Page((runs / "one" / "report.html").read_text())
@@ -68,7 +74,7 @@ def test_the_headline_is_the_latest_test_and_columns_name_their_tests(runs):
     assert "CIDEr 123.4 95 %: 25.0 to 175.0 a person: 234.5" in head and "ROUGE-L" in head
     assert "greedy test, 6 images views mirror model_epoch_2.pt, epoch 2" in page.text
     assert "a person val+test, 6 images" in page.text and "greedy validation, epoch 2" in page.text
-    assert "its weight was chosen on validation images" in page.text
+    assert "weight 0.25 the weight was chosen on validation images" in page.text
     links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
     sections = [attributes["id"] for tag, attributes in page.tags if tag == "section"]
     assert links == [f"#{name}" for name in sections] and {"scores", "training", "parameters"} <= set(sections)

@@ -21,7 +21,8 @@ from metrics_utils import score_images, summarize
 
 
 @pytest.fixture
-def runs(tmp_path) -> Path:
+def runs(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("COLUMNS", "1000")  # whatever terminal the tests run in
     return write_runs(tmp_path)
 
 
@@ -188,10 +189,14 @@ def test_a_damaged_run_stays_listed_and_file_and_field_are_named(runs, capsys, n
 # Ensembles
 
 
-@pytest.mark.parametrize("file", ("ensemble_metrics.json", "test_metrics.json"))  # the second: of older runs
-def test_an_ensemble_is_not_the_runs_own_score(runs, capsys, file):
+@pytest.mark.parametrize(
+    "file, as_list",
+    [("ensemble_metrics.json", False), ("ensemble_metrics.json", True), ("test_metrics.json", False)],  # of older runs
+)
+def test_an_ensemble_is_not_the_runs_own_score(runs, capsys, file, as_list):
     own = read_run(runs / "two").scores()
-    add_ensemble(runs / "two", file, 99.0)
+    add_ensemble(runs / "two", file, 99.0, as_list)
+    assert not read_run(runs / "two").damage
     assert read_run(runs / "two").scores() == own
     assert command("list", runs, "--sort", "cider") == 0 and listed(capsys) == ["one", "two", "three"]
     assert command("report", runs / "two") == 0
