@@ -1,4 +1,4 @@
-"""Run directories, what is written into them, and how a `--model_path` finds its checkpoint.
+"""Run directories and what is written into them; and a command line that compares runs and tidies up.
 
 python experiment_utils.py list saved_models --sort cider --where decoder=attention
 python experiment_utils.py diff RUN_A RUN_B
@@ -9,11 +9,11 @@ python experiment_utils.py prune saved_models
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
+import os
+import platform
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,25 +24,34 @@ from captioning.io import (
     format_bytes,
     log,
     make_directory,
+    printable,
     require_free_space,
     run_command,
     write_atomic,
     write_json,
     write_text,
 )
-from captioning.runs import DRY_RUN, training_rows
+from captioning.runs import (
+    DRY_RUN,
+    deletable_epochs,
+    find_run,
+    lock_run_directory,
+    read_run,
+    run_directories,
+    training_rows,
+)
 
 if TYPE_CHECKING:
     from captioning.dataset import CaptionSet
 
 
 def rate_text(rate: float) -> str:
-    """5e-4 -> '5e-04', 1.5e-4 -> '1.5e-04': as many digits as it takes to be the same number again."""
+    """Return a rate with the fewest digits that give the same number again: '5e-04', '1.5e-04'."""
     return next(text for digits in range(18) if float(text := f"{rate:.{digits}e}") == rate)
 
 
 def run_name(flags: dict[str, Any], timestamp: str) -> str:
-    """`{dataset}_{decoder}_ep{E}_bs{B}_lr{lr}[_{scheduler_type}][_att][_scst{N}]_{timestamp}`."""
+    """Return `{dataset}_{decoder}_ep{E}_bs{B}_lr{lr}[_{scheduler_type}][_att][_scst{N}]_{timestamp}`."""
     parts = [
         flags["dataset_type"], flags["decoder"], f"ep{flags['epochs']}", f"bs{flags['batch_size']}",
         f"lr{rate_text(flags['learning_rate'])}",
@@ -58,10 +67,10 @@ def run_name(flags: dict[str, Any], timestamp: str) -> str:
 
 
 def create_run_directory(base: Path, flags: dict[str, Any], encoder_family: str, now: datetime | None = None) -> Path:
-    """Make the run's own directory under `base/<dataset>/<encoder family>_<decoder>/`; never one that exists.
+    """Create the run's own directory under `base/<dataset>/<encoder family>_<decoder>/`; never one that exists.
 
     Raises:
-        UserError: it cannot be made.
+        UserError: it cannot be created.
     """
     timestamp = (now or datetime.now()).strftime("%Y%m%d_%H%M%S")
     parent = base / flags["dataset_type"] / f"{encoder_family}_{flags['decoder']}"
@@ -75,7 +84,7 @@ def create_run_directory(base: Path, flags: dict[str, Any], encoder_family: str,
         except FileExistsError:  # another run of the same second
             number += 1
         except OSError as error:
-            raise UserError(f"cannot make the run directory {directory}: {error.strerror}") from error
+            raise UserError(f"cannot create the run directory {directory}: {error.strerror}") from error
 
 
 def write_run_files(
@@ -84,6 +93,13 @@ def write_run_files(
     """Write what a run starts with: `run_config.json` and `split.json`."""
     write_run_config(directory, flags, explicit, command)
     write_text(directory / "split.json", data.dump_split())
+
+
+def write_run_config(directory: Path, flags: dict[str, Any], explicit: Iterable[str], command: str) -> None:
+    """Write `run_config.json`: every flag under the original's names; `--config` and `--resume` read it back."""
+    config = {CONFIG_NAMES.get(name, name): value for name, value in flags.items()}
+    facts = {"explicit": sorted(explicit), "timestamp": datetime.now().strftime("%Y%m%d_%H%M%S"), "command": command}
+    write_json(directory / "run_config.json", config | facts)
 
 
 def require_room(directory: Path, parameters: int, epochs: int, keep: int) -> None:
@@ -113,18 +129,13 @@ def write_epoch_files(
     return training_rows(curve, history)
 
 
-def write_run_config(directory: Path, flags: dict[str, Any], explicit: Iterable[str], command: str) -> None:
-    """`run_config.json`: every flag under the original's names; `--config` and `--resume` read it back."""
-    timestamp = datetime.now().strftime("%Y%m%d_%H%M%S")
-    config = {CONFIG_NAMES.get(name, name): value for name, value in flags.items()}
-    write_json(
-        directory / "run_config.json",
-        config | {"explicit": sorted(explicit), "timestamp": timestamp, "command": command},
-    )
-
-
 def write_summary(directory: Path, flags: dict[str, Any], command: str, facts: dict[str, Any]) -> None:
-    """`run_summary.txt`: parameters and results for people, with the command that reproduces the run."""
+    """Write `run_summary.txt`: parameters and results for people, with the command that reproduces the run.
+
+    Args:
+        facts: further lines, name -> value; the report shows `Minutes`, `Device`, `Images` and `Vocabulary`.
+    """
+    facts = facts | {"Machine": f"{platform.system()} on {platform.machine()}, {os.cpu_count()} CPU cores"}
     labels = {
         "Dataset": "dataset_type", "Decoder": "decoder", "Encoder": "encoder", "Epochs": "epochs",
         "Batch Size": "batch_size", "Learning Rate": "learning_rate", "Embed Size": "embed_size",
@@ -155,18 +166,15 @@ def write_summary(directory: Path, flags: dict[str, Any], command: str, facts: d
 def write_training_log(
     directory: Path, curve: Mapping[str, Sequence[Any]], history: Sequence[Mapping[str, Any]]
 ) -> None:
-    """`training_log.csv`: a row per epoch, for spreadsheets; written anew each time, so that resuming doubles nothing."""
-    rows = training_rows(curve, history)
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    table = csv.DictWriter(text, names, restval="", lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    write_atomic(directory / "training_log.csv", lambda file: file.write(text.getvalue().encode()))
+    """Write `training_log.csv`: a row per epoch, all of them anew each time, so that resuming doubles nothing."""
+    from captioning.comparison import csv_text  # imports pandas, which `--help` does without
+
+    text = csv_text(training_rows(curve, history))
+    write_atomic(directory / "training_log.csv", lambda file: file.write(text.encode()))
 
 
 def save_numbered(directory: Path, name: str, content: Sequence[Mapping[str, Any]]) -> str:
-    """Write JSON under the first free `name[_N].json`; a file that already says the same serves again."""
+    """Write JSON under the first free `name[_N].json` and return that name; an equal file there serves again."""
     number = 1
     while True:
         path = directory / (f"{name}.json" if number == 1 else f"{name}_{number}.json")
@@ -177,12 +185,52 @@ def save_numbered(directory: Path, name: str, content: Sequence[Mapping[str, Any
         number += 1
 
 
+def prune(folder: Path, ask: Callable[[str], bool]) -> str:
+    """Delete the epoch files of a run, or of all runs below a folder, after asking; best.pt and last.pt stay.
+
+    Runs that are trained in, or that lack a whole best.pt or last.pt, are skipped with a printed line.
+
+    Args:
+        ask: gets the question and returns whether to delete.
+
+    Returns:
+        what was done, in a line.
+    """
+    found: list[tuple[Any, list[Path]]] = []  # a lock keeps its run from being resumed meanwhile
+    freed = 0
+    for directory in run_directories(folder):
+        try:
+            lock = lock_run_directory(directory)
+            epochs = deletable_epochs(directory)
+        except (UserError, OSError) as error:
+            print(printable(f"Skipped: {error}"))
+            continue
+        for path in epochs.others:
+            print(printable(f"Kept: {path} (not an epoch file that a run wrote)"))
+        if epochs.files:
+            found.append((lock, epochs.files))
+            freed += epochs.freed
+            print(printable(f"{directory}: {len(epochs.files)} epoch files, {format_bytes(epochs.freed)}"))
+    files = [path for _, paths in found for path in paths]
+    if not files:
+        return "Nothing to delete"
+    what = f"{len(files)} epoch files of {len(found)} run(s), which frees {format_bytes(freed)}"
+    if not ask(f"Delete {what}? best.pt and last.pt stay"):
+        return "Nothing was deleted"
+    for path in files:
+        try:
+            path.unlink()
+        except OSError as error:
+            raise UserError(f"cannot delete {path}: {error.strerror}. Others of the list may be gone") from error
+    return f"Deleted {len(files)} epoch files; {format_bytes(freed)} are free again"
+
+
 # --------------------------------------------------------------------------------------------------
 # Command line
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Look at finished runs: a table, two compared, a report, their room.")
+    parser = argparse.ArgumentParser(description="List, compare, report on and tidy up the runs of the trainer.")
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("list", help="a table of runs: their scores and the parameters that differ").add_argument
     add("folder", type=Path, nargs="?", default=Path("saved_models"), help="a folder of runs (default: saved_models)")
@@ -194,14 +242,14 @@ def get_parser() -> argparse.ArgumentParser:
     add("second", type=Path, metavar="RUN_B", help="the same again: compares that run's tests with each other")
     add = commands.add_parser("report", help="write the run's report.html anew").add_argument
     add("run", type=Path, metavar="RUN", help="a run directory, or a folder of runs: its newest")
-    add("--data_dir", type=Path, help="the data set, where it lies elsewhere now")
+    add("--data_dir", type=Path, help="the data set, where it has moved")
     add = commands.add_parser("prune", help="delete epoch files; best.pt and last.pt stay").add_argument
     add("folder", type=Path, metavar="RUN_OR_FOLDER", help="a run directory, or a folder of runs")
     add("--yes", action="store_true", help="do not ask")
     return parser
 
 
-def agreed(question: str) -> bool:
+def confirmed(question: str) -> bool:
     """Ask on the terminal.
 
     Raises:
@@ -224,23 +272,24 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    from captioning import runs as run_reports
+    if args.command == "prune":
+        print(prune(args.folder, lambda question: args.yes or confirmed(question)))
+        return 0
+    if args.command == "report":
+        from captioning.reports import write_report
+
+        print(printable(f"Report: {write_report(find_run(args.run), data_dir=args.data_dir)}"))
+        return 0
+    from captioning import comparison
 
     if args.command == "list":
-        runs, notes = run_reports.read_runs(args.folder)
-        runs = run_reports.sort_runs(run_reports.select(runs, args.where), args.sort)
-        print(run_reports.runs_csv(runs) if args.csv else run_reports.runs_table(runs, args.folder))
-        for note in notes:
-            print(note, file=sys.stderr)
-    elif args.command == "diff":
-        pair = [run_reports.read_run(run_reports.find_run(path)) for path in (args.first, args.second)]
-        print(run_reports.compare(*pair))
-    elif args.command == "prune":
-        print(run_reports.prune(args.folder, lambda question: args.yes or agreed(question)))
+        runs = comparison.sort_runs(comparison.select_runs(comparison.read_runs(args.folder), args.where), args.sort)
+        print(comparison.runs_csv(runs) if args.csv else comparison.runs_table(runs, args.folder))
     else:
-        from captioning import reports as html_report
-
-        print(f"Report: {html_report.write_report(run_reports.find_run(args.run), data_dir=args.data_dir)}")
+        runs = [read_run(find_run(path)) for path in (args.first, args.second)]
+        print(comparison.compare(*runs))
+    for problem in dict.fromkeys(problem for each in runs for problem in each.damage):
+        print(printable(f"Damaged: {problem}"), file=sys.stderr)
     return 0
 
 

@@ -428,7 +428,7 @@ def finish(run: Run, state: TrainState, argv: list[str], minutes: float) -> None
         "Best Epoch": f"{state.best['epoch']} (validation {run.settings.best_metric} {abs(state.best['score']):.4f})",
         "Minutes": f"{minutes:.1f}" + (" since it was resumed" if run.settings.resume else ""),
         "Processes": distributed.size(),
-        "Machine": distributed.describe_machine(run.context.device),
+        "Device": distributed.device_name(run.context.device),
     }
     if run.context.device.type == "cuda":
         facts["Peak GPU Memory"] = format_bytes(torch.cuda.max_memory_allocated())

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import platform
 import sys
 import time
 import uuid
@@ -268,10 +267,10 @@ def claim_message(message: str) -> bool:
         return True
 
 
-def describe_machine(device: torch.device) -> str:
-    """Return what a run ran on, e.g. `2 cores, cpu, PyTorch 2.14.1, Linux`."""
+def device_name(device: torch.device) -> str:
+    """Return what a run ran on, e.g. `cpu, PyTorch 2.14.1`."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return f"{os.cpu_count()} cores, {name}, PyTorch {torch.__version__}, {platform.system()}"
+    return f"{name}, PyTorch {torch.__version__}"
 
 
 def pick_device(name: str) -> torch.device:

@@ -1,69 +1,71 @@
-"""`report.html`: a run in one file without outside references, to read on a desk or a phone, by day or night."""
+"""`report.html`: a run in one file without outside references, for a desk or a phone, light or dark.
+
+What the report shows is gathered here; its form is in `templates/`.
+"""
 
 from __future__ import annotations
 
 import base64
-import html
 import io
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from PIL import Image
 
-from captioning.cider import cider_of_each
+from captioning.images import UnreadableImage, check_weights, open_image
 from captioning.io import CONTROL_CHARACTERS, UserError, read_json, write_atomic
-from captioning.runs import Run, decoding, is_number, read_run, read_scores, reproducing_command, score_text
+from captioning.plots import new_figure
+from captioning.runs import (
+    MEMBERS,
+    Run,
+    command_to_test,
+    decoding,
+    is_ensemble,
+    is_number,
+    read_run,
+    read_scores,
+    score_text,
+)
 from captioning.scores import METRIC_NAMES, by_rank
 
 if TYPE_CHECKING:
     from captioning.dataset import CaptionSet
 
-MAX_PICTURES = 3_300_000  # bytes of JPEG; as base64 they are a third more, and the file stays below 5 MB
-GROUP = 4  # captions in each group of the gallery
+MAX_PICTURES = 3_300_000  # bytes of pictures; as base64 they are a third more, and the file stays below 5 MB
+GROUP = 4  # captions in each group of the gallery, and attention pictures
+SHOWN_TESTS = 6
+LARGEST = 1e100  # beyond it matplotlib's scales overflow
+CHARTS = (
+    ("Loss", {"training_loss": "training", "validation_loss": "validation"}, 1, False),
+    ("Learning rate", {"learning_rate": "learning rate"}, 1, True),
+    ("Validation CIDEr, in hundredths", {"cider": "CIDEr"}, 100, False),
+    ("Validation ROUGE-L and BLEU-4, in hundredths", {"rouge_l": "ROUGE-L", "bleu4": "BLEU-4"}, 100, False),
+)
+# Colours that matplotlib draws with, and the page's colours that take their place: two schemes, one chart.
+LINES = {"#010101": "var(--c1)", "#010102": "var(--c2)"}
+TEXT, AXIS = "#020202", "#030303"
+COLORS = {**LINES, TEXT: "var(--soft)", AXIS: "var(--line)"}
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1c1d1f; --soft: #5b5f66; --line: #d9dce1; --page: #fff; --card: #f5f6f8;
-  --c1: #0072b2; --c2: #c2500a; --c3: #00795a; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8e9eb; --soft: #a5abb5; --line: #3a3e45; --page: #16181b;
-  --card: #202328; --c1: #5cb8f0; --c2: #f0914f; --c3: #3fcfa4; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1120px; padding: 1.2rem; font: 16px/1.5 system-ui, sans-serif; color: var(--ink);
-  background: var(--page); }
-h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .3rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.2rem; margin: 2.4rem 0 .7rem; border-bottom: 1px solid var(--line); padding-bottom: .25rem; }
-h3 { font-size: 1rem; margin: 1.2rem 0 .5rem; }
-p { margin: .4rem 0; max-width: 75ch; }
-.soft { color: var(--soft); font-size: .9rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .9rem .25rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
-th { font-weight: 600; } td.n, th.n { text-align: right; white-space: nowrap; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--card); padding: .8rem; border-radius: 6px;
-  font-size: .85rem; }
-.grid { display: grid; gap: 1.1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 235px), 1fr)); }
-.charts { display: grid; gap: 1.1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); }
-.card, figure { margin: 0; background: var(--card); border-radius: 8px; padding: .7rem; overflow-wrap: anywhere; }
-.card img { width: 100%; height: 190px; object-fit: contain; border-radius: 4px; }
-.card b { display: block; margin: .5rem 0 .3rem; line-height: 1.3; }
-.card ul { margin: 0; padding-left: 1rem; color: var(--soft); font-size: .88rem; line-height: 1.35; }
-figure img { display: block; min-width: min(660px, 200vw); width: 100%; border-radius: 4px; }
-figure { margin-bottom: 1rem; }
-.parameters { columns: 19rem; column-gap: 2.5rem; }
-.parameters div { display: flex; justify-content: space-between; gap: 1rem; border-bottom: 1px solid var(--line);
-  break-inside: avoid; font-size: .9rem; }
-.parameters span:last-child { text-align: right; overflow-wrap: anywhere; }
-svg { width: 100%; height: auto; display: block; } svg text { font: 14px system-ui, sans-serif; fill: var(--soft); }
-svg .axis { stroke: var(--line); } svg polyline { fill: none; stroke-width: 2.2; stroke-linejoin: round; }
-.s1 { stroke: var(--c1); fill: var(--c1); color: var(--c1); } .s2 { stroke: var(--c2); fill: var(--c2); color: var(--c2); }
-.s3 { stroke: var(--c3); fill: var(--c3); color: var(--c3); }
-svg .best { stroke: var(--soft); stroke-dasharray: 5 4; }
-.legend span { margin-right: 1rem; white-space: nowrap; font-weight: 600; font-size: .9rem; }
-"""
+
+def shown(value: Any) -> Any:
+    """Return a value as the text of a page; whoever wrote it, it has no control characters."""
+    if isinstance(value, Markup):
+        return value
+    return CONTROL_CHARACTERS.sub("\N{REPLACEMENT CHARACTER}", f"{value:g}" if type(value) is float else str(value))
+
+
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).with_name("templates")), autoescape=True, finalize=shown,
+    undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+)  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------
@@ -71,17 +73,17 @@ svg .best { stroke: var(--soft); stroke-dasharray: 5 4; }
 
 
 def write_report(directory: Path, data: CaptionSet | None = None, data_dir: Path | None = None) -> Path:
-    """Write `report.html` into a run directory from what lies there.
+    """Write `report.html` into a run directory from the files in it.
 
     Args:
-        data: the run's data set; where it is not given it is read again from where the run says, or from
-            `data_dir`, and where it is not there the report has no gallery and says so.
+        data: the run's data set; None reads it again from where the run says, or from `data_dir`. Without a data set
+            the report has no photos and says so.
 
     Returns:
         the file's path.
 
     Raises:
-        UserError: no run directory, a damaged file in it, or the report cannot be written.
+        UserError: not a run directory, or the report cannot be written.
     """
     run = read_run(directory)
     problem = ""
@@ -89,15 +91,15 @@ def write_report(directory: Path, data: CaptionSet | None = None, data_dir: Path
         try:
             data = load_data(run, data_dir)
         except (UserError, ValueError, OSError) as error:  # the last two: a path that no file can have
-            problem = f"The data set is not at hand, so that there are neither pictures nor references here: {error}"
-    text = page(run, data, problem).encode("utf-8", "replace")
+            problem = f"The data set is not available, so the report has no photos and no references: {error}"
+    text = TEMPLATES.get_template("report.html").render(page(run, data, problem))
     path = directory / "report.html"
-    write_atomic(path, lambda file: file.write(text))
+    write_atomic(path, lambda file: file.write(text.encode("utf-8", "replace")))
     return path
 
 
 def load_data(run: Run, data_dir: Path | None) -> CaptionSet:
-    """The data set that a run was trained on, with its split.
+    """Read the images and captions of the data set that a run was trained on; the split does not matter here.
 
     Raises:
         UserError: it is not there.
@@ -112,205 +114,186 @@ def load_data(run: Run, data_dir: Path | None) -> CaptionSet:
     if folder is None and not (place("image_dir") and place("captions_file")):
         folder = Path("data") / str(run.flags.get("dataset_type"))
     cache = Path(str(run.flags.get("feature_cache")))
-    split = run.directory / "split.json"
-    saved = read_json(split) if split.is_file() else None
-    if not isinstance(saved, dict) or not all(isinstance(saved.get(name), list) for name in ("val", "test")):
-        saved = None
-    seed = run.flags.get("seed")
-    return load_caption_set(
-        folder, place("image_dir"), place("captions_file"), seed if type(seed) is int and seed >= 0 else 0,
-        saved, cache if cache.is_dir() else None,
-    )  # fmt: skip
+    tokens = cache if cache.is_dir() else None
+    return load_caption_set(folder, place("image_dir"), place("captions_file"), token_cache=tokens)
 
 
-def page(run: Run, data: CaptionSet | None, problem: str) -> str:
-    """The whole document."""
+def page(run: Run, data: CaptionSet | None, problem: str) -> dict[str, Any]:
+    """Return what the template shows."""
     pictures = Pictures()
-    said = test_captions(run)
-    about = [f"{name} {run.flags[name]}" for name in ("dataset_type", "decoder", "encoder") if run.flags.get(name)]
-    best = run.best
-    if best:
-        about.append(f"epoch {best['epoch']} is the best of {len(run.epochs)}")
-    sections = [
-        ("Scores", scores_section(run)),
-        ("Training", curves_section(run)),
-        ("Captions", gallery_section(run, said, data, problem, pictures)),
-        ("Where it looked", attention_section(run, pictures)),
-        ("Words and lengths", words_section(run, said, data)),
-        ("Parameters", parameters_section(run)),
-        ("Again", command_section(run)),
-    ]
-    body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections if content)
-    return (
-        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        # Whatever a caption or a name may hold, the page loads nothing and runs nothing.
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
-        f"<title>{text_of(run.directory.resolve().name)}</title><style>{STYLE}</style></head><body>"
-        f'<h1>{text_of(run.directory.resolve().name)}</h1><p class="soft">{text_of(", ".join(about))}</p>{body}</body></html>\n'
-    )
-
-
-def text_of(value: Any) -> str:
-    """Anything as text that HTML cannot take for markup."""
-    text = f"{value:g}" if type(value) is float else str(value)
-    return html.escape(CONTROL_CHARACTERS.sub("�", text))
+    try:
+        predictions = latest_captions(run)
+    except UserError as error:
+        predictions = None
+        run.damage.append(str(error))
+    command = run.flags.get("command")
+    hidden = {"command", "mode", "resume", "config"}
+    return {
+        "name": run.directory.resolve().name,
+        "facts": facts(run),
+        "headline": headline(run),
+        "scores": score_table(run.tests[-SHOWN_TESTS:], run.best),
+        "pointing_game": (run.tests[-1] if run.tests else {}).get("pointing_game"),
+        "test_command": "" if run.tests else command_to_test(run.directory),
+        "ensembles": ensembles(run),
+        "training": training(run),
+        "gallery": gallery(run, predictions, data, problem, pictures),
+        "attention": attention(run, data, pictures),
+        "words": words(run, predictions, data),
+        "parameters": [(k, v) for k, v in run.flags.items() if k not in hidden and v not in (None, "", [])],
+        "command": command if isinstance(command, str) else "",
+        "damage": run.damage,
+    }
 
 
 # --------------------------------------------------------------------------------------------------
-# Scores, curves, parameters
+# Scores
 
 
-def scores_section(run: Run) -> str:
-    """A column for each test, with its interval of 95 %, and one for the best epoch's validation scores."""
-    columns: list[tuple[str, Mapping[str, Any]]] = [
-        (
-            f"{text_of(row.get('split'))}, {text_of(row.get('images'))} images<br>{text_of(decoding(row)).replace(', ', '<br>')}",
-            row,
-        )
-        for row in run.tests[-6:]
-    ]
+def facts(run: Run) -> list[tuple[str, str]]:
+    """Return names and values of what there is to say about the run as a whole."""
+    names = {"dataset_type": "Data set", "encoder": "Encoder", "decoder": "Decoder"}
+    found = {name: str(run.flags[key]) for key, name in names.items() if run.flags.get(key)}
     if run.best:
-        columns.append((f"validation, epoch {text_of(run.best['epoch'])}<br>greedy", run.best))
-    lines = []
-    for key, name in METRIC_NAMES.items():
-        cells = [score_cell(key, row) for _, row in columns]
-        if any(cells):
-            lines.append(
-                f"<tr><th>{name}</th>" + "".join(f'<td class="n">{cell or "-"}</td>' for cell in cells) + "</tr>"
-            )
-    head = "".join(f'<th class="n">{title}</th>' for title, _ in columns)
-    table = f'<div class="wide"><table><tr><th></th>{head}</tr>{"".join(lines)}</table></div>' if lines else ""
-    intervals = any(key.endswith("_interval") for _, row in columns for key in row)
-    note = f"In hundredths{'; smaller: 95 % intervals over the choice of images' if intervals else ''}. WER: lower is better."
-    game: Any = (run.tests[-1] if run.tests else {}).get("pointing_game")
-    if is_number(game):
-        note += f" Pointing game: {100 * game:.0f} % of the shape words have their attention peak on their shape."
-    if not run.tests:
-        command = reproducing_command(["--mode", "test", "--model_path", str(run.directory)])
-        note += f"</p><p>Not tested yet: <code>{text_of(command)}</code>"
-    return f'{table}<p class="soft">{note}</p>'
+        found["Best epoch"] = f"{run.best['epoch']} of {len(run.epochs)}"
+    if minutes := re.match(r"(\d+(?:\.\d+)?)(.*)", run.facts.get("Minutes", "")):
+        length = float(minutes[1])
+        text = f"{60 * length:.0f} s" if length < 1 else f"{length // 60:.0f} h {length % 60:.0f} min"
+        found["Training time"] = text.removeprefix("0 h ") + minutes[2]
+    machine = (run.facts.get(name) for name in ("Device", "Machine"))
+    found["Machine"] = ", ".join(filter(None, machine)) or "not recorded"
+    return list(found.items())
 
 
-def score_cell(key: str, row: Mapping[str, Any]) -> str:
-    if not is_number(row.get(key)):
-        return ""
-    bounds: Any = row.get(f"{key}_interval")
-    known = isinstance(bounds, list) and len(bounds) == 2 and all(map(is_number, bounds))
-    interval = (
-        f'<br><span class="soft">{score_text(key, bounds[0])} to {score_text(key, bounds[1])}</span>' if known else ""
-    )
-    return score_text(key, row[key]) + interval
+def headline(run: Run) -> dict[str, Any]:
+    """Return the latest test's main scores with their intervals and a person's; before a test, the best epoch's."""
+    row = run.tests[-1] if run.tests else run.best or {}
+    figures = [
+        {"name": METRIC_NAMES[key], "score": score_text(key, row[key]), "interval": interval_text(key, row),
+         "person": score_text(key, row[f"person_{key}"]) if is_number(row.get(f"person_{key}")) else ""}
+        for key in ("cider", "bleu4", "rouge_l", "meteor") if is_number(row.get(key))
+    ]  # fmt: skip
+    return {"figures": figures, "of": describe(row) if run.tests else describe_epoch(row)}
 
 
-def curves_section(run: Run) -> str:
-    """Losses, learning rate and validation scores by epoch."""
-    if not run.epochs:
-        return "<p>No epoch is finished yet.</p>"
+def describe(row: Mapping[str, Any]) -> list[str]:
+    """Return what a test was of, in lines: the way of decoding, the images, and what is not as usual."""
+    lines = [decoding(row), f"{row.get('split')}, {row.get('images')} images"]
+    if row.get("views", "whole") != "whole":
+        lines.append(f"views {row['views']}")
+    if row.get("checkpoint", "best.pt") != "best.pt" and not is_ensemble(row):
+        lines.append(f"{row['checkpoint']}, epoch {row.get('epoch')}")
+    if is_number(row.get("consensus_weight")):
+        lines.append(f"weight {row['consensus_weight']:g}")
+    if row.get("consensus") == "regression" and "val" in str(row.get("split")).split("+"):
+        lines.append("the weight was chosen on validation images")
+    return lines
+
+
+def describe_epoch(row: Mapping[str, Any]) -> list[str]:
+    return ["greedy", f"validation, epoch {row.get('epoch')}"]
+
+
+def score_table(tests: Sequence[Mapping[str, Any]], best: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return a column for each test, one for a person where a test stored that, and one for the best epoch."""
+    columns = [(describe(row), row) for row in tests]
+    person = next((row for row in reversed(tests) if any(key.startswith("person_") for key in row)), None)
+    if person:
+        scores = {key: person.get(f"person_{key}") for key in METRIC_NAMES}
+        columns.append((["a person", *describe(person)[1:2], "against the others' captions"], scores))
+    if best:
+        columns.append((describe_epoch(best), best))
+    rows = [
+        (name, [(score_text(key, row[key]), interval_text(key, row)) if is_number(row.get(key)) else ("-", "")
+                for _, row in columns])
+        for key, name in METRIC_NAMES.items() if any(is_number(row.get(key)) for _, row in columns)
+    ]  # fmt: skip
+    return {"heads": [lines for lines, _ in columns], "rows": rows}
+
+
+def interval_text(key: str, row: Mapping[str, Any]) -> str:
+    bounds = row.get(f"{key}_interval")
+    return f"{score_text(key, bounds[0])} to {score_text(key, bounds[1])}" if bounds else ""
+
+
+def ensembles(run: Run) -> list[dict[str, Any]]:
+    """Return the members of each ensemble and the scores of its tests."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in run.ensembles:
+        groups.setdefault(str(row.get("checkpoint")), []).append(row)
+    return [{"members": name.split(MEMBERS), "scores": score_table(rows)} for name, rows in groups.items()]
+
+
+# --------------------------------------------------------------------------------------------------
+# Curves
+
+
+def training(run: Run) -> dict[str, Any]:
+    """Return the charts by epoch, and the same as a table."""
     best = run.best["epoch"] if run.best else None
-    wanted = [
-        ("Loss", {"training_loss": "training", "validation_loss": "validation"}, 1, False),
-        ("Learning rate", {"learning_rate": "learning rate"}, 1, True),
-        ("Validation scores, in hundredths", {"cider": "CIDEr", "rouge_l": "ROUGE-L", "bleu4": "BLEU-4"}, 100, False),
-    ]
     charts = []
-    for title, names, scale, logarithmic in wanted:
+    for title, names, scale, logarithmic in CHARTS:
         lines = {
             label: [scale * row[key] if is_number(row.get(key)) else math.nan for row in run.epochs]
             for key, label in names.items()
         }
-        charts.append(chart(title, "epoch", [row["epoch"] for row in run.epochs], lines, best, logarithmic))
-    note = f'<p class="soft">Dashed: epoch {best}, whose weights are best.pt.</p>' if best else ""
-    return f'<div class="charts">{"".join(charts)}</div>{note}'
-
-
-def parameters_section(run: Run) -> str:
-    hidden = {"command", "mode", "resume", "config"}
-    rows = "".join(
-        f"<div><span>{text_of(name)}</span><span>{text_of(value)}</span></div>"
-        for name, value in run.flags.items()
-        if name not in hidden and value not in (None, "", [])
-    )
-    return f'<div class="parameters">{rows}</div>'
-
-
-def command_section(run: Run) -> str:
-    command = run.flags.get("command")
-    if not isinstance(command, str):
-        return ""
-    return f"<p>This command trains the run again:</p><pre>{text_of(command)}</pre>"
+        svg = chart(title, "epoch", [row["epoch"] for row in run.epochs], lines, best, logarithmic)
+        charts += [(title, svg)] if svg else []
+    columns = list(dict.fromkeys(name for row in run.epochs for name, value in row.items() if is_number(value)))
+    rows = [[f"{row[name]:.4g}" if is_number(row.get(name)) else "" for name in columns] for row in run.epochs]
+    return {"charts": charts, "columns": columns, "rows": rows, "best": best}
 
 
 def chart(
     title: str, x_label: str, x: Sequence[float], lines: Mapping[str, Sequence[float]], marked: float | None = None,
     logarithmic: bool = False,
-) -> str:  # fmt: skip
-    """An inline SVG line chart that takes the page's colours.
+) -> Markup:  # fmt: skip
+    """Draw a line chart as an inline SVG in the page's colours and letters; empty where there is nothing to draw.
 
     Args:
-        lines: label -> values, as many as `x`, up to three; NaN leaves a gap.
+        lines: label -> values, as many as `x`, up to two; NaN leaves a gap.
         marked: an x with a dashed line through it.
         logarithmic: where the values span more than a decade and are above zero.
     """
     values = np.array([list(line) for line in lines.values()], dtype=np.float64)
+    values = np.where(np.abs(values) < LARGEST, values, np.nan)
     known = values[np.isfinite(values)]
     if not len(known):
-        return ""
-    logarithmic = logarithmic and known.min() > 0 and known.max() > 10 * known.min()
-    low, high = (
-        (math.log10(known.min()), math.log10(known.max())) if logarithmic else (min(0.0, known.min()), known.max())
-    )
-    if high - low < 1e-300:
-        high = low + 1
-    ticks = [*range(math.floor(low), math.ceil(high) + 1)] if logarithmic else nice_ticks(low, high)
-    low, high = min(low, ticks[0]), max(high, ticks[-1])
-    left, right, top, bottom, width, height = 62, 10, 10, 46, 440, 270
+        return Markup()
+    from matplotlib import rc_context
+    from matplotlib.ticker import MaxNLocator
 
-    def place(a: float, b: float) -> tuple[float, float]:
-        across = 0.5 if x[-1] == x[0] else (a - x[0]) / (x[-1] - x[0])
-        up = ((math.log10(b) if logarithmic else b) - low) / (high - low)
-        return left + (width - left - right) * across, height - bottom - (height - top - bottom) * up
-
-    parts = []
-    for tick in ticks:
-        value = 10.0**tick if logarithmic else tick
-        _, y = place(x[0], value)
-        parts.append(f'<line class="axis" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{left - 8}" y="{y + 5:.1f}" text-anchor="end">{value:.6g}</text>')
-    step = max(1, -(-len(x) // 8))
-    for a in x[::step]:
-        parts.append(
-            f'<text x="{place(a, known[0])[0]:.1f}" y="{height - bottom + 20}" text-anchor="middle">{a:g}</text>'
-        )
-    parts.append(f'<text x="{(left + width - right) / 2}" y="{height - 5}" text-anchor="middle">{x_label}</text>')
+    figure = new_figure(6.1, 3.6, 72)  # a point is about a pixel of the page
+    axes = figure.add_axes((0.14, 0.15, 0.84, 0.74))
+    for (label, _), row, color in zip(lines.items(), values, LINES, strict=False):
+        axes.plot(list(x), row, "-o", color=color, label=label, linewidth=2.2, markersize=6)
     if marked is not None and x[0] <= marked <= x[-1]:
-        across = place(marked, known[0])[0]
-        parts.append(f'<line class="best" x1="{across:.1f}" x2="{across:.1f}" y1="{top}" y2="{height - bottom}"/>')
-    for number, (label, line) in enumerate(lines.items(), 1):
-        run: list[str] = []
-        for a, b in zip(x, line, strict=True):
-            if math.isfinite(b):
-                across, up = place(a, b)
-                run.append(f"{across:.1f},{up:.1f}")
-                note = f"<title>{x_label} {a:g}: {label} {b:.5g}</title>"
-                parts.append(f'<circle class="s{number}" cx="{across:.1f}" cy="{up:.1f}" r="3.5">{note}</circle>')
-            if run and (not math.isfinite(b) or a == x[-1]):
-                parts.append(f'<polyline class="s{number}" style="fill:none" points="{" ".join(run)}"/>')
-                run = []
-    legend = "".join(f'<span class="s{n}">● {label}</span>' for n, label in enumerate(lines, 1))
-    label = f"{title} by {x_label}: " + ", ".join(lines)
-    return (
-        f'<div><h3>{title}</h3><div class="legend">{legend}</div>'
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{"".join(parts)}</svg></div>'
-    )
-
-
-def nice_ticks(low: float, high: float) -> list[float]:
-    """Four to seven round numbers that enclose [low, high]."""
-    raw = (high - low) / 5
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw)
-    return [step * n for n in range(math.floor(low / step), math.ceil(high / step) + 1)]
+        axes.axvline(marked, color=TEXT, linestyle=(0, (5, 4)), linewidth=1)
+    if logarithmic and known.min() > 0 and known.max() > 10 * known.min():
+        axes.set_yscale("log")
+    elif known.min() >= 0:
+        axes.set_ylim(0, 1.05 * known.max() or 1)
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axes.yaxis.set_major_formatter("{x:.6g}")
+    axes.minorticks_off()
+    axes.set_xlabel(x_label, color=TEXT, fontsize=14)
+    axes.tick_params(color=AXIS, labelcolor=TEXT, labelsize=13)
+    axes.grid(axis="y", color=AXIS)
+    axes.set_axisbelow(True)
+    axes.spines[:].set_visible(False)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, labelcolor="linecolor", fontsize=14)
+    file = io.StringIO()
+    undocumented = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    # The hash names what the chart refers to, so that no two charts of a page share an id.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
+        figure.savefig(file, format="svg", transparent=True, metadata=undocumented)
+    label = Markup.escape(f"{title} by {x_label}: " + ", ".join(lines))
+    svg = file.getvalue()
+    svg = re.sub(r"^.*?<svg [^>]*viewBox", f'<svg role="img" aria-label="{label}" viewBox', svg, flags=re.DOTALL)
+    svg = re.sub(r'<style type="text/css">.*?</style>|(?<=<g) id="[^"]*"', "", svg, flags=re.DOTALL)
+    for color, ours in COLORS.items():
+        svg = svg.replace(color, ours)
+    return Markup(re.sub(r' xmlns="[^"]*"| version="1.1"', "", svg))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -324,19 +307,11 @@ class Pictures:
         self.left = MAX_PICTURES
 
     def uri(self, path: Path, longest: int) -> str | None:
-        """A small JPEG of the picture, or the SVG as it is; None where it cannot be read or there is no room left."""
-        from captioning.images import UnreadableImage, open_image
-
+        """Return a small JPEG of a picture, or an SVG as it is; None where it cannot be read or there is no room."""
         if path.suffix == ".svg":  # as an image a browser runs and loads nothing of it
             return self.fitted("image/svg+xml", path.read_bytes()) if path.stat().st_size <= self.left else None
-        try:
-            picture = open_image(path, at_least=longest)
-        except UnreadableImage:
-            return None
-        picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
-        file = io.BytesIO()
-        picture.save(file, "JPEG", quality=82, optimize=True)
-        return self.fitted("image/jpeg", file.getvalue())
+        small = small_image(path, longest)
+        return self.fitted("image/jpeg", encoded(small, "JPEG", quality=82, optimize=True)) if small else None
 
     def fitted(self, kind: str, content: bytes) -> str | None:
         if len(content) > self.left:
@@ -345,18 +320,34 @@ class Pictures:
         return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-class Said(NamedTuple):
+def small_image(path: Path, longest: int) -> Image.Image | None:
+    """Return a picture with no side longer than `longest` pixels, None where it cannot be read."""
+    try:
+        picture = open_image(path, at_least=longest)
+    except UnreadableImage:
+        return None
+    picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+    return picture
+
+
+def encoded(picture: Image.Image, form: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, form, **options)
+    return file.getvalue()
+
+
+class Predictions(NamedTuple):
     """The captions of the latest test."""
 
     row: Mapping[str, Any]  # of test_metrics.json
     captions: dict[str, str]  # by image id: COCO's number, else the file name
 
 
-def test_captions(run: Run) -> Said | None:
-    """None where the run was not tested, or its captions are gone.
+def latest_captions(run: Run) -> Predictions | None:
+    """Read the captions of the latest test; None where the run was not tested, or its captions are gone.
 
     Raises:
-        UserError: the captions file has another form.
+        UserError: the file has another form.
     """
     row = run.tests[-1] if run.tests else {}
     name = row.get("captions_file")
@@ -364,133 +355,146 @@ def test_captions(run: Run) -> Said | None:
     if path is None or not os.path.isfile(path):  # where Path raises over a name that no file can have
         return None
     content = read_json(path)
-    if (
-        not isinstance(content, list)
-        or not content
-        or not all(
-            isinstance(entry, dict)
-            and type(entry.get("image_id")) in (str, int)
-            and isinstance(entry.get("caption"), str)
-            for entry in content
-        )
-    ):
-        raise UserError(f'{path} is no list of {{"image_id": ..., "caption": ...}}: test the run again')
-    return Said(row, {str(entry["image_id"]): entry["caption"] for entry in content})
+    if not isinstance(content, list) or not content:
+        raise UserError(f"{path} is not a list of captions: test the run again")
+    for number, entry in enumerate(content, 1):
+        known = isinstance(entry, dict) and type(entry.get("image_id")) in (str, int)
+        if not known or not isinstance(entry.get("caption"), str):
+            raise UserError(f"{path}: entry {number} has no image_id and caption: test the run again")
+    return Predictions(row, {str(entry["image_id"]): entry["caption"] for entry in content})
 
 
-def cider_by_image(run: Run, said: Said, names: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
-    """Of each image (n,): as the test wrote it, else computed anew."""
-    try:
-        kept = read_scores(run, said.row)
-        place = {name: number for number, name in enumerate(kept.names)}
-        return kept.scores.cider[[place[name] for name in names]]
-    except (UserError, KeyError):  # a test of before scores were kept
-        return cider_of_each([said.captions[name] for name in names], references)
-
-
-def gallery_section(run: Run, said: Said | None, data: CaptionSet | None, problem: str, pictures: Pictures) -> str:
-    """Captions with their pictures and references, chosen by rank of their CIDEr and by chance, never by hand."""
-    if said is None:
-        return ""
+def gallery(
+    run: Run, predictions: Predictions | None, data: CaptionSet | None, problem: str, pictures: Pictures
+) -> dict[str, Any]:
+    """Return captions with their photos and references, chosen by rank of their CIDEr and at random, never by hand."""
+    found: dict[str, Any] = {"notes": [], "groups": []}
+    if predictions is None:
+        return found
     if data is None:
-        return f"<p>{text_of(problem)}</p>"
+        return found | {"notes": [problem]}
     position = {str(data.image_id(number)): number for number in range(len(data.names))}
-    names = [name for name in said.captions if name in position]
+    names = [name for name in predictions.captions if name in position]
     if not names:
-        return f"<p>None of the images that were captioned is in {text_of(data.image_dir)}: no pictures here.</p>"
-    references = [data.references(position[name]) for name in names]
-    cider = cider_by_image(run, said, names, references)
+        return found | {"notes": [f"None of the images that were captioned is in {data.image_dir}."]}
     size = max(1, min(GROUP, len(names) // 4))
     seed = run.flags.get("seed")
     drawn = np.random.default_rng(seed if type(seed) is int and seed >= 0 else 0).permutation(len(names))[:size]
-    groups = {**by_rank(cider, size), f"Random (--seed {text_of(seed)})": drawn}
-    parts = [
-        f'<p class="soft">The latest test ({text_of(said.row.get("split"))}, {text_of(decoding(said.row))}), '
-        f"ranked by the CIDEr of each of the {len(names)} images. Bold: the model; below: people.</p>"
+    groups = {f"Random (--seed {seed})": drawn}
+    found["notes"].append(f"The latest test: {', '.join(describe(predictions.row))}. Bold: the model; below: people.")
+    scores: dict[str, np.ndarray] = {}
+    try:
+        stored = read_scores(run, predictions.row)
+        place = {name: number for number, name in enumerate(stored.names)}
+        order = [place[name] for name in names]
+        scores = {"CIDEr": stored.scores.cider[order]}
+        # nltk's, of newer tests
+        sentence_bleu = getattr(stored.scores, "sentence_bleu4", np.full(len(place), np.nan))[order]
+        scores |= {} if np.isnan(sentence_bleu).any() else {"sentence BLEU-4": sentence_bleu}
+        groups = {**by_rank(scores["CIDEr"], size), **groups}
+    except (UserError, KeyError) as error:
+        reason = str(error) if isinstance(error, UserError) else f"no score of {error}"
+        found["notes"].append(f"Not ranked, since the CIDEr of each image is missing: {reason}")
+    for title, places in groups.items():
+        cards = [
+            {"picture": pictures.uri(data.image_dir / data.names[position[names[number]]], 480), "name": names[number],
+             "caption": predictions.captions[names[number]], "people": data.references(position[names[number]])[:5],
+             "scores": [f"{label} {100 * each[number]:.0f}" for label, each in scores.items()]}
+            for number in places.tolist()
+        ]  # fmt: skip
+        found["groups"].append((title, cards))
+    return found
+
+
+def attention(run: Run, data: CaptionSet | None, pictures: Pictures) -> dict[str, Any]:
+    """Return the run's attention pictures, drawn anew from their numbers so that they suit any screen.
+
+    Without the photo or the numbers the picture itself is shown, of the rest the names.
+    """
+    samples: list[dict[str, Any]] = []
+    shown_files: list[tuple[str, str]] = []
+    named: list[str] = []
+    paths = [path for path in run.directory.glob("*attention_viz_sample_*") if path.suffix in (".png", ".svg", ".pdf")]
+    for path in sorted(paths, key=lambda path: (path.name.startswith("advanced"), len(path.name), path.name)):
+        advanced = path.name.startswith("advanced")
+        if not advanced and len(samples) + len(shown_files) < GROUP:
+            if data is not None and (sample := word_maps(path.with_suffix(".json"), data, pictures)):
+                samples.append(sample)
+            elif path.suffix != ".pdf" and (uri := pictures.uri(path, 1500)):
+                shown_files.append((path.name, uri))
+                continue
+        named.append(path.name)
+    return {"samples": samples, "pictures": shown_files, "named": named}
+
+
+def word_maps(path: Path, data: CaptionSet, pictures: Pictures) -> dict[str, Any] | None:
+    """Read an `attention_viz_sample_N.json`: the photo, and each word's map to lay over it; None where it fails."""
+    try:
+        content = read_json(path)
+        name, spoken, maps = content["image"], content["words"], np.array(content["maps"], dtype=np.float64)
+        weights = check_weights(maps.reshape(len(maps), -1), len(spoken))
+    except (UserError, KeyError, TypeError, ValueError, OverflowError):
+        return None
+    photo = small_image(data.image_dir / name, 400) if name in data.names else None
+    if photo is None or not all(isinstance(word, str) for word in spoken):
+        return None
+    uri = pictures.fitted("image/jpeg", encoded(photo, "JPEG", quality=82))
+    glows = [pictures.fitted("image/png", glow(row)) for row in weights]
+    if uri is None or None in glows:
+        return None
+    with np.errstate(divide="ignore", invalid="ignore"):
+        bits = np.abs(np.nansum(weights * np.log2(weights), axis=1))
+    return {
+        "name": name, "photo": uri, "width": photo.width, "height": photo.height, "caption": " ".join(spoken),
+        "maps": list(zip(spoken, glows, bits.tolist(), strict=True)), "most_bits": math.log2(weights.shape[1]),
+    }  # fmt: skip
+
+
+def glow(weights: np.ndarray) -> bytes:
+    """Return a PNG to lay over a photo: orange where the decoder looked, dark where it did not.
+
+    Dark and bright photos both show it.
+
+    Args:
+        weights: (cells,) of a square grid.
+    """
+    side = math.isqrt(len(weights))
+    strength = Image.fromarray((weights / weights.max()).reshape(side, side).astype(np.float32))
+    smooth = np.asarray(strength.resize((28, 28), Image.Resampling.BICUBIC)).clip(0, 1)[..., None]
+    rgba = smooth * (255, 150, 0, 95) + (1 - smooth) * (0, 0, 0, 165)
+    return encoded(Image.fromarray(rgba.astype(np.uint8), "RGBA"), "PNG", optimize=True)
+
+
+def words(run: Run, predictions: Predictions | None, data: CaptionSet | None) -> dict[str, Any]:
+    """Return how the model's words and lengths differ from people's on the same images."""
+    found: dict[str, Any] = {"facts": [(k, run.facts[k]) for k in ("Vocabulary", "Images") if k in run.facts]}
+    if predictions is None:
+        return found | {"rows": []}
+    known = {str(data.image_id(n)): data.references(n) for n in range(len(data.names))} if data is not None else {}
+    people = [text.split() for name in predictions.captions for text in known.get(name, ())]
+    model = [caption.split() for caption in predictions.captions.values()]
+    both = [model, people] if people else [model]
+    counts = [Counter(word for caption in captions for word in caption) for captions in both]
+    in_training = predictions.row.get("in_training")
+    found["rows"] = [
+        ("captions", *map(len, both)),
+        ("words in a caption, mean", *(f"{sum(map(len, each)) / max(1, len(each)):.1f}" for each in both)),
+        ("different words", *map(len, counts)),
+        ("different captions", *(len(set(map(tuple, each))) for each in both)),
+        *([("captions that are in the training set", f"{100 * in_training:.0f} %")] if is_number(in_training) else []),
     ]
-    for title, chosen in groups.items():
-        cards = []
-        for number in chosen:
-            uri = pictures.uri(data.image_dir / data.names[position[names[number]]], 480)
-            image = f'<img src="{uri}" alt="{text_of(names[number])}">' if uri else "<p>(picture left out)</p>"
-            people = "".join(f"<li>{text_of(reference)}</li>" for reference in references[number][:5])
-            cards.append(
-                f'<div class="card">{image}<b>{text_of(said.captions[names[number]] or "(no words)")}</b><ul>{people}</ul>'
-                f'<p class="soft">{text_of(names[number])}, CIDEr {100 * cider[number]:.0f}</p></div>'
-            )
-        parts.append(f'<h3>{title}</h3><div class="grid">{"".join(cards)}</div>')
-    return "".join(parts)
-
-
-def attention_section(run: Run, pictures: Pictures) -> str:
-    """The attention pictures that the run saved: the first few of each kind, the others by name."""
-    shown, named = [], []
-    for kind in ("attention_viz_sample_*", "advanced_attention_viz_sample_*"):
-        files = (path for path in run.directory.glob(kind) if path.suffix in (".png", ".svg", ".pdf"))
-        for number, path in enumerate(sorted(files, key=lambda path: (len(path.name), path.name))):
-            uri = pictures.uri(path, 1500) if number < GROUP and path.suffix != ".pdf" else None
-            name = text_of(path.name)
-            if uri:
-                image = f'<div class="wide"><img src="{uri}" alt="{name}"></div>'
-                shown.append(f'<figure>{image}<figcaption class="soft">{name}</figcaption></figure>')
-            else:
-                named.append(name)
-    more = f'<p class="soft">Also in the run directory: {", ".join(named)}</p>' if named else ""
-    return "".join(shown) + more
-
-
-def words_section(run: Run, said: Said | None, data: CaptionSet | None) -> str:
-    """The vocabulary, and how the model's words and lengths differ from people's on the same images."""
-    parts = []
-    if data is not None:
-        from captioning.dataset import build_vocabulary
-
-        threshold = run.flags.get("freq_threshold")
-        try:
-            size = len(build_vocabulary(data, threshold if type(threshold) is int else 1))
-            sets = ", ".join(f"{split} {len(images)}" for split, images in data.splits.items())
-            parts.append(
-                f"<p>Vocabulary: {size - 4} words (seen {text_of(threshold)} times or more in training captions) and 4 signs of its own, of "
-                f"{len(data.tokens.words)} in all captions. Images: {sets}.</p>"
-            )
-        except UserError as error:
-            parts.append(f"<p>{text_of(error)}</p>")
-    if said is None:
-        return "".join(parts)
-    known = {str(data.image_id(number)): number for number in range(len(data.names))} if data is not None else {}
-    people = [text.split() for name in said.captions if name in known for text in data.references(known[name])]  # type: ignore[union-attr]
-    model = [caption.split() for caption in said.captions.values()]
-    spoken, heard = Counter(w for words in model for w in words), Counter(w for words in people for w in words)
-    lengths = {"model": Counter(map(len, model)), **({"people": Counter(map(len, people))} if people else {})}
-    rows = [
-        ("captions", len(model), len(people)),
-        ("words in a caption, mean", f"{mean_length(model):.1f}", f"{mean_length(people):.1f}"),
-        ("different words", len(spoken), len(heard)),
-        ("different captions", len(set(map(tuple, model))), len(set(map(tuple, people)))),
-    ]
-    if is_number(said.row.get("in_training")):
-        rows.append(("of them in the training captions", f"{100 * said.row['in_training']:.0f} %", ""))
-    cells = "".join(
-        f'<tr><th>{name}</th><td class="n">{a}</td>' + (f'<td class="n">{b}</td>' if people else "") + "</tr>"
-        for name, a, b in rows
-    )
-    head = '<th></th><th class="n">model</th>' + ('<th class="n">people, same images</th>' if people else "")
-    parts.append(f'<div class="wide"><table><tr>{head}</tr>{cells}</table></div>')
-    longest = min(40, max(length for counts in lengths.values() for length in counts))
-    x = list(range(min(longest, *(min(counts) for counts in lengths.values())), longest + 1))
-    shares = {name: [100 * counts[n] / max(1, counts.total()) for n in x] for name, counts in lengths.items()}
-    parts.append(f'<div class="charts">{chart("Captions of each length, in %", "words", x, shares)}<div>')
-    parts.append(word_list("The model's most frequent words", spoken.most_common(20)))
+    lengths = [Counter(map(len, captions)) for captions in both]
+    longest = min(40, max(length for each in lengths for length in each))
+    x = list(range(min(longest, *(min(each) for each in lengths)), longest + 1))
+    names = ("model", "people, same images")
+    shares = {
+        name: [100 * each[n] / max(1, each.total()) for n in x] for name, each in zip(names, lengths, strict=False)
+    }
+    title = "Captions of each length, in %"
+    found["people"] = bool(people)
+    found["chart"] = (title, chart(title, "words", x, shares))
+    found["lists"] = [("The model's most frequent words", counts[0].most_common(20))]
     if people:
-        missing = [(word, count) for word, count in heard.most_common() if word not in spoken][:20]
-        parts.append(word_list("Frequent with people, never said by the model", missing))
-    return "".join(parts) + "</div></div>"
-
-
-def mean_length(captions: Sequence[Sequence[str]]) -> float:
-    return sum(map(len, captions)) / max(1, len(captions))
-
-
-def word_list(title: str, counts: Sequence[tuple[str, int]]) -> str:
-    words = ", ".join(f'{text_of(word)} <span class="soft">{count}</span>' for word, count in counts)
-    return f"<h3>{title}</h3><p>{words or 'none'}</p>"
+        missing = [(word, count) for word, count in counts[1].most_common() if word not in counts[0]][:20]
+        found["lists"].append(("Frequent with people, never used by the model", missing))
+    return found

@@ -1,64 +1,67 @@
-"""Runs beside each other: a table of them, two compared, and the room that their epoch files take.
+"""Run directories: how their files are read, and how a `--model_path` finds its checkpoint.
 
-`python experiment_utils.py` is the command line. Nothing here needs PyTorch, so that a table comes at once.
+Needs neither PyTorch nor pandas. Tables of runs are made in `captioning.comparison`, files are written by
+`experiment_utils`.
 """
 
 from __future__ import annotations
 
-import csv
-import difflib
-import io
 import itertools
 import math
 import os
+import pickletools
 import re
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import numpy as np
 
-from captioning.io import (
-    UserError,
-    check_tensor_zip,
-    first_line,
-    format_bytes,
-    log,
-    printable,
-    read_json,
-)
-from captioning.scores import METRIC_NAMES, Difference, ImageScores, paired_bootstrap
+from captioning.flags import CONFIG_NAMES, FLAGS
+from captioning.io import UserError, check_tensor_zip, first_line, log, printable, read_json
+from captioning.scores import METRIC_NAMES, ImageScores
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
-from captioning.scores import paired_bleu4
 
-LOW_IS_GOOD = ("wer", "val_loss")
-SHOWN_SCORES = ("cider", "bleu4", "rouge_l", "meteor", "spice", "wer", "val_cider", "val_loss")
-COMPARED = {"cider": "CIDEr", "bleu4": "BLEU-4", "rouge_l": "ROUGE-L", "wer": "WER"}
-# Where and how a run ran, what was drawn and said: no reason for another score.
-NO_PARAMETERS = {
-    "mode", "resume", "config", "command", "timestamp", "model_save_dir", "num_workers", "checkpoint_minutes",
-    "keep_checkpoints", "device", "compile", "features_on_device", "feature_cache", "quiet", "verbose", "tensorboard",
-    "save_attention_viz", "attention_viz_samples", "attention_viz_images", "attention_viz_format", "attention_viz_dpi",
-    "advanced_attention_viz", "dry_run", "spice", "predictions", "split",
-}  # fmt: skip
+SCRIPT = "flickr_image_caption_with_pytorch_resnet_lstm.py"
+DRY_RUN = "dry_run_"  # begins the names of runs that are not results
+EXPORTED_WEIGHTS = "model.safetensors"  # what `--mode export` writes, beside config.json and vocabulary.json
+EPOCH_FILE = re.compile(r"model_epoch_([1-9][0-9]{0,8})\.pt")
+MEMBERS = " + "  # between the members of an ensemble
+# The lists of loss_curve.json, which are of equal length, and the columns of `training_rows`.
+CURVE = {"epochs": "epoch", "training_losses": "training_loss", "validation_losses": "validation_loss"}
+CURVE["learning_rates"] = "learning_rate"
+
+
+def reproducing_command(words: list[str]) -> str:
+    """Return the main script's command line with these arguments, quoted for a shell."""
+    return shlex.join(["python", SCRIPT, *words])
+
+
+def command_to_test(directory: Path) -> str:
+    """Return the command that tests a run."""
+    return reproducing_command(["--mode", "test", "--model_path", str(directory)])
 
 
 # --------------------------------------------------------------------------------------------------
-# Reading runs
+# Reading a run
 
 
 @dataclass
 class Run:
-    """What a run directory tells of itself, whoever wrote it."""
+    """The content of a run directory."""
 
     directory: Path
-    flags: dict[str, Any]  # of run_config.json, under our names; plain values
-    epochs: list[dict[str, Any]]  # `experiment_utils.training_rows`
+    flags: dict[str, Any]  # of run_config.json, under our names: plain values and lists of them
+    facts: dict[str, str]  # the lines "Name: value" of run_summary.txt
+    epochs: list[dict[str, Any]]  # see `training_rows`
     tests: list[dict[str, Any]]  # the rows of test_metrics.json, the latest last
+    ensembles: list[dict[str, Any]]  # the rows of ensemble_metrics.json; checkpoint and epoch joined by `MEMBERS`
+    damage: list[str]  # what could not be read: messages that name file and field
 
     @property
     def best(self) -> dict[str, Any] | None:
@@ -69,24 +72,27 @@ class Run:
         return max(known, key=lambda row: sign * row[key]) if known else None
 
     def parameters(self) -> dict[str, Any]:
-        """The flags that a score may depend on; those of a schedule only where there is one."""
+        """Return the flags that a score may depend on; those of a schedule only where there is one."""
         schedule = self.flags.get("use_scheduler")
         return {
             name: value
             for name, value in self.flags.items()
-            if name not in NO_PARAMETERS
-            and (schedule or not (name.startswith("scheduler_") or name in ("min_lr", "warmup_epochs")))
+            if name not in FLAGS
+            or (
+                FLAGS[name].parameter
+                and (schedule or not (name.startswith("scheduler_") or name in ("min_lr", "warmup_epochs")))
+            )
         }
 
     def scores(self) -> dict[str, float]:
-        """The latest test's scores, and under `val_...` the best epoch's on the validation images."""
-        found = {key: value for key, value in (self.tests[-1] if self.tests else {}).items() if key in METRIC_NAMES}
-        best = {"loss" if key == "validation_loss" else key: value for key, value in (self.best or {}).items()}
-        found |= {f"val_{key}": value for key, value in best.items() if key in METRIC_NAMES or key == "loss"}
+        """Return the latest test's scores, and under `val_...` the best epoch's on the validation images."""
+        test, best = self.tests[-1] if self.tests else {}, self.best or {}
+        found = {key: test.get(key) for key in METRIC_NAMES} | {f"val_{key}": best.get(key) for key in METRIC_NAMES}
+        found["val_loss"] = best.get("validation_loss")
         return {key: value for key, value in found.items() if is_number(value)}
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     return (type(value) is float and math.isfinite(value)) or (type(value) is int and abs(value) < 2**63)
 
 
@@ -94,465 +100,225 @@ def is_plain(value: Any) -> bool:
     return value is None or type(value) in (str, bool, float) or is_number(value)
 
 
+def is_epoch(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**31
+
+
 def read_run(directory: Path) -> Run:
-    """Read a run's own JSON files; those that are not there yet count as empty.
+    """Read the files of a run; those that are not there yet count as empty.
+
+    What has another form than this program writes is left out, and `Run.damage` names its file and field.
 
     Raises:
-        UserError: no run directory, or a file of another form.
+        UserError: not a run directory.
     """
-
-    def read(name: str, empty: Any, fits: Callable[[Any], bool]) -> Any:
-        path = directory / name
-        if not path.is_file():
-            return empty
-        value = read_json(path)
-        if not fits(value):
-            raise UserError(f"{path} has another form than this program writes: leave the run out, or mend the file")
-        return value
-
-    def is_table(value: Any) -> bool:
-        return isinstance(value, list) and all(
-            isinstance(row, dict) and all(is_plain(cell) or key.endswith("_interval") for key, cell in row.items())
-            for row in value
-        )
-
-    def is_curve(value: Any) -> bool:
-        names = ("epochs", "training_losses", "validation_losses", "learning_rates")
-        columns: list[Any] = [value.get(name) for name in names] if isinstance(value, dict) else [None]
-        return (
-            all(isinstance(column, list) for column in columns)
-            and len({len(column) for column in columns}) == 1
-            and all(type(epoch) is int and 0 <= epoch < 2**31 for epoch in columns[0])
-        )
-
     if not (directory / "run_config.json").is_file():
-        raise UserError(f"{directory} is no run directory: it has no run_config.json. Give one, or a folder of runs")
-    ours = {theirs: name for name, theirs in CONFIG_NAMES.items()}
-    flags = read("run_config.json", {}, lambda value: isinstance(value, dict))
-    flags = {ours.get(key, key): value for key, value in flags.items() if is_plain(value) or isinstance(value, list)}
-    columns = dict.fromkeys(("epochs", "training_losses", "validation_losses", "learning_rates"), ())
-    history = read("metrics_history.json", [], lambda value: is_table(value) and all("epoch" in row for row in value))
-    epochs = training_rows(read("loss_curve.json", columns, is_curve), history)
-    return Run(directory, flags, epochs, read("test_metrics.json", [], is_table))
+        raise UserError(f"{directory} is not a run directory: it has no run_config.json. Give one, or a folder of runs")
+    damage: list[str] = []
 
-
-def run_directories(folder: Path) -> list[Path]:
-    """The folder itself or all run directories below it, oldest first; dry runs are no results.
-
-    Raises:
-        UserError: there is none.
-    """
-    found = []
-    for place, folders, files in os.walk(folder):  # follows no links: no circles
-        if "run_config.json" in files and (Path(place) == folder or not Path(place).name.startswith(DRY_RUN)):
-            found.append(Path(place))
-            folders.clear()
-    if not found:
-        raise UserError(f"no run directory at or below {folder} (a folder with a run_config.json): give one of both")
-    return sorted(found, key=begun)
-
-
-def find_run(path: Path) -> Path:
-    """One run: its directory, a checkpoint in it, or the newest run below a folder."""
-    if path.is_file():
-        path = path.parent
-    found = run_directories(path)[-1]
-    if found != path:
-        print(f"Using {found} (the newest run below {path})")
-    return found
-
-
-def plain(value: Any) -> str:
-    """A value as a cell of a table; what could command the terminal is shown as an escape."""
-    text = f"{value:g}" if type(value) is float else str(value)
-    return printable(text)
-
-
-def score_text(key: str, value: float | None) -> str:
-    """A score as papers write it, in hundredths; losses as they are."""
-    return "-" if value is None else f"{value:.3f}" if key.endswith("loss") else f"{100 * value:.1f}"
-
-
-# --------------------------------------------------------------------------------------------------
-# A table of runs
-
-
-def read_runs(folder: Path) -> tuple[list[Run], list[str]]:
-    """All runs that can be read, and a line for each that cannot.
-
-    Raises:
-        UserError: there is none at all.
-    """
-    runs, notes = [], []
-    for directory in run_directories(folder):
+    def read(name: str, kind: type) -> Any:
+        path = directory / name
         try:
-            runs.append(read_run(directory))
+            value = read_json(path) if path.is_file() else kind()
         except UserError as error:
-            notes.append(f"Left out: {error}")
-    if not runs:
-        raise UserError(notes[0])
-    return runs, notes
+            damage.append(str(error))
+            return kind()
+        if isinstance(value, kind):
+            return value
+        damage.append(f"{path}: expected {'an object' if kind is dict else 'a list'} of JSON")
+        return kind()
+
+    def read_rows(name: str, *required: str) -> list[dict[str, Any]]:
+        rows = []
+        for number, row in enumerate(read(name, list), 1):
+            if not isinstance(row, dict):
+                damage.append(f"{directory / name}: entry {number} is not an object")
+                continue
+            for key in ("checkpoint", "epoch"):
+                if isinstance(row.get(key), list):  # of an ensemble
+                    row[key] = MEMBERS.join(map(str, row[key]))
+            wrong = [key for key, value in row.items() if not fits(key, value)]
+            wrong += [key for key in required if key not in row]
+            damage.extend(f"{directory / name}: entry {number}: {key} has a wrong value" for key in wrong)
+            if not set(required) & set(wrong):
+                rows.append({key: value for key, value in row.items() if key not in wrong})
+        return rows
+
+    ours = {theirs: name for name, theirs in CONFIG_NAMES.items()}
+    flags: dict[str, Any] = {}
+    for key, value in read("run_config.json", dict).items():
+        if key == "explicit":  # which of the flags were set by hand
+            continue
+        if is_plain(value) or (isinstance(value, list) and all(map(is_plain, value))):
+            flags[ours.get(key, key)] = value
+        else:
+            damage.append(f"{directory / 'run_config.json'}: {key} has a wrong value")
+    curve = read("loss_curve.json", dict)
+    if curve and (bad_list := wrong_list(curve)):
+        damage.append(f"{directory / 'loss_curve.json'}: {bad_list}")
+        curve = {}
+    epochs = training_rows(curve or dict.fromkeys(CURVE, ()), read_rows("metrics_history.json", "epoch"))
+    tests, ensembles = read_rows("test_metrics.json"), read_rows("ensemble_metrics.json")
+    # In older runs the tests of an ensemble are among those of its first member.
+    ensembles = [row for row in tests if is_ensemble(row)] + ensembles
+    tests = [row for row in tests if not is_ensemble(row)]
+    return Run(directory, flags, read_facts(directory / "run_summary.txt"), epochs, tests, ensembles, damage)
 
 
-def select(runs: Sequence[Run], conditions: Iterable[str]) -> list[Run]:
-    """The runs whose parameters have these values (`decoder=attention`, `learning_rate=0.001`).
-
-    Raises:
-        UserError: no condition, a parameter that no run has, or nothing is left.
-    """
-    left = list(runs)
-    for condition in conditions:
-        name, sign, wanted = condition.partition("=")
-        known = sorted({key for run in runs for key in run.flags})
-        if not sign or name not in known:
-            close = ", ".join(difflib.get_close_matches(name, known, 3)) or ", ".join(known[:12]) + ", ..."
-            raise UserError(f"--where {condition}: expected PARAMETER=VALUE with a parameter of the runs, e.g. {close}")
-        left = [run for run in left if name in run.flags and is_value(run.flags[name], wanted)]
-        if runs and not left:
-            values = sorted({plain(run.flags.get(name)) for run in runs})
-            raise UserError(f"--where {condition}: no run is left; {name} is {' or '.join(values[:8])} in these runs")
-    return left
+def fits(key: str, value: Any) -> bool:
+    """Whether a field of a table of scores has the form that this program writes."""
+    if key == "epoch":
+        return is_epoch(value) or MEMBERS in str(value)
+    if key.endswith("_interval"):
+        return isinstance(value, list) and len(value) == 2 and all(map(is_number, value))
+    return is_plain(value) and (key not in METRIC_NAMES or value is None or is_number(value))
 
 
-def is_value(value: Any, text: str) -> bool:
-    if type(value) in (int, float):
-        try:
-            return bool(float(text) == value)
-        except ValueError:
-            return False
-    return text.lower() == str(value).lower() if value is None or type(value) is bool else text == str(value)
+def wrong_list(curve: Mapping[str, Any]) -> str:
+    """Return what is wrong with a `loss_curve.json`, naming the list; empty where nothing is."""
+    for name in CURVE:
+        values = curve.get(name)
+        if not isinstance(values, list) or not all(map(is_epoch if name == "epochs" else is_plain, values)):
+            return f"{name} is not a list of numbers"
+        if len(values) != len(curve["epochs"]):
+            return f"{name} has {len(values)} entries, epochs has {len(curve['epochs'])}"
+    return ""
 
 
-def differing(runs: Sequence[Run]) -> list[str]:
-    """The parameters that have two values or more among these runs; one that an older run lacks does not differ."""
-    names = dict.fromkeys(name for run in runs for name in run.parameters())
-    return [name for name in names if len({str(p[name]) for p in map(Run.parameters, runs) if name in p}) > 1]
+def is_ensemble(row: Mapping[str, Any]) -> bool:
+    return MEMBERS in str(row.get("checkpoint"))
 
 
-def sort_runs(runs: Sequence[Run], key: str | None) -> list[Run]:
-    """By a score, the best first and those without it last; by age where none is given.
-
-    Raises:
-        UserError: no run has this score.
-    """
-    if key is None:
-        return list(runs)
-    known = sorted({name for run in runs for name in run.scores()})
-    if key not in known:
-        raise UserError(f"--sort {key}: no run has this score; there are {', '.join(known) or 'none yet'}")
-    sign = 1 if key.endswith(LOW_IS_GOOD) else -1
-    return sorted(runs, key=lambda run: sign * run.scores().get(key, sign * math.inf))
-
-
-def tested(run: Run) -> str:
-    """What the test scores are of, e.g. `test 1000, beam 3`."""
-    if not run.tests:
-        return "-"
-    row = run.tests[-1]
-    return f"{plain(row.get('split'))} {plain(row.get('images'))}, {decoding(row)}"
-
-
-def decoding(row: Mapping[str, Any]) -> str:
-    beam, consensus = row.get("beam_size"), row.get("consensus")
-    if beam == 1:
-        return "greedy"
-    chosen = "" if consensus is None else ", consensus" + (f" with {plain(consensus)}" if consensus != "beam" else "")
-    return f"beam {plain(beam)}{chosen}"
-
-
-def runs_table(runs: Sequence[Run], folder: Path) -> str:
-    """A line per run: scores (the best of each starred), the parameters that differ, and what all share below."""
-    names = differing(runs)
-    scores = [run.scores() for run in runs]
-    columns = [key for key in SHOWN_SCORES if any(key in row for row in scores)]
-    best = {
-        key: (min if key in LOW_IS_GOOD else max)(row[key] for row in scores if key in row)
-        for key in columns
-        if sum(key in row for row in scores) > 1
-    }
-    table = [[*columns, "tested on", "best epoch", *names, "run"]]
-    for run, row in zip(runs, scores, strict=True):
-        marks = [score_text(k, row.get(k)) + ("*" if best.get(k) == row.get(k, math.nan) else " ") for k in columns]
-        trained = f"{(run.best or {}).get('epoch', 0)} of {len(run.epochs)}"
-        values = [plain(run.parameters().get(name, "-")) for name in names]
-        where = run.directory.relative_to(folder) if run.directory != folder else run.directory
-        table.append([*marks, tested(run), trained, *values, plain(where)])
-    lines = align(table, right=len(columns))
-    shared = {name: value for name, value in runs[0].parameters().items() if name not in names and value is not None}
-    lines += ["", "The same in all: " + ", ".join(f"{name} {plain(value)}" for name, value in shared.items())]
-    lines += ["*: the best of its column. val_...: the best epoch, greedy."]
-    if len({(row.get("split"), row.get("images")) for run in runs for row in run.tests[-1:]}) > 1:
-        lines.append("Note: not all were tested on the same images, and CIDEr depends on them.")
-    if untested := [run for run in runs if not run.tests]:
-        command = reproducing_command(["--mode", "test", "--model_path", str(untested[0].directory)])
-        lines.append(f"{len(untested)} without a test: {command}")
-    return "\n".join(lines)
-
-
-def align(table: Sequence[Sequence[str]], right: int = 0) -> list[str]:
-    """Lines of cells under each other, the first `right` columns flush right."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if n < right else cell.ljust(width)
-            for n, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in table
-    ]
-
-
-def runs_csv(runs: Sequence[Run]) -> str:
-    """Every run with every score at full precision and every parameter."""
-    rows = [
-        {
-            "run": run.directory, "epochs": len(run.epochs), "best_epoch": (run.best or {}).get("epoch"),
-            **{key: run.tests[-1].get(key) for key in ("split", "images", "views", "beam_size", "length_penalty", "consensus") if run.tests},
-            **run.scores(), **{f"flag_{name}": value for name, value in run.flags.items() if name not in ("command",)},
-        }
-        for run in runs
-    ]  # fmt: skip
-    text = io.StringIO()
-    table = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    return text.getvalue()
-
-
-# --------------------------------------------------------------------------------------------------
-# Two runs
-
-
-def compare(first: Run, second: Run) -> str:
-    """The parameters that differ, validation scores, and each kind of test that both had, with paired bootstraps.
-
-    Of one run twice, its own tests of the same images, each against the next.
-    """
-    if first.directory.resolve() == second.directory.resolve():
-        return compare_ways(first)
-    lines = [f"A  {plain(first.directory)}", f"B  {plain(second.directory)}", "", "Parameters that differ"]
-    flags = first.parameters(), second.parameters()
-    names = [name for name in dict.fromkeys([*flags[0], *flags[1]]) if flags[0].get(name) != flags[1].get(name)]
-    pairs = [[f"  {name}", plain(flags[0].get(name, "-")), plain(flags[1].get(name, "-"))] for name in names]
-    lines += align([["", "A", "B"], *pairs]) if pairs else ["  none"]
-    scores = first.scores(), second.scores()
-    keys = [
-        key for key in ("val_loss", *(f"val_{name}" for name in METRIC_NAMES)) if key in scores[0] and key in scores[1]
-    ]
-    if keys:
-        a, b = ((run.best or {}).get("epoch") for run in (first, second))
-        lines += ["", f"Validation images, greedy captions, best epoch ({a} and {b})"]
-        cells = [[f"  {name_of(key)}", *(score_text(key, each[key]) for each in scores)] for key in keys]
-        lines += align([["", "A", "B"], *cells])
-    latest = [
-        {(plain(row.get("split")), row.get("beam_size") == 1, plain(row.get("consensus"))): row for row in run.tests}
-        for run in (first, second)
-    ]
-    common = [kind for kind in latest[0] if kind in latest[1]]
-    for kind in common:
-        lines += ["", *compare_tests(first, latest[0][kind], second, latest[1][kind])]
-    if not common:
-        missing = first if not first.tests else second
-        command = reproducing_command(["--mode", "test", "--model_path", str(missing.directory)])
-        lines += ["", f"The two have no test on the same split: {command}"]
-    return "\n".join(lines)
-
-
-def compare_ways(run: Run) -> str:
-    """The tests of one run that differ in one thing: the way of decoding, the views of the images, or the checkpoint."""
-    latest: dict[Any, dict[str, Any]] = {}
-    for row in run.tests:
-        things = (("split", "images"), ("length_penalty",), ("views",), ("checkpoint", "epoch"))
-        images, penalty, views, checkpoint = (tuple(plain(row.get(key)) for key in keys) for keys in things)
-        latest[images, (decoding(row), *penalty), views, checkpoint] = row
-    lines = [f"A and B  {plain(run.directory)}"]
-    for thing in (1, 2, 3):
-        alike: dict[Any, list[dict[str, Any]]] = {}
-        for key, row in latest.items():
-            alike.setdefault((*key[:thing], *key[thing + 1 :]), []).append(row)
-        for rows in alike.values():
-            for a, b in itertools.pairwise(rows):
-                lines += ["", *compare_tests(run, a, run, b)]
-    if len(lines) == 1:
-        command = reproducing_command(["--mode", "test", "--model_path", str(run.directory)])
-        lines += ["", f"The run has no two tests of the same images that differ in one thing alone: {command}"]
-    return "\n".join(lines)
-
-
-def name_of(key: str) -> str:
-    key = key.removeprefix("val_")
-    return "loss" if key == "loss" else METRIC_NAMES.get(key, key)
-
-
-def compare_tests(first: Run, a: Mapping[str, Any], second: Run, b: Mapping[str, Any]) -> list[str]:
-    """Two rows of test_metrics.json side by side, with the paired bootstrap where both have scores by image."""
-    ways = []
-    for row in (a, b):
-        penalty = row.get("length_penalty")
-        parts = [decoding(row), "" if penalty is None else f"length penalty {plain(penalty)}"]
-        for key, usual in (("views", "whole"), ("checkpoint", "best.pt")):
-            if not a.get(key, usual) == b.get(key, usual) == usual:
-                parts.append(f"views {plain(row.get(key, usual))}" if key == "views" else plain(row.get(key, usual)))
-        if first is second and a.get("epoch") != b.get("epoch"):
-            parts.append(f"epoch {plain(row.get('epoch'))}")
-        ways.append(", ".join(filter(None, parts)))
-    way = ways[0] if ways[0] == ways[1] else f"A {ways[0]}; B {ways[1]}"
-    lines = [f"Test on {plain(a.get('images'))} {plain(a.get('split'))} images, {way}"]
-    differences: dict[str, Difference] = {}
+def read_facts(path: Path) -> dict[str, str]:
+    """Return the lines "Name: value" of a `run_summary.txt`; what cannot be read is left out."""
     try:
-        differences = bootstrap(read_scores(first, a), read_scores(second, b))
-        note = "B - A: mean and 95 % interval over the choice of images (paired bootstrap); seeds of training are not covered."
-    except UserError as error:
-        note = f"No intervals of the difference: {error}"
-    table = [["", "A", "B", "B - A" if differences else "", ""]]
-    for key in (key for key in METRIC_NAMES if is_number(a.get(key)) and is_number(b.get(key))):
-        cells = [f"  {METRIC_NAMES[key]}", score_text(key, a[key]), score_text(key, b[key]), "", ""]
-        if key in differences:
-            mean, low, high = (100 * value for value in differences[key])
-            better = "" if low <= 0 <= high else "B is better" if (low > 0) != (key in LOW_IS_GOOD) else "A is better"
-            cells[3:] = [f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", better]
-        table.append(cells)
-    return [*lines, *align(table), f"  {note}"]
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return {}
+    return dict(re.findall(r"^ *([A-Z][A-Za-z ]{0,40}): (.+)$", text, re.MULTILINE))
+
+
+def training_rows(curve: Mapping[str, Sequence[Any]], history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Join an epoch's losses, learning rate and validation scores, for every epoch of `loss_curve.json`.
+
+    Args:
+        curve, history: the content of `loss_curve.json` and `metrics_history.json`.
+    """
+    about = ("epoch", "split", "beam_size", "images")  # of a score, not scores
+    scores = {entry["epoch"]: {k: v for k, v in entry.items() if k not in about} for entry in history}
+    columns = [[(name, value) for value in curve[key]] for key, name in CURVE.items()]
+    rows = [dict(row) for row in zip(*columns, strict=True)]
+    return [row | scores.get(row["epoch"], {}) for row in rows]
 
 
 class ByImage(NamedTuple):
-    """A test's scores image by image."""
+    """A test's scores by image."""
 
     names: list[str]
     scores: ImageScores
 
 
 def read_scores(run: Run, row: Mapping[str, Any]) -> ByImage:
-    """The `test_scores[_N].json` that belongs to a row of test_metrics.json.
+    """Read the file of scores by image that belongs to a row of `test_metrics.json`.
+
+    A score that the file of an older version lacks is NaN.
 
     Raises:
         UserError: there is none, or it has another form.
     """
     name = row.get("scores_file")
     if not isinstance(name, str):
-        command = reproducing_command(["--mode", "test", "--model_path", str(run.directory)])
-        raise UserError(f"{run.directory} was tested before scores were kept image by image: {command}")
-    path = run.directory / Path(name).name  # a stranger's row names no file elsewhere
+        raise UserError(
+            f"{run.directory} was tested before scores were stored by image: {command_to_test(run.directory)}"
+        )
+    path = run.directory / Path(name).name  # the row of a stranger's run names no file elsewhere
     content = read_json(path)
+    field = "image_id"
     try:
-        names, bleu = content["image_id"], content["bleu"]
-        lists = [content[key] for key in ("cider", "rouge_l", "wer")]
-        counts = [bleu[key] for key in ("guess", "correct", "length", "reference_length")]
-        lists.append(content.get("sentence_bleu4", [math.nan] * len(names)))  # absent from older files
-        cider, rouge_l, wer, sentence_bleu4 = (np.array(values, dtype=np.float64) for values in lists)
-        guess, correct, length, reference_length = (np.array(values, dtype=np.int64) for values in counts)
-        shapes = [values.shape for values in (cider, rouge_l, wer, length, reference_length, sentence_bleu4)]
-        if (
-            not names
-            or not all(isinstance(name, str) for name in names)
-            or len(set(names)) < len(names)
-            or any(shape != (len(names),) for shape in shapes)
-            or not guess.shape == correct.shape == (len(names), 4)
-            or not all((np.abs(values) < 1e9).all() for values in (cider, rouge_l, wer))
-        ):
-            raise ValueError("lists of different lengths, or no numbers")
+        names = content[field]
+        if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+            raise ValueError("expected different names")
+        values = {field: np.full(len(names), np.nan) for field in ImageScores._fields}
+        for field in values:
+            counts = field in ("guess", "correct", "length", "reference_length")
+            place = content["bleu"] if counts else content
+            if field not in place and field not in ("cider", "rouge_l", "wer") and not counts:
+                continue
+            values[field] = np.array(place[field], dtype=np.int64 if counts else np.float64)
+            shape = (len(names), 4) if field in ("guess", "correct") else (len(names),)
+            if values[field].shape != shape or not (np.abs(values[field]) < 1e9).all():
+                raise ValueError("expected a number for each image")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise UserError(f"{path} is no list of scores by image: {first_line(error)}. Test the run again") from None
-    scores = ImageScores(
-        cider, rouge_l, np.zeros(len(names)), wer, guess, correct, length, reference_length, sentence_bleu4
-    )
-    return ByImage(list(names), scores)
-
-
-def bootstrap(first: ByImage, second: ByImage) -> dict[str, Difference]:
-    """How much better the second is, with intervals over the images, for each score of `COMPARED`.
-
-    Raises:
-        UserError: they are scores of different images.
-    """
-    if set(first.names) != set(second.names):
-        both = len(set(first.names) & set(second.names))
-        raise UserError(f"A scored {len(first.names)} images, B {len(second.names)}, and {both} are the same")
-    place = {name: number for number, name in enumerate(second.names)}
-    order = np.array([place[name] for name in first.names])
-    other = ImageScores(*(values[order] for values in second.scores))
-    found = {k: paired_bootstrap(getattr(first.scores, k), getattr(other, k)) for k in ("cider", "rouge_l", "wer")}
-    return {**found, "bleu4": paired_bleu4(first.scores, other)}
+        raise UserError(f"{path} is not a file of scores by image: {field}: {first_line(error)}. Test again") from None
+    return ByImage(list(names), ImageScores(**values))
 
 
 # --------------------------------------------------------------------------------------------------
-# Room on the disk
+# Finding runs and checkpoints
 
 
-class Epochs(NamedTuple):
-    """The epoch files of a run that best.pt and last.pt make superfluous."""
+def run_start_key(directory: Path) -> tuple[str, int, str]:
+    """Return the start of a run, to sort by: the second in its name, which copies keep, then its `run_config.json`."""
+    config, second = directory / "run_config.json", re.search(r"\d{8}_\d{6}", directory.name)
+    return second[0] if second else "", config.stat().st_mtime_ns if config.is_file() else 0, directory.name
 
-    files: list[Path]
-    freed: int  # bytes: a file that best.pt or last.pt is a hard link to frees nothing
 
-
-def superfluous(directory: Path) -> Epochs:
-    """The run's `model_epoch_N.pt`, but for what was trained after last.pt was written (a crash in between).
+def run_directories(folder: Path) -> list[Path]:
+    """Return the folder itself or all run directories below it, oldest first, without dry runs.
 
     Raises:
-        UserError: best.pt or last.pt is missing or damaged, so that an epoch file may be all there is.
+        UserError: there is none.
     """
-    kept = [directory / "best.pt", directory / "last.pt"]
-    for path in kept:
-        try:
-            check_tensor_zip(path)
-        except Exception as error:  # whatever is wrong with it
-            problem = "is not there" if not path.exists() else f"cannot be read ({first_line(error)})"
-            raise UserError(f"{path} {problem}: the epoch files of this run stay") from None
-    written = kept[1].stat().st_mtime_ns
-    files = [path for path in directory.glob("model_epoch_*.pt") if path.is_file() and not path.is_symlink()]
-    files = sorted(
-        (path for path in files if path.stat().st_mtime_ns <= written), key=lambda path: (len(path.name), path)
-    )
-    freed = sum(path.stat().st_size for path in files if path.stat().st_nlink == 1)
-    return Epochs(files, freed)
+    found = []
+    for place, folders, files in os.walk(folder):  # follows no links, so that there are no circles
+        if "run_config.json" in files and (Path(place) == folder or not Path(place).name.startswith(DRY_RUN)):
+            found.append(Path(place))
+            folders.clear()
+    if not found:
+        raise UserError(f"no run directory at or below {folder}: give a folder with a run_config.json, or one of such")
+    return sorted(found, key=run_start_key)
 
 
-def prune(folder: Path, ask: Callable[[str], bool]) -> str:
-    """Delete the epoch files of a run, or of all runs below a folder, after asking; best.pt and last.pt stay.
+def find_run(path: Path) -> Path:
+    """Return a run directory: the path itself, that of a checkpoint in it, or the newest one below a folder.
 
-    Args:
-        ask: is given what would be deleted, and says whether to do it.
-
-    Returns:
-        what was done, in a line. Runs that are trained in, or that lack a whole best.pt or last.pt, are passed
-        over with a printed line.
+    Raises:
+        UserError: there is none.
     """
-    found: list[tuple[Any, Epochs]] = []  # a lock keeps its run from being resumed meanwhile
-    for directory in run_directories(folder):
-        try:
-            lock = lock_run_directory(directory)
-            epochs = superfluous(directory)
-        except (UserError, OSError) as error:
-            print(f"Passed over: {error}")
-            continue
-        if epochs.files:
-            found.append((lock, epochs))
-            print(f"{plain(directory)}: {len(epochs.files)} epoch files, {format_bytes(epochs.freed)}")
-    count, freed = sum(len(epochs.files) for _, epochs in found), sum(epochs.freed for _, epochs in found)
-    if not count:
-        return "Nothing to delete"
-    if not ask(
-        f"Delete {count} epoch files of {len(found)} run(s), which frees {format_bytes(freed)}? best.pt and last.pt stay"
-    ):
-        return "Nothing was deleted"
-    for _, epochs in found:
-        for path in epochs.files:
-            try:
-                path.unlink()
-            except OSError as error:
-                raise UserError(f"cannot delete {path}: {error.strerror}. Others of the list may be gone") from error
-    return f"Deleted {count} epoch files; {format_bytes(freed)} are free again"
+    if path.is_file():
+        path = path.parent
+    found = run_directories(path)[-1]
+    if found != path:
+        log.info(printable(f"Using {found} (the newest run below {path})"))
+    return found
 
 
-SCRIPT = "flickr_image_caption_with_pytorch_resnet_lstm.py"
-DRY_RUN = "dry_run_"  # begins the names of runs that are no results
-EXPORTED_WEIGHTS = "model.safetensors"  # what `--mode export` writes, beside config.json and vocabulary.json
-CONFIG_NAMES = {"decoder": "decoder_type"}  # our flags under the names that the original's run_config.json has
+def find_checkpoint(model_path: Path) -> Path:
+    """Return the file that `--model_path` names: a checkpoint, or that of a run directory or an exported folder.
 
+    Where the file is not there itself, the newest run below its folder that has it is used, so that the paths of the
+    original README work.
 
-def reproducing_command(typed: list[str]) -> str:
-    """The command line again, quoted for a shell."""
-    return shlex.join(["python", SCRIPT, *typed])
+    Raises:
+        UserError: nothing fits.
+    """
+    # os.path rather than Path, which raises over a name that no file can have.
+    if os.path.isfile(model_path):
+        return model_path
+    folder, name = (model_path, "best.pt") if os.path.isdir(model_path) else (model_path.parent, model_path.name)
+    for file in (name, EXPORTED_WEIGHTS) if folder == model_path else (name,):
+        if os.path.isfile(folder / file):
+            return folder / file
+    below = folder.rglob("*") if os.path.isdir(folder) else ()  # names may contain what glob reads as a pattern
+    runs = [p for p in below if p.name == name and p.is_file() and not p.parent.name.startswith(DRY_RUN)]
+    if not runs:
+        raise UserError(
+            f"--model_path {model_path} is not there, and no run below {folder} has a {name}: "
+            "give a checkpoint (.pt), a run directory, a folder of runs, or an exported folder"
+        )
+    newest = max(runs, key=lambda path: run_start_key(path.parent))
+    log.info(printable(f"Using {newest} (the newest run below {folder} that has {name})"))
+    return newest
 
 
 def start_command(directory: Path) -> str:
@@ -578,49 +344,80 @@ def lock_run_directory(directory: Path) -> BaseFileLock:
     return lock
 
 
-def training_rows(curve: Mapping[str, Sequence[Any]], history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """An epoch's losses, learning rate and validation scores together, for every epoch of `loss_curve.json`.
+# --------------------------------------------------------------------------------------------------
+# Epoch files
 
-    Args:
-        curve, history: the content of `loss_curve.json` and `metrics_history.json`.
+
+class Epochs(NamedTuple):
+    """The epoch files of a run that best.pt and last.pt make deletable."""
+
+    files: list[Path]
+    freed: int  # bytes: a file that best.pt or last.pt is a hard link to frees nothing
+    others: list[Path]  # files that are named alike but were not written by a run: they stay
+
+
+def stored_epoch(path: Path) -> int | None:
+    """Return the epoch that a checkpoint says it is of, without building anything of it; None where it says none.
+
+    The number stands at the beginning of the pickle, and only that is read.
     """
-    about = ("epoch", "split", "beam_size", "images")  # of a score, not scores
-    scores = {entry["epoch"]: {k: v for k, v in entry.items() if k not in about} for entry in history}
-    names = {"epochs": "epoch", "training_losses": "training_loss", "validation_losses": "validation_loss"}
-    names["learning_rates"] = "learning_rate"
-    columns = [[(name, value) for value in curve[key]] for key, name in names.items()]
-    rows = [dict(row) for row in zip(*columns, strict=True)]
-    return [row | scores.get(row["epoch"], {}) for row in rows]
+    try:
+        with zipfile.ZipFile(path) as archive:
+            (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+            with archive.open(name) as file:
+                operations = itertools.islice(pickletools.genops(file.read(1000)), 20)
+                values = [argument for code, argument, _ in operations if not code.name.endswith(("PUT", "MEMOIZE"))]
+        epoch = values[values.index("epoch") + 1]
+    except Exception:  # zipfile and pickletools raise what they meet
+        return None
+    return epoch if is_epoch(epoch) else None
 
 
-def begun(directory: Path) -> tuple[str, int, str]:
-    """When a run began, to sort by: the second in its name, which copies keep, then its `run_config.json`."""
-    config, second = directory / "run_config.json", re.search(r"\d{8}_\d{6}", directory.name)
-    return second[0] if second else "", config.stat().st_mtime_ns if config.is_file() else 0, directory.name
+def deletable_epochs(directory: Path) -> Epochs:
+    """Find the run's `model_epoch_N.pt`, except what was trained after last.pt was written (a crash in between).
 
-
-def find_checkpoint(model_path: Path) -> Path:
-    """What `--model_path` means: a checkpoint, a run directory, an exported folder, or what the original README writes.
-
-    Where the named file is not there itself, the newest run below its folder that has it is used.
+    Only files that a run wrote count: the name has a number, and the checkpoint says that it is of this epoch.
 
     Raises:
-        UserError: nothing fits.
+        UserError: best.pt or last.pt is missing or damaged, so that an epoch file may be all there is.
     """
-    # os.path rather than Path: it says no to names that no file can have, where Path raises.
-    if os.path.isfile(model_path):
-        return model_path
-    folder, name = (model_path, "best.pt") if os.path.isdir(model_path) else (model_path.parent, model_path.name)
-    for file in (name, EXPORTED_WEIGHTS) if folder == model_path else (name,):
-        if os.path.isfile(folder / file):
-            return folder / file
-    below = folder.rglob("*") if os.path.isdir(folder) else ()  # names may hold what glob reads as a pattern
-    runs = [p for p in below if p.name == name and p.is_file() and not p.parent.name.startswith(DRY_RUN)]
-    if not runs:
-        raise UserError(
-            f"--model_path {model_path} is not there, and no run below {folder} has a {name}: "
-            "give a checkpoint (.pt), a run directory, a folder of runs, or an exported folder"
-        )
-    newest = max(runs, key=lambda path: begun(path.parent))
-    log.info(f"Using {newest} (the newest run below {folder} that has {name})")
-    return newest
+    kept = [directory / "best.pt", directory / "last.pt"]
+    for path in kept:
+        try:
+            check_tensor_zip(path)
+        except Exception as error:  # whatever is wrong with it
+            problem = "is not there" if not path.exists() else f"cannot be read ({first_line(error)})"
+            raise UserError(f"{path} {problem}: the epoch files of this run stay") from None
+    written = kept[1].stat().st_mtime_ns
+    files, others = {}, []
+    for path in directory.glob("model_epoch_*.pt"):
+        name = EPOCH_FILE.fullmatch(path.name)
+        if name is None or path.is_symlink() or not path.is_file() or stored_epoch(path) != int(name[1]):
+            others.append(path)
+        elif path.stat().st_mtime_ns <= written:
+            files[path] = int(name[1])
+    freed = sum(path.stat().st_size for path in files if path.stat().st_nlink == 1)
+    return Epochs(sorted(files, key=files.__getitem__), freed, sorted(others))
+
+
+# --------------------------------------------------------------------------------------------------
+# How values are shown
+
+
+def plain(value: Any) -> str:
+    """Return a value as text for a terminal, with control characters as escapes."""
+    return printable(f"{value:g}" if type(value) is float else str(value))
+
+
+def score_text(key: str, value: float | None) -> str:
+    """Return a score as papers write it, in hundredths; losses as they are."""
+    return "-" if value is None else f"{value:.3f}" if key.endswith("loss") else f"{100 * value:.1f}"
+
+
+def decoding(row: Mapping[str, Any]) -> str:
+    """Return the way of decoding of a test: `greedy`, `beam 3`, `beam 20, consensus with regression`."""
+    beam, consensus = row.get("beam_size"), row.get("consensus")
+    if beam == 1:
+        return "greedy"
+    evidence = "" if consensus is None else ", consensus" + (f" with {plain(consensus)}" if consensus != "beam" else "")
+    return f"beam {plain(beam)}{evidence}"

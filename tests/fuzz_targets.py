@@ -200,9 +200,11 @@ def captions(value: tuple[str, bytes], folder: Path) -> bool:
     if read is None:
         return False
     found, notes = read
-    for name, texts in found.items():
-        assert os.path.basename(name) == name and name not in ("", ".", "..") and not CONTROL_CHARACTERS.search(name)
-        assert texts and not any(CONTROL_CHARACTERS.search(text) or not text.strip() for text in texts)
+    for name, texts in found.groupby("image")["caption"]:
+        parts = name.split("/")  # a file, or a file in one folder
+        assert len(parts) <= 2 and all(os.path.basename(part) == part not in ("", ".", "..") for part in parts)
+        assert not CONTROL_CHARACTERS.search(name)
+        assert len(texts) and not any(CONTROL_CHARACTERS.search(text) or not text.strip() for text in texts)
         name.encode()
     assert not any(CONTROL_CHARACTERS.search(note) for note in notes)
     return True

@@ -29,7 +29,8 @@ from flickr_image_caption_with_pytorch_resnet_lstm import get_parser
 
 def captions(folder: Path, text: str | bytes, name: str = "captions.txt") -> tuple[dict[str, list[str]], list[str]]:
     (folder / name).write_bytes(text.encode() if isinstance(text, str) else text)
-    return read_captions(folder / name)
+    table, notes = read_captions(folder / name)
+    return table.groupby("image", sort=False)["caption"].agg(list).to_dict(), notes
 
 
 # --------------------------------------------------------------------------------------------------

@@ -94,11 +94,14 @@ def run(context: EvalContext, images: np.ndarray, checkpoints: Mapping[Path, Map
 
     references = [data.references(image) for image in images]
     notes = add_java_scores([(each.captions, each.scores) for each in results], references, args.spice)
+    person = person_scores(references)
+    for result in results:  # for the report, which has no references to score
+        result.scores |= {f"person_{key}": value for key, value in person.items()}
     if pointing:
         notes += add_pointing_game(data, images, results)
     for result in results:
         save_row(rows_file, result)
-    print_scores([(each.name, each.scores) for each in results], references, args.split, notes)
+    print_scores([(each.name, each.scores) for each in results], person, len(images), args.split, notes)
     save_references(directory, data, images, args.split)
     last = results[-1]
     save_gallery(data, images, last.captions, last.by_image.cider, directory / f"{ensemble}sample_captions.png")
@@ -114,7 +117,8 @@ def score_predictions(data: CaptionSet, args: argparse.Namespace) -> None:
     scores, _ = score_test(data, images, captions)
     references = [data.references(image) for image in images]
     notes = add_java_scores([(captions, scores)], references, args.spice)
-    print_scores([(printable(args.predictions.stem), scores)], references, args.split, notes)
+    columns = [(printable(args.predictions.stem), scores)]
+    print_scores(columns, person_scores(references), len(images), args.split, notes)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -284,19 +288,19 @@ def rows_lock(rows_file: Path) -> FileLock:
 
 def print_scores(
     columns: Sequence[tuple[str, dict[str, Any]]],
-    references: Sequence[Sequence[str]],
+    person: dict[str, float],
+    images: int,
     split: str,
     notes: Sequence[str] = (),
 ) -> None:
     """Print a table with a column for each way of decoding, and a person's own scores as the yardstick."""
-    person = person_scores(references)
     shown = [*columns, *([("a person", person)] if person else [])]
     widths = [max(10, len(name) + 2) for name, _ in shown]
 
     def line(name: str, cells: Sequence[str]) -> str:
         return f"  {name:<26}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=False))
 
-    print(f"\nScores on {len(references)} {split} images (x100; lower case, no punctuation; CIDEr's word weights from")
+    print(f"\nScores on {images} {split} images (x100; lower case, no punctuation; CIDEr's word weights from")
     print("these images; a person: one caption against the image's others, which are one fewer):")
     print(line("", [name for name, _ in shown]))
     for key, name in METRIC_NAMES.items():
@@ -354,8 +358,10 @@ def save_gallery(data: CaptionSet, images: np.ndarray, captions: Sequence[str], 
             except UnreadableImage:
                 continue
             references = data.references(int(images[place]))
-            title = f"{group.lower()}: CIDEr {100 * cider[place]:.0f}, {name}"
-            samples.append({"image": picture, "name": title, "caption": captions[place], "references": references})
+            title = f"CIDEr {100 * cider[place]:.0f}, {name}"
+            samples.append(
+                {"image": picture, "group": group, "name": title, "caption": captions[place], "references": references}
+            )
     plots.plot_captions(samples, path)
 
 

@@ -1,0 +1,345 @@
+"""Runs beside each other: a table of them, and two compared, as text and as CSV.
+
+Imports pandas, so import it where a table is made.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import shutil
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from captioning.io import UserError, printable
+from captioning.runs import (
+    ByImage,
+    Run,
+    command_to_test,
+    decoding,
+    is_number,
+    plain,
+    read_run,
+    read_scores,
+    run_directories,
+    score_text,
+)
+from captioning.scores import METRIC_NAMES, Difference, ImageScores, paired_bleu4, paired_bootstrap
+
+LOW_IS_GOOD = ("wer", "val_loss")
+SHOWN_SCORES = ("cider", "bleu4", "rouge_l", "meteor", "spice", "wer", "val_cider", "val_loss")
+UNLIMITED = 100_000  # columns, of an output that is not a terminal
+
+
+# --------------------------------------------------------------------------------------------------
+# Text and CSV
+
+
+def table_text(table: pd.DataFrame, right: Sequence[str] = ()) -> list[str]:
+    """Return the lines of a table of text, with the columns of `right` flush right."""
+    rows = [list(table.columns), *table.to_numpy().tolist()]
+    flush = [name in right for name in table.columns]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if is_right else cell.ljust(width)
+            for cell, width, is_right in zip(row, widths, flush, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows as CSV under the union of their columns: numbers at full precision, missing cells empty."""
+    safe = [{csv_cell(name): csv_cell(value) for name, value in row.items()} for row in rows]
+    # Of objects, so that whole numbers stay whole beside missing ones.
+    text: str = pd.DataFrame(safe, dtype=object).to_csv(index=False, lineterminator="\n")
+    return text
+
+
+def csv_cell(value: Any) -> Any:
+    """Return a value as a spreadsheet may show it: a text is never a formula, nor a command to a terminal."""
+    if value is None or isinstance(value, int | float):
+        return value
+    text = str(value)
+    return printable(f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text)
+
+
+# --------------------------------------------------------------------------------------------------
+# Choosing and sorting runs
+
+
+def read_runs(folder: Path) -> list[Run]:
+    """Read all runs at or below a folder, oldest first.
+
+    Raises:
+        UserError: there is none.
+    """
+    return [read_run(directory) for directory in run_directories(folder)]
+
+
+def select_runs(runs: Sequence[Run], conditions: Iterable[str]) -> list[Run]:
+    """Return the runs whose parameters have these values (`decoder=attention`, `learning_rate=0.001`).
+
+    Raises:
+        UserError: not a condition, a parameter that no run has, or nothing is left.
+    """
+    left = list(runs)
+    for condition in conditions:
+        name, sign, value = condition.partition("=")
+        known = sorted({key for run in runs for key in run.flags})
+        if not sign or name not in known:
+            close = ", ".join(difflib.get_close_matches(name, known, 3)) or ", ".join(known[:12]) + ", ..."
+            raise UserError(f"--where {condition}: expected PARAMETER=VALUE with a parameter of the runs, e.g. {close}")
+        left = [run for run in left if name in run.flags and has_value(run.flags[name], value)]
+        if runs and not left:
+            values = sorted({plain(run.flags.get(name)) for run in runs})
+            raise UserError(f"--where {condition}: no run is left; {name} is {' or '.join(values[:8])} in these runs")
+    return left
+
+
+def has_value(value: Any, text: str) -> bool:
+    if type(value) in (int, float):
+        try:
+            return bool(float(text) == value)
+        except ValueError:
+            return False
+    return text.lower() == str(value).lower() if value is None or type(value) is bool else text == str(value)
+
+
+def sort_runs(runs: Sequence[Run], key: str | None) -> list[Run]:
+    """Sort by a score, the best first and those without it last; by age where none is given.
+
+    Raises:
+        UserError: no run has this score.
+    """
+    if key is None:
+        return list(runs)
+    scores = score_table(runs)
+    if key not in scores:
+        known = ", ".join(sorted(scores)) or "none yet"
+        raise UserError(f"--sort {key}: no run has this score; there are {known}")
+    order = scores.sort_values(key, ascending=key.endswith(LOW_IS_GOOD), kind="stable").index
+    return [runs[number] for number in order]
+
+
+def score_table(runs: Sequence[Run]) -> pd.DataFrame:
+    """Return a row of scores for each run, NaN where it has none."""
+    return pd.DataFrame([run.scores() for run in runs], index=range(len(runs)), dtype=np.float64)
+
+
+# --------------------------------------------------------------------------------------------------
+# A table of runs
+
+
+def runs_table(runs: Sequence[Run], folder: Path, width: int | None = None) -> str:
+    """Return a line per run: name, scores (the best of each starred), and the parameters that differ.
+
+    Columns that do not fit are left out, and a line below names them.
+
+    Args:
+        width: of the terminal in letters; None asks the terminal, and an output that is a file has room for all.
+    """
+    width = width or shutil.get_terminal_size((UNLIMITED, 24)).columns
+    scores = score_table(runs)
+    scores = scores[[key for key in SHOWN_SCORES if key in scores]]
+    signed = scores * [-1 if key in LOW_IS_GOOD else 1 for key in scores]
+    best = signed.eq(signed.max()) & (scores.notna().sum() > 1)
+    parameters = pd.DataFrame([{plain(k): plain(v) for k, v in run.parameters().items()} for run in runs])
+    values = parameters.nunique()  # a parameter that an older run lacks does not differ
+    differing = parameters[values.index[values > 1]].fillna("-")
+
+    names = [str(run.directory if run.directory == folder else run.directory.relative_to(folder)) for run in runs]
+    table = pd.DataFrame({"run": [plain(n) + " (damaged)" * bool(r.damage) for n, r in zip(names, runs, strict=True)]})
+    for key in scores:
+        cells = zip(scores[key], best[key], strict=True)
+        table[key] = ["- " if np.isnan(score) else score_text(key, score) + " *"[star] for score, star in cells]
+    table["tested on"] = [tested(run) for run in runs]
+    table["best epoch"] = [f"{(run.best or {}).get('epoch', 0)} of {len(run.epochs)}" for run in runs]
+    lines, left_out = fitted(table.join(differing), list(scores), width)
+
+    same = parameters[values.index[values == 1]].bfill().iloc[0]
+    shared = ", ".join(f"{name} {value}" for name, value in same.items() if value != "None")
+    notes = [f"The same in all: {shared}", "*: the best of its column. val_...: the best epoch, greedy."]
+    if left_out:
+        notes.append(f"Too wide for this terminal: {', '.join(left_out)}. A wider one or --csv shows them.")
+    if len({(row.get("split"), row.get("images")) for run in runs for row in run.tests[-1:]}) > 1:
+        notes.append("Note: not all were tested on the same images, and CIDEr depends on them.")
+    lines += ["", *itertools.chain.from_iterable(textwrap.wrap(note, width, break_on_hyphens=False) for note in notes)]
+    if untested := [run for run in runs if not run.tests]:
+        lines.append(f"{len(untested)} without a test: {plain(command_to_test(untested[0].directory))}")
+    return "\n".join(lines)
+
+
+def fitted(table: pd.DataFrame, right: Sequence[str], width: int) -> tuple[list[str], list[str]]:
+    """Return a table's lines, no longer than `width` but for the first column, and the columns that have no room.
+
+    A first column of more than half of the width gets lines of its own.
+    """
+    widths = {name: max(map(len, [name, *table[name]])) for name in table}
+    first, *others = table.columns
+    apart = widths[first] > width // 2 and sum(widths.values()) + 2 * len(others) > width
+    room, shown, left_out = width - (2 if apart else widths[first]), [], []
+    for name in others:
+        if widths[name] + 2 <= room:
+            room -= widths[name] + 2
+            shown.append(name)
+        else:
+            left_out.append(name)
+    if not apart:
+        return table_text(table[[first, *shown]], right), left_out
+    below = [f"    {line}" for line in table_text(table[shown], right)]
+    names = [first, *table[first]]
+    return [line for pair in zip(names, below, strict=True) for line in pair], left_out
+
+
+def tested(run: Run) -> str:
+    """Return what the test scores are of, e.g. `test 1000, beam 3`."""
+    if not run.tests:
+        return "-"
+    row = run.tests[-1]
+    return f"{plain(row.get('split'))} {plain(row.get('images'))}, {decoding(row)}"
+
+
+def runs_csv(runs: Sequence[Run]) -> str:
+    """Return every run with every score at full precision and every parameter."""
+    about = ("split", "images", "views", "beam_size", "length_penalty", "consensus")
+    return csv_text(
+        [
+            {"run": run.directory, "epochs": len(run.epochs), "best_epoch": (run.best or {}).get("epoch")}
+            | {key: row.get(key) for row in run.tests[-1:] for key in about}
+            | run.scores()
+            | {f"flag_{name}": value for name, value in run.flags.items() if name != "command"}
+            | {"damage": "; ".join(run.damage) or None}
+            for run in runs
+        ]
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Two runs
+
+
+def compare(first: Run, second: Run) -> str:
+    """Compare two runs: parameters, validation scores, and each kind of test that both had, with paired bootstraps.
+
+    Of one run twice, its own tests of the same images are compared, each with the next.
+    """
+    if first.directory.resolve() == second.directory.resolve():
+        return compare_tests_of(first)
+    lines = [f"A  {plain(first.directory)}", f"B  {plain(second.directory)}", "", "Parameters that differ"]
+    flags = side_by_side(first.parameters(), second.parameters()).fillna("-").map(plain)
+    flags = flags[flags["A"] != flags["B"]]
+    lines += indented(flags) if len(flags) else ["  none"]
+    keys = ["val_loss", *(f"val_{name}" for name in METRIC_NAMES)]
+    scores = side_by_side(first.scores(), second.scores()).dropna()
+    scores = scores.loc[[key for key in keys if key in scores.index]]
+    if len(scores):
+        epochs = " and ".join(str((run.best or {}).get("epoch")) for run in (first, second))
+        lines += ["", f"Validation images, greedy captions, best epoch ({epochs})", *indented(score_rows(scores))]
+    # The latest of each kind of test. Beam sizes may differ: the best of each run is what one compares.
+    kinds = [
+        {(plain(row.get("split")), row.get("beam_size") == 1, plain(row.get("consensus"))): row for row in run.tests}
+        for run in (first, second)
+    ]
+    common = [kind for kind in kinds[0] if kind in kinds[1]]
+    for kind in common:
+        lines += ["", *compare_tests(first, kinds[0][kind], second, kinds[1][kind])]
+    if not common:
+        untested = first if not first.tests else second
+        lines += ["", f"The two have no test on the same split: {plain(command_to_test(untested.directory))}"]
+    return "\n".join(lines)
+
+
+def compare_tests_of(run: Run) -> str:
+    """Compare a run's tests that differ in one thing: the way of decoding, the images' views, or the checkpoint."""
+    latest: dict[Any, dict[str, Any]] = {}
+    for row in (*run.tests, *run.ensembles):
+        things = (("split", "images"), ("length_penalty",), ("views",), ("checkpoint", "epoch"))
+        images, penalty, views, checkpoint = (tuple(plain(row.get(key)) for key in keys) for keys in things)
+        latest[images, (decoding(row), *penalty), views, checkpoint] = row
+    lines = [f"A and B  {plain(run.directory)}"]
+    for thing in (1, 2, 3):
+        alike: dict[Any, list[dict[str, Any]]] = {}
+        for key, row in latest.items():
+            alike.setdefault((*key[:thing], *key[thing + 1 :]), []).append(row)
+        for rows in alike.values():
+            for a, b in itertools.pairwise(rows):
+                lines += ["", *compare_tests(run, a, run, b)]
+    if len(lines) == 1:
+        command = plain(command_to_test(run.directory))
+        lines += ["", f"The run has no two tests of the same images that differ in one thing alone: {command}"]
+    return "\n".join(lines)
+
+
+def compare_tests(first: Run, a: Mapping[str, Any], second: Run, b: Mapping[str, Any]) -> list[str]:
+    """Compare two rows of test_metrics.json, with the paired bootstrap where both have scores by image."""
+    ways = []
+    for row in (a, b):
+        penalty = row.get("length_penalty")
+        parts = [decoding(row), "" if penalty is None else f"length penalty {plain(penalty)}"]
+        for key, usual in (("views", "whole"), ("checkpoint", "best.pt")):
+            if not a.get(key, usual) == b.get(key, usual) == usual:
+                parts.append(f"views {plain(row.get(key, usual))}" if key == "views" else plain(row.get(key, usual)))
+        if first is second and a.get("epoch") != b.get("epoch"):
+            parts.append(f"epoch {plain(row.get('epoch'))}")
+        ways.append(", ".join(filter(None, parts)))
+    way = ways[0] if ways[0] == ways[1] else f"A {ways[0]}; B {ways[1]}"
+    scores = side_by_side(*({key: row[key] for key in METRIC_NAMES if is_number(row.get(key))} for row in (a, b)))
+    table = score_rows(scores.dropna())
+    try:
+        differences = bootstrap(read_scores(first, a), read_scores(second, b))
+        note = "B - A: mean and 95 % interval over the choice of images (paired bootstrap), not over training seeds."
+        table["B - A"], table[""] = zip(*(judged(key, differences.get(key)) for key in table.index), strict=True)
+    except UserError as error:
+        note = f"No intervals of the difference: {error}"
+    heading = f"Test on {plain(a.get('images'))} {plain(a.get('split'))} images, {way}"
+    return [heading, *indented(table), f"  {note}"]
+
+
+def judged(key: str, difference: Difference | None) -> tuple[str, str]:
+    """Return a difference with its interval as text, and which of the two it shows to be better."""
+    if difference is None:
+        return "", ""
+    mean, low, high = (100 * value for value in difference)
+    better = "" if low <= 0 <= high else "B is better" if (low > 0) != (key in LOW_IS_GOOD) else "A is better"
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", better
+
+
+def side_by_side(a: Mapping[str, Any], b: Mapping[str, Any]) -> pd.DataFrame:
+    """Return columns A and B with a row for each key of either, NaN where it has none."""
+    names = list(dict.fromkeys([*a, *b]))
+    return pd.DataFrame({"A": pd.Series(a, names, object), "B": pd.Series(b, names, object)})
+
+
+def score_rows(scores: pd.DataFrame) -> pd.DataFrame:
+    """Return the table with its scores as text; the rows keep their keys."""
+    return scores.apply(lambda row: row.map(lambda value: score_text(row.name, value)), axis=1)
+
+
+def indented(table: pd.DataFrame) -> list[str]:
+    """Return the lines of a table, each row with the name of its key before it."""
+    names = [key.removeprefix("val_") for key in table.index]
+    table = table.copy()
+    table.insert(0, "", [plain(METRIC_NAMES.get(name, name)) for name in names], allow_duplicates=True)
+    return [f"  {line}" for line in table_text(table)]
+
+
+def bootstrap(first: ByImage, second: ByImage) -> dict[str, Difference]:
+    """Return how much better the second is, with intervals over the images: `cider`, `rouge_l`, `wer`, `bleu4`.
+
+    Raises:
+        UserError: they are scores of different images.
+    """
+    if set(first.names) != set(second.names):
+        both = len(set(first.names) & set(second.names))
+        raise UserError(f"A scored {len(first.names)} images, B {len(second.names)}, and {both} are the same")
+    order = pd.Index(second.names).get_indexer(first.names)
+    other = ImageScores(*(values[order] for values in second.scores))
+    found = {k: paired_bootstrap(getattr(first.scores, k), getattr(other, k)) for k in ("cider", "rouge_l", "wer")}
+    return {**found, "bleu4": paired_bleu4(first.scores, other)}

@@ -1,0 +1,217 @@
+"""report.html, on run directories that are written by hand."""
+
+import io
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from run_files import CAPTIONS, HUGE, REFERENCES, Page, command, write_data, write_run, write_runs
+
+from captioning import comparison, reports
+from captioning.runs import read_run
+from experiment_utils import write_summary
+from metrics_utils import score_images
+
+
+@pytest.fixture
+def runs(tmp_path) -> Path:
+    return write_runs(tmp_path)
+
+
+@pytest.fixture
+def data_dir(tmp_path) -> Path:
+    return write_data(tmp_path)
+
+
+def test_the_report_holds_everything_and_refers_to_nothing(runs, data_dir, capsys):
+    run = runs / "one"
+    Image.new("RGB", (1800, 900), "teal").save(run / "attention_viz_sample_1.png")
+    flags = json.loads((run / "run_config.json").read_text())
+    sizes = ("epochs", "batch_size", "embed_size", "hidden_size", "num_layers", "attention_dim", "drop_prob")
+    flags |= {"decoder": "lstm", "save_attention_viz": False} | dict.fromkeys(sizes, 1)
+    write_summary(run, flags, "python x", {"Minutes": "90.4", "Device": "abacus", "Vocabulary": 12})
+    assert command("report", run, "--data_dir", data_dir) == 0
+    assert str(run / "report.html") in capsys.readouterr().out
+    text = (run / "report.html").read_text()
+    page = Page(text)
+    assert len(text) < 5_000_000
+    sources = [
+        value
+        for _, attributes in page.tags
+        for key, value in attributes.items()
+        if key.endswith(("src", "href", "data"))
+    ]
+    targets = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
+    assert all(source.startswith("data:image/") or source[1:] in targets for source in sources)
+    assert any(source.startswith("data:image/jpeg") for source in sources)
+    assert not re.search(r"https?://|@import|url\((?!#)|<script", text)
+    assert "25.0 to 175.0" in page.text and "python train.py --dataset_type custom" in page.text
+    assert "Training time 1 h 30 min" in page.text and "abacus, " in page.text and "CPU cores" in page.text
+    assert "a black horse jumps high" in page.text and "a cat runs" in page.text  # the worst, and what people said
+    assert "(picture left out)" in page.text and "Random (--seed 0)" in page.text
+    assert "Vocabulary: 12 words" in page.text and "horse 1" in page.text
+    assert [a["alt"] for tag, a in page.tags if tag == "img"][-1] == "attention_viz_sample_1.png"
+
+
+def test_the_headline_is_the_latest_test_and_columns_name_their_tests(runs):
+    path = runs / "one" / "test_metrics.json"
+    (beam,) = json.loads(path.read_text())
+    greedy = beam | {"beam_size": 1, "views": "mirror", "cider": 0.5, "epoch": 2, "checkpoint": "model_epoch_2.pt"}
+    consensus = beam | {
+        "consensus": "regression",
+        "split": "val+test",
+        "cider": 1.234,
+        "person_cider": 2.345,
+        "consensus_weight": 0.25,
+    }
+    path.write_text(json.dumps([greedy, beam, consensus]))
+    reports.write_report(runs / "one")
+    page = Page((runs / "one" / "report.html").read_text())
+    head = page.text.partition("beam 3, consensus with regression, val+test, 6 images")[0]
+    assert "CIDEr 123.4 95 %: 25.0 to 175.0 a person: 234.5" in head and "ROUGE-L" in head
+    assert "greedy test, 6 images views mirror model_epoch_2.pt, epoch 2" in page.text
+    assert "a person val+test, 6 images" in page.text and "greedy validation, epoch 2" in page.text
+    assert "weight 0.25 the weight was chosen on validation images" in page.text
+    links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
+    sections = [attributes["id"] for tag, attributes in page.tags if tag == "section"]
+    assert links == [f"#{name}" for name in sections] and {"scores", "training", "parameters"} <= set(sections)
+
+
+def test_charts_follow_the_colour_scheme_and_share_no_id(runs):
+    reports.write_report(runs / "one")
+    text = (runs / "one" / "report.html").read_text()
+    page = Page(text)
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids)) and sum(tag == "svg" for tag, _ in page.tags) == 4  # three by epoch, and lengths
+    charts = re.findall(r"<svg .*?</svg>", text, re.DOTALL)
+    assert all("var(--c1)" in chart and "var(--soft)" in chart and "<text" in chart for chart in charts)
+    assert not any(re.search(r"#[0-9a-f]{6}\b|<style", chart) for chart in charts)
+    assert text.count("</style>") == 1 and "1.5" in page.text  # the figures are there as a table too
+
+
+def test_attention_is_drawn_anew_for_any_screen(runs, data_dir):
+    run, words = runs / "one", ["<b>", "dog"]
+    Image.new("RGB", (1800, 900), "white").save(run / "attention_viz_sample_1.png")
+    Image.new("RGB", (1800, 900), "white").save(run / "advanced_attention_viz_sample_1.png")
+    maps = np.zeros((2, 7, 7))
+    maps[:, 3, 3] = 1
+    numbers = {"image": "p0.jpg", "words": words, "grid": 7, "maps": maps.tolist()}
+    path = run / "attention_viz_sample_1.json"
+    for changes, drawn in (({}, True), ({"image": "p4.jpg"}, False)):  # p4.jpg is broken
+        path.write_text(json.dumps(numbers | changes))
+        reports.write_report(run, data_dir=data_dir)
+        page = Page((run / "report.html").read_text())
+        assert ("<b> 0.0 bits" in page.text) == drawn and ("dog 0.0 bits" in page.text) == drawn
+        assert ("attention_viz_sample_1.png" in [a.get("alt") for _, a in page.tags]) == (not drawn)
+    assert "Also in the run directory: advanced_attention_viz_sample_1.png" in page.text
+    data = reports.load_data(read_run(run), data_dir)
+    foreign = [{"image": "../one/x.jpg"}, {"image": []}, {"maps": [[[10**400]]] * 2}, {"words": [1, {}]}, {"maps": []}]
+    for content in (*(numbers | changes for changes in foreign), [], {}):
+        path.write_text(json.dumps(content))
+        assert reports.word_maps(path, data, reports.Pictures()) is None
+
+
+def test_the_glow_is_where_the_weight_is():
+    weights = np.zeros(49)
+    weights[8] = 1  # the second cell of the second row
+    pixels = np.asarray(Image.open(io.BytesIO(reports.glow(weights))), dtype=int)
+    assert pixels.shape == (28, 28, 4) and tuple(pixels[6, 6, :3]) > (200, 100, 0) and not pixels[20, 20, :3].any()
+
+
+def test_vector_pictures_are_shown_or_named(runs):
+    (runs / "three" / "attention_viz_sample_1.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
+    (runs / "three" / "attention_viz_sample_2.pdf").write_bytes(b"%PDF")
+    (runs / "three" / "attention_viz_sample_1.json").write_text("{}")
+    reports.write_report(runs / "three")
+    page = Page((runs / "three" / "report.html").read_text())
+    (picture,) = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert picture["src"].startswith("data:image/svg+xml;base64,") and picture["alt"] == "attention_viz_sample_1.svg"
+    assert "Also in the run directory: attention_viz_sample_2.pdf" in page.text
+
+
+def test_the_gallery_ranks_by_cider(runs, data_dir):
+    reports.write_report(runs / "one", data_dir=data_dir)
+    page = Page((runs / "one" / "report.html").read_text())
+    shown = [int(n) for n in re.findall(r"p\d\.jpg, CIDEr (\d+)", page.text)]
+    cider = sorted(100 * score_images(CAPTIONS, REFERENCES).cider)
+    assert shown[0] == round(cider[-1]) and shown[2] == round(cider[0]) and len(shown) == 4
+
+
+def test_a_report_without_the_data_set_says_so(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    reports.write_report(runs / "one")
+    page = Page((runs / "one" / "report.html").read_text())
+    assert "The data set is not available" in page.text and not any(tag == "img" for tag, _ in page.tags)
+    assert "different captions" in page.text
+
+
+def test_without_scores_by_image_captions_are_not_ranked(runs, data_dir):
+    (runs / "one" / "test_scores.json").unlink()
+    reports.write_report(runs / "one", data_dir=data_dir)
+    page = Page((runs / "one" / "report.html").read_text())
+    assert "Not ranked, since the CIDEr of each image is missing: " in page.text and "test_scores.json" in page.text
+    assert "Random (--seed 0)" in page.text and "Median" not in page.text
+
+
+def test_an_untested_run_has_a_report_that_says_how_to_test(runs):
+    reports.write_report(runs / "three")
+    assert "--mode test --model_path" in Page((runs / "three" / "report.html").read_text()).text
+
+
+def test_nothing_of_a_users_is_taken_for_markup(tmp_path, data_dir):
+    bad = '"><script>alert(1)</script><img src=x onerror=alert(1)>'
+    directory = write_run(
+        tmp_path / "<b>run", [bad, *CAPTIONS[1:]], encoder=bad, command=bad, decoder_type="\ud800\x1b[0m"
+    )
+    row = json.loads((directory / "test_metrics.json").read_text())[0]
+    (directory / "test_metrics.json").write_text(json.dumps([row | {"split": bad, "beam_size": bad, "images": bad}]))
+    reports.write_report(directory, data_dir=data_dir)
+    text = (directory / "report.html").read_text()
+    page = Page(text)
+    assert "<script" not in text and "onerror=" not in "".join(str(a) for _, a in page.tags) and bad in page.text
+    assert "<b>run" in page.text
+
+
+@pytest.mark.parametrize("name", ("x" * 300, "a\0b", "../two/test_captions.json", ""))
+def test_names_that_no_file_can_have_or_that_lead_elsewhere(runs, name):
+    row = json.loads((runs / "one" / "test_metrics.json").read_text())[0] | {"captions_file": name, "scores_file": name}
+    (runs / "one" / "test_metrics.json").write_text(json.dumps([row]))
+    config = json.loads((runs / "one" / "run_config.json").read_text()) | {"data_dir": name, "feature_cache": name}
+    (runs / "one" / "run_config.json").write_text(json.dumps(config))
+    reports.write_report(runs / "one")
+    run = read_run(runs / "one")
+    other = read_run(runs / "two")
+    assert "No intervals" in comparison.compare(run, other) or name.startswith("..")
+
+
+def test_pictures_are_left_out_before_the_file_grows_too_large(tmp_path, monkeypatch):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (400, 400, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    monkeypatch.setattr(reports, "MAX_PICTURES", 150_000)
+    pictures = reports.Pictures()
+    found = [pictures.uri(tmp_path / "a.png", 300) for _ in range(5)]
+    assert found[0] is not None and found[-1] is None and sum(len(uri) for uri in found if uri) < 150_000 * 1.4
+
+
+@pytest.mark.parametrize("values", ([1.0], [0.0, 0.0], [1e-9, 1e9], [float("nan"), 2.0], [-5.0, 1e308]))
+@pytest.mark.parametrize("logarithmic", (False, True))
+def test_charts_take_any_numbers(values, logarithmic):
+    drawn = reports.chart("t", "epoch", list(range(len(values))), {"a": values}, 0, logarithmic)
+    assert "<path" in drawn and not re.search("nan|inf", re.sub(r"<text.*?</text>", "", drawn))
+
+
+@pytest.mark.parametrize("content", ("{", "[]", "{}", "[[]]", '[{"image_id": "p0.jpg", "caption": 1}]', "3"))
+def test_captions_of_another_form_are_named(runs, data_dir, content):
+    (runs / "one" / "test_captions.json").write_text(content)
+    reports.write_report(runs / "one", data_dir=data_dir)
+    assert re.search(r"Damaged: .*test_captions\.json", Page((runs / "one" / "report.html").read_text()).text)
+
+
+def test_the_report_of_a_damaged_run_names_what_is_missing(runs, data_dir):
+    for name in ("run_config", "loss_curve", "metrics_history", "test_metrics", "ensemble_metrics"):
+        (runs / "one" / f"{name}.json").write_text(json.dumps([{"epoch": HUGE, "cider": []}]))
+    reports.write_report(runs / "one", data_dir=data_dir)
+    text = Page((runs / "one" / "report.html").read_text()).text
+    assert text.count("Damaged: ") == 2 + 3 * 2 and "Not tested yet" not in text
