@@ -21,9 +21,11 @@ From flags to captions: images, captions and split -> vocabulary -> features, on
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
+import shutil
 import signal
 import sys
 import time
@@ -32,10 +34,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from captioning.io import UserError, bars_off, format_bytes, log, run_command
+from captioning.flags import DATA_MODES
+from captioning.io import UserError, bars_off, format_bytes, log, open_standard_streams, run_command, steady_streams
 from captioning.settings import Settings, answer_flags, parse_flags
 
 if __name__ == "__main__":  # --help and a mistyped flag are answered before PyTorch's seconds of importing
+    open_standard_streams()
     SETTINGS = answer_flags(sys.argv[1:])
 
 import numpy as np
@@ -53,6 +57,7 @@ from captioning.encoders import find_encoder
 from captioning.evaluation import EvalContext, caption_texts, images_to_draw
 from captioning.features import Features
 from captioning.runs import find_checkpoint, lock_run_directory, reproducing_command, start_command
+from captioning.schedules import choose_schedule, cosine
 from captioning.scst import SelfCritic
 from captioning.splits import checkpoint_split, refuse_trained_images, same_split, store_split
 from experiment_utils import create_run_directory, require_room, write_epoch_files, write_run_files, write_summary
@@ -67,8 +72,6 @@ from training_utils import (
     TrainLoader,
     TrainState,
     advise_on_memory,
-    choose_schedule,
-    cosine,
     seed_step,
     validation_loss,
     wrap_ddp,
@@ -85,14 +88,9 @@ class Run:
     views: list[Features]
     step_loss: torch.nn.Module
     constants: dict[str, Any]  # what every checkpoint of the run has: vocabulary, split, encoder, flags
-    saver: CheckpointSaver | None = None
-    lock: Any = None  # on the run directory, held as long as this object lives
+    saver: CheckpointSaver = field(init=False)
+    lock: Any = field(init=False)  # on the run directory, held as long as this object lives
     clock: Stopwatch = field(default_factory=Stopwatch)
-
-    @property
-    def directory(self) -> Path:
-        assert self.saver is not None
-        return self.saver.directory
 
 
 # --------------------------------------------------------------------------------------------------
@@ -172,8 +170,9 @@ def new_run(settings: Settings, argv: list[str]) -> tuple[Run, TrainState]:
     run, state = build_run(settings, checkpoint, source)
     settings = run.settings
     state.schedule = choose_schedule(settings, checkpoint, run.loader.steps)
-    family = find_encoder(settings.encoder).family
-    directory = distributed.from_first(lambda: create_run_directory(settings.model_save_dir, settings.values(), family))
+    directory = distributed.from_first(
+        lambda: create_run_directory(settings.model_save_dir, settings.values(), find_encoder(settings.encoder).family)
+    )
     run.saver = CheckpointSaver(directory, settings.keep_checkpoints, state.first_epoch)
     run.constants["flags"] = settings.stored() | {"model_path": str(source) if source else None}
     same_bar = checkpoint and checkpoint["best"]["metric"] == settings.best_metric
@@ -290,26 +289,6 @@ def evaluate(state: TrainState, run: Run) -> tuple[float, dict[str, Any]]:
     return loss, {"split": "val", "beam_size": 1, "images": len(images), **scores}
 
 
-def end_epoch(
-    state: TrainState, settings: Settings, training: float, validation: float, rate: float, scores: dict[str, Any]
-) -> bool:
-    """Record an epoch: its losses, its learning rate and its scores; return whether it is the best so far."""
-    if state.is_self_critical(settings):
-        scores["reward"] = state.reward_sum / max(1, state.step)
-    elif state.schedule is not None:
-        state.schedule.epoch_ended(validation)
-    state.epoch, state.step, state.tokens, state.reward_sum = state.epoch + 1, 0, 0, 0.0
-    state.loss_sum.zero_()
-    for key, value in zip(state.curve, (state.epoch, training, validation, rate), strict=True):
-        state.curve[key].append(value)
-    state.history.append({"epoch": state.epoch, **scores})
-    metric = settings.best_metric
-    score = -validation if metric == "val_loss" else scores[metric]
-    if score > state.best["score"]:
-        state.best = {"score": score, "epoch": state.epoch, "metric": metric}
-    return bool(state.best["epoch"] == state.epoch)
-
-
 def log_epoch(state: TrainState, run: Run, is_best: bool, minutes: float) -> None:
     """Print an epoch as the original does, and one line with the time, which `--quiet` keeps.
 
@@ -337,26 +316,16 @@ def log_epoch(state: TrainState, run: Run, is_best: bool, minutes: float) -> Non
     )  # fmt: skip
 
 
-def checkpoint_of(run: Run, state: TrainState) -> dict[str, Any]:
-    """Return all that is needed to train on from this step, or to caption. Every process comes here."""
-    return {
-        **run.constants, "epoch": state.epoch, "decoder": state.decoder.state_dict(),
-        "optimizer": state.optimizer.state_dict(), "scaler": state.precision.scaler.state_dict(),
-        "schedule": state.schedule.state() if state.schedule else None, "progress": state.progress(),
-        "loss_curve": state.curve, "metrics_history": state.history, "best": state.best,
-    }  # fmt: skip
-
-
 def save_last(run: Run, state: TrainState) -> None:
-    checkpoint = checkpoint_of(run, state)
-    if distributed.is_first() and run.saver:
+    checkpoint = state.checkpoint(run.constants)
+    if distributed.is_first():
         run.saver.save_last(checkpoint)
 
 
-def save_epoch(run: Run, state: TrainState) -> None:
-    checkpoint = checkpoint_of(run, state)
-    if distributed.is_first() and run.saver:
-        run.saver.save_epoch(checkpoint, state.epoch, is_best=state.best["epoch"] == state.epoch)
+def save_epoch(run: Run, state: TrainState, is_best: bool) -> None:
+    checkpoint = state.checkpoint(run.constants)
+    if distributed.is_first():
+        run.saver.save_epoch(checkpoint, state.epoch, is_best)
     run.clock.lap("saving")
 
 
@@ -365,12 +334,13 @@ def write_outputs(run: Run, state: TrainState) -> None:
     figures = epoch_figures(run.context) if run.settings.tensorboard else {}
     if not distributed.is_first():
         return
-    rows = write_epoch_files(run.directory, state.curve, state.history)
+    directory = run.saver.directory
+    rows = write_epoch_files(directory, state.curve, state.history)
     if run.clock.share("drawing") < 0.05:  # short epochs do not wait for pictures that the next one replaces
-        plots.draw_curves(run.directory, state.curve, state.history, state.best["epoch"])
+        plots.draw_curves(directory, state.curve, state.history, state.best["epoch"])
         run.clock.lap("drawing")
     if figures:
-        tensorboard.write_tensorboard(run.directory, rows, figures)
+        tensorboard.write_tensorboard(directory, rows, figures)
         run.clock.lap("TensorBoard")
 
 
@@ -380,7 +350,7 @@ def train(settings: Settings, argv: list[str]) -> Path:
     if settings.tensorboard:
         tensorboard.require_tensorboard()
     run, state = resume_run(settings) if settings.resume is not None else new_run(settings, argv)
-    settings, context, directory = run.settings, run.context, run.directory
+    settings, context, directory = run.settings, run.context, run.saver.directory
     size, epochs_left = count_parameters(state.decoder), state.last_epoch(settings) - state.epoch
     distributed.from_first(lambda: require_room(directory, size, epochs_left, settings.keep_checkpoints))
     distributed.wait_for_all()
@@ -398,8 +368,8 @@ def train(settings: Settings, argv: list[str]) -> Path:
                 validation, scores = evaluate(state, run)
             except torch.OutOfMemoryError as error:
                 raise UserError(advise_on_memory(context.device, settings.batch_size, directory, run.views)) from error
-            is_best = end_epoch(state, settings, training, validation, rate, scores)
-            save_epoch(run, state)
+            is_best = state.end_epoch(settings, training, validation, rate, scores)
+            save_epoch(run, state, is_best)
             write_outputs(run, state)
             log_epoch(state, run, is_best, (time.time() - training_started) / (state.epoch - first) / 60)
             (asked,) = distributed.largest(stop.signal or 0)
@@ -419,7 +389,7 @@ def train(settings: Settings, argv: list[str]) -> Path:
 
 def finish(run: Run, state: TrainState, argv: list[str], minutes: float) -> None:
     """Write the files that a finished run ends with, and print the next command."""
-    directory, data, flags = run.directory, run.context.data, run.constants["flags"]
+    directory, data, flags = run.saver.directory, run.context.data, run.constants["flags"]
     plots.draw_curves(directory, state.curve, state.history, state.best["epoch"])
     facts = {
         "Images": ", ".join(f"{split} {len(images)}" for split, images in data.splits.items()),
@@ -462,13 +432,7 @@ def dispatch(settings: Settings, argv: list[str]) -> int:
             settings = parse_flags(argv)
         directory = train(settings, argv)
         if settings.dry_run:
-            log.info("\nDry run: testing what was trained")
-            dispatch(
-                parse_flags(
-                    ["--mode", "test", "--dry_run", "--device", settings.device, "--model_path", str(directory)]
-                ),
-                argv,
-            )
+            test_dry_run(directory, settings)
     elif settings.mode == "export":
         from captioning.modes.export import export
 
@@ -490,13 +454,26 @@ def dispatch(settings: Settings, argv: list[str]) -> int:
     return 0
 
 
+def test_dry_run(directory: Path, settings: Settings) -> None:
+    """Test what a dry run trained, then delete it: it is not a result."""
+    log.info("\nDry run: testing what was trained")
+    flags = ["--mode", "test", "--dry_run", "--device", settings.device, "--model_path", str(directory)]
+    dispatch(parse_flags(flags), flags)
+    distributed.wait_for_all()
+    if distributed.is_first() and settings.resume is None:
+        shutil.rmtree(directory)
+        log.info(f"\nThe dry run went through. Its files are deleted: {directory}")
+
+
 def main(argv: list[str] | None = None, settings: Settings | None = None) -> int:
     """Run the program; return the exit code (2 for a user's mistake, 130 or 143 after SIGINT or SIGTERM)."""
     argv = sys.argv[1:] if argv is None else argv
 
     def command() -> int:
-        code = dispatch(settings or parse_flags(argv), argv)
-        distributed.leave()
+        resolved = settings or parse_flags(argv)
+        with steady_streams() if resolved.mode in DATA_MODES else contextlib.nullcontext():
+            code = dispatch(resolved, argv)
+            distributed.leave()
         return code
 
     try:

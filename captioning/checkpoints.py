@@ -76,6 +76,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if checkpoint["schema"] < 4:
         checkpoint["split"] = upgrade_split(checkpoint.get("split"))
     checkpoint["schema"] = SCHEMA
+    checkpoint["decoding"] = checkpoint["decoding"] or tuned_decoding(path, checkpoint["epoch"])
     require_form(checkpoint, CHECKPOINT, path)
     decoder = check_architecture(checkpoint, path)
     check_optimizer(checkpoint["optimizer"], list(decoder.parameters()), path)
@@ -97,6 +98,15 @@ def upgrade_from_2(checkpoint: dict[str, Any]) -> None:
         checkpoint["progress"].setdefault("reward_sum", 0.0)
     if isinstance(checkpoint["flags"], dict):
         checkpoint["flags"] = {"views": "whole", "weight_decay": 0.01} | checkpoint["flags"]
+
+
+def tuned_decoding(path: Path, epoch: int) -> Any:
+    """Return what `--mode tune` found for the weights of this epoch and left beside the checkpoint, or None."""
+    beside = path.with_name("decoding.json")
+    found = read_json(beside) if beside.is_file() else None
+    if not isinstance(found, dict) or found.get("epoch") != epoch:
+        return None
+    return {name: value for name, value in found.items() if name != "epoch"}
 
 
 def load_exported(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import as_script
 import pytest
 import torch
 
-from training_utils import Schedule, ScheduleSettings
+from captioning.schedules import Schedule, ScheduleSettings
 
 BASE = ScheduleSettings("step", 0.1, 1e-7, 3, 0.5, 7, 0.1, 10, 2, 0, 12, 5)
 
