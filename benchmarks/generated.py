@@ -113,7 +113,7 @@ def write_data_set(folder: Path, images: int, pictures: list[Path], captions_eac
 
 
 def feature_file(cache: Path, encoder: str, images: Path, kind: str) -> FeatureFile:
-    """The store that the main program looks into for this encoder (ResNet50 with random weights) and folder."""
+    """Return the store that the main program reads for this encoder (ResNet50 with random weights) and folder."""
     spec = ENCODERS[encoder]
     _, weights_hash = find_weights(encoder, "random" if encoder == "resnet50" else None)
     folder = images.resolve()

@@ -40,7 +40,7 @@ FIRST_START = 138e-6
 
 
 class DataSet(NamedTuple):
-    """What a plan has to know of a data set."""
+    """What a plan takes of a data set."""
 
     name: str
     images: float
@@ -78,7 +78,7 @@ class Rates:
     workers: int  # of a machine
 
 
-# Assumed, not measured: nobody had such a machine at hand. Eight GPUs of H100's kind, 16 cores each, one NVMe drive.
+# Assumed, not measured. Eight GPUs of H100's kind, 16 cores each, one NVMe drive.
 GPU = Rates(
     encode=2500, decode=250, cores=16, arithmetic=60e12, fixed=6e-3, network=20 * GB, latency=0.3e-3, disk=5 * GB,
     memory=1500 * GB, gather=5 * GB, own_memory=40 * GB, workers=8,
