@@ -201,14 +201,15 @@ def work(folder: Path, epochs: int) -> None:
 
     import flickr_image_caption_with_pytorch_resnet_lstm as trainer
     from captioning import distributed
+    from captioning.encoders import build_encoder, find_weights
 
     distributed.join()
     torch.set_num_threads(1)
     flags = json.loads((folder / "flags.json").read_text())
     args, typed = trainer.parse_flags(flags)
     build, encoding = trainer.build_features, [0.0]
-    weights, _ = trainer.find_weights(args.encoder, None)
-    encoder = trainer.build_encoder(args.encoder, weights)
+    weights, _ = find_weights(args.encoder, None)
+    encoder = build_encoder(args.encoder, weights)
     start = time.perf_counter()
     encode = encoder.fast_form(torch.device("cpu"))
     for _ in range(3):  # the first calls optimize the graph
