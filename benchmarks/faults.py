@@ -97,9 +97,9 @@ class Bench:
             ["--mode", "test", "--model_path", str(self.run_of(self.reference)), *self.cache(self.reference)]
         )
         process.wait_for(PHASES["testing"])
-        begun = time.monotonic()
+        testing = time.monotonic()
         require(process.finish() == 0, f"the undisturbed test failed:\n{process.output()}")
-        self.phase_seconds["testing"] = time.monotonic() - begun
+        self.phase_seconds["testing"] = time.monotonic() - testing
         print(f"An undisturbed training takes {end - started:.1f} s; phases: {self.phase_seconds}", flush=True)
 
     def start(self, argv: list[str], script: str = TRAINER) -> Process:
@@ -210,7 +210,7 @@ class Bench:
         require(process.finish() == 0, f"the set is not whole:\n{process.output()}")
 
     def stop_politely(self, number: signal.Signals) -> None:
-        """SIGTERM or SIGINT in mid-training: saved, said how to go on, and the same result."""
+        """SIGTERM or SIGINT in mid-training: it saves, prints how to resume, and ends the same."""
         folder = self.folder(number.name)
         self.copy_cache(folder)
         process = self.train(folder)
@@ -286,7 +286,7 @@ class Bench:
         self.compare(folder)
 
     def damaged_cache(self, rng: random.Random) -> None:
-        """One bit of the feature cache flips: refused, and mended by the same command."""
+        """One bit of the feature cache flips: refused, and repaired by the same command."""
         folder = self.folder("damaged")
         self.copy_cache(folder)
         (data,) = (folder / "cache").rglob("grid.000.f16")

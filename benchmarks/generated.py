@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from captioning.encoders import find_encoder
-from captioning.features import ROWS_PER_FILE, Entry, FeatureFile, version_of
+from captioning.encoders import ENCODERS, find_weights
+from captioning.feature_store import ROWS_PER_FILE, Entry, FeatureFile, version_of
 
 WORD_CLASSES = {"determiner": 5, "preposition": 25, "adjective": 1800, "verb": 1500, "noun": 4200}
 PHRASES = (0.04, 0.30, 0.33, 0.20, 0.08, 0.03, 0.012, 0.005, 0.003)  # chances of 0, 1, ... prepositional phrases
@@ -113,9 +113,9 @@ def write_data_set(folder: Path, images: int, pictures: list[Path], captions_eac
 
 
 def feature_file(cache: Path, encoder: str, images: Path, kind: str) -> FeatureFile:
-    """The store that the main program looks into for this encoder (ResNet50 with random weights) and folder."""
-    spec = find_encoder(encoder)
-    _, weights_hash = spec.find_weights("random" if encoder == "resnet50" else None)
+    """Return the store that the main program reads for this encoder (ResNet50 with random weights) and folder."""
+    spec = ENCODERS[encoder]
+    _, weights_hash = find_weights(encoder, "random" if encoder == "resnet50" else None)
     folder = images.resolve()
     identity = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
     directory = cache / f"{spec.name}-{weights_hash[:8]}-squash{spec.image_size}" / f"{folder.name}-{identity}"

@@ -24,7 +24,7 @@ class Scale:
     compiled: bool  # measure the compiled encoders too
     images: int  # of the generated data set: 6/7 of them train
     sizes: dict[str, tuple[str, ...]]  # decoders by size ('small', 'default') that the epoch part trains
-    steps: int  # of ours in one measurement
+    steps: int  # of the project in one measurement
     captions_encoded: int  # by the original's way in one measurement, scaled to a batch
     matmul: int  # rows and columns of the large product
     training: int  # steps that the decoding part trains for
@@ -128,7 +128,7 @@ def large_product(size: int, dtype: torch.dtype, device: torch.device) -> Callab
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What a reader has to know to compare figures; nothing that names the machine."""
+    """Return what a reader needs to compare figures; nothing that identifies the machine."""
     cpu = platform.processor() or platform.machine()
     information = Path("/proc/cpuinfo")
     if information.is_file():

@@ -17,7 +17,7 @@ from shutil import rmtree
 from measure import Bench, Figure
 
 PART = "memory"
-INTERVAL = 0.01  # seconds between two looks at a process
+INTERVAL = 0.01  # seconds between two readings of a process
 
 
 def measure(bench: Bench) -> list[Figure]:

@@ -63,7 +63,7 @@ def captions_and_maps(
     finally:
         pointing_game.play = original
     if not played:
-        raise SystemExit(f"{run} is no attention decoder trained on the demo set")
+        raise SystemExit(f"{run} is not an attention decoder trained on the demo set")
     captions_file, names, words, maps = played[-1]
     boxes = pointing_game.read_boxes(captions_file.with_name("shapes.json"))
     return words, maps, [boxes[name] for name in names]

@@ -40,7 +40,7 @@ FIRST_START = 138e-6
 
 
 class DataSet(NamedTuple):
-    """What a plan has to know of a data set."""
+    """What a plan takes of a data set."""
 
     name: str
     images: float
@@ -78,7 +78,7 @@ class Rates:
     workers: int  # of a machine
 
 
-# Assumed, not measured: nobody had such a machine at hand. Eight GPUs of H100's kind, 16 cores each, one NVMe drive.
+# Assumed, not measured. Eight GPUs of H100's kind, 16 cores each, one NVMe drive.
 GPU = Rates(
     encode=2500, decode=250, cores=16, arithmetic=60e12, fixed=6e-3, network=20 * GB, latency=0.3e-3, disk=5 * GB,
     memory=1500 * GB, gather=5 * GB, own_memory=40 * GB, workers=8,
@@ -201,14 +201,15 @@ def work(folder: Path, epochs: int) -> None:
 
     import flickr_image_caption_with_pytorch_resnet_lstm as trainer
     from captioning import distributed
+    from captioning.encoders import build_encoder, find_weights
 
     distributed.join()
     torch.set_num_threads(1)
     flags = json.loads((folder / "flags.json").read_text())
     args, typed = trainer.parse_flags(flags)
     build, encoding = trainer.build_features, [0.0]
-    spec = trainer.find_encoder(args.encoder)
-    encoder = spec.build(spec.find_weights()[0])
+    weights, _ = find_weights(args.encoder, None)
+    encoder = build_encoder(args.encoder, weights)
     start = time.perf_counter()
     encode = encoder.fast_form(torch.device("cpu"))
     for _ in range(3):  # the first calls optimize the graph

@@ -34,12 +34,12 @@ def measure(bench: Bench) -> list[Figure]:
     seconds: dict[str, list[float]] = {name: [] for name in commands}
     for counted in [False] * (bench.scale.starts > 1) + [True] * bench.scale.starts:  # the first fills the token cache
         for name, command in commands.items():
-            begun = time.perf_counter()
+            started = time.perf_counter()
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode not in (0, 2) or (done.returncode == 2) != ("mistyped" in name):
                 raise RuntimeError(f"{command} ended with {done.returncode}: {done.stderr[-500:]}")
             if counted:
-                seconds[name].append(time.perf_counter() - begun)
+                seconds[name].append(time.perf_counter() - started)
     median = {name: statistics.median(each) for name, each in seconds.items()}
     figures = []
     for name in list(commands)[2:]:
