@@ -1,9 +1,24 @@
-"""The page of `--mode serve`: what it answers, and the page itself in a real browser where there is one."""
+"""The page of `--mode serve`: its answers, hostile requests, signals, and the page in a browser where there is one."""
 
+import base64
+import contextlib
+import http.client
+import io
+import json
+import os
 import re
 import shutil
+import signal
 import socket
+import struct
 import sys
+import tempfile
+import threading
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,14 +28,29 @@ from PIL import Image
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from captioning.captioner import Caption, Captioner
 from captioning.io import UserError
+from captioning.modes.caption import json_lines
 
-serve = pytest.importorskip("captioning.modes.serve", reason="gradio is not installed", exc_type=UserError)
+serve = pytest.importorskip("captioning.modes.serve", reason="fastapi is not installed", exc_type=UserError)
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-NO_CHATTER = (
-    "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update",
-    "--disable-sync",
-)  # fmt: skip
+NO_CHATTER = "--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update"
+FILES_WRITTEN: list[str] = []  # by threads of the server
+PLACES_ASKED: list[str] = []  # hosts that any thread connected to or looked up
+
+
+def watch(event: str, values: tuple) -> None:
+    """An audit hook, which sees files without a name, too."""
+    if event == "open" and threading.current_thread() is not threading.main_thread():
+        if isinstance(values[2], int) and values[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            FILES_WRITTEN.append(str(values[0]))
+    elif event in ("socket.connect", "socket.getaddrinfo"):
+        address = values[1] if event == "socket.connect" else values
+        if isinstance(address, tuple):
+            PLACES_ASKED.append(str(address[0]))
+
+
+def flags(tiny_runs, *more: str):
+    return trainer.parse_flags(["--mode", "serve", "--model_path", str(tiny_runs["attention"]), *more])
 
 
 @pytest.fixture(scope="module")
@@ -29,82 +59,80 @@ def model(tiny_runs) -> Captioner:
 
 
 @pytest.fixture(scope="module")
-def page(model, tiny_runs, tmp_path_factory):
-    """The page's address, served from here; leaving this machine fails the test that does it."""
-    places = []
-    connect = socket.socket.connect
-
-    def watched(self, address):
-        places.append(address)
-        return connect(self, address)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(socket.socket, "connect", watched)
-        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
-        args, _ = trainer.parse_flags(["--mode", "serve", "--model_path", str(tiny_runs["attention"])])
-        blocks = serve.build_page(model, serve.find_examples(model, args), 3, 0.7)
-        yield serve.start_page(blocks, "127.0.0.1", None)
-        assert all(place[0] in ("127.0.0.1", "localhost", "::1") for place in places if isinstance(place, tuple)), (
-            places
-        )
-        blocks.close(verbose=False)
+def page(model, tiny_runs):
+    """The page's address. No request may write a file, and none may leave this machine."""
+    text = serve.build_page(model, serve.find_examples(model, flags(tiny_runs)[0]), 3, 0.7)
+    serve.warm_up(model, 3, 0.7)
+    sys.addaudithook(watch)
+    thread = threading.Thread(target=lambda: tempfile.TemporaryFile().close())
+    thread.start()
+    thread.join()
+    assert FILES_WRITTEN  # the hook sees such a file
+    FILES_WRITTEN.clear()
+    server = serve.build_server(serve.build_app(model, text, "127.0.0.1", 3, 0.7), serve.security_headers(text))
+    listener = serve.open_socket("127.0.0.1", None)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
+    server.should_exit = True
+    thread.join()
+    assert not FILES_WRITTEN
+    assert set(PLACES_ASKED) <= {"127.0.0.1", "localhost", "192.0.2.1"}  # the last one by `test_ports`, to listen there
 
 
 @pytest.fixture(scope="module")
-def browser():
-    program = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if program is None:
-        pytest.skip(f"no browser on this machine (looked for {', '.join(BROWSERS)})")
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with playwright.sync_playwright() as running:
-        opened = running.chromium.launch(executable_path=program, args=list(NO_CHATTER))
-        yield opened
-        opened.close()
+def photo(tiny_runs) -> Path:
+    return tiny_runs["data"] / "Images" / "p03.jpg"
+
+
+def ask(page: str, body, query: str = "", **options) -> requests.Response:
+    return requests.post(f"{page}caption{query}", body, timeout=30, **options)
+
+
+def wait_for(happened) -> None:
+    end = time.monotonic() + 20
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def png_of(width: int, height: int) -> bytes:
+    """A PNG whose header claims a size, without the pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = [header, b"IDAT" + zlib.compress(bytes(9)), b"IEND"]
+    parts = (struct.pack(">I", len(each) - 4) + each + struct.pack(">I", zlib.crc32(each)) for each in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 # --------------------------------------------------------------------------------------------------
 # The answer
 
 
-def test_wrong_files_get_a_message(model, tiny_runs, tmp_path, monkeypatch):
-    whole = (tiny_runs["data"] / "Images" / "p01.jpg").read_bytes()
-    (tmp_path / "half.jpg").write_bytes(whole[:-100])
-    (tmp_path / "text.jpg").write_text("hello")
-    (tmp_path / "drawing.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
-    (tmp_path / "script.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0")
-    Image.new("1", (9000, 9000)).save(tmp_path / "many.png")
-    Image.new("1", (20000, 20000)).save(tmp_path / "bomb.png")
-    for name, expected in (
-        ("half.jpg", "damaged"), ("text.jpg", "is no picture"), ("drawing.svg", "is no picture"),
-        ("script.jpg", "is no picture"), ("many.png", "64 million pixels"), ("bomb.png", "64 million pixels"),
-    ):  # fmt: skip
-        said = serve.answer(model, str(tmp_path / name), 3, 0.7)
-        assert expected in said and 'role="alert"' in said and str(tmp_path) not in said
-    monkeypatch.setattr(serve, "MAX_BYTES", 100)
-    assert "larger than 100 B" in serve.answer(model, str(tmp_path / "half.jpg"), 3, 0.7)
+def test_the_answer_is_the_command_lines(page, model, photo):
+    (line,) = json_lines(model.caption([photo], 4, 0.7, 3, attention=True), 3)
+    expected = {key: value for key, value in json.loads(line).items() if key != "path"}
+    query = "?beam_size=4&length_penalty=0.7&num_captions=3"
+    assert ask(page, photo.read_bytes(), query).json() == expected
+    with photo.open("rb") as file:
+        assert ask(page, None, query, files={"image": ("../../p03.jpg", file)}).json() == expected
+    answer = ask(page, photo.read_bytes(), f"{query}&maps=true").json()
+    for part in (answer, *answer["alternatives"]):
+        assert [word["word"] for word in part["words"]] == part["caption"].split()
+        for word in part["words"]:
+            assert decoded(word.pop("map")).size == (serve.MAP_SIZE, serve.MAP_SIZE)
+    for other in answer["alternatives"]:
+        del other["words"]
+    assert decoded(answer.pop("photo")).size == (60, 40) and answer == expected
 
 
-def test_a_photo_gets_the_caption_of_the_command_line(model, tiny_runs):
-    path = tiny_runs["data"] / "Images" / "p03.jpg"
-    said = serve.answer(model, str(path), 4, 0.7)
-    (result,) = model.caption([path], 4, 0.7, 4)
-    lines = re.findall(r'<p class="caption">(.*?)</p>|<li>(.*?)</li>', said)
-    texts = [" ".join(re.sub("<span.*|<[^>]*>", " ", first or other).split()) for first, other in lines]
-    assert texts == [caption.text for caption in result.captions if caption.words] and len(texts) > 1
-    assert said.count('class="map"') == sum(len(caption.words) for caption in result.captions)
+def decoded(address: str) -> Image.Image:
+    assert address.startswith("data:image/")
+    return Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2])))
 
 
-def test_an_lstm_has_a_caption_and_no_maps(tiny_runs):
-    said = serve.answer(Captioner(tiny_runs["lstm"]), str(tiny_runs["data"] / "Images" / "p03.jpg"), 3, 0.7)
-    assert 'class="caption"' in said and "no attention" in said and 'class="map"' not in said
-
-
-def test_a_strangers_words_are_text():
-    words = ["<script>alert(1)</script>", "${1+1}", "{{value}}", '"onload="x']
-    attention = np.full((4, 49), 1 / 49)
-    for looked in (attention, None):
-        said = serve.show(Image.new("RGB", (30, 20)), [Caption(words, -1.0, looked)])
-        assert "<script" not in said and "${" not in said and "{{" not in said and '"onload' not in said
+def test_an_lstm_has_a_caption_and_no_maps(tiny_runs, photo):
+    answer = serve.caption_upload(Captioner(tiny_runs["lstm"]), photo.read_bytes(), 3, 0.7, 2, maps=True)
+    assert answer["caption"] and "words" not in answer and "words" not in answer["alternatives"][0]
 
 
 def test_a_map_is_strongest_where_the_model_looked():
@@ -115,124 +143,458 @@ def test_a_map_is_strongest_where_the_model_looked():
     assert 2 <= row / serve.MAP_SIZE * 7 <= 3 and 5 <= column / serve.MAP_SIZE * 7 <= 6
 
 
+def test_files_that_cannot_be_captioned_get_a_sentence(page, photo):
+    for body, expected in (
+        (photo.read_bytes()[:-100], "damaged"), (b"", "not an image"), (b"hello", "not an image"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"), (b"%!PS-Adobe-3.0 EPSF-3.0", "not an image"),
+        (png_of(8000, 8001), "64 million pixels"), (png_of(60000, 60000), "64 million pixels"), (png_of(8000, 8000), "damaged"),
+    ):  # fmt: skip
+        answer = ask(page, body)
+        assert answer.status_code == 415 and expected in answer.json()["detail"]
+    for query in ("?beam_size=0", "?beam_size=11", "?length_penalty=nan", "?num_captions=1000000"):
+        assert ask(page, photo.read_bytes(), query).status_code == 422
+
+
 # --------------------------------------------------------------------------------------------------
-# The server
+# Routes
 
 
-def test_the_page_is_this_machines_alone(page):
-    assert page.startswith("http://127.0.0.1:")
-    config = requests.get(f"{page}config", timeout=20).json()
-    assert config["analytics_enabled"] is False and not config.get("footer_links")
-    assert requests.get(f"{page}gradio_api/info", timeout=20).json() == {"named_endpoints": {}, "unnamed_endpoints": {}}
-    other = "http://somewhere.example"
-    answered = requests.get(f"{page}config", headers={"Origin": other}, timeout=20)
-    assert answered.headers.get("Access-Control-Allow-Origin") not in ("*", other)
+def test_all_routes(page, model):
+    text = requests.get(page, timeout=20).text
+    app = serve.build_app(model, text, "127.0.0.1", 3, 0.7)
+    routes = {(route.path, *sorted(route.methods)) for route in app.routes}
+    assert routes == {("/", "GET"), ("/health", "GET"), ("/caption", "POST"), ("/openapi.json", "GET", "HEAD")}
+    assert requests.get(f"{page}health", timeout=20).json()["status"] == "ok"
+    assert set(requests.get(f"{page}openapi.json", timeout=20).json()["paths"]) == {"/health", "/caption"}
+    for path in ("docs", "redoc", "config", "caption/", "favicon.ico", "static/index.html"):
+        assert requests.get(f"{page}{path}", timeout=20).status_code == 404
+    assert requests.get(f"{page}caption", timeout=20).status_code == 405
+    assert not re.search(r"https?:|//\w+\.", text.partition("<script>")[0])  # the page names no other server
+    for reply in (requests.get(page, timeout=20), requests.get(f"{page}nothing", timeout=20)):
+        policy = reply.headers["Content-Security-Policy"]
+        assert policy.startswith("default-src 'none'; ") and "frame-ancestors 'none'" in policy
+        assert "unsafe" not in policy and "*" not in policy
+        assert reply.headers["X-Content-Type-Options"] == "nosniff"
+        assert reply.headers["Referrer-Policy"] == "no-referrer" and "server" not in reply.headers
+    assert not any(app._telemetry[kind] for kind in ("tracing", "metrics", "logs", "auto_configure"))
 
 
-def test_uploads_are_bounded(page):
-    upload = {"files": ("big.jpg", b"x" * (serve.MAX_BYTES + 1), "image/jpeg")}
-    answered = requests.post(f"{page}gradio_api/upload", files=upload, timeout=60)
-    assert answered.status_code == 413
+def test_no_request_reaches_a_file_of_this_machine(page, photo, tmp_path):
+    """The requests that made the page of before show any picture; and other ways of naming a file."""
+    shutil.copy(photo, tmp_path / "private.jpg")
+    for path in (str(tmp_path / "private.jpg"), os.path.relpath(tmp_path / "private.jpg"), "/etc/passwd"):
+        payload = {"data": [{"path": path}, 3, 0.7], "fn_index": 1, "session_hash": "x"}
+        for route in ("gradio_api/queue/join", "gradio_api/run/predict", "gradio_api/upload", "queue/join"):
+            assert requests.post(f"{page}{route}", json=payload, timeout=20).status_code == 404
+        for route in (f"gradio_api/file={path}", "gradio_api/queue/data?session_hash=x", f"file={path}"):
+            assert requests.get(f"{page}{route}", timeout=20).status_code == 404
+        assert ask(page, json.dumps(payload)).status_code == 415
+        assert ask(page, None, files={"image": (path, b"")}).status_code == 415
+        assert ask(page, {"image": path}).status_code == 415
+        assert ask(page, None, f"?image={path}&path={path}").status_code == 415
+    for target in ("/../../../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "//etc/passwd", "/..%2f..%2fserve.py"):
+        connection = http.client.HTTPConnection(page[7:-1], timeout=20)
+        connection.request("GET", target)
+        reply = connection.getresponse()
+        assert reply.status == 404 and reply.read() == b'{"detail":"Not Found"}'
+        connection.close()
 
 
-@pytest.mark.parametrize("path", ("/etc/passwd", "https://somewhere.example/photo.jpg"))
-def test_neither_files_nor_addresses_can_be_asked_for(page, path):
-    config = requests.get(f"{page}config", timeout=20).json()
-    (number,) = (each["id"] for each in config["dependencies"] if len(each["targets"]) == 3)
-    photo = {"path": path, "meta": {"_type": "gradio.FileData"}}
-    answered = requests.post(
-        f"{page}gradio_api/run/predict",
-        json={"data": [photo, 3, 0.7], "fn_index": number, "session_hash": "x"},
-        timeout=20,
+@pytest.mark.parametrize(
+    "host", ("evil.example", "evil.example:7860", "127.0.0.1.evil.example", "[::1", "2130706433", "")
+)
+def test_foreign_hosts_are_refused(page, host):
+    """DNS rebinding: a site lets its own name point to 127.0.0.1."""
+    assert requests.get(page, headers={"Host": host}, timeout=20).status_code == 400
+    assert ask(page, b"x", headers={"Host": host, "Origin": f"http://{host}"}).status_code == 400
+
+
+def test_foreign_origins_are_refused(page, photo):
+    own = page[:-1]
+    for origin in ("http://evil.example", "null", "", "http://127.0.0.1:1", f"{own}.evil.example", "file://", own[:-1]):
+        with photo.open("rb") as file:
+            assert ask(page, None, files={"image": file}, headers={"Origin": origin}).status_code == 403
+    assert ask(page, photo.read_bytes(), headers={"Origin": own}).status_code == 200
+    preflight = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
+    answer = requests.options(f"{page}caption", headers=preflight, timeout=20)
+    assert answer.status_code == 405 and "Access-Control-Allow-Origin" not in answer.headers
+
+
+def test_which_names_are_this_machines():
+    def allowed(host: str, name: str) -> bool:
+        app = serve.TrustedHostMiddleware(None, serve.trusted_hosts(host))
+        return name in app.allowed_hosts or any(name.endswith(each[1:]) for each in app.allowed_hosts if each[0] == "*")
+
+    assert all(allowed("127.0.0.1", name) for name in ("localhost", "127.0.0.1", "[::1]"))
+    assert not any(allowed("127.0.0.1", name) for name in ("192.168.1.7", "evil.example", "0.0.0.0"))
+    assert allowed("box.local", "box.local") and allowed("::1", "[::1]") and allowed("192.168.1.7", "192.168.1.7")
+    assert allowed("0.0.0.0", "192.168.1.7") and allowed("0.0.0.0", socket.gethostname().lower())
+    assert not any(allowed("0.0.0.0", name) for name in ("evil.example", "evil.0x7f", "1.2.3.4.evil.example"))
+
+
+# --------------------------------------------------------------------------------------------------
+# Bounds
+
+
+def raw(page: str) -> socket.socket:
+    host, _, port = page[7:-1].partition(":")
+    return socket.create_connection((host, int(port)), timeout=20)
+
+
+def test_bodies_are_bounded(page, monkeypatch):
+    head = b"POST /caption HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+    with raw(page) as connection:  # refused by what it announces
+        connection.sendall(head + b"Content-Length: 1000000000000\r\n\r\n")
+        assert connection.recv(4096).startswith(b"HTTP/1.1 413 ")
+    monkeypatch.setattr(serve, "MAX_BYTES", 300_000)
+    pieces = [b'--b\r\nContent-Disposition: form-data; name="image"; filename="x"\r\n\r\n', *[bytes(60_000)] * 6]
+    for kind in (b"image/jpeg", b"multipart/form-data; boundary=b"):  # without an end
+        with raw(page) as connection:
+            connection.sendall(head + b"Content-Type: " + kind + b"\r\nTransfer-Encoding: chunked\r\n\r\n")
+            for piece in pieces:
+                connection.sendall(b"%x\r\n%b\r\n" % (len(piece), piece))
+            assert connection.recv(4096).startswith(b"HTTP/1.1 413 ")
+    monkeypatch.setattr(serve, "BODY_SECONDS", 0.1)
+    for start in (b"", b"x" * 10):  # sent slowly
+        with raw(page) as connection:
+            connection.sendall(head + b"Content-Length: 1000\r\n\r\n" + start)
+            assert connection.recv(4096).startswith(b"HTTP/1.1 408 ")
+    assert requests.get(f"{page}health", timeout=20).status_code == 200
+
+
+def test_large_forms_stay_in_memory(page, photo):
+    """Starlette's own parser writes a file above 1 MB to the disk: `page` counts the files that are opened."""
+    large = photo.read_bytes() + bytes(3_000_000)  # what follows a JPEG is ignored
+    assert ask(page, None, files={"image": large}).status_code == 200
+    assert FILES_WRITTEN == []
+
+
+def test_damaged_forms(page, photo):
+    kind = {"Content-Type": "multipart/form-data; boundary=b"}
+    part = b'--b\r\nContent-Disposition: form-data; name="image"; filename="x.jpg"\r\n\r\n'
+    for body in (b"", b"--b", part, b"--b\r\n\r\n\r\n--b--", part + b"\r\n" + part + b"\r\n--b--", b"x" * 1000):
+        assert ask(page, body, headers=kind).status_code == 400
+    assert ask(page, b"x", headers={"Content-Type": "multipart/form-data"}).status_code == 400
+    assert ask(page, None, files=[(f"name{number}", b"x") for number in range(99)]).status_code == 400
+
+
+def test_two_hundred_damaged_requests(page, model, photo, monkeypatch):
+    """Bytes of a request are changed, left out and repeated: the answer is an error of the client's, if not a caption."""
+    monkeypatch.setattr(model, "decode", lambda *_: [[Caption(["word"], -1.0, None)]])
+    body = b'--b\r\nContent-Disposition: form-data; name="image"; filename="x.jpg"\r\n\r\n'
+    body += photo.read_bytes() + b"\r\n--b--\r\n"
+    head = "POST /caption?beam_size=3&maps=true HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+    head += f"Content-Type: multipart/form-data; boundary=b\r\nContent-Length: {len(body)}\r\n\r\n"
+    whole = head.encode() + body
+
+    def send(seed: int) -> int | None:
+        draw = np.random.default_rng(seed)
+        sent = bytearray(whole)
+        for _ in range(draw.integers(0, 4)):
+            start = int(draw.integers(len(sent) if draw.random() < 0.5 else len(head)))
+            piece = sent[start : start + int(draw.integers(40))]
+            sent[start : start + len(piece)] = (b"", piece * 9, draw.bytes(len(piece)))[draw.integers(3)]
+        with raw(page) as connection, contextlib.suppress(ConnectionError, TimeoutError):
+            connection.settimeout(1)  # headers without an end get no answer
+            connection.sendall(sent)
+            answer = connection.recv(20)
+            return int(answer[9:12]) if answer else None
+
+    monkeypatch.setattr(serve, "BODY_SECONDS", 0.2)
+    with ThreadPoolExecutor(8) as pool:
+        statuses = set(pool.map(send, range(200)))
+    assert {200, 400, 415} <= statuses and all(status is None or status < 500 for status in statuses)
+    assert requests.get(f"{page}health", timeout=20).status_code == 200
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """An event that captioning waits for, and the requests that have got so far."""
+    release, started, caption = threading.Event(), [], serve.caption_upload
+
+    def wait_and_caption(*values):
+        started.append(values)
+        assert release.wait(20)
+        return caption(*values)
+
+    monkeypatch.setattr(serve, "caption_upload", wait_and_caption)
+    return release, started
+
+
+def test_fifty_at_once(page, photo, held):
+    """One is captioned, eight wait, the others are told to come again; the page answers meanwhile."""
+    (release, started), refused = held, 50 - 1 - serve.WAITING
+    with ThreadPoolExecutor(50) as pool:
+        asked = [pool.submit(ask, page, photo.read_bytes()) for _ in range(50)]
+        wait_for(lambda: sum(each.done() for each in asked) == refused)
+        assert requests.get(f"{page}health", timeout=5).status_code == 200 and len(started) == 1
+        release.set()
+        answers = [each.result() for each in asked]
+    assert sorted(answer.status_code for answer in answers) == [200] * (1 + serve.WAITING) + [503] * refused
+    assert all(int(answer.headers["Retry-After"]) > 0 for answer in answers if answer.status_code == 503)
+
+
+def test_who_is_gone_is_not_captioned(page, photo, held):
+    release, started = held
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(ask, page, photo.read_bytes())
+        wait_for(lambda: started)
+        with raw(page) as connection:
+            connection.sendall(b"POST /caption HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\n\r\nx")
+            time.sleep(0.1)
+        time.sleep(0.1)
+        release.set()
+        assert first.result().status_code == ask(page, photo.read_bytes()).status_code == 200
+    assert len(started) == 2
+
+
+# --------------------------------------------------------------------------------------------------
+# Start and end
+
+
+def test_ports(monkeypatch):
+    with serve.open_socket("127.0.0.1", None) as first:
+        port = first.getsockname()[1]
+        assert port >= serve.FIRST_PORT
+        with serve.open_socket("127.0.0.1", None) as second:
+            assert second.getsockname()[1] > port
+        with pytest.raises(UserError, match=f"port {port}: another program"):
+            serve.open_socket("127.0.0.1", port)
+    with pytest.raises(UserError, match="not one of this machine's"):
+        serve.open_socket("192.0.2.1", None)
+
+
+def test_examples_are_test_images_or_none(model, tiny_runs, tmp_path):
+    examples = serve.find_examples(model, flags(tiny_runs)[0])
+    assert {path.name for path in examples} == set(model.split["test"])
+    (tmp_path / "damaged.jpg").write_bytes(b"x")
+    assert serve.build_page(model, [tmp_path / "damaged.jpg", *examples], 3, 0.7).count('alt="Example ') == len(
+        examples
     )
-    assert answered.status_code == 500 and "caption" not in answered.text
-    assert requests.get(f"{page}gradio_api/file={path}", timeout=20).status_code in (403, 404)
-
-
-def test_a_taken_port_is_one_message(page, model):
-    port = int(page.rstrip("/").rpartition(":")[2])
-    with pytest.raises(UserError, match=f"port {port}: another program"):
-        serve.start_page(serve.build_page(model, [], 3, 0.7), "127.0.0.1", port)
-
-
-def test_examples_are_test_images_or_none(model, tiny_runs, capsys, tmp_path):
-    args, _ = trainer.parse_flags(["--mode", "serve", "--model_path", str(tiny_runs["attention"])])
-    assert {path.name for path in serve.find_examples(model, args)} == set(model.split["test"])
-    args.data_dir = tmp_path
     with pytest.raises(UserError, match="no captions file"):
-        serve.find_examples(model, args)
+        serve.find_examples(model, flags(tiny_runs, "--data_dir", str(tmp_path))[0])
 
 
-def test_without_gradio_the_error_names_the_command(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.delitem(sys.modules, "serve")
+def test_names_from_a_checkpoint_are_text():
+    flags = {"decoder": "lstm", "encoder": "<script>alert(1)</script>{{examples}}", "dataset_type": '"onload="x'}
+    text = serve.build_page(SimpleNamespace(flags=flags, epoch=1), [], 3, 0.7)
+    assert text.count("<script") == 1 and '"onload' not in text
+
+
+def test_without_fastapi_the_error_names_the_command(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    monkeypatch.delitem(sys.modules, "captioning.modes.serve")
+    monkeypatch.delattr("captioning.modes.serve")
     assert trainer.main(["--mode", "serve", "--model_path", "x"]) == 2
     assert "pip install -r requirements-serve.txt" in capsys.readouterr().err
+
+
+@pytest.fixture
+def handlers():
+    """Signals that end a program raise KeyboardInterrupt, as SIGINT does; afterwards they do what they did."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals that a process sends to itself")
+@pytest.mark.parametrize(
+    "name, moment",
+    (("SIGINT", "idle"), ("SIGTERM", "idle"), *(("SIGHUP", each) for each in ("idle", "loading", "captioning", "receiving"))),
+)  # fmt: skip
+def test_signals_end_the_page_at_any_time(tiny_runs, model, photo, caplog, monkeypatch, handlers, name, moment):
+    def end() -> None:
+        os.kill(os.getpid(), getattr(signal, name))
+
+    def load(*_):
+        if moment == "loading":
+            end()
+            time.sleep(20)
+        return model
+
+    def caption_and_end(*values, **options):
+        if moment == "captioning" and not options:  # a request, not the warm-up
+            end()
+            time.sleep(0.2)
+        return caption(*values, **options)
+
+    def visit() -> None:
+        wait_for(lambda: any("The page is at" in line for line in printed))
+        address = re.search(r"http\S+", "".join(printed))[0]
+        if moment == "captioning":
+            assert ask(address, photo.read_bytes()).status_code == 200
+            return
+        with raw(address) as connection:
+            if moment == "receiving":
+                connection.sendall(b"POST /caption HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n")
+                time.sleep(0.1)
+            end()
+            with contextlib.suppress(ConnectionError):
+                connection.recv(1)
+
+    printed: list[str] = []
+    caption = serve.caption_upload
+    monkeypatch.setattr("builtins.print", lambda *values, **_: printed.append(" ".join(map(str, values))))
+    monkeypatch.setattr(serve, "Captioner", load)
+    monkeypatch.setattr(serve, "caption_upload", caption_and_end)
+    if moment == "receiving":
+        monkeypatch.setattr(serve, "END_SECONDS", 0)
+    with ThreadPoolExecutor(1) as pool:
+        visited = pool.submit(visit) if moment != "loading" else None
+        assert serve.serve_page(*flags(tiny_runs)) == 0
+        assert visited is None or visited.result() is None
+    assert printed[-1] == "\nThe page is closed."
+    assert not [record for record in caplog.records if record.exc_info]
+    assert signal.getsignal(signal.SIGHUP) is signal.default_int_handler
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system has no SIGHUP")
+def test_nohup_is_heeded(handlers):
+    assert signal.SIGHUP in serve.end_signals()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    assert signal.SIGHUP not in serve.end_signals() and signal.SIGTERM in serve.end_signals()
 
 
 # --------------------------------------------------------------------------------------------------
 # In a browser
 
 
-def opened(browser, page, **options):
-    """The page in a new window, and what it asked for that is not on this machine."""
-    window = browser.new_page(**options)
-    elsewhere: list[str] = []
-    window.on(
-        "request",
-        lambda request: elsewhere.append(request.url) if not request.url.startswith((page, "data:", "blob:")) else None,
-    )
-    window.goto(page)
-    window.wait_for_selector("#photo input[type=file]", state="attached")
-    return window, elsewhere
+@pytest.fixture(scope="module")
+def browser():
+    program = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if program is None:
+        pytest.skip(f"no browser on this machine (looked for {', '.join(BROWSERS)})")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as running:
+        opened = running.chromium.launch(executable_path=program, args=NO_CHATTER.split())
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def window(browser, page):
+    """Opens the page; what it asked for elsewhere, and what its console complains about, fails the test."""
+    complaints: list[str] = []
+    windows = []
+
+    def open_page(**options):
+        opened = browser.new_page(**options)
+        opened.on("request", lambda asked: complaints.append(asked.url))
+        opened.on("console", lambda line: complaints.append(line.text) if line.type == "error" else None)
+        opened.on("pageerror", lambda error: complaints.append(str(error)))
+        opened.set_default_timeout(10_000)
+        opened.goto(page)
+        windows.append(opened)
+        return opened
+
+    yield open_page
+    for opened in windows:
+        opened.close()
+    # A refused photo is a failed request, of which Chromium itself writes a line.
+    assert [line for line in complaints if not line.startswith((page, "data:", "blob:")) and "of 415" not in line] == []
+
+
+def shown_map(opened) -> str | None:
+    """The address of the map over the photo, if there is one."""
+    return opened.evaluate("view.classList.contains('mapped') ? document.querySelector('#map').src : null")
 
 
 @pytest.mark.parametrize("width, scheme", ((1280, "light"), (390, "dark")))
-def test_upload_a_photo_and_look_at_its_words(browser, page, model, tiny_runs, width, scheme):
-    path = tiny_runs["data"] / "Images" / "p03.jpg"
-    window, elsewhere = opened(
-        browser, page, viewport={"width": width, "height": 844}, color_scheme=scheme, has_touch=width < 500
-    )
-    window.set_input_files("#photo input[type=file]", path)
-    window.wait_for_selector("#result .caption", timeout=30_000)
-    (result,) = model.caption([path], 3, 0.7)
-    assert window.locator("#result .caption").inner_text().split() == result.captions[0].words
-    photo, words = window.locator("#result .photo"), window.locator("#result .caption .word")
-    assert photo.evaluate("image => image.naturalWidth / image.naturalHeight") == pytest.approx(60 / 40)
-    maps = window.locator("#result .caption .map")
-    assert maps.count() == len(result.captions[0].words)
-
-    def shown() -> list[int]:
-        window.wait_for_timeout(400)  # they fade in
-        return [n for n in range(maps.count()) if maps.nth(n).evaluate("map => getComputedStyle(map).opacity") == "1"]
-
-    assert shown() == []
-    words.nth(1).tap() if width < 500 else words.nth(1).hover()
-    assert shown() == [1]
-    assert maps.nth(1).bounding_box() == photo.bounding_box()
+def test_upload_a_photo_and_look_at_its_words(window, page, model, photo, width, scheme):
+    phone = width < 500
+    opened = window(viewport={"width": width, "height": 844}, color_scheme=scheme, has_touch=phone, is_mobile=phone)
+    opened.set_input_files("#file", photo)
+    opened.wait_for_selector("#caption .word")
+    (result,) = model.caption([photo], 3, 0.7, 3, attention=True)
+    assert opened.inner_text("#caption").split() == result.captions[0].words
+    assert opened.locator("#others li").count() == len([each for each in result.captions[1:] if each.words])
+    answer = ask(page, photo.read_bytes(), "?beam_size=3&num_captions=3&maps=true").json()
+    maps, words = [word["map"] for word in answer["words"]], opened.locator("#caption .word")
+    assert words.count() == len(maps) and shown_map(opened) is None
+    words.nth(1).tap() if phone else words.nth(1).hover()
+    assert shown_map(opened) == maps[1]
     words.nth(0).click()
-    assert shown() == [0]
-    window.mouse.move(0, 0)
-    assert shown() == [0]  # a clicked word stays
-    assert window.evaluate("document.documentElement.scrollWidth") <= width
-    dark = window.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert (max(map(int, re.findall(r"\d+", dark)[:3])) < 60) == (scheme == "dark")
-    assert elsewhere == []
-    window.close()
+    assert shown_map(opened) == maps[0]
+    opened.mouse.move(0, 0)
+    assert shown_map(opened) == maps[0]  # a clicked word stays
+    assert opened.locator("#map").bounding_box() == opened.locator("#photo").bounding_box()
+    words.nth(0).click()
+    opened.mouse.move(0, 0)
+    opened.evaluate("document.activeElement.blur()")
+    opened.wait_for_function("!view.classList.contains('mapped')")
+
+    assert opened.locator("img:visible:not(#map):not(#pictures img)").count() == 1  # one photo
+    assert "probability" not in opened.inner_text("body") and not re.search(r"-\d", opened.inner_text("#result"))
+    places = [opened.locator(name).bounding_box() for name in ("#photo", "#caption", "#examples", "#settings")]
+    assert [place["y"] for place in places[1:]] == sorted(place["y"] for place in places[1:])
+    assert places[1]["y"] + places[1]["height"] < 844  # the caption is seen without scrolling
+    assert opened.evaluate("document.documentElement.scrollWidth") <= width
+    color = opened.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (max(map(int, re.findall(r"\d+", color)[:3])) < 60) == (scheme == "dark")
 
 
-def test_wrong_files_examples_and_sliders_in_the_browser(browser, page, tmp_path):
-    window, elsewhere = opened(browser, page, viewport={"width": 1280, "height": 900})
+def test_files_examples_and_settings_by_the_keyboard(window, tmp_path):
+    opened = window(viewport={"width": 1280, "height": 900})
     (tmp_path / "text.jpg").write_text("hello")
-    window.set_input_files("#photo input[type=file]", tmp_path / "text.jpg")
-    assert "is no picture" in window.locator("#result .problem").inner_text(timeout=30_000)
-    window.locator(".gallery-item, .gallery button, table tr button").first.click()
-    window.wait_for_selector("#result .caption", timeout=30_000)
-    assert window.locator("#result li").count() == 2  # a beam of three
-    slider = window.locator("#beam input[type=range]")
-    slider.focus()
-    slider.fill("1")
-    slider.dispatch_event("pointerup")
-    window.locator("#result li").first.wait_for(state="detached", timeout=30_000)
-    assert window.locator("#result .caption").count() == 1 and elsewhere == []
-    window.close()
+    opened.keyboard.press("Tab")
+    assert opened.evaluate("document.activeElement.id") == "file"
+    opened.set_input_files("#file", tmp_path / "text.jpg")
+    opened.wait_for_selector("#problem:visible")
+    assert "not an image" in opened.inner_text("[role=alert]") and not opened.is_visible("#photo")
+    opened.locator("#pictures button").first.focus()
+    opened.keyboard.press("Enter")
+    opened.wait_for_selector("#caption .word")
+    assert not opened.is_visible("#problem") and opened.is_visible("#photo")
+    assert opened.inner_text("[role=status]").startswith(f"Caption: {' '.join(opened.inner_text('#caption').split())}")
+    assert opened.locator("#others li").count() == 2  # a beam of three
+    words = opened.locator("#caption .word")
+    opened.locator("#file").focus()
+    opened.keyboard.press("Tab")
+    assert words.first.evaluate("word => word === document.activeElement")
+    first = shown_map(opened)
+    opened.keyboard.press("Tab")
+    assert None not in (first, shown_map(opened)) and first != shown_map(opened)
+    opened.keyboard.press("Enter")
+    assert words.nth(1).get_attribute("aria-pressed") == "true"
+    opened.keyboard.press("Escape")
+    assert words.nth(1).get_attribute("aria-pressed") == "false"
+    opened.locator("#beam").focus()
+    opened.keyboard.press("Home")  # one
+    opened.locator("#others").wait_for(state="hidden")
+    assert opened.locator("#settings output").all_inner_texts() == ["1", "0.7"]
+    assert opened.get_by_label("Length penalty").get_attribute("type") == "range"
+
+
+def test_drop_and_paste(window, photo):
+    opened = window()
+    encoded = base64.b64encode(photo.read_bytes()).decode()
+    for event, kind, field in (("drop", "DragEvent", "dataTransfer"), ("paste", "ClipboardEvent", "clipboardData")):
+        opened.reload()
+        opened.evaluate(
+            """([encoded, event, kind, field]) => {
+                const bytes = Uint8Array.from(atob(encoded), (letter) => letter.charCodeAt(0));
+                const moved = new DataTransfer();
+                moved.items.add(new File([bytes], "photo.jpg", { type: "image/jpeg" }));
+                document.body.dispatchEvent(new window[kind](event, { [field]: moved, bubbles: true, cancelable: true }));
+            }""",
+            [encoded, event, kind, field],
+        )
+        opened.wait_for_selector("#caption .word")
+
+
+def test_words_of_a_stranger_are_text(window, photo):
+    opened = window()
+    evil = "<img src=x onerror=alert(1)>"
+    peak = {"row": 0, "column": 0, "x": 0.1, "y": 0.1, "weight": 0.5}
+    address = f"data:image/jpeg;base64,{base64.b64encode(photo.read_bytes()).decode()}"
+    answer = {
+        "caption": evil, "words": [{"word": evil, "peak": peak, "map": address}], "photo": address,
+        "alternatives": [{"caption": evil}],
+    }  # fmt: skip
+    opened.route("**/caption?*", lambda route: route.fulfill(json=answer))
+    opened.set_input_files("#file", photo)
+    opened.wait_for_selector("#caption .word")
+    assert opened.inner_text("#caption .word") == opened.inner_text("#others li") == evil
+    assert opened.locator("#result img").count() == 0

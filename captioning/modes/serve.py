@@ -1,21 +1,26 @@
-"""`--mode serve`: a page in the browser that captions a photo and shows where the model looked.
+"""`--mode serve`: a page in the browser, and an HTTP interface, that caption a photo and show where the model looked.
 
-The page needs no network and sends nothing anywhere: Gradio's telemetry, sharing, run history and API pages are off,
-and uploads are kept in a folder that goes when the server ends. What the result panel shows is one piece of HTML with
-the photo and the maps inside of it; which map lies over the photo is decided by its style sheet, without a script.
+Three routes: `GET /` (the page, `captioning/page/index.html`), `POST /caption`, `GET /health`; `/openapi.json` describes
+them. Uploads stay in memory. Nothing is fetched from elsewhere: neither by the server nor by the page, whose
+Content-Security-Policy allows its own style and script alone.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import contextlib
+import hashlib
 import html
 import io
-import os
+import json
+import logging
+import re
 import signal
+import socket
 import sys
-import tempfile
-import threading
-from collections.abc import Awaitable, Callable, Sequence
+import time
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,144 +28,129 @@ import numpy as np
 from PIL import Image
 
 from attention_visualization import colours, upsample
-from captioning.captioner import Caption, Captioner
+from captioning.captioner import Captioned, Captioner
 from captioning.dataset import load_caption_set
-from captioning.images import IMAGE_FORMATS, UnreadableImage, open_image
+from captioning.images import IMAGE_FORMATS, UnreadableImage, load_pixels, open_image
 from captioning.io import UserError, format_bytes, log
-from captioning.modes.caption import peak_of
+from captioning.modes.caption import json_lines, peak_of
 from captioning.plots import shrunk
 from captioning.settings import Settings
 
-os.environ |= {
-    "GRADIO_ANALYTICS_ENABLED": "False",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "HF_HUB_OFFLINE": "1",
-    # Gradio asks its own server whether it runs, which is no proxy's business.
-    "NO_PROXY": ",".join(filter(None, (os.environ.get("NO_PROXY"), "localhost,127.0.0.1,::1"))),
-}
 try:
-    import gradio as gr
+    import python_multipart  # noqa: F401  (Starlette's form parser needs it, and would miss it only at a request)
+    import uvicorn
+    from fastapi import FastAPI, HTTPException, Query, Request
+    from fastapi.responses import HTMLResponse
+    from fastapi.telemetry import TelemetryConfig
+    from pydantic import BaseModel, Field
+    from starlette.datastructures import UploadFile
+    from starlette.formparsers import MultiPartException, MultiPartParser
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.requests import ClientDisconnect
 except ModuleNotFoundError as problem:
     raise UserError(
         f"--mode serve needs a package that is not installed ({problem.name}): "
         "python -m pip install -r requirements-serve.txt"
     ) from problem
 
-MAX_BYTES = 32_000_000  # of an upload; a phone's largest JPEG has some 20 MB
-MAX_PIXELS = 64_000_000  # a picture that is no JPEG takes four to eight bytes for each while it is decoded
-WIDEST_BEAM = 10
-ALTERNATIVES = 4  # shown below the best caption
-EXAMPLES = 8
+PAGE = Path(__file__).parent.parent / "page" / "index.html"
+FIRST_PORT, LAST_PORT = 7860, 7959
+MAX_BYTES = 32_000_000  # of a request's body; a phone's largest JPEG has some 20 MB
+MAX_PIXELS = 64_000_000  # a picture that is not a JPEG takes four to sixteen bytes for each while it is decoded
+BODY_SECONDS = 60  # in which a body must have arrived
+WAITING = 8  # requests that wait for the one that is captioned; further ones are refused
+CONNECTIONS = 64
+END_SECONDS = 5  # that requests under way have when the server ends
+# FastAPI would report to whatever OpenTelemetry collector the environment names.
+NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
+WIDEST_BEAM, MOST_CAPTIONS, LARGEST_PENALTY = 10, 10, 2.0
+EXAMPLES, EXAMPLE_SIZE = 8, 640  # pixels along the longer side
 MAP_SIZE = 7 * 8  # pixels along a side of a map, which the browser stretches over the photo
-
-STYLE = """
-.looked { position: relative; }
-.looked img { display: block; margin: 0 auto; width: min(100%, calc(50vh * var(--aspect))); aspect-ratio: var(--aspect); border-radius: 8px; }
-.looked .map { position: absolute; inset: 0 0 auto; opacity: 0; pointer-events: none; transition: opacity 0.15s; }
-.looked .photo { transition: filter 0.15s; }
-.looked:has(.word:hover, .word :checked, .word :focus-visible) .photo { filter: saturate(0.25) brightness(0.65); }
-.looked .word:hover .map, .looked:not(:has(.word:hover)) .word:has(:checked) .map { opacity: 1; }
-.looked .caption { font-size: 1.35rem; line-height: 2; font-weight: 600; margin: 0.8rem 0 0.2rem; }
-.looked ol { list-style: none; padding: 0; margin: 0.3rem 0 0; }
-.looked li { line-height: 2; margin: 0.2rem 0; border-top: 1px solid var(--border-color-primary); }
-.looked .word { cursor: pointer; border-radius: 6px; padding: 0.15em 0.2em; margin: 0 -0.1em; display: inline-block; line-height: 1.3; }
-.looked .word input { position: absolute; opacity: 0; width: 1px; height: 1px; margin: 0; pointer-events: none; }
-.looked .word:hover, .looked .word:has(:checked) { background: var(--body-text-color); color: var(--body-background-fill); }
-.looked .word:has(:focus-visible) { outline: 2px solid; outline-offset: 2px; }
-.looked .note, .welcome { opacity: 0.75; font-size: 0.9rem; margin: 0.2rem 0; }
-.looked .score { opacity: 0.75; font-size: 0.8rem; white-space: nowrap; margin-left: 0.6em; font-weight: 400; }
-.problem { border: 2px solid #d55e00; border-radius: 8px; padding: 0.8rem 1rem; margin: 0; }
-"""
 
 
 # --------------------------------------------------------------------------------------------------
-# What the page shows
+# The answer
 
 
-def answer(captioner: Captioner, upload: str | None, beam_size: float, length_penalty: float) -> str:
-    """The result panel for an uploaded file, as HTML; a file that cannot be used gets a message."""
-    if upload is None:
-        return '<p class="welcome">The caption comes here.</p>'
-    path, beam = Path(upload), int(beam_size)
+class Peak(BaseModel):
+    row: int = Field(description="of the strongest cell of the grid, from 0")
+    column: int
+    x: float = Field(description="the cell's middle, as a fraction of the image's width")
+    y: float
+    weight: float
+
+
+class Word(BaseModel):
+    word: str
+    peak: Peak
+    map: str | None = Field(None, description="with maps=true: the attention over the image, a PNG as data URL")
+
+
+class Alternative(BaseModel):
+    caption: str
+    log_probability: float
+    words: list[Word] | None = Field(None, description="with maps=true")
+
+
+class Answer(BaseModel):
+    caption: str
+    log_probability: float = Field(description="natural logarithm, of all words and of ending there")
+    words: list[Word] | None = Field(None, description="where the model looked for each; not of a decoder `lstm`")
+    alternatives: list[Alternative] | None = Field(None, description="with num_captions above 1, best first")
+    photo: str | None = Field(None, description="with maps=true: the image, upright, a JPEG as data URL")
+
+
+def caption_upload(
+    captioner: Captioner, upload: bytes, beam_size: int, length_penalty: float, num_captions: int, maps: bool
+) -> dict[str, Any]:
+    """Caption an uploaded image: the object that `--mode caption --json` prints, without `path`.
+
+    Args:
+        maps: with the photo and each word's attention map as data URLs.
+
+    Raises:
+        UnreadableImage: with a sentence for the page.
+        UserError: the device's memory is too small.
+    """
+    file = io.BytesIO(upload)
+    check_upload(file)
     try:
-        check_upload(path)
-        photo = open_image(path, at_least=900)
+        pixels = np.stack([load_pixels(file, captioner.spec.image_size, view) for view in captioner.views])
+        photo = open_image(file, at_least=900) if maps else None
     except UnreadableImage as error:
-        return message(str(error) if str(error).startswith("This") else "This picture is damaged and cannot be opened.")
-    try:
-        result = next(captioner.caption([path], beam, length_penalty, min(beam, 1 + ALTERNATIVES), attention=True))
-    except UserError as error:
-        return message(f"This did not work: {error}")
-    return show(photo, result.captions)
+        raise UnreadableImage("This image is damaged and cannot be opened.") from error
+    (captions,) = captioner.decode(
+        [pixels], max(beam_size, num_captions), length_penalty, num_captions, captioner.decoder.uses_grid, None
+    )
+    answer = json.loads(next(json_lines([Captioned(Path(), captions, None)], num_captions)))
+    del answer["path"]
+    if photo is not None:
+        answer["photo"] = data_url(shrunk(photo), "JPEG")
+        for part, caption in zip([answer, *answer.get("alternatives", [])], captions, strict=True):
+            if caption.attention is not None:
+                part["words"] = [
+                    {"word": word, "peak": peak_of(row), "map": data_url(map_of(row), "PNG")}
+                    for word, row in zip(caption.words, caption.attention, strict=True)
+                ]
+    return answer
 
 
-def check_upload(path: Path) -> None:
-    """Look at a file's size and header, before memory is taken for its pixels.
+def check_upload(file: io.BytesIO) -> None:
+    """Check an image's header before memory is taken for its pixels.
 
     Raises:
         UnreadableImage: with a sentence for the page.
     """
-    if path.stat().st_size > MAX_BYTES:
-        raise UnreadableImage(f"This file is larger than {format_bytes(MAX_BYTES)}, the most that this page takes.")
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
+        with Image.open(file, formats=IMAGE_FORMATS) as image:
             pixels = image.width * image.height
     except Image.DecompressionBombError:
         pixels = MAX_PIXELS + 1
     except Exception as error:  # Pillow's parsers raise whatever they meet
         kinds = ", ".join(IMAGE_FORMATS[:-1])
-        raise UnreadableImage(f"This file is no picture: {kinds} and {IMAGE_FORMATS[-1]} can be read.") from error
+        raise UnreadableImage(f"This file is not an image: {kinds} and {IMAGE_FORMATS[-1]} can be read.") from error
     if pixels > MAX_PIXELS:
-        raise UnreadableImage(f"This picture has more than {MAX_PIXELS // 10**6} million pixels: make it smaller.")
-
-
-def message(text: str) -> str:
-    return f'<p class="problem" role="alert">{escape(text)}</p>'
-
-
-def escape(text: str) -> str:
-    """Text for HTML; also without the braces and dollars that Gradio's templates might read."""
-    return html.escape(text).replace("{", "&#123;").replace("$", "&#36;")
-
-
-def show(photo: Image.Image, captions: Sequence[Caption]) -> str:
-    """The photo, the best caption, each word with its map, and the other captions."""
-    photo = shrunk(photo)
-    best, others = captions[0], [caption for caption in captions[1:] if caption.words]
-    note = (
-        "The model has nothing to say about this picture."
-        if not best.words
-        else "This model has no attention: it cannot show where it looked."
-        if best.attention is None
-        else "Point at a word, or tap it, to see where the model looked when it said it."
-    )
-    lines = "".join(f"<li>{words_with_maps(caption)}{score(caption)}</li>" for caption in others)
-    return (
-        f'<div class="looked" style="--aspect: {photo.width / photo.height:.4f}">'
-        f'<img class="photo" alt="The photo" src="{data_url(photo, "JPEG")}">'
-        f'<p class="caption">{words_with_maps(best)}</p><p class="note">{note}{score(best)}</p>'
-        + (f'<p class="note">It might also have said:</p><ol>{lines}</ol>' if lines else "")
-        + "</div>"
-    )
-
-
-def score(caption: Caption) -> str:
-    return f'<span class="score">log-probability {caption.log_probability:.2f}</span>'
-
-
-def words_with_maps(caption: Caption) -> str:
-    """The words in a row; with attention each is a button that shows its map."""
-    if caption.attention is None:
-        return escape(caption.text)
-    parts = []
-    for word, row in zip(caption.words, caption.attention, strict=True):
-        peak = peak_of(row)
-        where = f"{peak['weight']:.0%} of the attention {peak['x']:.0%} from the left, {peak['y']:.0%} from the top"
-        parts.append(
-            f'<label class="word" title="{where}"><input type="radio" name="word" aria-description="{where}">'
-            f'{escape(word)}<img class="map" alt="" src="{data_url(map_of(row), "PNG")}"></label>'
-        )
-    return " ".join(parts)
+        raise UnreadableImage(f"This image has more than {MAX_PIXELS // 10**6} million pixels: make it smaller.")
 
 
 def map_of(weights: np.ndarray) -> Image.Image:
@@ -176,55 +166,56 @@ def data_url(picture: Image.Image, form: str) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# The page and its server
+# The page
 
 
-def build_page(captioner: Captioner, examples: Sequence[Path], beam_size: int, length_penalty: float) -> gr.Blocks:
-    """The page, not yet served."""
+def build_page(captioner: Captioner, examples: Sequence[Path], beam_size: int, length_penalty: float) -> str:
+    """The page's HTML, with the model's description, the examples and the settings' first values."""
+    pictures: list[str] = []
+    for path in examples:
+        try:
+            address = data_url(shrunk(open_image(path, at_least=EXAMPLE_SIZE), EXAMPLE_SIZE), "JPEG")
+        except UnreadableImage:
+            continue
+        number = len(pictures) + 1
+        pictures.append(f'<button type="button"><img src="{address}" alt="Example {number}"></button>')
+    values = {
+        "model": html.escape(description(captioner)),
+        "examples": "".join(pictures),
+        "max_bytes": MAX_BYTES,
+        "beam_size": beam_size,
+        "beam_max": max(WIDEST_BEAM, beam_size),
+        "length_penalty": length_penalty,
+        "penalty_max": max(LARGEST_PENALTY, length_penalty),
+    }
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: str(values[found[1]]), PAGE.read_text(encoding="utf-8"))
+
+
+def description(captioner: Captioner) -> str:
     flags = captioner.flags
-    model = (
+    return (
         f"{flags['decoder']} decoder on {flags['encoder']}, trained on {flags['dataset_type']}, epoch {captioner.epoch}"
     )
-    with gr.Blocks(title="Image captioner", analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        gr.Markdown(f"# Image captioner\nDrop a photo or take one. It stays on this computer.  \n{model}.")
-        with gr.Row():
-            with gr.Column():
-                photo: Any = gr.Image(type="filepath", label="Photo", height=420, buttons=[], elem_id="photo")
-                # The uploaded file as it is, to be opened by our rules rather than Gradio's.
-                photo.preprocess = lambda payload: None if payload is None else payload.path
-                photo.async_move_resource_to_block_cache = refuse_addresses(photo.async_move_resource_to_block_cache)
-            with gr.Column():
-                result = gr.HTML(answer(captioner, None, 1, 0), elem_id="result")
-        with gr.Row():
-            beam = gr.Slider(
-                1, max(WIDEST_BEAM, beam_size), beam_size, step=1, label="Beam size",
-                info="Captions that are followed at once; more find likelier ones", elem_id="beam",
-            )  # fmt: skip
-            penalty = gr.Slider(
-                0, max(2.0, length_penalty), length_penalty, step=0.1, label="Length penalty",
-                info="More makes captions longer", elem_id="penalty",
-            )  # fmt: skip
-        if examples:
-            gr.Examples(
-                [[str(path)] for path in examples], photo, label="Photos of the data set that it was not trained on",
-                cache_examples=False, api_visibility="private", example_labels=None,
-            )  # fmt: skip
-        gr.on(
-            [photo.change, beam.release, penalty.release], lambda *values: answer(captioner, *values),
-            [photo, beam, penalty], result, api_visibility="private", trigger_mode="always_last", show_progress="minimal",
-        )  # fmt: skip
-    return page.queue(max_size=32, default_concurrency_limit=1)
 
 
-def refuse_addresses(take: Callable[[str], Awaitable[str]]) -> Callable[[str], Awaitable[str]]:
-    """Gradio would fetch a photo whose path in a request is an address of the web; this page fetches nothing."""
-
-    async def take_file(path: str) -> str:
-        if "://" in str(path):
-            raise gr.Error("This page fetches nothing: upload the photo itself.")
-        return await take(path)
-
-    return take_file
+def security_headers(page: str) -> list[tuple[str, str]]:
+    """Headers of every response; the page may use nothing but its own style, script, pictures and server."""
+    allowed = {
+        tag: f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+        for tag, text in re.findall(r"<(style|script)>(.*?)</\1>", page, re.DOTALL)
+    }
+    policy = (
+        f"default-src 'none'; script-src {allowed['script']}; style-src {allowed['style']}; img-src data: blob:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return [
+        ("Content-Security-Policy", policy),
+        ("X-Content-Type-Options", "nosniff"),
+        ("Referrer-Policy", "no-referrer"),
+        ("Cross-Origin-Resource-Policy", "same-origin"),
+        ("Cross-Origin-Opener-Policy", "same-origin"),
+        ("Cache-Control", "no-store"),
+    ]
 
 
 def find_examples(captioner: Captioner, args: Settings) -> list[Path]:
@@ -251,46 +242,214 @@ def find_examples(captioner: Captioner, args: Settings) -> list[Path]:
     return [data.image_dir / data.names[image] for image in chosen]
 
 
-def start_page(page: gr.Blocks, host: str, port: int | None) -> str:
-    """Serve the page from threads of this process; returns its address.
+# --------------------------------------------------------------------------------------------------
+# Requests
+
+
+class InMemoryParser(MultiPartParser):
+    """A parser of forms that keeps files in memory, where Starlette's writes those above 1 MB to the disk."""
+
+    spool_max_size = MAX_BYTES  # of a whole body
+
+
+async def body_of(request: Request) -> AsyncGenerator[bytes, None]:
+    """A request's body, piece by piece, which ends in an HTTP error where it is too large or too slow."""
+    too_large = HTTPException(413, f"This file is larger than {format_bytes(MAX_BYTES)}.")
+    if int(request.headers.get("content-length", 0)) > MAX_BYTES:
+        raise too_large
+    stream, size, end = request.stream(), 0, time.monotonic() + BODY_SECONDS
+    try:
+        while piece := await asyncio.wait_for(anext(stream), end - time.monotonic()):
+            size += len(piece)
+            if size > MAX_BYTES:
+                raise too_large
+            yield piece
+    except TimeoutError:
+        raise HTTPException(408, "The image took too long to arrive.") from None
+    except ClientDisconnect:
+        raise HTTPException(400, "The client closed the connection.") from None
+
+
+async def read_image(request: Request) -> bytes:
+    """The image in a request: its body as it is, or the one file of a form (multipart/form-data)."""
+    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        image = bytearray()
+        async for piece in body_of(request):
+            image += piece
+        return bytes(image)
+    try:
+        form = await InMemoryParser(request.headers, body_of(request), max_files=1, max_fields=8).parse()
+    except MultiPartException as error:
+        raise HTTPException(400, f"This form cannot be read: {error.message}") from error
+    for value in form.values():
+        if isinstance(value, UploadFile):
+            return await value.read()
+    raise HTTPException(400, "This form has no file.")
+
+
+def check_origin(request: Request) -> None:
+    """Refuse what a page of another site sends; browsers name a POST's origin, other programs need not."""
+    origin = request.headers.get("origin")
+    if origin is not None and origin.partition("://")[2] != request.headers["host"]:
+        raise HTTPException(403, "This page takes no requests of other sites.")
+
+
+def trusted_hosts(host: str) -> list[str]:
+    """Names in a request's Host header under which the page may be reached, which DNS rebinding cannot forge."""
+    hosts = ["127.0.0.1", "localhost", "[::1]", f"[{host}]" if ":" in host else host]
+    if host in ("0.0.0.0", "::"):  # reached by this machine's name or any of its addresses: the last part is a number
+        hosts += [socket.gethostname(), f"{socket.gethostname()}.local", *(f"*.{number}" for number in range(256))]
+    return hosts
+
+
+def build_app(captioner: Captioner, page: str, host: str, beam_size: int, length_penalty: float) -> FastAPI:
+    """The application: its routes, and what each request may cost.
+
+    Args:
+        page: the HTML of `GET /`.
+        host: the address that is listened on.
+        beam_size, length_penalty: where a request names none.
+    """
+    app = FastAPI(
+        title="Image captioner", docs_url=None, redoc_url=None, redirect_slashes=False, telemetry=NO_TELEMETRY
+    )
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=trusted_hosts(host), www_redirect=False)
+    worker, pending = asyncio.Lock(), 0
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def index() -> str:
+        return page
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        """The server is up; `model` says what it captions with."""
+        return {"status": "ok", "model": description(captioner)}
+
+    beams = Query(beam_size, ge=1, le=max(WIDEST_BEAM, beam_size), description="captions followed at once")
+    penalties = Query(length_penalty, ge=0, le=max(LARGEST_PENALTY, length_penalty), description="more: longer ones")
+    counts = Query(1, ge=1, le=MOST_CAPTIONS, description="captions, best first; the beam is at least as wide")
+    with_maps = Query(False, description="add the photo, and each word's attention map, as data URLs")
+    image = {"schema": {"type": "string", "format": "binary"}}
+    form = {"schema": {"type": "object", "properties": {"image": image["schema"]}, "required": ["image"]}}
+    body = {"required": True, "content": {"application/octet-stream": image, "multipart/form-data": form}}
+    refusals = {
+        400: "the form cannot be read", 403: "from another site", 408: "too slow", 413: "too large",
+        415: "not an image that can be read", 503: "too many are waiting; Retry-After says when to come again",
+    }  # fmt: skip
+
+    @app.post(
+        "/caption", response_model=Answer, response_model_exclude_unset=True, openapi_extra={"requestBody": body},
+        responses={code: {"description": text} for code, text in refusals.items()},
+    )  # fmt: skip
+    async def caption(
+        request: Request, beam_size: int = beams, length_penalty: float = penalties, num_captions: int = counts,
+        maps: bool = with_maps,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Caption an image: the body is the image file itself, or a form with one file."""
+        nonlocal pending
+        check_origin(request)
+        admitted = pending <= WAITING
+        pending += admitted
+        try:
+            if not admitted:
+                async for _ in body_of(request):  # a client that is cut off while it sends would not read the answer
+                    pass
+                raise HTTPException(503, "Too many photos are waiting. Try again soon.", {"Retry-After": "2"})
+            upload = await read_image(request)
+            async with worker:
+                if await request.is_disconnected():
+                    raise HTTPException(400, "The client closed the connection.")
+                return await asyncio.to_thread(
+                    caption_upload, captioner, upload, beam_size, length_penalty, num_captions, maps
+                )
+        except UnreadableImage as error:
+            raise HTTPException(415, str(error)) from error
+        except UserError as error:
+            raise HTTPException(503, f"This did not work: {error}") from error
+        except asyncio.CancelledError:
+            raise HTTPException(503, "The page is being closed.") from None
+        finally:
+            pending -= admitted
+
+    return app
+
+
+# --------------------------------------------------------------------------------------------------
+# The server
+
+
+def open_socket(host: str, port: int | None) -> socket.socket:
+    """Listen on a port, or on the first free one from `FIRST_PORT` on.
 
     Raises:
-        UserError: the address is taken, or none of this machine's.
+        UserError: the port is taken, or the address is not one of this machine's.
     """
+    ports = [port] if port else range(FIRST_PORT, LAST_PORT + 1)
     try:
-        _, url, _ = page.launch(
-            server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, share=False, inbrowser=False,
-            max_file_size=MAX_BYTES, max_threads=4, css=STYLE, footer_links=[], run_history=False, ssr_mode=False, pwa=False,
-            mcp_server=False, enable_monitoring=False, strict_cors=True,
-        )  # fmt: skip
-    except (OSError, ValueError) as error:
+        family = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
+        for number in ports[:-1]:
+            with contextlib.suppress(OSError):
+                return socket.create_server((host, number), family=family)
+        return socket.create_server((host, ports[-1]), family=family)
+    except OSError as error:
         raise UserError(
             f"cannot serve the page on {host}{f', port {port}' if port else ''}: another program listens there, or "
-            "the address is none of this machine's. Choose another --port or --host"
+            f"the address is not one of this machine's ({error}). Choose another --port or --host"
         ) from error
-    return url
+
+
+def build_server(app: FastAPI, headers: list[tuple[str, str]]) -> uvicorn.Server:
+    """uvicorn with limits; it logs its own failures, and no requests."""
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of each damaged form
+    config = uvicorn.Config(
+        app, headers=headers, server_header=False, proxy_headers=False, access_log=False, log_config=None,
+        log_level="error", lifespan="off", ws="none", http="h11", loop="asyncio", limit_concurrency=CONNECTIONS,
+        timeout_keep_alive=5, timeout_graceful_shutdown=END_SECONDS,
+    )  # fmt: skip
+    return uvicorn.Server(config)
+
+
+def end_signals() -> list[int]:
+    """SIGINT, SIGTERM and SIGHUP, as far as the system has them; SIGHUP not under `nohup`, which ignores it."""
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+    found = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    return [number for number in found if signal.getsignal(number) != signal.SIG_IGN]
 
 
 def serve_page(args: Settings) -> int:
-    """`--mode serve`: serve until Ctrl-C or SIGTERM; returns the exit code.
+    """`--mode serve`: serve until Ctrl-C, SIGTERM or SIGHUP; returns the exit code.
 
     Raises:
         UserError: no usable checkpoint, or the page cannot be served.
     """
-    with tempfile.TemporaryDirectory(prefix="captioner-") as uploads:
-        os.environ["GRADIO_TEMP_DIR"] = uploads
-        captioner = Captioner(args.model_path[0], args.device, args.resnet_weights)
-        log.info(f"Model: {captioner}. Device: {captioner.device}")
-        page = build_page(captioner, find_examples(captioner, args), *captioner.decoding(args))
-        url = start_page(page, args.host, args.port)
-        print(f"The page is at {url} (Ctrl-C ends it)", flush=True)
-        if args.host not in ("127.0.0.1", "localhost", "::1"):
-            print(f"Note: --host {args.host} lets others on the network use it, too", file=sys.stderr)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        try:
-            threading.Event().wait()
-        except KeyboardInterrupt:
-            log.info("\nThe page is closed.")
-        finally:
-            page.close(verbose=False)
+    before = {number: signal.signal(number, signal.default_int_handler) for number in end_signals()}
+    try:
+        with contextlib.closing(open_socket(args.host, args.port)) as listener:
+            captioner = Captioner(args.model_path[0], args.device, args.resnet_weights)
+            log.info(f"Model: {captioner}. Device: {captioner.device}")
+            settings = captioner.decoding(args)
+            page = build_page(captioner, find_examples(captioner, args), *settings)
+            app = build_app(captioner, page, args.host, *settings)
+            warm_up(captioner, *settings)
+            host = f"[{args.host}]" if ":" in args.host else args.host
+            print(f"The page is at http://{host}:{listener.getsockname()[1]}/ (Ctrl-C ends it)", flush=True)
+            if args.host not in ("127.0.0.1", "localhost", "::1"):
+                print(f"Note: --host {args.host} lets others on the network use it, too", file=sys.stderr)
+            server = build_server(app, security_headers(page))
+            for number in before:  # uvicorn takes SIGINT and SIGTERM only
+                signal.signal(number, server.handle_exit)
+            server.run(sockets=[listener])
+    except KeyboardInterrupt:
+        pass
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    log.info("\nThe page is closed.")
     return 0
+
+
+def warm_up(captioner: Captioner, beam_size: int, length_penalty: float) -> None:
+    """Caption a grey picture, so that the first photo does not wait for what is built on first use."""
+    picture = io.BytesIO()
+    Image.new("RGB", (640, 480), "grey").save(picture, "JPEG")
+    caption_upload(captioner, picture.getvalue(), beam_size, length_penalty, 1, maps=True)
