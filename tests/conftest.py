@@ -28,6 +28,18 @@ def draw_tiny(folder: Path) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def without_java(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """METEOR takes seconds of every test of a model: only tests/test_metrics.py runs it."""
+    from metrics_utils import MetricFailed
+
+    def absent() -> str:
+        raise MetricFailed("it needs Java, and these tests do without its seconds")
+
+    if request.module.__name__ != "test_metrics":
+        monkeypatch.setattr("metrics_utils.find_java", absent)
+
+
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     """The data directory of `draw_tiny`."""

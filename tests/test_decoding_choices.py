@@ -19,7 +19,6 @@ from captioning.io import UserError
 from captioning.modes.test import Result, save_result
 from captioning.runs import read_run, read_scores
 from captioning.scores import ImageScores
-from metrics_utils import MetricFailed
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +31,7 @@ def trained(tiny_runs, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def in_its_directory(trained, monkeypatch):
-    def absent() -> str:
-        raise MetricFailed("it needs Java, and these tests do without its seconds")
-
     monkeypatch.chdir(trained[0])
-    monkeypatch.setattr("metrics_utils.find_java", absent)
 
 
 def files(directory: Path) -> dict[str, bytes]:

@@ -61,7 +61,7 @@ def model(tiny_runs) -> Captioner:
 @pytest.fixture(scope="module")
 def page(model, tiny_runs):
     """The page's address. No request may write a file, and none may leave this machine."""
-    text = serve.build_page(model, serve.find_examples(model, flags(tiny_runs)[0]), 3, 0.7)
+    text = serve.build_page(model, serve.find_examples(model, flags(tiny_runs)), 3, 0.7)
     serve.warm_up(model, 3, 0.7)
     sys.addaudithook(watch)
     thread = threading.Thread(target=lambda: tempfile.TemporaryFile().close())
@@ -365,14 +365,14 @@ def test_ports(monkeypatch):
 
 
 def test_examples_are_test_images_or_none(model, tiny_runs, tmp_path):
-    examples = serve.find_examples(model, flags(tiny_runs)[0])
-    assert {path.name for path in examples} == set(model.split["test"])
+    examples = serve.find_examples(model, flags(tiny_runs))
+    assert {path.name for path in examples} == set(model.split["test"]["names"])
     (tmp_path / "damaged.jpg").write_bytes(b"x")
     assert serve.build_page(model, [tmp_path / "damaged.jpg", *examples], 3, 0.7).count('alt="Example ') == len(
         examples
     )
     with pytest.raises(UserError, match="no captions file"):
-        serve.find_examples(model, flags(tiny_runs, "--data_dir", str(tmp_path))[0])
+        serve.find_examples(model, flags(tiny_runs, "--data_dir", str(tmp_path)))
 
 
 def test_names_from_a_checkpoint_are_text():
@@ -443,7 +443,7 @@ def test_signals_end_the_page_at_any_time(tiny_runs, model, photo, caplog, monke
         monkeypatch.setattr(serve, "END_SECONDS", 0)
     with ThreadPoolExecutor(1) as pool:
         visited = pool.submit(visit) if moment != "loading" else None
-        assert serve.serve_page(*flags(tiny_runs)) == 0
+        assert serve.serve_page(flags(tiny_runs)) == 0
         assert visited is None or visited.result() is None
     assert printed[-1] == "\nThe page is closed."
     assert not [record for record in caplog.records if record.exc_info]
