@@ -21,7 +21,6 @@ From flags to captions: images, captions and split -> vocabulary -> features, on
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import math
@@ -35,11 +34,11 @@ from pathlib import Path
 from typing import Any
 
 from captioning.flags import DATA_MODES
-from captioning.io import UserError, bars_off, format_bytes, log, open_standard_streams, run_command, steady_streams
+from captioning.io import UserError, bars_off, format_bytes, log, prepare_process, run_command, steady_streams
 from captioning.settings import Settings, answer_flags, parse_flags
 
 if __name__ == "__main__":  # --help and a mistyped flag are answered before PyTorch's seconds of importing
-    open_standard_streams()
+    prepare_process()
     SETTINGS = answer_flags(sys.argv[1:])
 
 import numpy as np
@@ -49,7 +48,15 @@ from tqdm import tqdm
 from attention_visualization import epoch_figures, save_attention_pictures
 from captioning import distributed, plots, reports, tensorboard
 from captioning.batches import BatchMaker
-from captioning.building import build_data, build_decoder, build_features, check_settings, load_context
+from captioning.building import (
+    build_data,
+    build_decoder,
+    build_features,
+    check_settings,
+    load_context,
+    note_unused_gpu,
+    warn_of_small_data,
+)
 from captioning.checkpoints import CheckpointSaver, carry_best, load_checkpoint, load_weights, require_trainable
 from captioning.dataset import Vocabulary, build_vocabulary
 from captioning.decoders import count_parameters
@@ -102,11 +109,12 @@ def resolve(settings: Settings, checkpoint: dict[str, Any] | None, source: Path 
     if checkpoint and source:
         settings = settings.with_checkpoint(checkpoint, source)
     if settings.dry_run:
-        few = {"epochs": min(settings.epochs, 1), "scst_epochs": min(settings.scst_epochs, 1), "warmup_epochs": 0}
-        settings = settings.with_values(**few)
+        few = {name: min(getattr(settings, name), 1) for name in ("epochs", "scst_epochs")}
+        settings = settings.with_values(**few, warmup_epochs=0)
     device = distributed.pick_device(settings.device)
     settings = settings.with_values(precision=Precision(settings.precision, device).name)
     log.info(f"Device: {device}, matmul dtype in training: {settings.precision}")
+    note_unused_gpu(device)
     check_settings(settings, checkpoint)
     return settings
 
@@ -151,6 +159,8 @@ def build_run(
     critic = SelfCritic(data, vocabulary, settings.scst_samples, settings.max_length) if settings.scst_epochs else None
     step_loss = wrap_ddp(StepLoss(decoder, views, critic, precision, settings))
     loader = TrainLoader(batches, data.splits["train"], len(views), settings.batch_size, settings.seed)
+    if not checkpoint:
+        warn_of_small_data(data, batches, loader.steps, count_parameters(decoder))
     spec = find_encoder(settings.encoder)
     constants = {
         "decoder_type": settings.decoder, "vocabulary": vocabulary.words, "split": split,
@@ -290,11 +300,7 @@ def evaluate(state: TrainState, run: Run) -> tuple[float, dict[str, Any]]:
 
 
 def log_epoch(state: TrainState, run: Run, is_best: bool, minutes: float) -> None:
-    """Print an epoch as the original does, and one line with the time, which `--quiet` keeps.
-
-    Args:
-        minutes: of an epoch, on average.
-    """
+    """Print an epoch as the original does, and one line with the mean minutes of an epoch, which `--quiet` keeps."""
     training, validation, rate = (state.curve[key][-1] for key in list(state.curve)[1:])
     scores, last = state.history[-1], state.last_epoch(run.settings)
     log.info(f"\nEpoch {state.epoch} completed ({state.epoch}/{last}):")
@@ -471,7 +477,7 @@ def main(argv: list[str] | None = None, settings: Settings | None = None) -> int
 
     def command() -> int:
         resolved = settings or parse_flags(argv)
-        with steady_streams() if resolved.mode in DATA_MODES else contextlib.nullcontext():
+        with steady_streams(resolved.mode in DATA_MODES):
             code = dispatch(resolved, argv)
             distributed.leave()
         return code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import numpy as np
 import torch
 
 from captioning import decoders, distributed
+from captioning.batches import BatchMaker
 from captioning.checkpoints import load_checkpoint, load_weights
 from captioning.consensus import BEAM_SIZE, Consensus, regression_images
-from captioning.dataset import CaptionSet, Vocabulary, load_caption_set
+from captioning.dataset import EOS, UNK, CaptionSet, Vocabulary, load_caption_set
 from captioning.decoders import Decoder
 from captioning.encoders import find_encoder
 from captioning.evaluation import EvalContext, images_to_draw
@@ -22,6 +24,9 @@ from captioning.io import UserError, log
 from captioning.runs import find_checkpoint
 from captioning.settings import Settings, cache_folders
 from captioning.splits import StoredSplit, checkpoint_split, refuse_trained_images
+
+# Where a data set is small: Flickr8k's smallest recipe has 100 weights a caption, the original's defaults have 900.
+MOST_WEIGHTS, FEWEST_STEPS, MOST_UNKNOWN = 5000, 8, 0.2
 
 
 def build_data(settings: Settings, stored: StoredSplit | None) -> CaptionSet:
@@ -96,6 +101,38 @@ def build_decoder(settings: Settings, vocabulary: Vocabulary) -> Decoder:
     """Build the decoder that the settings describe; its initial weights depend on the seed alone."""
     torch.manual_seed(settings.seed)
     return decoders.build_decoder(settings.values(), len(vocabulary), find_encoder(settings.encoder))
+
+
+def warn_of_small_data(data: CaptionSet, batches: BatchMaker, steps: int, parameters: int) -> None:
+    """Warn, with figures and the flags that help, where a decoder has too few captions to learn from.
+
+    Args:
+        steps: of an epoch.
+        parameters: of the decoder.
+    """
+    counts = batches.word_counts(data.splits["train"])
+    captions = int(counts[EOS])
+    unknown = float(counts[UNK]) / max(1.0, float(counts.sum() - counts[EOS]))
+    problems = (
+        [f"{captions} training captions for {parameters:,} weights"] if parameters > MOST_WEIGHTS * captions else []
+    )
+    problems += [f"{steps} step(s) an epoch"] if steps < FEWEST_STEPS else []
+    problems += [f"{100 * unknown:.0f} % of the training words are <UNK>"] if unknown > MOST_UNKNOWN else []
+    if problems:
+        log.warning(
+            f"Warning: {', '.join(problems)}: the captions will be poor. For a small data set: --config "
+            "configs/own_photos.yaml, or smaller --hidden_size, --embed_size, --num_layers 1, --batch_size 16, "
+            "--freq_threshold 1 and a --learning_rate of 0.002"
+        )
+
+
+def note_unused_gpu(device: torch.device) -> None:
+    """Tell that the machine has a GPU that this PyTorch cannot use."""
+    if device.type == "cpu" and shutil.which("nvidia-smi") and not torch.cuda.is_available():
+        log.warning(
+            "Note: nvidia-smi is here, but this PyTorch sees no GPU and trains on the CPU. docs/troubleshooting.md says "
+            "which PyTorch to install"
+        )
 
 
 def check_settings(settings: Settings, checkpoint: dict[str, Any] | None = None) -> None:

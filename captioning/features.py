@@ -17,13 +17,12 @@ from typing import Protocol
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 
 from captioning import distributed
 from captioning.encoders import ENCODE_BATCH, Encoder, EncoderSpec
 from captioning.feature_store import ROWS_PER_FILE, FeatureFile, FeatureStore, Version, version_of
 from captioning.images import UnreadableImage, load_pixels
-from captioning.io import UserError, bars_off, log, make_directory, require_free_space
+from captioning.io import Progress, UserError, log, make_directory, require_free_space
 
 BATCHES_AHEAD = 3
 SHARED_CACHE = "processes on several machines need a --feature_cache on a disk that they share"
@@ -342,7 +341,7 @@ def encode_images(
             for done in (names, stamps, pending):
                 done.clear()
 
-    bar = tqdm(total=len(todo), desc=f"Encoding images ({encoder.spec.name}, {view})", unit="image", disable=bars_off())
+    bar = Progress(len(todo), f"Encoding images ({encoder.spec.name}, {view})", "image")
     try:
         for part, versions, pixels in decoded_batches(paths, todo, encoder.spec.image_size, workers, unreadable, view):
             if part:

@@ -74,14 +74,46 @@ class SteadyStream:
 
 
 @contextlib.contextmanager
-def steady_streams() -> Iterator[None]:
+def steady_streams(active: bool = True) -> Iterator[None]:
     """Let hours of work go on where their messages cannot be printed: `| head -1`, a closed terminal, a full disk."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (SteadyStream(stream) if stream is not None else None for stream in before)
+    if active:
+        sys.stdout, sys.stderr = (SteadyStream(stream) if stream is not None else None for stream in before)
     try:
         yield
     finally:
         sys.stdout, sys.stderr = before
+
+
+class Progress:
+    """A progress bar on a terminal; a line every tenth where output is redirected, e.g. to a job's log file."""
+
+    def __init__(self, total: int, what: str, unit: str):
+        from tqdm import tqdm
+
+        self.bar = tqdm(total=total, desc=what, unit=unit, disable=bars_off())
+        self.total, self.what, self.done, self.started = total, what, 0, time.monotonic()
+
+    def update(self, count: int) -> None:
+        self.bar.update(count)
+        tenths, self.done = 10 * self.done // max(1, self.total), self.done + count
+        if self.bar.disable and tenths < 10 * self.done // max(1, self.total):
+            left = (time.monotonic() - self.started) * (self.total / self.done - 1)
+            log.info(f"{self.what}: {self.done} of {self.total}, {left / 60:.1f} min left")
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def prepare_process() -> None:
+    """Prepare for PyTorch's seconds of importing: Ctrl-C ends them with a line, and all standard streams are open."""
+
+    def stop(*_: object) -> None:
+        print("\nStopped.", file=sys.stderr, flush=True)
+        os._exit(130)
+
+    open_standard_streams()
+    signal.signal(signal.SIGINT, stop)
 
 
 def open_standard_streams() -> None:
@@ -129,6 +161,8 @@ def run_command(command: Callable[[], int], stopped: str) -> int:
     with contextlib.suppress(ValueError):  # not in the main thread
         for number in numbers:
             signal.signal(number, terminate)
+    with contextlib.suppress(ValueError):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return command()
     except UserError as error:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 import numpy as np
 
 from captioning.flags import CONFIG_NAMES, FLAGS
-from captioning.io import UserError, check_tensor_zip, first_line, log, printable, read_json
+from captioning.io import UserError, check_tensor_zip, first_line, log, printable, read_json, remove_stale_files
 from captioning.scores import METRIC_NAMES, ImageScores
 
 if TYPE_CHECKING:
@@ -341,7 +341,22 @@ def lock_run_directory(directory: Path) -> BaseFileLock:
         lock.acquire(timeout=0)
     except Timeout:
         raise UserError(f"another process is training in {directory}: wait for it, or stop it first") from None
+    except OSError as error:
+        raise UserError(
+            f"cannot write into {directory}: {error.strerror}. Make it writable, or copy the run"
+        ) from error
+    remove_stale_files(directory)
     return lock
+
+
+def newest_interrupted(folder: Path) -> Path | None:
+    """Return the newest run below a folder that was not finished and can be resumed, or None."""
+    found = [
+        path.parent
+        for path in folder.rglob("last.pt")
+        if (path.parent / "run_config.json").is_file() and not (path.parent / "run_summary.txt").exists()
+    ]
+    return max(found, key=run_start_key, default=None)
 
 
 # --------------------------------------------------------------------------------------------------

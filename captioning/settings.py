@@ -95,6 +95,7 @@ def cache_folders(text: str) -> list[Path]:
     return [] if text == "off" else [Path(part) for part in dict.fromkeys(text.split(os.pathsep)) if part]
 
 
+LARGEST_CONFIG = 100_000  # bytes of a YAML file of flags
 KINDS = {"decoder": DECODERS, "encoder": ENCODERS}
 
 
@@ -159,9 +160,7 @@ def parse_flags(argv: list[str]) -> Settings:
             )
         file = typed["resume"] / "run_config.json"
         if not file.is_file():
-            raise UserError(
-                f"--resume {typed['resume']} is not a run directory: give the one that the interrupted run named"
-            )
+            raise UserError(resume_advice(typed["resume"]))
         config, _ = config_flags(parser, file)
     elif "config" in typed:
         config, given = config_flags(parser, typed["config"])
@@ -192,6 +191,17 @@ def answer_flags(argv: list[str]) -> Settings:
             print(f"error: {problem}", file=sys.stderr)
             sys.exit(2)
     return settings
+
+
+def resume_advice(path: Path) -> str:
+    """Say what to give `--resume` instead of a path that is not a run directory."""
+    from captioning.runs import newest_interrupted, reproducing_command
+
+    newest = newest_interrupted(path) if path.is_dir() else None
+    if newest is None:
+        return f"--resume {path} is not a run directory: give the one that the interrupted run named"
+    command = reproducing_command(["--resume", str(newest)])
+    return f"--resume {path} is not a run directory. The newest interrupted run below it: {command}"
 
 
 def refuse_unknown(parser: argparse.ArgumentParser, word: str) -> NoReturn:
@@ -275,8 +285,22 @@ def read_config(file: Path) -> dict[Any, Any]:
     else:
         import yaml
 
+        class PlainLoader(yaml.SafeLoader):
+            """No aliases and no merge keys: a few hundred bytes of them take minutes."""
+
+            def compose_node(self, parent: Any, index: Any) -> Any:
+                if self.check_event(yaml.AliasEvent):
+                    raise ValueError("aliases are not allowed")
+                return super().compose_node(parent, index)
+
+            def flatten_mapping(self, node: Any) -> None:
+                if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+                    raise ValueError("merge keys are not allowed")
+
         try:
-            values = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
+            if file.stat().st_size > LARGEST_CONFIG:
+                raise ValueError(f"larger than {LARGEST_CONFIG} bytes")
+            values = yaml.load(file.read_text(encoding="utf-8-sig"), PlainLoader)
         except Exception as error:  # yaml's constructors raise what they meet: `!!bool x` is a KeyError
             raise UserError(f"cannot read --config {file} as YAML: {first_line(error)}") from error
     if not isinstance(values, dict):
