@@ -71,6 +71,7 @@ class Captioner:
         self.device, self.workers = pick_device(device), workers
         self.flags, self.split, self.epoch = checkpoint["flags"], checkpoint["split"], checkpoint["epoch"]
         self.tuned = checkpoint["decoding"]
+        self.no_repeat_ngram = 0  # as `decoding.beam_search` takes it
         flags = self.flags
         self.views = VIEW_SETS[flags["views"]]
         self.spec = find_encoder(flags["encoder"])
@@ -149,7 +150,9 @@ class Captioner:
                 members.append((self.decoder, features.to(self.device)))
             if top_p is not None:
                 return self.drawn(members[0][1], count, top_p)
-            found = beam_search(members, beam_size, self.flags["max_length"], length_penalty, attention, count)
+            found = beam_search(
+                members, beam_size, self.flags["max_length"], length_penalty, attention, count, self.no_repeat_ngram
+            )
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"the memory of {self.device} is too small: use a smaller --beam_size than {beam_size}, or --device cpu"

@@ -55,6 +55,7 @@ def beam_search(
     length_penalty: float = 0.7,
     attention: bool = False,
     num_hypotheses: int = 1,
+    no_repeat_ngram: int = 0,
 ) -> list[list[Hypothesis]]:
     """Caption a whole batch of images at once; beam size 1 is greedy decoding.
 
@@ -69,6 +70,7 @@ def beam_search(
         length_penalty: exponent of the length by which a log-probability is divided (Wu et al., 2016, simplified).
         attention: keep the first member's alphas of every word.
         num_hypotheses: how many of an image; a beam of at least that size mostly finds them.
+        no_repeat_ngram: no caption has the same n words twice; 0 for no such rule.
 
     Returns:
         for every image its hypotheses, best first and no two alike; at least one.
@@ -97,6 +99,8 @@ def beam_search(
         count, beams = scores.shape
         vocabulary = log_probabilities.shape[1]
         total = scores.unsqueeze(2) + log_probabilities.view(count, beams, vocabulary)
+        if 0 < no_repeat_ngram <= time:
+            forbid_repeats(total, history, no_repeat_ngram)
         best, index = total.flatten(1).topk(min(2 * beam_size, beams * vocabulary))  # (I, 2B)
         parent, word = index // vocabulary, index % vocabulary
         ends = word == EOS
@@ -142,6 +146,19 @@ def beam_search(
                 attention_history = attention_history[kept]
         words = word.flatten()
     return [sorted(hypotheses, key=lambda h: -h.score) for hypotheses in found]
+
+
+def forbid_repeats(total: torch.Tensor, history: torch.Tensor, n: int) -> None:
+    """Set the score of each word that would complete an n-gram of its hypothesis again to minus infinity.
+
+    Args:
+        total: (I, K, V) scores of the next words, changed in place.
+        history: int64 (I, K, t) the words so far, t >= n.
+    """
+    known = history.unfold(2, n, 1)  # (I, K, t - n + 1, n): every n-gram so far
+    last = history[:, :, history.shape[2] - n + 1 :].unsqueeze(2)  # (I, K, 1, n - 1): what the next word would complete
+    image, row, place = (known[..., :-1] == last).all(-1).nonzero(as_tuple=True)
+    total[image, row, known[image, row, place, -1]] = -math.inf
 
 
 class Samples(NamedTuple):

@@ -51,7 +51,8 @@ def search(
     Returns:
         for each image its hypotheses, best first.
     """
-    penalty = context.settings.length_penalty if length_penalty is None else length_penalty
+    settings = context.settings
+    penalty = settings.length_penalty if length_penalty is None else length_penalty
     captions: list[list[Hypothesis]] = []
     chunk = max(1, ROWS // (beam * len(context.members)))
     mine = distributed.shard(images)
@@ -59,7 +60,7 @@ def search(
     for start in tqdm(starts, "Captioning", unit="batch", disable=bars_off(), leave=False):
         part = mine[start : start + chunk]
         members = [(decoder, features.gather(part, context.device)) for decoder, features in context.members]
-        found = beam_search(members, beam, context.settings.max_length, penalty, attention, wanted)
+        found = beam_search(members, beam, settings.max_length, penalty, attention, wanted, settings.no_repeat_ngram)
         captions += found if wanted > 1 else [hypotheses[:1] for hypotheses in found]
     return distributed.gather(captions)
 

@@ -206,6 +206,8 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("beam_size", "hypotheses kept in testing, beside greedy decoding (unless given: what --mode tune found)",
             size("beam_size"), 3),
         Flag("length_penalty", "exponent of the length; more makes captions longer", number(float, 0, LIMITS["length_penalty"]), 0.7),
+        Flag("no_repeat_ngram", "no caption has the same N words twice; 0 for no such rule", number(int, 0, 10), 0,
+            modes=("test", "tune", "caption", "serve")),
         Flag("consensus", "take the beam's caption that agrees best with all of them (beam), or also with what a "
             "regression on the training captions expects of the image (regression); the beam is 20 wide unless given",
             str, "off", ("off", "beam", "regression"), modes=("test",)),

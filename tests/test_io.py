@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from captioning.io import (
+    Progress,
     SteadyStream,
     UserError,
     link_or_copy,
@@ -102,6 +103,16 @@ def test_sigterm_ends_a_command_with_a_line(capsys):
 
     assert run_command(command, "Stopped.") == 143
     assert capsys.readouterr().err.strip() == "Stopped." and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_redirected_output_has_a_line_every_tenth(capsys):
+    """16.25: nohup and SLURM saw nothing while images were encoded."""
+    progress = Progress(200, "Encoding images", "image")
+    for _ in range(25):
+        progress.update(8)
+    progress.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 10 and lines[0].startswith("Encoding images: 24 of 200, ") and "200 of 200" in lines[-1]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a POSIX shell closes the streams")

@@ -10,7 +10,8 @@ import as_script
 import pytest
 import torch
 
-from captioning.schedules import Schedule, ScheduleSettings
+from captioning.schedules import Schedule, ScheduleSettings, choose_schedule
+from captioning.settings import parse_flags
 
 BASE = ScheduleSettings("step", 0.1, 1e-7, 3, 0.5, 7, 0.1, 10, 2, 0, 12, 5)
 
@@ -60,6 +61,43 @@ def test_one_cycle_steps_per_batch_up_to_the_peak_and_down_to_min_lr():
     assert rates[-1] == pytest.approx(1e-5)
     assert all(a < b for a, b in zip(rates[:10], rates[1:11], strict=True))
     assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+
+
+@pytest.mark.parametrize("epochs, warmup", [(2, 1), (3, 2)])
+def test_one_cycle_with_one_step_an_epoch_does_not_end_at_its_peak(epochs, warmup):
+    """16.10."""
+    about = replace(BASE, type="one_cycle", epochs=epochs, warmup_epochs=warmup, steps_per_epoch=1, min_lr=1e-5)
+    rates = [Schedule(about).rate(epoch) for epoch in range(epochs)]
+    assert max(rates) == pytest.approx(0.1) and rates[-1] == pytest.approx(1e-5)
+
+
+def settings(*argv):
+    return parse_flags(["--use_scheduler", *argv])
+
+
+CHECKPOINT = {"epoch": 6, "schedule": None, "flags": {"learning_rate": 0.004}}
+
+
+def test_a_fresh_schedule_begins_at_the_runs_rate(capsys):
+    """16.9: it began at the flag's default."""
+    schedule = choose_schedule(settings("--scheduler_type", "step"), CHECKPOINT, 5)
+    assert schedule.rate(6) == 0.004 and "at learning rate 0.004" in capsys.readouterr().out
+
+
+def test_training_past_the_end_of_a_schedule_is_told_at_the_start(capsys):
+    """16.10."""
+    choose_schedule(settings("--scheduler_type", "cosine", "--epochs", "12"), None, 5)
+    out = capsys.readouterr().out
+    assert "epochs 11 to 12 run at min_lr 1e-07" in out and "--scheduler_t_max 12" in out
+
+
+def test_exponential_takes_a_tenth_over_the_whole_run_also_with_a_config(tmp_path):
+    """16.8: any --config made it a tenth in each epoch, the original's own defect."""
+    (tmp_path / "x.yaml").write_text("epochs: 5\nuse_scheduler: true\nscheduler_type: exponential\n")
+    schedule = choose_schedule(parse_flags(["--config", str(tmp_path / "x.yaml")]), None, 5)
+    assert schedule.rate(5) == pytest.approx(1e-5) and schedule.rate(1) > 6e-5
+    typed = choose_schedule(settings("--scheduler_type", "exponential", "--scheduler_gamma", "0.5"), None, 5)
+    assert typed.rate(1) == pytest.approx(5e-5)
 
 
 def test_plateau_is_pytorchs():

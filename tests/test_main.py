@@ -5,8 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import draw_tiny
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
+from captioning.batches import BatchMaker
+from captioning.building import note_unused_gpu, warn_of_small_data
+from captioning.checkpoints import load_checkpoint
+from captioning.dataset import build_vocabulary, load_caption_set
 
 SMALL = [
     "--encoder",
@@ -135,3 +140,73 @@ def test_an_unreadable_image_is_named(here, capsys):
     assert run(here) == 2
     captured = capsys.readouterr()
     assert "p05.jpg" in captured.out and "more than 1 %" in captured.err
+
+
+def test_a_small_data_set_is_told_with_figures(tiny, capsys):
+    """16.23: fifty photos with defaults ended in "a a a a" without a word."""
+    data = load_caption_set(tiny)
+    vocabulary = build_vocabulary(data, 20)
+    batches = BatchMaker(data, vocabulary, 40)
+    warn_of_small_data(data, batches, steps=1, parameters=26_000_000)
+    out = capsys.readouterr().out
+    assert "32 training captions for 26,000,000 weights, 1 step(s) an epoch, " in out and "% of the training" in out
+    assert "--config configs/own_photos.yaml" in out
+    warn_of_small_data(data, BatchMaker(data, build_vocabulary(data, 1), 40), steps=50, parameters=50_000)
+    assert not capsys.readouterr().out
+
+
+def test_a_gpu_that_pytorch_does_not_see_is_told(monkeypatch, capsys):
+    """16.29."""
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/" + name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    note_unused_gpu(torch.device("cpu"))
+    assert "this PyTorch sees no GPU" in capsys.readouterr().out
+
+
+def test_a_dry_run_leaves_nothing(here, capsys):
+    """16.12: 700 MB after five tries, which neither `list` nor `prune` saw."""
+    assert run(here, "--dry_run", "--device", "cpu") == 0
+    assert "Its files are deleted" in capsys.readouterr().out
+    assert not list(Path("saved_models").rglob("*.pt"))
+
+
+def test_going_on_with_another_data_set_keeps_no_old_model(here, tmp_path, capsys):
+    """16.2: best.pt was the old model's, since the old set's score stayed the bar."""
+    assert run(here, "--best_metric", "val_loss") == 0
+    first, other = newest(), draw_tiny(tmp_path / "other")
+    for path in (other / "Images").iterdir():  # other photos under other names
+        path.rename(path.with_name("x" + path.name))
+    captions = (other / "captions.txt").read_text().replace("\np", "\nxp")
+    (other / "captions.txt").write_text(captions)
+    flags = ["--model_path", str(first), "--data_dir", str(other), "--epochs", "1"]
+    assert trainer.main(flags) == 0
+    saved = torch.load(newest() / "best.pt", weights_only=True)
+    assert saved["epoch"] == 3 and set(saved["split"]["inherited"]["names"]) == set(
+        torch.load(first / "best.pt", weights_only=True)["split"]["train"]["names"]
+    )
+    assert trainer.main(["--mode", "test", "--model_path", str(newest()), "--data_dir", str(here)]) == 2
+    assert "was trained on" in capsys.readouterr().err
+
+
+def test_a_model_is_not_tested_on_images_it_was_trained_on(here, tmp_path, capsys):
+    """16.1: official lists that came later ruled, and 8 of 10 test images had been trained on."""
+    assert run(here, "--epochs", "1") == 0
+    trained = newest()
+    split = torch.load(trained / "best.pt", weights_only=True)["split"]
+    names = [f"p{number:02d}.jpg" for number in range(20)]
+    for split_name, images in (("train", names[10:]), ("val", names[8:10]), ("test", names[:8])):
+        (here / f"{split_name}.txt").write_text("\n".join(images))
+    assert trainer.main(["--mode", "test", "--model_path", str(trained)]) == 0
+    (file,) = trained.glob("test_captions_greedy.json")
+    assert {row["image_id"] for row in json.loads(file.read_text())} == set(split["test"]["names"])
+    assert "from the checkpoint" in capsys.readouterr().out
+
+
+def test_tuned_decoding_survives_a_finished_run_that_is_resumed(here):
+    """17.9."""
+    assert run(here, "--epochs", "1") == 0
+    directory = newest()
+    assert trainer.main(["--mode", "tune", "--model_path", str(directory)]) == 0
+    tuned = load_checkpoint(directory / "best.pt")["decoding"]
+    assert tuned is not None and trainer.main(["--resume", str(directory)]) == 0
+    assert load_checkpoint(directory / "best.pt")["decoding"] == tuned

@@ -197,6 +197,19 @@ def test_a_caption_cut_at_its_longest_has_the_score_of_its_words(beam):
     assert found[0].ids == ([4, 4] if beam == 1 else [5, 5])
 
 
+@pytest.mark.parametrize("beam", (1, 2, 4))
+def test_no_phrase_comes_twice_where_that_is_forbidden(beam):
+    """16.30: "a man in a man and a". Endless() repeats [5, 5] for ever if it may."""
+    (free,) = beam_search([(Endless(), torch.zeros(1, 1))], beam, 12)
+    (found,) = beam_search([(Endless(), torch.zeros(1, 1))], beam, 5, num_hypotheses=beam, no_repeat_ngram=2)
+
+    def repeats(ids):
+        pairs = list(zip(ids, ids[1:], strict=False))
+        return len(set(pairs)) < len(pairs)
+
+    assert repeats(free[0].ids) and found and not any(repeats(each.ids) for each in found)
+
+
 def test_beam_attention_belongs_to_its_words():
     decoder, features = tiny_decoder("attention"), features_for("attention", 4)
     for found, feature in zip(beam_search([(decoder, features)], 3, 8, attention=True), features, strict=True):

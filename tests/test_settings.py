@@ -142,3 +142,28 @@ def test_every_settings_value_is_in_the_stored_flags_of_training():
     stored = settings.stored()
     assert {"epochs", "decoder", "seed"} <= set(stored) and "images" not in stored
     json.dumps(stored)
+
+
+def test_a_folder_of_runs_names_the_newest_interrupted_one(tmp_path):
+    """16.24: `--resume saved_models/demo` only said that it is none."""
+    for name, finished in (("a_20260101_000000", False), ("b_20260102_000000", False), ("c_20260103_000000", True)):
+        (tmp_path / name).mkdir()
+        for file in ("run_config.json", "last.pt", *(["run_summary.txt"] if finished else [])):
+            (tmp_path / name / file).touch()
+    with pytest.raises(UserError, match=f"newest interrupted run below it: python .* --resume {tmp_path}/b_2026"):
+        parse_flags(["--resume", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("a: &x 1\nepochs: *x\n", "aliases are not allowed"),
+        ("<<: {<<: {epochs: 3}}\n", "merge keys are not allowed"),
+        ("epochs: 3  #" + "x" * 200_000, "larger than"),
+    ],
+)
+def test_a_config_file_cannot_take_minutes(tmp_path, content, message):
+    """17.7: 326 bytes of merge keys took 25 s."""
+    (tmp_path / "x.yaml").write_text(content)
+    with pytest.raises(UserError, match=message):
+        parse_flags(["--config", str(tmp_path / "x.yaml")])

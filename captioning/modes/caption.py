@@ -99,6 +99,7 @@ def caption_images(args: Settings) -> int:
         workers = min(args.num_workers or 1, os.cpu_count() or 1)
         captioner = Captioner(args.model_path[0], args.device, args.resnet_weights, workers)
         log.info(f"Model: {captioner}. Device: {captioner.device}")
+    captioner.no_repeat_ngram = args.no_repeat_ngram
     beam_size, length_penalty = captioner.decoding(args)
     beam_size = max(beam_size, args.num_captions)
     attention = captioner.decoder.has_attention

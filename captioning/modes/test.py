@@ -77,6 +77,7 @@ def run(context: EvalContext, images: np.ndarray, checkpoints: Mapping[Path, Map
         "checkpoint": [str(member) for member in checkpoints] if others else path.name,
         "epoch": epochs if others else epochs[0],
         "dataset": args.dataset_type, "split": args.split, "views": args.views, "images": len(images),
+        "no_repeat_ngram": args.no_repeat_ngram or None,
     }  # fmt: skip
     pointing = args.dataset_type == "demo" and context.members[0][0].uses_grid  # there the place of each shape is known
 
