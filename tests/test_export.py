@@ -11,7 +11,6 @@ import pytest
 import torch
 from fuzz_targets import sound_checkpoint
 from safetensors.torch import load_file, save_file
-from test_main import SMALL
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from captioning import encoders, registry
@@ -173,12 +172,12 @@ def test_a_missing_package_is_named_before_anything_is_written(tmp_path, monkeyp
     assert not (tmp_path / "model").exists()
 
 
-def test_from_training_to_scores_of_the_exported_model(tiny, monkeypatch, capsys):
-    """One command each; an exported model says what its checkpoint says, and training on from it is refused."""
-    monkeypatch.chdir(tiny.parent)
-    data = ["--dataset_type", "custom", "--data_dir", str(tiny)]
-    assert trainer.main([*data, *SMALL, "--epochs", "1", "--decoder", "attention"]) == 0
-    (run,) = Path("saved_models").glob("custom/*/*")
+def test_from_training_to_scores_of_the_exported_model(tiny_runs, tmp_path, monkeypatch, capsys):
+    """One command each; an exported model captions as its checkpoint does, and training on from it is refused."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "")  # without Java, so without METEOR, which takes seconds
+    run, tiny = tmp_path / "run", tiny_runs["data"]
+    shutil.copytree(tiny_runs["attention"], run)
     assert trainer.main(["--mode", "test", "--model_path", str(run)]) == 0
     assert trainer.main(["--mode", "export", "--model_path", str(run), "--output", "shared"]) == 0
     assert trainer.main(["--mode", "test", "--model_path", "shared", "--data_dir", str(tiny)]) == 0
@@ -191,7 +190,7 @@ def test_from_training_to_scores_of_the_exported_model(tiny, monkeypatch, capsys
     assert Path("again/model.safetensors").read_bytes() == Path("shared/model.safetensors").read_bytes()
     assert "| test | 2 | beam 3 |" in Path("again/README.md").read_text()
     capsys.readouterr()
-    assert trainer.main(["--model_path", "shared", *data]) == 2
+    assert trainer.main(["--model_path", "shared", "--data_dir", str(tiny)]) == 2
     assert "no optimizer state" in capsys.readouterr().err
     assert trainer.main(["--mode", "export", "--model_path", str(run), "--output", "shared"]) == 2
     assert "nothing is overwritten" in capsys.readouterr().err
@@ -259,3 +258,15 @@ def test_onnx_of_the_decoder_says_what_pytorch_says(tmp_path, monkeypatch, name)
     with pytest.raises(UserError, match="differs from PyTorch"):
         export_model.export(load_checkpoint(path), path, tmp_path / "other", True, None)
     assert sorted(each.name for each in tmp_path.iterdir()) == ["model", "run"]
+
+
+@pytest.mark.skipif(not ONNX, reason="requirements-export.txt is not installed")
+def test_a_network_for_one_number_of_rows_is_refused(tmp_path):
+    """`len(tensor)` is a constant to the exporter: the file would serve three rows and no other number."""
+
+    class Fixed(torch.nn.Module):
+        def forward(self, features: torch.Tensor) -> torch.Tensor:
+            return features.view(len(features), 2, 2)
+
+    with pytest.raises(UserError, match="fixed.onnx takes one number of rows only"):
+        export_model.to_onnx(Fixed(), {"x": torch.zeros(3, 4)}, {"x": 0}, ["y"], tmp_path / "fixed.onnx")
