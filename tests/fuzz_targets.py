@@ -477,7 +477,7 @@ def exported_model(value: dict[str, bytes], folder: Path) -> bool:
     (folder / "again").mkdir()
     write_model(checkpoint, folder / "again")
     assert (
-        model_card(checkpoint, [], {}) and load_checkpoint(folder / "again" / path.name)["flags"] == checkpoint["flags"]
+        model_card(checkpoint, [], []) and load_checkpoint(folder / "again" / path.name)["flags"] == checkpoint["flags"]
     )
     return True
 

@@ -76,7 +76,7 @@ def test_an_lstm_has_no_words_to_look_at(tiny_runs, photos, capsys):
     assert caption(tiny_runs["lstm"], "--images", "photos/p01.jpg", "--json") == 0
     assert set(json.loads(capsys.readouterr().out)) == {"path", "caption", "log_probability"}
     assert caption(tiny_runs["lstm"], "--images", "photos/p01.jpg", "--save_attention_viz") == 2
-    assert "lstm decoder" in capsys.readouterr().err
+    assert "the lstm decoder of" in capsys.readouterr().err
 
 
 def test_files_are_written_once_and_whole(tiny_runs, photos, capsys):

@@ -11,10 +11,9 @@ import pytest
 import torch
 from fuzz_targets import sound_checkpoint
 from safetensors.torch import load_file, save_file
-from test_main import SMALL
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
-from captioning import encoders as caption_models
+from captioning import encoders, registry
 from captioning.checkpoints import load_checkpoint, save_checkpoint
 from captioning.io import UserError
 from captioning.modes import export as export_model
@@ -99,7 +98,8 @@ def rewrite(model: Path, name: str, change) -> None:
 @pytest.mark.parametrize(
     "name, change, message",
     [
-        ("config.json", lambda c: c["flags"].update(hidden_size=3), "another architecture: hidden_size is 3"),
+        ("config.json", lambda c: c["flags"].update(hidden_size=3), "another architecture .* lstm.weight_ih_l0 is"),
+        ("config.json", lambda c: c["flags"].update(max_length=10**6), "at most 1000"),
         ("config.json", lambda c: c["flags"].update(hidden_size="2"), "flags.hidden_size is a str"),
         ("config.json", lambda c: c["flags"].pop("max_length") and None, "flags lacks some of"),
         ("config.json", lambda c: c["flags"].update(dataset_type="../x"), "flags.dataset_type"),
@@ -108,7 +108,7 @@ def rewrite(model: Path, name: str, change) -> None:
         ("config.json", lambda c: c["encoder"].update(name="vgg"), "encoder.name"),
         ("config.json", lambda c: c["sha256"].update({"vocabulary.json": "0"}), "vocabulary.json is damaged"),
         ("config.json", lambda c: [c], "lacks some of"),
-        ("vocabulary.json", lambda v: v[:-1], "5 words for 6 embeddings"),
+        ("vocabulary.json", lambda v: v[:-1], "output_bias is .6. rather than .5."),
         ("vocabulary.json", lambda v: [*v[:-1], "a"], "a list of different words"),
         ("vocabulary.json", lambda v: [*v[:-1], "\x1b[2J"], "a list of different words"),
         ("split.json", lambda s: s.update(val=[3]), "split.val"),
@@ -160,7 +160,7 @@ def test_the_card_has_this_checkpoints_scores_and_the_terms(tmp_path):
     assert "| split | images | decoding | CIDEr |" in card and "| test\\|'&lt;b> | 10 | beam 3 | 51.2 |" in card
     assert "90.0" not in card and "non-commercial research" in card and "`0676ba61`" in card
     (tmp_path / "run" / "test_metrics.json").write_text('{"cider": 3}')
-    with pytest.raises(UserError, match="no list of scores"):
+    with pytest.raises(UserError, match="not a list of scores"):
         export_model.export(load_checkpoint(path), path, tmp_path / "other", False, None)
 
 
@@ -172,12 +172,12 @@ def test_a_missing_package_is_named_before_anything_is_written(tmp_path, monkeyp
     assert not (tmp_path / "model").exists()
 
 
-def test_from_training_to_scores_of_the_exported_model(tiny, monkeypatch, capsys):
-    """One command each; an exported model says what its checkpoint says, and training on from it is refused."""
-    monkeypatch.chdir(tiny.parent)
-    data = ["--dataset_type", "custom", "--data_dir", str(tiny)]
-    assert trainer.main([*data, *SMALL, "--epochs", "1", "--decoder", "attention"]) == 0
-    (run,) = Path("saved_models").glob("custom/*/*")
+def test_from_training_to_scores_of_the_exported_model(tiny_runs, tmp_path, monkeypatch, capsys):
+    """One command each; an exported model captions as its checkpoint does, and training on from it is refused."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "")  # without Java, so without METEOR, which takes seconds
+    run, tiny = tmp_path / "run", tiny_runs["data"]
+    shutil.copytree(tiny_runs["attention"], run)
     assert trainer.main(["--mode", "test", "--model_path", str(run)]) == 0
     assert trainer.main(["--mode", "export", "--model_path", str(run), "--output", "shared"]) == 0
     assert trainer.main(["--mode", "test", "--model_path", "shared", "--data_dir", str(tiny)]) == 0
@@ -190,7 +190,7 @@ def test_from_training_to_scores_of_the_exported_model(tiny, monkeypatch, capsys
     assert Path("again/model.safetensors").read_bytes() == Path("shared/model.safetensors").read_bytes()
     assert "| test | 2 | beam 3 |" in Path("again/README.md").read_text()
     capsys.readouterr()
-    assert trainer.main(["--model_path", "shared", *data]) == 2
+    assert trainer.main(["--model_path", "shared", "--data_dir", str(tiny)]) == 2
     assert "no optimizer state" in capsys.readouterr().err
     assert trainer.main(["--mode", "export", "--model_path", str(run), "--output", "shared"]) == 2
     assert "nothing is overwritten" in capsys.readouterr().err
@@ -211,29 +211,35 @@ def test_flags_of_export(flags, message, capsys):
     assert message in capsys.readouterr().err
 
 
+class TinySpec(encoders.EncoderSpec):
+    """A small encoder, since a real one takes half a minute to write."""
+
+    def locate_weights(self, named, expected):
+        return None, {"other": "ffffffff"}.get(named, "0676ba61")
+
+    def load_stages(self, weights):
+        torch.manual_seed(0)
+        return [torch.nn.Conv2d(3, 4, 8, 8)]
+
+
+TINY = TinySpec("resnet50", 4, (0.0,) * 3, (255.0,) * 3, image_size=56)
+
+
 @pytest.mark.skipif(not ONNX, reason="requirements-export.txt is not installed")
 @pytest.mark.parametrize("name", ["lstm", "attention"])
 def test_onnx_of_the_decoder_says_what_pytorch_says(tmp_path, monkeypatch, name):
-    """The encoder is a small one here: a real one takes half a minute to write."""
-
-    class Tiny(torch.nn.Module):
-        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-            return (
-                torch.nn.functional.avg_pool2d(pixels.float() / 255, 32)
-                .flatten(2)
-                .transpose(1, 2)
-                .repeat(1, 1, 2)[..., :4]
-            )
-
-    small = dict(export_model.ENCODERS)
-    small["resnet50"] = small["resnet50"].__class__("resnet50", 4, (0.0,) * 3, (1.0,) * 3)
-    monkeypatch.setattr(export_model, "ENCODERS", small)
-    monkeypatch.setattr(caption_models, "locate_weights", lambda *_: (None, "0676ba61"))
-    monkeypatch.setattr(export_model, "build_encoder", lambda *_: Tiny())
-    path = checkpoint_file(tmp_path / "run", name)
+    monkeypatch.setitem(registry.ENCODERS, "resnet50", registry.Entry("test_export:TINY"))
+    checkpoint = sound_checkpoint.__wrapped__(name)
+    checkpoint["encoder"]["transform"] = TINY.transform
+    (tmp_path / "run").mkdir()
+    path = tmp_path / "run" / "best.pt"
+    save_checkpoint(path, checkpoint)
     export_model.export(load_checkpoint(path), path, tmp_path / "model", True, None)
     card = (tmp_path / "model" / "README.md").read_text()
-    assert "decoder_step.onnx" in card and ("`attention` (R, cells)" in card) == (name == "attention")
+    assert "| `encoder.onnx` | `pixels` uint8 (R, 3, 56, 56) | `features` (R, 49, 4) |" in card
+    assert "`words` int64 (R), `hidden` (1, R, 2), `cell` (1, R, 2), `regions` (R, " in card
+    assert "`log_probabilities` (R, 6), `next_hidden` (1, R, 2), `next_cell` (1, R, 2)" in card
+    assert ("`attention` (R, 49)" in card) == ("`keys` (R, 49, 2)" in card) == (name == "attention")
 
     import onnxruntime
 
@@ -246,11 +252,21 @@ def test_onnx_of_the_decoder_says_what_pytorch_says(tmp_path, monkeypatch, name)
     outcome = step.run(None, dict(zip(names, [np.ones(5, np.int64), *state], strict=True)))
     np.testing.assert_allclose(np.exp(outcome[0]).sum(1), 1, rtol=1e-5)
     assert load_checkpoint(tmp_path / "model" / "model.safetensors")["epoch"] == 1
-    monkeypatch.setattr(caption_models, "locate_weights", lambda *_: (None, "ffffffff"))
-    with pytest.raises(UserError, match="--resnet_weights"):
-        export_model.export(load_checkpoint(path), path, tmp_path / "other", True, None)
-    monkeypatch.setattr(caption_models, "locate_weights", lambda *_: (None, "0676ba61"))
+    with pytest.raises(UserError, match="trained on resnet50 weights 0676ba61, but those here are ffffffff"):
+        export_model.export(load_checkpoint(path), path, tmp_path / "other", True, "other")
     monkeypatch.setattr(export_model, "compare", lambda *_: float("nan"))
     with pytest.raises(UserError, match="differs from PyTorch"):
         export_model.export(load_checkpoint(path), path, tmp_path / "other", True, None)
     assert sorted(each.name for each in tmp_path.iterdir()) == ["model", "run"]
+
+
+@pytest.mark.skipif(not ONNX, reason="requirements-export.txt is not installed")
+def test_a_network_for_one_number_of_rows_is_refused(tmp_path):
+    """`len(tensor)` is a constant to the exporter: the file would serve three rows and no other number."""
+
+    class Fixed(torch.nn.Module):
+        def forward(self, features: torch.Tensor) -> torch.Tensor:
+            return features.view(len(features), 2, 2)
+
+    with pytest.raises(UserError, match="fixed.onnx takes one number of rows only"):
+        export_model.to_onnx(Fixed(), {"x": torch.zeros(3, 4)}, {"x": 0}, ["y"], tmp_path / "fixed.onnx")

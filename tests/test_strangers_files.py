@@ -13,8 +13,10 @@ import pytest
 import torch
 from fuzz_targets import checkpoint_records, encoded, sound_checkpoint, zipped
 from PIL import Image
+from safetensors.torch import save
 
 from captioning import dataset as caption_data
+from captioning import tensor_files
 from captioning.checkpoints import load_checkpoint
 from captioning.dataset import find_splits, load_caption_set, pack_tokens, tokenize, tokenize_cached, unpack_tokens
 from captioning.encoders import load_weights
@@ -22,6 +24,7 @@ from captioning.features import FeatureFile
 from captioning.images import UnreadableImage, open_image
 from captioning.io import UserError, read_json
 from captioning.layouts import read_captions
+from captioning.registry import LIMITS
 from captioning.runs import find_checkpoint
 from experiment_utils import config_flags
 from flickr_image_caption_with_pytorch_resnet_lstm import get_parser
@@ -228,18 +231,30 @@ EXPANDED = torch.zeros(()).expand(10**6, 10**6)
         ("epoch", "1", "epoch is a str where a whole number"),
         ("epoch", True, "epoch is a bool"),
         ("schema", torch.zeros(3), "schema is a Tensor"),
-        ("decoder_type", "gpt", "one of lstm, attention"),
+        ("decoder_type", "gpt", "a decoder of this program"),
         ("vocabulary", ["<PAD>", "a"], "begins with <PAD>"),
         ("vocabulary", ["<PAD>", "<SOS>", "<EOS>", "<UNK>", "a", "a"], "different words"),
         ("vocabulary", ["<PAD>", "<SOS>", "<EOS>", "<UNK>", "a", "\x1b[2J"], "vocabulary is a list"),
-        ("vocabulary", ["<PAD>", "<SOS>", "<EOS>", "<UNK>", "a"], "5 words for 6 embeddings"),
+        ("vocabulary", ["<PAD>", "<SOS>", "<EOS>", "<UNK>", "a"], "output_bias is .6. rather than .5."),
         ("decoder", {"embed.weight": [1.0]}, "a table of float32 tensors"),
         ("decoder.embed.weight", torch.zeros(6, 3, dtype=torch.float64), "float32"),
         ("decoder.embed.weight", torch.full((6, 3), torch.nan), "finite"),
-        ("decoder.embed.weight", EXPANDED, "a table of float32 tensors"),
-        ("decoder.embed.weight", torch.zeros(6, 3, device="meta"), "a table of float32 tensors"),
-        ("flags.hidden_size", 10**9, "another architecture: hidden_size is 1000000000, its weights have 2"),
-        ("flags.num_layers", 10**9, "another architecture"),
+        ("decoder.embed.weight", torch.zeros(3, 6).T, "a table of float32 tensors"),
+        ("decoder.embed.weight", EXPANDED, "larger than its storage"),
+        ("decoder.embed.weight", torch.zeros(6, 3, device="meta"), "it names torch._utils._rebuild_meta_tensor"),
+        ("decoder.more", torch.zeros(6), "more is .6. rather than absent"),
+        ("flags.hidden_size", 3, "another architecture .* lstm.weight_ih_l0 is .8, 3. rather than .12, 3."),
+        ("flags.num_layers", 2, "lstm.weight_ih_l1 is absent rather than .8, 2."),
+        ("flags.attention_dim", 3, "key.weight is"),
+        *(
+            (f"flags.{name}", high + 1, f"flags.{name} is a int where a whole number, .* at most {high} belongs")
+            for name, high in LIMITS.items()
+            if name not in ("beam_size", "length_penalty", "seed")
+        ),
+        ("flags.seed", 2**63, "flags.seed"),
+        ("decoding", {"beam_size": 1001, "length_penalty": 1.0, "cider": 0.5, "images": 3}, "decoding.beam_size"),
+        ("decoding", {"beam_size": 3, "length_penalty": 200, "cider": 0.5, "images": 3}, "from 0 to 100"),
+        ("encoder.transform", "squash256", "encoder.transform is not squash224"),
         ("flags.dataset_type", "../../elsewhere", "flags.dataset_type is a str where one of flickr8k"),
         ("flags.data_dir", 3, "flags.data_dir is a int"),
         ("flags.max_length", -1, "at least 1"),
@@ -248,7 +263,7 @@ EXPANDED = torch.zeros(()).expand(10**6, 10**6)
         ("encoder.name", "efficientnet_lite0", "another decoder or encoder"),
         ("split", {"val": "a.jpg", "test": []}, "split.val is a str where a list of image names"),
         ("schedule.settings.t_max", 0, "schedule.settings.t_max"),
-        ("schedule.settings.more", 0, "fields that are none"),
+        ("schedule.settings.more", 0, "unknown fields"),
         ("schedule.plateau", {}, "schedule.plateau lacks"),
         ("loss_curve.epochs", [], "not equally long"),
         ("metrics_history", [3], "metrics_history"),
@@ -256,7 +271,7 @@ EXPANDED = torch.zeros(()).expand(10**6, 10**6)
         ("optimizer.state", {0: {}}, "does not fit its parameter"),
         ("optimizer.state", {99: {}}, "names a parameter that is not there"),
         ("optimizer.param_groups", [], "no single group"),
-        ("optimizer.param_groups", [{"params": [0]}], "not that of this program"),
+        ("optimizer.param_groups", [{"params": [0]}], "not written by this program"),
     ],
 )
 def test_malformed_checkpoints_are_refused_when_they_are_read(tmp_path, place, value, message):
@@ -275,12 +290,92 @@ def test_malformed_checkpoints_are_refused_when_they_are_read(tmp_path, place, v
     refused(tmp_path, saved(checkpoint | changed), message)
 
 
+def forged(pickled: bytes) -> bytes:
+    """A checkpoint's file with another pickle in it."""
+    return zipped({name: pickled if name.endswith("data.pkl") else raw for name, raw in checkpoint_records().items()})
+
+
+TWICE = b"".join(b"q%c0h%ch%c\x86" % (n, n, n) for n in range(40))  # a tuple that has the one before in both places
+STORAGE = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\1\0\0\0%cX\3\0\0\0cpu%stQ"
+
+
+def tensor(items: bytes, shape: bytes, stride: bytes, key: bytes = b"0") -> bytes:
+    """The pickle of a tensor of one dimension over a storage of so many items."""
+    return (
+        b"\x80\2ctorch._utils\n_rebuild_tensor_v2\n("
+        + STORAGE % (key, items)
+        + b"K\0"
+        + shape
+        + b"\x85"
+        + (stride + b"\x85\x89ccollections\nOrderedDict\n)RtR.")
+    )
+
+
+BOMBS = {
+    "two gigabytes for thirty bytes": (b"\x80\2cbuiltins\nbytearray\n\x8a\4\0\x94\x35\x77\x85R.", "it names builtins.bytearray"),
+    "a key whose hash takes hours": (b"\x80\2}K\1\x85" + TWICE.replace(b"0h", b"h") + b"K\1s.", "a container lies in two places"),
+    "a list that holds itself": (b"\x80\2]q\0h\0a.", "a container lies in two places"),
+    "a tuple as a key": (b"\x80\2}K\1\x85K\1s.", "a key that is neither text nor a number"),
+    "lists in lists": (b"\x80\2" + b"]" * 100_000 + b"a" * 99_999 + b".", "more than 16 deep"),
+    "a set": (b"\x80\4\x8f.", "the opcode EMPTY_SET"),
+    "code": (b"cos\nsystem\n(X\2\0\0\0lstR.", "it names os.system"),
+    "bytes without end": (b"\x80\2X\xff\xff\xff\x7fabc", "expected 2147483647 bytes"),
+    "no end": (b"\x80\2]", "pickle exhausted"),
+    "nothing on the stack": (b"\x80\2s.", "cannot be read"),
+    "an attribute over a method": (
+        b"\x80\2ccollections\nOrderedDict\n)R}X\4\0\0\0keysK\1sb.", "sets attributes that no file of weights has"
+    ),
+    "a tensor larger than its record": (tensor(b"J\0\0\0\x10", b"K\1", b"K\1"), "data/0 is larger than its record"),
+    "a tensor larger than its storage": (tensor(b"K\1", b"J\0\0\0\x7f", b"K\1"), "larger than its storage"),
+    "a tensor beyond its storage": (tensor(b"K\2", b"K\2", b"K\3"), "larger than its storage"),
+    "a tensor of a negative size": (tensor(b"K\1", b"J\xff\xff\xff\xff", b"K\1"), "larger than its storage"),
+    "a storage of a negative size": (tensor(b"J\xff\xff\xff\xff", b"K\0", b"K\1"), "in an unknown form"),
+    "something else than a storage": (b"\x80\2(X\6\0\0\0moduleK\1tQ.", "in an unknown form"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_forged_pickle_is_refused_before_anything_is_built(tmp_path, monkeypatch, name):
+    pickled, message = BOMBS[name]
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was to be loaded"))
+    refused(tmp_path, forged(pickled), message)
+
+
+def test_too_many_opcodes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_files, "MOST_OPCODES", 1000)
+    refused(tmp_path, forged(b"\x80\2]" + b"K\1a" * 1000 + b"."), "more than 1000 opcodes")
+    monkeypatch.setattr(tensor_files, "LARGEST_PICKLE", 1000)
+    refused(tmp_path, forged(b"\x80\2]" + b"K\1a" * 1000 + b"."), "larger than 1000 bytes")
+
+
+def test_a_file_that_python_and_pytorch_would_read_differently_is_refused(tmp_path):
+    """Python finds a zip file behind anything else; PyTorch reads from the first byte on."""
+    sound = zipped(checkpoint_records())
+    refused(tmp_path, sound + sound, "something lies before its first record")
+    refused(tmp_path, pickle.dumps(bytearray(9), 2) + sound, "not a zip file")
+
+
+def old_form(value: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer, _use_new_zipfile_serialization=False)
+    return buffer.getvalue()
+
+
 def test_encoder_weights_are_read_as_warily(tmp_path):
     network = torch.nn.Linear(2, 2)
+    whole = old_form({})
+    head = whole[: whole.rindex(b"\x80\2", 0, whole.rindex(b"\x80\2"))]  # the pickles before the content
     for name, content, message in (
         ("text", b"hello", "cannot be read as Linear weights"),
         ("deflated", zipped({"archive/data.pkl": bytes(10**6)}, zipfile.ZIP_DEFLATED), "records are compressed"),
+        ("bytearray", forged(BOMBS["two gigabytes for thirty bytes"][0]), "it names builtins.bytearray"),
+        ("old_bytearray", head + BOMBS["two gigabytes for thirty bytes"][0], "it names builtins.bytearray"),
+        ("old_large", head + tensor(b"J\0\0\0\x10", b"K\1", b"K\1") + b"\x80\2]X\1\0\0\x000a.", "larger than the file"),
+        ("old_empty", b"", "cannot be read as Linear weights"),
         ("other", saved({"weight": torch.zeros(2, 2)}), "bias is missing"),
+        ("old_other", old_form({"weight": torch.zeros(2, 2)}), "bias is missing"),
+        ("other.safetensors", save({"weight": torch.zeros(2, 2)}), "bias is missing"),
+        ("text.safetensors", b"hello", "cannot be read as Linear weights"),
         ("list", saved([1, 2]), "cannot be read"),
         ("shape", saved({"weight": torch.zeros(3, 2), "bias": torch.zeros(3)}), "cannot be read"),
     ):
@@ -288,6 +383,19 @@ def test_encoder_weights_are_read_as_warily(tmp_path):
         with pytest.raises(UserError, match=message) as error:
             load_weights(network, tmp_path / name)
         assert "\n" not in str(error.value)
+    for name, content in (("new", saved(network.state_dict())), ("old", old_form(network.state_dict()))):
+        (tmp_path / name).write_bytes(content)
+        again = torch.nn.Linear(2, 2)
+        load_weights(again, tmp_path / name)
+        assert torch.equal(again.weight, network.weight)
+
+
+def test_weights_that_python_2_wrote_are_read():
+    """An OrderedDict of before Python 3 is called with a list of pairs."""
+    pairs = b"\x80\2ccollections\nOrderedDict\n](](U\1aK\1e](U\1bK\2ee\x85R."
+    assert tensor_files.check_pickle(io.BytesIO(pairs)) == []
+    with pytest.raises(tensor_files.Refused, match="neither text nor a number"):
+        tensor_files.check_pickle(io.BytesIO(pairs.replace(b"U\1a", b"K\1\x85")))
 
 
 # --------------------------------------------------------------------------------------------------

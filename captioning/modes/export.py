@@ -364,6 +364,9 @@ def to_onnx(
     Args:
         example: its inputs, by name; those after the first are the module's `*tensors`.
         axes: which axis of each input the rows are.
+
+    Raises:
+        UserError: the network was written for one number of rows.
     """
     import onnxruntime
 
@@ -379,7 +382,13 @@ def to_onnx(
         )  # fmt: skip
         assert program is not None
         program.save(path, external_data=False)
-    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    if any(isinstance(entry.shape[axes[entry.name]], int) for entry in session.get_inputs()):
+        raise UserError(
+            f"{path.name} takes one number of rows only: a network that is exported has to read it with tensor.shape[0], "
+            "since len(tensor) is a constant to the exporter"
+        )
+    return session
 
 
 def compare(ours: Sequence[torch.Tensor], theirs: Sequence[np.ndarray]) -> float:

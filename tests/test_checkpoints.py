@@ -1,0 +1,92 @@
+"""Which checkpoints of a run there are, and which are deleted; what a checkpoint says of its encoder's weights."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from fuzz_targets import sound_checkpoint
+
+import flickr_image_caption_with_pytorch_resnet_lstm as trainer
+from captioning.captioner import Captioner
+from captioning.checkpoints import CheckpointSaver, apply_checkpoint, load_checkpoint, save_checkpoint
+from captioning.io import UserError
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def epoch_of(path: Path) -> int:
+    return load_checkpoint(path)["epoch"]
+
+
+def test_the_newest_epochs_stay_and_nothing_else_is_ever_deleted(tmp_path):
+    """Names that only look like epochs were deleted, or ended training."""
+    others = {
+        "model_epoch_mine_1.pt",
+        "model_epoch_good.pt",
+        "model_epoch_01.pt",
+        "model_epoch_2.pt",
+        "model_epoch_9.pt",
+    }
+    for name in others:
+        (tmp_path / name).write_text("mine")
+    saver = CheckpointSaver(tmp_path, keep=2, first_epoch=2)  # epochs 1 and 2 were another run's
+    saver.save_last(sound_checkpoint() | {"epoch": 2})
+    for epoch, is_best in ((3, True), (4, True), (5, False), (6, False)):
+        saver.save_epoch(sound_checkpoint() | {"epoch": epoch}, epoch, is_best)
+    assert names(tmp_path) == others | {"best.pt", "last.pt", "model_epoch_5.pt", "model_epoch_6.pt"}
+    assert (epoch_of(saver.best), epoch_of(saver.last)) == (4, 6)
+    assert all((tmp_path / name).read_text() == "mine" for name in others)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    saver.publish(6, False)
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_all_epochs_stay_without_a_number(tmp_path):
+    saver = CheckpointSaver(tmp_path)
+    for epoch in (1, 2, 3):
+        saver.save_epoch(sound_checkpoint() | {"epoch": epoch}, epoch, epoch == 2)
+    assert names(tmp_path) == {"best.pt", "last.pt", *(f"model_epoch_{epoch}.pt" for epoch in (1, 2, 3))}
+    saver.save_last(sound_checkpoint() | {"epoch": 3, "progress": sound_checkpoint()["progress"] | {"step": 1}})
+    assert load_checkpoint(saver.last)["progress"]["step"] == 1
+    assert load_checkpoint(saver.epoch_file(3))["progress"]["step"] == 0  # last.pt is a file of its own
+
+
+def test_a_first_checkpoint_that_nobody_could_read_stops_the_run(tmp_path):
+    """A line break in --data_dir: all epochs were trained before anybody noticed."""
+    checkpoint = copy.deepcopy(sound_checkpoint())
+    checkpoint["flags"]["data_dir"] = "a\nb"
+    with pytest.raises(UserError, match="flags.data_dir is a str where a text of one line belongs"):
+        CheckpointSaver(tmp_path).save_last(checkpoint)
+
+
+@pytest.mark.parametrize("decoder", ["lstm", "attention"])
+def test_flags_without_effect_on_a_checkpoint_are_refused(decoder):
+    for flags in (["--save_attention_viz"], ["--attention_reg", "1"], ["--resnet_weights", "x.pth"]):
+        args, typed = trainer.parse_flags(["--mode", "test", "--model_path", "x", *flags])
+        checkpoint = sound_checkpoint(decoder)
+        if decoder == "attention" or "--resnet_weights" in flags:
+            apply_checkpoint(args, typed, checkpoint, Path("x"))
+        else:
+            with pytest.raises(UserError, match=f"{flags[0]} has no effect with x, whose decoder is lstm"):
+                apply_checkpoint(args, typed, checkpoint, Path("x"))
+
+
+def test_a_path_in_a_checkpoint_is_not_followed(tmp_path, monkeypatch):
+    """Whoever wrote the file would choose what is opened, here or on a server."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    (tmp_path / "mine.pth").write_text("weights")
+    checkpoint = copy.deepcopy(sound_checkpoint())
+    checkpoint["flags"]["resnet_weights"] = str(tmp_path / "mine.pth")
+    checkpoint["encoder"]["weights_hash"] = "e" * 16
+    save_checkpoint(tmp_path / "best.pt", checkpoint)
+    args, typed = trainer.parse_flags(["--mode", "test", "--model_path", "best.pt"])
+    apply_checkpoint(args, typed, load_checkpoint(tmp_path / "best.pt"), tmp_path / "best.pt")
+    assert args.resnet_weights is None
+    with pytest.raises(UserError, match="name their file with --resnet_weights"):
+        Captioner(tmp_path / "best.pt")
+    with pytest.raises(UserError, match="name the right file with --resnet_weights"):
+        Captioner(tmp_path / "best.pt", resnet_weights=str(tmp_path / "mine.pth"))

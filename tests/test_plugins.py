@@ -1,0 +1,157 @@
+"""An encoder and a decoder from a file outside the package, by one registry line each, through every mode."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+PLUGIN = """
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from captioning.dataset import PAD
+from captioning.decoders import Decoder, DecoderOutput
+from captioning.encoders import EncoderSpec
+
+
+class TinySpec(EncoderSpec):
+    def locate_weights(self, named, expected):
+        return None, "7157000000000000"
+
+    def load_stages(self, weights):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return [nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.ReLU()), nn.Conv2d(8, 12, 4, 4)]
+
+
+TINY = TinySpec("tiny", 12, (127.0,) * 3, (128.0,) * 3, image_size=96, grid=3, terms="no weights worth a licence")
+
+
+class GRUState(NamedTuple):
+    hidden: torch.Tensor  # (rows, H)
+    regions: torch.Tensor  # (I, 9, H)
+
+    def select_rows(self, rows):
+        return self._replace(hidden=self.hidden[rows])
+
+    def select_images(self, images):
+        return self._replace(regions=self.regions[images])
+
+
+class GRUDecoder(Decoder):
+    uses_grid = has_attention = True
+    description = "a GRU that attends to them"
+
+    def __init__(self, words, channels, embed, size):
+        super().__init__()
+        self.embed = nn.Embedding(words, embed, padding_idx=PAD)
+        self.output_bias = nn.Parameter(torch.zeros(words))
+        self.image = nn.Linear(channels, size)
+        self.cell = nn.GRUCell(embed, size)
+        self.output = nn.Linear(2 * size, embed)
+
+    @classmethod
+    def from_flags(cls, flags, vocabulary_size, spec):
+        return cls(vocabulary_size, spec.channels, flags["embed_size"], flags["hidden_size"])
+
+    def begin(self, features):
+        regions = self.image(features)
+        return GRUState(regions.mean(1), regions)
+
+    def step(self, state, words):
+        hidden = self.cell(self.embed(words), state.hidden)
+        queries = hidden.view(state.regions.shape[0], -1, hidden.shape[1])  # (I, rows of an image, H)
+        alphas = (queries @ state.regions.transpose(1, 2)).softmax(-1)
+        context = (alphas @ state.regions).flatten(0, 1)
+        output = DecoderOutput(torch.tanh(self.output(torch.cat([hidden, context], 1))), alphas.flatten(0, 1))
+        return state._replace(hidden=hidden), output
+
+    def forward(self, features, batch):
+        first = self.begin(features)
+        hidden, outputs, start = first.hidden[batch.row_image], [], 0
+        for rows in batch.batch_sizes.tolist():
+            state = GRUState(hidden[:rows], first.regions[batch.row_image[:rows]])  # each caption is an image of its own
+            state, output = self.step(state, batch.inputs[start : start + rows])
+            hidden, start = state.hidden, start + rows
+            outputs.append(output)
+        return DecoderOutput(torch.cat([o.hidden_out for o in outputs]), torch.cat([o.alphas for o in outputs]))
+"""
+
+DRIVER = """
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from captioning import registry
+
+registry.ENCODERS["tiny"] = registry.Entry("plugin:TINY")
+registry.DECODERS["gru"] = registry.Entry("plugin:GRUDecoder", ("save_attention_viz", "attention_reg"))
+
+import torch
+
+import flickr_image_caption_with_pytorch_resnet_lstm as trainer
+from captioning.captioner import Captioner
+from captioning.checkpoints import load_checkpoint
+
+
+def run(*words):
+    assert trainer.main([str(word) for word in words]) == 0, words
+
+
+def weights(path):
+    return torch.cat([tensor.flatten() for _, tensor in sorted(load_checkpoint(path)["decoder"].items())])
+
+
+flags = "--dataset_type custom --data_dir tiny --encoder tiny --decoder gru --embed_size 16 --hidden_size 16"
+flags += " --freq_threshold 1 --batch_size 16 --learning_rate 0.01 --max_length 12 --attention_reg 0.1"
+run(*flags.split(), "--epochs", 2, "--scst_epochs", 1)
+(folder,) = Path("saved_models/custom/tiny_gru").iterdir()
+before = weights(folder / "model_epoch_3.pt")
+
+shutil.copy(folder / "model_epoch_1.pt", folder / "last.pt")  # as if it had been killed in its second epoch
+run("--resume", folder)
+assert torch.equal(before, weights(folder / "model_epoch_3.pt"))
+
+run("--mode", "test", "--model_path", folder, "--beam_size", 3, "--save_attention_viz")
+assert {entry["beam_size"] for entry in json.loads((folder / "test_metrics.json").read_text())} == {1, 3}
+assert list(folder.glob("attention_viz_sample_*.png"))
+run("--mode", "caption", "--model_path", folder, "--images", "tiny/Images", "--output", "captions.csv")
+assert len(Path("captions.csv").read_text().splitlines()) == 21
+run("--mode", "export", "--model_path", folder, "--output", "shared", *sys.argv[1:])
+card = Path("shared/README.md").read_text()
+assert "3 x 3 regions of 12 numbers; a GRU that attends to them" in card and "no weights worth a licence" in card
+assert torch.equal(weights(folder / "best.pt"), weights(Path("shared/model.safetensors")))
+captioner = Captioner(Path("shared"))  # what the page uses
+(result,) = captioner.caption([Path("tiny/Images/p03.jpg")], 3, 0.7, 2, attention=True)
+assert result.captions and result.captions[0].attention.shape[1] == 9
+"""
+
+
+def run_driver(folder: Path, driver: str, *flags: str) -> None:
+    (folder / "plugin.py").write_text(PLUGIN)
+    (folder / "driver.py").write_text(driver)
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)]),
+        "PATH": "",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "driver.py", *flags]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+def test_an_encoder_and_a_decoder_from_outside_do_everything(tiny):
+    run_driver(tiny.parent, DRIVER)
+
+
+def test_the_registry_is_read_without_pytorch(tmp_path):
+    program = (
+        "import sys; from captioning import flags, registry; assert 'torch' not in sys.modules;"
+        "assert all(type(registry.load(e)).__name__ for e in (*registry.ENCODERS.values(), *registry.DECODERS.values()))"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
