@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from captioning.io import UserError, printable
+from captioning.io import UserError, csv_cell
 from captioning.runs import (
     ByImage,
     Run,
@@ -60,14 +60,6 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
     # Of objects, so that whole numbers stay whole beside missing ones.
     text: str = pd.DataFrame(safe, dtype=object).to_csv(index=False, lineterminator="\n")
     return text
-
-
-def csv_cell(value: Any) -> Any:
-    """Return a value as a spreadsheet may show it: a text is never a formula, nor a command to a terminal."""
-    if value is None or isinstance(value, int | float):
-        return value
-    text = str(value)
-    return printable(f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -28,6 +28,14 @@ def printable(text: str) -> str:
     return CONTROL_CHARACTERS.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
+def csv_cell(value: Any) -> Any:
+    """Return a value as a spreadsheet may show it: a text is never a formula, nor a command to a terminal."""
+    if value is None or isinstance(value, int | float):
+        return value
+    text = str(value)
+    return printable(f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text)
+
+
 # --------------------------------------------------------------------------------------------------
 # Messages
 

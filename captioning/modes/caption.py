@@ -27,7 +27,7 @@ from captioning.images import (
     grid_side,
     open_image,
 )
-from captioning.io import UserError, bars_off, log, make_directory, printable, write_atomic
+from captioning.io import UserError, bars_off, csv_cell, log, make_directory, printable, write_atomic
 from captioning.settings import Settings
 
 
@@ -186,13 +186,13 @@ def csv_lines(results: Iterable[Captioned], count: int) -> Iterator[str]:
 
     def row(*values: object) -> str:
         text = io.StringIO()
-        csv.writer(text, lineterminator="").writerow(values)
+        csv.writer(text, lineterminator="").writerow(map(csv_cell, values))
         return text.getvalue()
 
     yield row("path", "rank", "caption", "log_probability")
     for result in results:
         for rank, caption in enumerate(result.captions[:count], 1):
-            yield row(printable(str(result.path)), rank, caption.text, round(caption.log_probability, 4))
+            yield row(str(result.path), rank, caption.text, round(caption.log_probability, 4))
 
 
 def json_lines(results: Iterable[Captioned], count: int) -> Iterator[str]:

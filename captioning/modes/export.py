@@ -39,6 +39,7 @@ from captioning.io import (
     format_bytes,
     log,
     make_directory,
+    printable,
     read_json,
     require_free_space,
     write_atomic,
@@ -210,7 +211,7 @@ def cell(value: Any) -> str:
 
 
 def code(text: str) -> str:
-    return text.replace("`", "'").replace("<", "&lt;")[:80]
+    return printable(text).replace("`", "'").replace("<", "&lt;")[:80]
 
 
 def onnx_card(checkpoint: dict[str, Any], networks: Sequence[OnnxNetwork]) -> list[str]:
