@@ -410,7 +410,7 @@ def finish(run: Run, state: TrainState, argv: list[str], minutes: float) -> None
         facts["Peak GPU Memory"] = format_bytes(torch.cuda.max_memory_allocated())
     write_summary(directory, flags, start_command(directory) or reproducing_command(argv), facts)
     print(f"\nBest epoch: {state.best['epoch']} by {run.settings.best_metric}. Everything is in {directory}")
-    print(f"Report: {reports.write_report(directory, data)}")
+    print(f"Report: {reports.write_report(directory, data).name}")
     print(f"Score it on the test images: {reproducing_command(['--mode', 'test', '--model_path', str(directory)])}")
 
 

@@ -173,7 +173,7 @@ What next
 
   Where it all lies:    $run_directory
   Attention pictures:   $run_directory/*attention_viz_sample_*.png
-  Scores and captions:  $run_directory/test_metrics.json, test_captions.json
+  Scores and captions:  $run_directory/test_metrics.json, test_captions_*.json
   The drawn images:     data/demo
 
   The same on photographs, Flickr8k (about 1.1 GB to download):
@@ -189,7 +189,7 @@ checks() {
     local failed=''
     say "ruff check ." && .venv/bin/python -m ruff check . || failed="$failed ruff"
     say "mypy" && .venv/bin/python -m mypy || failed="$failed mypy"
-    say "pytest -n 2" && .venv/bin/python -m pytest -n 2 --dist worksteal || failed="$failed pytest"
+    say "pytest -n 2" && OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal || failed="$failed pytest"
     if [ -n "$failed" ]; then
         say "error: failed:$failed" >&2
         exit 1

@@ -6,7 +6,8 @@ import pytest
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 
-RECIPES = sorted((Path(trainer.__file__).parent / "configs").glob("*.yaml"))
+CONFIGS = Path(trainer.__file__).parent / "configs"
+RECIPES = sorted(CONFIGS.glob("flickr*.yaml"))
 
 
 def test_there_is_a_recipe_for_both_sets_and_decoders_on_both_machines():
@@ -27,6 +28,16 @@ def test_a_recipe_is_what_its_name_says(path):
     assert (args.dataset_type, args.decoder, args.encoder) == (data, decoder, encoder[place])
     assert f"--config configs/{path.name}" in path.read_text()
     assert args.warmup_epochs < args.epochs and args.views == "all"
+
+
+def test_the_recipe_for_own_photos_trains_captions_and_needs_no_more_flags(tiny, monkeypatch, capsys):
+    """16.23."""
+    monkeypatch.chdir(tiny.parent)
+    recipe = ["--config", str(CONFIGS / "own_photos.yaml"), "--data_dir", str(tiny)]
+    assert trainer.main([*recipe, "--epochs", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "of the training words are <UNK>" not in out and "weights" not in out
+    assert len(list(Path("saved_models").rglob("model_epoch_*.pt"))) == 2
 
 
 def test_a_recipe_trains(tiny, monkeypatch, capsys):

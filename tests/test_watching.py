@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
-import training_utils as watching
 from captioning import plots
 from captioning.io import UserError, log
 from captioning.runs import training_rows
+from captioning.tensorboard import write_tensorboard
 from experiment_utils import write_training_log
-from training_utils import Precision
+from training_utils import Precision, Stopwatch
 
 FLAGS = [
     "--encoder", "efficientnet_lite0", "--decoder", "attention", "--embed_size", "16", "--hidden_size", "16",
@@ -58,7 +58,7 @@ def test_tensorboard_has_each_epoch_once_also_after_resuming(here, monkeypatch):
         assert run(here, "--tensorboard", "--quiet") == 143
     # As a crash between TensorBoard's file and the next save leaves it: an epoch that is trained again is there.
     curve = {"epochs": [1, 2], "training_losses": [9.0, 9.0], "validation_losses": [9.0, 9.0], "learning_rates": [1, 1]}
-    watching.write_tensorboard(only_run(), curve, [], None, [])
+    write_tensorboard(only_run(), training_rows(curve, []), {})
     assert trainer.main(["--resume", str(only_run())]) == 0
     events = accumulator.EventAccumulator(str(only_run() / "tensorboard"), size_guidance={"images": 0})
     events.Reload()
@@ -76,7 +76,7 @@ def test_tensorboard_has_each_epoch_once_also_after_resuming(here, monkeypatch):
 def test_a_first_file_brings_the_earlier_epochs_along(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     curve = {"epochs": [1, 2], "training_losses": [2.0, 1.0], "validation_losses": [2.0, 1.0], "learning_rates": [1, 1]}
-    watching.write_tensorboard(tmp_path, curve, [{"epoch": 2, "cider": 0.5}], None, [])
+    write_tensorboard(tmp_path, training_rows(curve, [{"epoch": 2, "cider": 0.5}]), {})
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("loss/training")] == [1, 2]
@@ -88,7 +88,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "tensorboard").write_text("a file")
     curve = {"epochs": [1], "training_losses": [2.0], "validation_losses": [2.0], "learning_rates": [1]}
     with pytest.raises(UserError, match="cannot write"):
-        watching.write_tensorboard(tmp_path, curve, [], None, [])
+        write_tensorboard(tmp_path, training_rows(curve, []), {})
 
 
 def test_without_the_package_the_command_that_mends_it_is_named(here, monkeypatch, capsys):
@@ -101,7 +101,7 @@ def test_quiet_says_what_came_out_and_verbose_where_the_time_went(here, monkeypa
 
     assert run(here, "--epochs", "1", "--quiet") == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line]
-    assert [line.split()[0] for line in lines] == ["Best", "Report:", "Score"]
+    assert [line.split()[0] for line in lines] == ["[1/1]", "Best", "Report:", "Score"]
     assert trainer.main(["--mode", "test", "--model_path", "saved_models", "--quiet"]) == 0
     assert "CIDEr" in capsys.readouterr().out
     (here / "Images" / "stray.jpg").write_bytes(b"x")
@@ -124,7 +124,7 @@ def test_quiet_and_verbose_contradict_each_other_but_the_typed_one_wins_over_a_c
 def test_the_stopwatch_adds_up_and_reports_what_is_new(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    watch = watching.Stopwatch()
+    watch = Stopwatch()
     for seconds, part in ((3.0, "steps"), (1.0, "drawing"), (0.01, "saving")):
         now[0] += seconds
         watch.lap(part)

@@ -106,9 +106,10 @@ def run(context: EvalContext, images: np.ndarray, checkpoints: Mapping[Path, Map
     save_references(directory, data, images, args.split)
     last = results[-1]
     save_gallery(data, images, last.captions, last.by_image.cider, directory / f"{ensemble}sample_captions.png")
+    written = [rows_file.name, *(result.files["captions_file"] for result in results), f"{ensemble}sample_captions.png"]
     if not others and (directory / "run_config.json").is_file():  # a lone checkpoint has no run to report
-        print(f"Report: {write_report(directory, data)}")
-    print(f"Scores: {rows_file}. Captions: {directory / last.files['captions_file']}")
+        written.append(write_report(directory, data).name)
+    print(f"Written to {directory}: {', '.join(written)}")
 
 
 def score_predictions(data: CaptionSet, args: argparse.Namespace) -> None:
