@@ -13,7 +13,7 @@ A name is imported when it is first used (PEP 562), so that the package and its 
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 _MODULE_OF = {
     "Caption": "captioner", "Captioned": "captioner", "Captioner": "captioner", "CaptionSet": "dataset",
     "UserError": "io", "Vocabulary": "dataset", "beam_search": "decoding", "build_decoder": "decoders",
