@@ -209,11 +209,13 @@ class TrainState:
     def checkpoint(self, constants: Mapping[str, Any]) -> dict[str, Any]:
         """Return all that is needed to train on from this step, or to caption. Every process comes here.
 
+        The epoch comes first: `runs.stored_epoch` reads the head of the file alone.
+
         Args:
             constants: what every checkpoint of the run has.
         """
         return {
-            **constants, "epoch": self.epoch, "decoder": self.decoder.state_dict(),
+            "epoch": self.epoch, **constants, "decoder": self.decoder.state_dict(),
             "optimizer": self.optimizer.state_dict(), "scaler": self.precision.scaler.state_dict(),
             "schedule": self.schedule.state() if self.schedule else None, "progress": self.progress(),
             "loss_curve": self.curve, "metrics_history": self.history, "best": self.best,

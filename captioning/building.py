@@ -162,6 +162,8 @@ def load_context(settings: Settings, splits: list[str]) -> tuple[EvalContext, np
     device = distributed.pick_device(settings.device)
     check_settings(settings)
     checkpoints = {path: load_checkpoint(path) for path in map(find_checkpoint, settings.model_path)}
+    if len(checkpoints) < len(settings.model_path):
+        raise UserError("--model_path names the same checkpoint twice: an ensemble is of different ones")
     (first_path, first), *others = checkpoints.items()
     for path, checkpoint in others:
         for what in ("vocabulary", "split"):

@@ -34,7 +34,6 @@ from captioning.splits import StoredSplit, find_splits, require_splits
 PAD, SOS, EOS, UNK = range(4)
 SPECIAL_TOKENS = ["<PAD>", "<SOS>", "<EOS>", "<UNK>"]
 LONG_CAPTION = 100  # words; longer ones are legal, but often several captions in one row
-COCO_HELD_OUT = 5000  # validation and test images of COCO, as many as Karpathy's split has
 # COCO_val2014_000000391895.jpg: the number is the image's id in COCO's own files.
 COCO_NAME = re.compile(r"(?:[^/]+/)?COCO_(?:train|val|test)\d{4}_0*(\d{1,12})\.jpg")
 
@@ -273,7 +272,7 @@ def load_caption_set(
     stored: StoredSplit | None = None,
     token_cache: Path | None = None,
 ) -> CaptionSet:
-    """Find and read a data set in any of the layouts of `docs/architecture.md`.
+    """Find and read a data set in any of the layouts of docs/data.md.
 
     Args:
         data_dir: where to look; `image_dir` and `captions_file` override what is found there.

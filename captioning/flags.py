@@ -144,7 +144,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             "earlier stages too, for a larger cache", str, "resnet50", tuple(ENCODERS), modes=DATA_MODES,
             checkpoint="fixed"),
         Flag("resnet_weights", "file of the encoder's weights, or 'random'; by default looked for, then downloaded",
-            text, resume=True, checkpoint="kept"),
+            text, resume=True),
         Flag("embed_size", "size of word and image embeddings", size("embed_size"), 512, modes=DATA_MODES,
             checkpoint="fixed"),
         Flag("hidden_size", "LSTM size; 512 with one layer suits Flickr8k and a laptop", size("hidden_size"), 1024,

@@ -111,7 +111,7 @@ SCHEDULE_FLAGS = {
 
 
 def choose_schedule(settings: Settings, checkpoint: Mapping[str, Any] | None, steps: int) -> Schedule | None:
-    """Return the learning-rate schedule of a new run, by the table under 'Train longer' in the README.
+    """Return the learning-rate schedule of a new run, by the table under 'Train longer' in docs/training.md.
 
     Args:
         checkpoint: what the run trains on from, or None.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import functools
 import importlib.util
 import os
 import sys
@@ -125,10 +126,22 @@ def get_parser() -> argparse.ArgumentParser:
             if flag.switch:
                 about["action"] = "store_true"
             else:
-                about |= {"type": flag.parse, "choices": flag.choices or None, "metavar": flag.metavar}
+                about |= {
+                    "type": functools.partial(parse_value, flag),
+                    "choices": flag.choices or None,
+                    "metavar": flag.metavar,
+                }
                 about |= {"nargs": "+"} if flag.many else {}
             group.add_argument(f"--{flag.name}", **about)
     return parser
+
+
+def parse_value(flag: Flag, value: str) -> Any:
+    """Parse one value of a flag; a value of an earlier version names what took its place."""
+    if f"{flag.name}={value}" in GONE:
+        raise argparse.ArgumentTypeError(f"{value} is gone: {GONE[f'{flag.name}={value}']}")
+    assert flag.parse is not None
+    return flag.parse(value)
 
 
 def shown(value: Any) -> str:
@@ -164,7 +177,8 @@ def parse_flags(argv: list[str]) -> Settings:
         config, _ = config_flags(parser, file)
     elif "config" in typed:
         config, given = config_flags(parser, typed["config"])
-        explicit |= given
+        # What the command line switches off takes along what the file says of it.
+        explicit |= {name for name in given if not (FLAGS[name].needs in typed and not typed[FLAGS[name].needs])}
     values = defaults | config | typed
     if values["quiet"] and values["verbose"]:  # the command line wins over a file
         values |= {"quiet": "quiet" in typed, "verbose": "verbose" in typed}
