@@ -17,7 +17,7 @@ __version__ = "0.2.0"
 _MODULE_OF = {
     "Caption": "captioner", "Captioned": "captioner", "Captioner": "captioner", "CaptionSet": "dataset",
     "UserError": "io", "Vocabulary": "dataset", "beam_search": "decoding", "build_decoder": "decoders",
-    "build_encoder": "encoders", "load_caption_set": "dataset", "sample": "decoding",
+    "find_encoder": "encoders", "load_caption_set": "dataset", "sample": "decoding",
 }  # fmt: skip
 __all__ = list(_MODULE_OF)
 

@@ -373,7 +373,7 @@ def check_modes(args: Settings, error: Callable[[str], Any]) -> None:
         error("--mode caption needs --images: files, folders, patterns such as 'photos/*.jpg', or - for a list")
     if mode == "export" and args.output is None:
         error("--mode export needs --output: a folder that is not there yet")
-    if {"quiet", "verbose"} <= args.explicit:
+    if args.quiet and args.verbose:
         error("--quiet and --verbose contradict each other: leave one out")
 
 

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 import attention_visualization as attention
+from captioning.evaluation import find_images
 from captioning.io import UserError
 
 SIZES = {"landscape": (500, 375), "portrait": (333, 500), "panorama": (900, 90), "tower": (40, 600)}
@@ -296,9 +297,9 @@ def test_more_dots_per_inch_make_a_larger_png_of_the_same_page(tmp_path):
 
 def test_images_are_found_by_name_and_a_wrong_name_gets_a_near_one():
     names = ["a dog.jpg", "b.jpg", "c.jpg"]
-    assert attention.find_images(["c.jpg", "a dog.jpg", "c.jpg"], names).tolist() == [2, 0]
+    assert find_images(["c.jpg", "a dog.jpg", "c.jpg"], names).tolist() == [2, 0]
     with pytest.raises(UserError, match="no captioned image 'dog.jpg'; it has a dog.jpg"):
-        attention.find_images(["dog.jpg"], names)
+        find_images(["dog.jpg"], names)
 
 
 def test_the_photo_given_is_not_changed():

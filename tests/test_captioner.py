@@ -240,10 +240,10 @@ def test_images_are_read_a_batch_ahead_and_no_more(tiny_runs, monkeypatch):
 def test_a_tuned_checkpoint_is_decoded_as_it_was_tuned(tiny_runs):
     model = Captioner(tiny_runs["lstm"])
     flags = ["--mode", "caption", "--model_path", "x", "--images", "y"]
-    assert model.decoding(*trainer.parse_flags(flags)) == (3, 0.7)
+    assert model.decoding(trainer.parse_flags(flags)) == (3, 0.7)
     model.tuned = {"beam_size": 5, "length_penalty": 1.1}
-    assert model.decoding(*trainer.parse_flags(flags)) == (5, 1.1)
-    assert model.decoding(*trainer.parse_flags([*flags, "--beam_size", "2"])) == (2, 0.7)
+    assert model.decoding(trainer.parse_flags(flags)) == (5, 1.1)
+    assert model.decoding(trainer.parse_flags([*flags, "--beam_size", "2"])) == (2, 0.7)
 
 
 def test_asking_for_more_captions_changes_nothing_about_the_best(tiny_runs):

@@ -21,6 +21,7 @@ from captioning.dataset import EOS, SOS, build_vocabulary, load_caption_set, tok
 from captioning.images import UnreadableImage, load_pixels, open_image
 from captioning.io import UserError
 from captioning.layouts import read_captions
+from captioning.splits import upgrade_split
 
 
 def test_tokens_are_lower_case_without_punctuation():
@@ -225,7 +226,8 @@ def test_split_is_by_image_and_seeded(tiny):
 
 
 def test_a_split_kept_in_a_checkpoint_wins(tiny):
-    data = load_caption_set(tiny, saved_split={"val": ["p00.jpg"], "test": ["p01.jpg", "p02.jpg"]})
+    stored = upgrade_split({"val": ["p00.jpg"], "test": ["p01.jpg", "p02.jpg"]})  # of schema 3
+    data = load_caption_set(tiny, stored=stored)
     assert data.splits["val"].tolist() == [0] and data.splits["test"].tolist() == [1, 2]
 
 

@@ -109,7 +109,7 @@ def test_an_ensemble_has_files_and_names_of_its_own(trained, capsys):
     before = files(lstm)
     pictures = (lstm / "sample_captions.png").stat().st_mtime_ns
     assert score(model=[lstm, attention]) == 0
-    assert "ensemble_metrics.json. Captions: " in capsys.readouterr().out
+    assert "ensemble_metrics.json, " in capsys.readouterr().out
     after = files(lstm)
     assert {name for name in after if after[name] != before.get(name)} == {
         "ensemble_metrics.json", "ensemble_test_captions_greedy.json", "ensemble_test_scores_greedy.json",
@@ -140,7 +140,8 @@ def test_a_test_saves_its_scores_before_java_runs(trained, monkeypatch):
         "captioning.modes.test.meteor_scores", lambda systems, _: [0.125 + n for n, _ in enumerate(systems)]
     )
     assert score("--beam_size", "4", model=[lstm]) == 0
-    assert rows(lstm)[-1] == row | {"meteor": 1.125}  # the same row, completed
+    completed = {key: value for key, value in rows(lstm)[-1].items() if not key.startswith("person_")}
+    assert completed == row | {"meteor": 1.125}  # the same row
 
 
 def test_a_metric_that_fails_is_a_note(trained, capsys):

@@ -193,7 +193,7 @@ def test_what_resume_refuses(here, capsys):
     assert "nowhere" in capsys.readouterr().err
     (directory / "last.pt").unlink()
     assert trainer.main(["--resume", str(directory)]) == 2
-    assert "Start it again: python flickr" in capsys.readouterr().err
+    assert "Start the run again: python flickr" in capsys.readouterr().err
 
 
 def poison(monkeypatch, images: set[int]) -> None:

@@ -26,8 +26,7 @@ from captioning.io import UserError, read_json
 from captioning.layouts import read_captions
 from captioning.registry import LIMITS
 from captioning.runs import find_checkpoint
-from experiment_utils import config_flags
-from flickr_image_caption_with_pytorch_resnet_lstm import get_parser
+from captioning.settings import config_flags, get_parser
 
 
 def captions(folder: Path, text: str | bytes, name: str = "captions.txt") -> tuple[dict[str, list[str]], list[str]]:
@@ -498,7 +497,7 @@ def test_values_that_no_flag_takes(tmp_path, capsys, text, message):
 
 def test_config_values_become_what_the_flag_takes(tmp_path):
     (tmp_path / "x.yaml").write_text("decoder_type: attention\nfeature_cache: 5\nuse_scheduler: true\ndata_dir:\n")
-    flags = config_flags(get_parser(), tmp_path / "x.yaml")
+    flags, _ = config_flags(get_parser(), tmp_path / "x.yaml")
     assert flags == {"decoder": "attention", "feature_cache": "5", "use_scheduler": True}
 
 

@@ -38,7 +38,7 @@ def test_two_runs_of_one_second_never_share_a_directory(tmp_path):
 
 
 def test_the_config_has_the_originals_names(tmp_path):
-    write_run_config(tmp_path, FLAGS, "python x")
+    write_run_config(tmp_path, FLAGS, ["epochs"], "python x")
     assert read_json(tmp_path / "run_config.json")["decoder_type"] == "lstm"
 
 
@@ -57,7 +57,7 @@ def test_model_path_finds_the_newest_run_that_has_the_file(tmp_path):
 def test_of_two_runs_of_one_second_the_later_is_the_newest_whatever_its_checkpoints_are(tmp_path):
     made = [create_run_directory(tmp_path, FLAGS | {"epochs": epochs}, "resnet", NOW) for epochs in (2, 1, 2)]
     for second, directory in enumerate(made):
-        write_run_config(directory, FLAGS, "python x")
+        write_run_config(directory, FLAGS, ["epochs"], "python x")
         os.utime(directory / "run_config.json", ns=(second, second))
     for directory in made:  # a best.pt carried over from the run before is the same file
         (directory / "best.pt").touch() if directory == made[0] else os.link(made[0] / "best.pt", directory / "best.pt")
@@ -70,6 +70,6 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         for changes in ({}, {}, {"learning_rate": 5e-4}, {"use_scheduler": False, "save_attention_viz": True}):
             made = create_run_directory(Path(folder), FLAGS | changes, "resnet", NOW)
-            write_run_config(made, FLAGS | changes, "python x")
+            write_run_config(made, FLAGS | changes, ["epochs"], "python x")
             print(made.relative_to(folder), [path.name for path in made.iterdir()])
     sys.exit(as_script.run(__file__))
