@@ -29,7 +29,11 @@ PARTS = ["encoding", "epoch", "decoding", "reward", "startup", *(["memory"] if L
 
 @pytest.fixture
 def bench(tmp_path: Path) -> measure.Bench:
-    return measure.Bench(measure.TINY, torch.device("cpu"), tmp_path, None, None, None)
+    return measure.Bench(measure.TINY, torch.device("cpu"), tmp_path)
+
+
+def start(bench: measure.Bench, decoder: str, *more: str) -> training.Trial:
+    return training.Trial([*training.flags_for(bench, training.prepare_features(bench), decoder, "small"), *more])
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -64,30 +68,23 @@ def test_a_watched_process_has_its_peak() -> None:
 
 @pytest.mark.parametrize("decoder", ["lstm", "attention"])
 def test_the_original_way_has_the_same_loss(bench: measure.Bench, decoder: str) -> None:
-    data_dir, _ = training.prepare_data(bench)
-    training.prepare_features(bench, data_dir)
-    flags = [*training.flags_for(bench, data_dir, decoder, "small"), "--hidden_size", "8", "--embed_size", "8"]
-    task = training.start(bench, flags)
+    trial = start(bench, decoder, "--hidden_size", "8", "--embed_size", "8")
     captions = np.arange(20)
-    batch = task.batches.make(captions)
-    model = task.decoder.eval()
+    batch, model, features = trial.batches.make(captions), trial.decoder.eval(), trial.run.views[0]
     with torch.no_grad():
-        loss = model.cross_entropy(model(task.views[0].gather(batch.images), batch).hidden_out, batch.targets)
-        owner = np.searchsorted(task.data.first_caption, captions, side="right") - 1
-        inputs, targets = baselines.padded(task.batches, captions, 37)
-        plain = baselines.padded_loss(model, task.views[0].gather(owner), inputs, targets)
+        loss = model.cross_entropy(model(features.gather(batch.images), batch).hidden_out, batch.targets)
+        inputs, targets = baselines.padded(trial.batches, captions, 37)
+        plain = baselines.padded_loss(model, features.gather(trial.batches.owner(captions)), inputs, targets)
     torch.testing.assert_close(plain, loss / len(batch.targets))
 
 
 @pytest.mark.parametrize("asked, other", [("fp32", "bf16"), ("bf16", "fp32")])
 def test_the_precision_that_is_asked_for_is_measured(bench: measure.Bench, asked: str, other: str) -> None:
-    data_dir, _ = training.prepare_data(bench)
-    training.prepare_features(bench, data_dir)
-    task = training.start(bench, [*training.flags_for(bench, data_dir, "attention", "small"), "--precision", asked])
-    training.restrict(task, 1)
-    training.check_precision(task, Precision(asked, bench.device))
+    trial = start(bench, "attention", "--precision", asked)
+    trial.shorten(1)
+    training.check_precision(trial, Precision(asked, bench.device))
     with pytest.raises(AssertionError, match=f"--precision {other} has these operations"):
-        training.check_precision(task, Precision(other, bench.device))
+        training.check_precision(trial, Precision(other, bench.device))
 
 
 def test_a_rate_above_the_matrix_products_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,30 +114,25 @@ def in_place_product(_: torch.Size, left: torch.Size, right: torch.Size, **__: o
 
 @pytest.mark.parametrize("layers", [1, 3])
 def test_the_arithmetic_is_what_pytorch_counts(bench: measure.Bench, layers: int) -> None:
-    data_dir, _ = training.prepare_data(bench)
-    training.prepare_features(bench, data_dir)
-    flags = [*training.flags_for(bench, data_dir, "lstm", "small"), "--num_layers", str(layers), "--precision", "fp32"]
-    task = training.start(bench, flags)
-    _, plan = training.restrict(task, 1)
+    trial = start(bench, "lstm", "--num_layers", str(layers), "--precision", "fp32")
+    trial.shorten(1)
     in_place = {torch.ops.aten.addmm_: in_place_product}  # which PyTorch's counter does not know
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
-        training.epoch(task)
-    images = sum(len(task.batches.make(captions).images) for captions in plan)
+        trial.epoch()
+    plan = trial.loader.plan(0)
+    images = sum(len(trial.batches.make(captions).images) for captions in plan)
     # Left out on purpose: at the image's step the recurrent weights multiply zeros, forward and for their gradient.
     zeros = 2 * layers * images * 4 * 512 * 512
-    assert counter.get_total_flops() == 2 * (training.multiply_adds(task, plan) + zeros)
+    assert counter.get_total_flops() == 2 * (training.multiply_adds(trial, plan) + zeros)
 
 
 def test_the_plans_arithmetic_is_that_of_the_benchmark(bench: measure.Bench) -> None:
-    data_dir, _ = training.prepare_data(bench)
-    training.prepare_features(bench, data_dir)
-    trained = training.start(bench, training.flags_for(bench, data_dir, "attention", "small"))
-    plan = trained.batches.plan(trained.data.splits["train"], 128)
-    captions, images = sum(map(len, plan)), len(trained.data.splits["train"])
-    tokens = sum(len(trained.batches.make(part).targets) for part in plan)
-    data = scale.DataSet("tiny", images, captions / images, tokens / captions, len(trained.vocabulary), 1.0)
-    assert 2 * training.multiply_adds(trained, plan) == pytest.approx(scale.step_arithmetic(data, captions))
-    ours = sum(weights.numel() for weights in trained.decoder.parameters())
+    trial = start(bench, "attention")
+    plan, images = trial.loader.plan(0), len(trial.loader.images)
+    captions, tokens = sum(map(len, plan)), sum(len(trial.batches.make(part).targets) for part in plan)
+    data = scale.DataSet("tiny", images, captions / images, tokens / captions, len(trial.context.vocabulary), 1.0)
+    assert 2 * training.multiply_adds(trial, plan) == pytest.approx(scale.step_arithmetic(data, captions))
+    ours = sum(weights.numel() for weights in trial.decoder.parameters())
     assert scale.parameters(data) == pytest.approx(ours, rel=0.02)
 
 
