@@ -35,7 +35,10 @@ def measure(bench: Bench) -> list[Figure]:
         os.sync()  # the first run is not to share the disk with what was just written
         for when in ("first", "later"):  # a later run finds its tokens in the cache and needs no spaCy
             seen = watch([sys.executable, __file__, str(folder), str(bench.scale.memory_steps), bench.device.type])
-            name, note = f"{images:,} images, {when} run", f"{when} run, {seen['steps']:.0f} steps of attention, 512 x 1"
+            name, note = (
+                f"{images:,} images, {when} run",
+                f"{when} run, {seen['steps']:.0f} steps of attention, 512 x 1",
+            )
             figures += [
                 Figure(PART, f"{name}: peak anonymous memory", seen["peak"], "MB", note=note),
                 Figure(PART, f"{name}: building the data", 1e6 * seen["build"] / images, "us/image"),

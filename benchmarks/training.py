@@ -65,9 +65,7 @@ class Trial:
         monitor = StepMonitor(
             self.loader, self.context.data.names, Path(), settings, StopRequest(), self.context.device
         )
-        trainer.train_one_epoch(
-            state, self.loader, self.run.step_loss, settings, monitor, lambda: None, self.run.clock
-        )
+        trainer.train_one_epoch(state, self.loader, self.run.step_loss, settings, monitor, lambda: None, self.run.clock)
 
 
 def prepare_data(bench: Bench) -> tuple[Path, list[Path]]:

@@ -1,9 +1,11 @@
 """The benchmarks run, at their tiniest, and their baselines compute what the project computes; nothing is timed here."""
 
+import contextlib
 import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ import measure
 import memory
 import run
 import scale
+import startup
 import training
 
 from training_utils import Precision
@@ -27,24 +30,55 @@ LINUX = Path("/proc/self/status").is_file()
 PARTS = ["encoding", "epoch", "decoding", "reward", "startup", *(["memory"] if LINUX else [])]
 
 
-@pytest.fixture
-def bench(tmp_path: Path) -> measure.Bench:
-    return measure.Bench(measure.TINY, torch.device("cpu"), tmp_path)
+class Left(BaseException):
+    """The process would have ended here."""
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> measure.Bench:
+    """One generated data set and cache for all tests."""
+    return measure.Bench(measure.TINY, torch.device("cpu"), tmp_path_factory.mktemp("bench"))
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(training.SIZES, "small", ["--embed_size", "32", "--hidden_size", "24", "--num_layers", "1"])
 
 
 def start(bench: measure.Bench, decoder: str, *more: str) -> training.Trial:
     return training.Trial([*training.flags_for(bench, training.prepare_features(bench), decoder, "small"), *more])
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_every_part_gives_figures_and_charts(
-    tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def in_this_process(command: list[str]) -> dict[str, float]:  # rather than importing PyTorch time and again
+def in_this_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Have the benchmarks start no process, each of which would import PyTorch again."""
+
+    def watch(command: list[str]) -> dict[str, float]:
         memory.child(Path(command[2]), int(command[3]), command[4])
         return {**json.loads(capsys.readouterr().out.splitlines()[-1]), "peak": 1.0}
 
-    monkeypatch.setattr(memory, "watch", in_this_process)
+    def leave(code: int) -> NoReturn:
+        raise Left(code)
+
+    def run_command(command: list[str], **_: Any) -> SimpleNamespace:
+        if command[1] == startup.__file__:
+            with monkeypatch.context() as patch:
+                patch.setattr(sys, "argv", command[1:])
+                patch.setattr(Precision, "step", Precision.step)
+                patch.setattr("os._exit", leave)
+                with pytest.raises(Left, match="0"):
+                    startup.stop_after_first_step()
+        return SimpleNamespace(returncode=2 if "--decodr" in command else 0)
+
+    monkeypatch.setattr(memory, "watch", watch)
+    monkeypatch.setattr(startup, "subprocess", SimpleNamespace(run=run_command))
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_part_gives_figures_and_charts(
+    bench: measure.Bench, tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    in_this_process(monkeypatch, capsys)
+    monkeypatch.setattr(run, "TemporaryDirectory", lambda **_: contextlib.nullcontext(str(bench.directory)))
     monkeypatch.setattr(training, "large_product", lambda *_: lambda: 1e-9)  # seconds: no rate here is above it
     output = run.main(["--only", part, "--output", str(tmp_path / "result.json")], measure.TINY)
     figures = json.loads(output.read_text())["figures"]
@@ -68,7 +102,7 @@ def test_a_watched_process_has_its_peak() -> None:
 
 @pytest.mark.parametrize("decoder", ["lstm", "attention"])
 def test_the_original_way_has_the_same_loss(bench: measure.Bench, decoder: str) -> None:
-    trial = start(bench, decoder, "--hidden_size", "8", "--embed_size", "8")
+    trial = start(bench, decoder)
     captions = np.arange(20)
     batch, model, features = trial.batches.make(captions), trial.decoder.eval(), trial.run.views[0]
     with torch.no_grad():
@@ -122,12 +156,12 @@ def test_the_arithmetic_is_what_pytorch_counts(bench: measure.Bench, layers: int
     plan = trial.loader.plan(0)
     images = sum(len(trial.batches.make(captions).images) for captions in plan)
     # Left out on purpose: at the image's step the recurrent weights multiply zeros, forward and for their gradient.
-    zeros = 2 * layers * images * 4 * 512 * 512
+    zeros = 2 * layers * images * 4 * 24 * 24
     assert counter.get_total_flops() == 2 * (training.multiply_adds(trial, plan) + zeros)
 
 
 def test_the_plans_arithmetic_is_that_of_the_benchmark(bench: measure.Bench) -> None:
-    trial = start(bench, "attention")
+    trial = start(bench, "attention", "--embed_size", str(scale.EMBED), "--hidden_size", str(scale.HIDDEN))
     plan, images = trial.loader.plan(0), len(trial.loader.images)
     captions, tokens = sum(map(len, plan)), sum(len(trial.batches.make(part).targets) for part in plan)
     data = scale.DataSet("tiny", images, captions / images, tokens / captions, len(trial.context.vocabulary), 1.0)
