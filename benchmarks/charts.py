@@ -29,22 +29,12 @@ def bars(figures: list[dict[str, Any]], title: str, unit: str) -> Picture:
     """A pair of horizontal bars per figure, ours and its baseline, with the ratio; the longer bar may be either."""
     picture, axes = plt.subplots(figsize=(8, 0.8 + 0.62 * len(figures)))
     for place, figure in enumerate(reversed(figures)):
-        axes.barh(place + 0.18, figure["value"], 0.34, color=OURS)
-        axes.barh(place - 0.18, figure["baseline"], 0.34, color=OTHER)
-        axes.text(
-            figure["value"],
-            place + 0.18,
-            f" {short(figure['value'])} ({figure['ratio']:.3g} times)",
-            va="center",
-            fontsize=8,
-        )
-        axes.text(
-            figure["baseline"],
-            place - 0.18,
-            f" {short(figure['baseline'])}: {figure['against']}",
-            va="center",
-            fontsize=8,
-        )
+        for value, step, color, text in (
+            (figure["value"], 0.18, OURS, f" ({figure['ratio']:.3g} times)"),
+            (figure["baseline"], -0.18, OTHER, f": {figure['against']}"),
+        ):
+            axes.barh(place + step, value, 0.34, color=color)
+            axes.text(value, place + step, f" {short(value)}{text}", va="center", fontsize=8)
     axes.set_yticks(range(len(figures)), [figure["name"] for figure in reversed(figures)], fontsize=8)
     axes.set_xlim(0, 1.6 * max(max(figure["value"], figure["baseline"]) for figure in figures))
     axes.set_xlabel(unit)
@@ -55,14 +45,17 @@ def bars(figures: list[dict[str, Any]], title: str, unit: str) -> Picture:
 
 def encoding(result: dict[str, Any]) -> Picture | None:
     """Images/s that are encoded."""
-    figures = [f for f in result["figures"] if f["part"] == "encoding" and f["unit"] == "images/s"]
-    return bars(figures, "Encoding: ours (blue) and the baseline", "images/s") if figures else None
+    return rates(result, "encoding", "Encoding: ours (blue) and the baseline")
 
 
 def decoding(result: dict[str, Any]) -> Picture | None:
     """Images/s that are captioned."""
-    figures = [f for f in result["figures"] if f["part"] == "decoding" and f["unit"] == "images/s"]
-    return bars(figures, "Captioning: many images at once (blue) and one at a time", "images/s") if figures else None
+    return rates(result, "decoding", "Captioning: many images at once (blue) and one at a time")
+
+
+def rates(result: dict[str, Any], part: str, title: str) -> Picture | None:
+    figures = [f for f in result["figures"] if f["part"] == part and f["unit"] == "images/s"]
+    return bars(figures, title, "images/s") if figures else None
 
 
 def epochs(result: dict[str, Any]) -> Picture | None:

@@ -19,9 +19,10 @@ from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path += [str(Path(__file__).resolve().parent.parent / folder) for folder in ("", "tests")]
 
-from fuzz_targets import TARGETS, Target, tried
+from fuzz_inputs import Target, tried
+from fuzz_targets import TARGETS
 
 
 def fuzz(target: Target, examples: int, first: int) -> tuple[Counter[str], list[str]]:
@@ -53,6 +54,7 @@ def fuzz(target: Target, examples: int, first: int) -> tuple[Counter[str], list[
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--examples", type=int, default=2000, help="inputs for each reader (default: 2000)")
+    parser.add_argument("--quick", action="store_const", dest="examples", const=100, help="100 inputs for each reader")
     parser.add_argument("--seed", type=int, default=0, help="other inputs (default: 0)")
     parser.add_argument("--only", nargs="+", choices=list(TARGETS), default=list(TARGETS), help="these readers only")
     arguments = parser.parse_args()

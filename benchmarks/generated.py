@@ -15,23 +15,20 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from captioning.encoders import ENCODERS, find_weights
+from captioning.encoders import find_encoder
 from captioning.feature_store import ROWS_PER_FILE, Entry, FeatureFile, version_of
 
 WORD_CLASSES = {"determiner": 5, "preposition": 25, "adjective": 1800, "verb": 1500, "noun": 4200}
 PHRASES = (0.04, 0.30, 0.33, 0.20, 0.08, 0.03, 0.012, 0.005, 0.003)  # chances of 0, 1, ... prepositional phrases
+SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
 PICTURES = 64  # distinct ones; data sets link to them under many names
 BLOCK = 512  # distinct rows of generated features
 
 
-def words_of_class(first: int, count: int) -> list[str]:
-    """Made-up words of consonants and vowels, which no tokenizer takes apart."""
-    syllables = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
-    digits = [
-        (n // len(syllables) ** 2, n // len(syllables) % len(syllables), n % len(syllables))
-        for n in range(first, first + count)
-    ]
-    return ["".join(syllables[digit] for digit in number) for number in digits]
+def made_up_word(number: int) -> str:
+    """A word of three syllables, which no tokenizer takes apart."""
+    base = len(SYLLABLES)
+    return "".join(SYLLABLES[number // base**place % base] for place in (2, 1, 0))
 
 
 class Grammar:
@@ -39,9 +36,8 @@ class Grammar:
 
     def __init__(self, seed: int):
         self.random = np.random.default_rng(seed)
-        self.words: dict[str, list[str]] = {}
-        for kind, count in WORD_CLASSES.items():
-            self.words[kind] = words_of_class(sum(map(len, self.words.values())), count)
+        words = map(made_up_word, range(sum(WORD_CLASSES.values())))
+        self.words = {kind: [next(words) for _ in range(count)] for kind, count in WORD_CLASSES.items()}
 
     def draw(self, kind: str, count: int) -> list[str]:
         chances = 1 / (np.arange(len(self.words[kind])) + 3.0) ** 1.34
@@ -55,11 +51,8 @@ class Grammar:
         tall = iter(self.random.random(nouns) < 0.5)
 
         def thing() -> list[str]:
-            return [
-                next(supply["determiner"]),
-                *([next(supply["adjective"])] if next(tall) else []),
-                next(supply["noun"]),
-            ]
+            kinds = ("determiner", "adjective", "noun") if next(tall) else ("determiner", "noun")
+            return [next(supply[kind]) for kind in kinds]
 
         captions = []
         for phrase_count in phrases:
@@ -88,8 +81,8 @@ def draw_pictures(folder: Path, count: int) -> list[Path]:
     return paths
 
 
-def write_data_set(folder: Path, images: int, pictures: list[Path], captions_each: int = 5) -> Path:
-    """A data set with its split, 6/7 of it for training as in Flickr8k; returns the folder.
+def write_data_set(folder: Path, images: int, pictures: list[Path], captions_each: int = 5) -> None:
+    """Write a data set with its split, 6/7 of it for training as in Flickr8k.
 
     Args:
         pictures: what the images link to; without any they are empty files, for runs whose features are cached.
@@ -109,16 +102,15 @@ def write_data_set(folder: Path, images: int, pictures: list[Path], captions_eac
     parts = {"val": names[:held], "test": names[held : 2 * held], "train": names[2 * held :]}
     for split, part in parts.items():
         (folder / f"{split}.txt").write_text("\n".join(part) + "\n")
-    return folder
 
 
 def feature_file(cache: Path, encoder: str, images: Path, kind: str) -> FeatureFile:
     """Return the store that the main program reads for this encoder (ResNet50 with random weights) and folder."""
-    spec = ENCODERS[encoder]
-    _, weights_hash = find_weights(encoder, "random" if encoder == "resnet50" else None)
+    spec = find_encoder(encoder)
+    _, weights_hash = spec.find_weights("random" if encoder == "resnet50" else None)
     folder = images.resolve()
     identity = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
-    directory = cache / f"{spec.name}-{weights_hash[:8]}-squash{spec.image_size}" / f"{folder.name}-{identity}"
+    directory = cache / f"{spec.name}-{weights_hash[:8]}-{spec.transform}" / f"{folder.name}-{identity}"
     directory.mkdir(parents=True, exist_ok=True)
     return FeatureFile(directory, kind, (spec.regions, spec.channels) if kind == "grid" else (spec.channels,))
 

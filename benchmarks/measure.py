@@ -60,9 +60,9 @@ class Bench:
     scale: Scale
     device: torch.device
     directory: Path  # for generated data, caches and runs
-    data_dir: Path | None  # real captions and images, or None to generate some
-    model_path: Path | None
-    feature_cache: Path | None
+    data_dir: Path | None = None  # real captions and images, or None to generate some
+    model_path: Path | None = None
+    feature_cache: Path | None = None
 
 
 @dataclass
@@ -89,18 +89,10 @@ class Figure:
         return self
 
 
-def faster(
-    part: str, name: str, value: float, against: str, baseline: float, unit: str = "images/s", note: str = ""
-) -> Figure:
-    """A rate against another one."""
-    return Figure(part, name, value, unit, against, baseline, value / baseline, note=note)
-
-
-def quicker(
-    part: str, name: str, value: float, against: str, baseline: float, unit: str = "s", note: str = ""
-) -> Figure:
-    """A duration against another one."""
-    return Figure(part, name, value, unit, against, baseline, baseline / value, note=note)
+def compared(part: str, name: str, value: float, unit: str, against: str, baseline: float, note: str = "") -> Figure:
+    """A rate (its unit ends in /s) or a duration, and how many times better than the baseline it is."""
+    ratio = value / baseline if unit.endswith("/s") else baseline / value
+    return Figure(part, name, value, unit, against, baseline, ratio, note=note)
 
 
 def interleaved(ways: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, float]:
@@ -134,10 +126,8 @@ def machine(device: torch.device) -> dict[str, Any]:
     if information.is_file():
         fields = [line.partition(":") for line in information.read_text().splitlines()]
         known = {key.strip(): value.strip() for key, _, value in fields}
-        cpu = known.get("model name", cpu)
-        cpu += "".join(
-            f", {flag}" for flag in ("avx512f", "avx512_bf16", "amx_tile") if flag in known.get("flags", "").split()
-        )
+        extensions = {"avx512f", "avx512_bf16", "amx_tile"}.intersection(known.get("flags", "").split())
+        cpu = ", ".join([known.get("model name", cpu), *sorted(extensions)])
     return {
         "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "system": platform.system(),
         "python": platform.python_version(), "torch": torch.__version__, "device": device.type,

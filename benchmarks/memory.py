@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from shutil import rmtree
 
-from measure import Bench, Figure
+from measure import TINY, Bench, Figure
 
 PART = "memory"
 INTERVAL = 0.01  # seconds between two readings of a process
@@ -35,16 +35,15 @@ def measure(bench: Bench) -> list[Figure]:
         os.sync()  # the first run is not to share the disk with what was just written
         for when in ("first", "later"):  # a later run finds its tokens in the cache and needs no spaCy
             seen = watch([sys.executable, __file__, str(folder), str(bench.scale.memory_steps), bench.device.type])
-            note = f"{when} run, {seen['steps']:.0f} steps of attention, 512 x 1, after building the data"
-            figures.append(
-                Figure(PART, f"{images:,} images, {when} run: peak anonymous memory", seen["peak"], "MB", note=note)
+            name, note = (
+                f"{images:,} images, {when} run",
+                f"{when} run, {seen['steps']:.0f} steps of attention, 512 x 1",
             )
-            figures.append(
-                Figure(
-                    PART, f"{images:,} images, {when} run: building the data", 1e6 * seen["build"] / images, "us/image"
-                )
-            )
-            figures.append(Figure(PART, f"{images:,} images, {when} run: training", 1e3 * seen["train"], "ms/image"))
+            figures += [
+                Figure(PART, f"{name}: peak anonymous memory", seen["peak"], "MB", note=note),
+                Figure(PART, f"{name}: building the data", 1e6 * seen["build"] / images, "us/image"),
+                Figure(PART, f"{name}: training", 1e3 * seen["train"], "ms/image"),
+            ]
         rmtree(folder)
     compare(figures, bench.scale.memory)
     return figures
@@ -63,7 +62,7 @@ def compare(figures: list[Figure], sizes: tuple[int, ...]) -> None:
 
 
 def watch(command: list[str]) -> dict[str, float]:
-    """Run a process that prints JSON as its last line; returns that and its peak of RssAnon in MB."""
+    """Run a process that prints JSON as its last line; return that and its peak of RssAnon in MB."""
     peak = 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         status = Path(f"/proc/{process.pid}/status")
@@ -83,20 +82,18 @@ def child(folder: Path, steps: int, device: str) -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     import torch
     import training
-    from measure import TINY
 
-    bench = Bench(TINY, torch.device(device), folder, None, None, None)
     # The vocabulary is to have one size, and with it the work of a token: more captions bring more words thrice.
     images = len(list((folder / "data" / "Images").iterdir()))
     threshold = ["--freq_threshold", str(max(1, round(3 * images / 8_000)))]
+    flags = training.flags_for(Bench(TINY, torch.device(device), folder), folder / "data", "attention", "small")
     start = time.perf_counter()
-    run = training.start(bench, training.flags_for(bench, folder / "data", "attention", "small") + threshold)
+    trial = training.Trial(flags + threshold)
     built = time.perf_counter()
-    _, plan = training.restrict(run, steps)
-    images = len(run.data.splits["train"])
-    training.epoch(run)
-    trained = time.perf_counter()
-    print(json.dumps({"build": built - start, "train": (trained - built) / images, "steps": len(plan)}))
+    trial.shorten(steps)
+    trial.epoch()
+    trained = (time.perf_counter() - built) / len(trial.loader.images)
+    print(json.dumps({"build": built - start, "train": trained, "steps": trial.loader.steps}))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Do attention maps mean something? Train on the demo set, where each shape's place is known, and play the pointing game.
 
     python benchmarks/pointing.py                               # trains for 8 epochs: some minutes
+    python benchmarks/pointing.py --quick                       # few pictures and one epoch
     python benchmarks/pointing.py --model_path RUN              # of a demo run that is there
     python benchmarks/pointing.py --flags --attention_reg 1     # what else to give to training
 
@@ -22,24 +23,27 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
-from captioning import demo_set as pointing_game
+from captioning import demo_set
 from captioning.demo_set import Boxes, draw_demo_dataset
 
 TIMES_SHUFFLED = 2.0  # so many times the share of other pictures' maps is asked of the maps, hit and near alike
 LARGE = 0.3  # of the picture's side: a box that is wider is a large shape's
+SIZES = {"all": (0.0, 1.0), "large": (LARGE, 1.0), "small": (0.0, LARGE)}
+SCORES = ("pointing_game", "pointing_game_near")
 TRAINING = [
     "--decoder", "attention", "--encoder", "efficientnet_lite0", "--batch_size", "64", "--learning_rate", "0.002",
     "--embed_size", "256", "--hidden_size", "256", "--num_layers", "1", "--attention_dim", "256",
-    "--freq_threshold", "1", "--use_scheduler", "--scheduler_type", "one_cycle", "--warmup_epochs", "2",
+    "--freq_threshold", "1",
 ]  # fmt: skip
+SCHEDULE = ["--use_scheduler", "--scheduler_type", "one_cycle", "--warmup_epochs", "2"]
 
 
 def train(scenes: int, epochs: int, more: Sequence[str], folder: Path) -> Path:
-    """Train on a demo set in `folder`; returns the run directory."""
+    """Train on a demo set in `folder`; return the run directory."""
     draw_demo_dataset(folder / "demo", scenes)
     places = ["--data_dir", str(folder / "demo"), "--feature_cache", str(folder / "cache")]
-    places += ["--model_save_dir", str(folder / "runs")]
-    if trainer.main(["--dataset_type", "demo", *TRAINING, "--epochs", str(epochs), *places, *more]) != 0:
+    places += ["--model_save_dir", str(folder / "runs"), "--epochs", str(epochs)]
+    if trainer.main(["--dataset_type", "demo", *TRAINING, *(SCHEDULE if epochs > 2 else []), *places, *more]) != 0:
         raise SystemExit("training failed")
     (run,) = (folder / "runs").glob("demo/*/*")
     return run
@@ -50,48 +54,48 @@ def captions_and_maps(
 ) -> tuple[list[list[str]], list[np.ndarray | None], list[Boxes]]:
     """Words, attention and shapes of the validation and test images, as `--mode test` gives them to the game."""
     played: list[tuple[Any, ...]] = []
-    original = pointing_game.play
+    original = demo_set.play
 
     def recorded(*arguments: Any) -> dict[str, float]:
         played.append(arguments)
         return original(*arguments)
 
-    pointing_game.play = recorded
+    demo_set.play = recorded
     try:
         if trainer.main(["--mode", "test", "--split", "val+test", "--model_path", str(run), *flags]) != 0:
             raise SystemExit("testing failed")
     finally:
-        pointing_game.play = original
+        demo_set.play = original
     if not played:
         raise SystemExit(f"{run} is not an attention decoder trained on the demo set")
     captions_file, names, words, maps = played[-1]
-    boxes = pointing_game.read_boxes(captions_file.with_name("shapes.json"))
+    boxes = demo_set.read_boxes(captions_file.with_name("shapes.json"))
     return words, maps, [boxes[name] for name in names]
 
 
 def table(words: list[list[str]], maps: list[np.ndarray | None], boxes: list[Boxes]) -> dict[str, dict[str, float]]:
     """Scores for all shapes, the large and the small ones."""
-    kinds = {"all": (0.0, 1.0), "large": (LARGE, 1.0), "small": (0.0, LARGE)}
+
+    def of_size(scene: Boxes, low: float, high: float) -> Boxes:
+        return {word: box for word, box in scene.items() if low < box[2] - box[0] <= high}
+
     return {
-        kind: pointing_game.score(
-            words,
-            maps,
-            [{word: box for word, box in scene.items() if low < box[2] - box[0] <= high} for scene in boxes],
-        )
-        for kind, (low, high) in kinds.items()
+        kind: demo_set.score(words, maps, [of_size(scene, *bounds) for scene in boxes])
+        for kind, bounds in SIZES.items()
     }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--model_path", type=Path, help="a demo run that is there (default: train one)")
-    parser.add_argument("--scenes", type=int, default=800, help="pictures of the demo set (default: 800)")
-    parser.add_argument("--epochs", type=int, default=8, help="epochs to train (default: 8)")
+    parser.add_argument("--quick", action="store_true", help="80 pictures, one epoch: the maps point at nothing yet")
+    parser.add_argument("--scenes", type=int, help="pictures of the demo set (default: 800)")
+    parser.add_argument("--epochs", type=int, help="epochs to train (default: 8)")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="more flags of training; come last")
-    arguments = parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    scenes, epochs = args.scenes or (80 if args.quick else 800), args.epochs or (1 if args.quick else 8)
     with TemporaryDirectory() as folder:
-        run = arguments.model_path or train(arguments.scenes, arguments.epochs, arguments.flags, Path(folder))
-        results = table(*captions_and_maps(run))
+        results = table(*captions_and_maps(args.model_path or train(scenes, epochs, args.flags, Path(folder))))
     if not results["all"]:
         raise SystemExit("the model says no word for a shape that is there: train longer")
     print(f"\n{'shapes':<8}{'words':>7}{'':>4}{'peak on the shape':<34}{'on it or within half a cell':<34}")
@@ -101,15 +105,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if result:
             cells = [
                 "".join(f"{100 * result.get(name + end, np.nan):9.1f}%" for end in ("", "_uniform", "_shuffled"))
-                for name in ("pointing_game", "pointing_game_near")
+                for name in SCORES
             ]
             print(f"{kind:<8}{result['pointing_game_words']:>7}{'':>4}{'    '.join(cells)}")
     scores = results["all"]
-    short = [
-        name
-        for name in ("pointing_game", "pointing_game_near")
-        if not scores[name] >= TIMES_SHUFFLED * scores.get(f"{name}_shuffled", 0.0)
-    ]
+    short = [name for name in SCORES if not scores[name] >= TIMES_SHUFFLED * scores.get(f"{name}_shuffled", 0.0)]
     for name in short:
         print(f"{name} is less than {TIMES_SHUFFLED:g} times what the maps of other pictures get")
     return 1 if short else 0

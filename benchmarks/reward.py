@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import training
-from measure import Bench, Figure, interleaved, quicker
+from measure import Bench, Figure, compared, interleaved
 from pycocoevalcap.cider.cider_scorer import CiderScorer
+from training import Trial, flags_for, prepare_features
 
 from captioning.dataset import CaptionSet
 from captioning.decoding import sample
@@ -17,24 +18,19 @@ PART = "reward"
 
 
 def measure(bench: Bench) -> list[Figure]:
-    data_dir, _ = training.prepare_data(bench)
-    training.prepare_features(bench, data_dir)
+    data_dir = prepare_features(bench)
     return [figure for decoder in bench.scale.sizes["small"] for figure in measure_decoder(bench, data_dir, decoder)]
 
 
 def measure_decoder(bench: Bench, data_dir: Path, decoder: str) -> list[Figure]:
     """One decoder, after some steps of cross-entropy, since an untrained one never ends a caption."""
     scale, device = bench.scale, bench.device
-    flags = [*training.flags_for(bench, data_dir, decoder, "small"), "--scst_epochs", "1", "--batch_size", "320"]
-    run = training.start(bench, flags)
-    critic, train = run.step_loss.critic, run.data.splits["train"]
-    assert critic is not None
-    training.restrict(run, scale.training)
-    training.epoch(run)
-    run.epoch, run.data.splits["train"] = 1, train
-    _, plan = training.restrict(run, scale.steps)
-    spent = [0.0]
-    plain = critic.rewards
+    trial = Trial([*flags_for(bench, data_dir, decoder, "small"), "--scst_epochs", "1", "--batch_size", "320"])
+    critic, data = trial.run.step_loss.critic, trial.context.data
+    trial.shorten(scale.training)
+    trial.epoch()
+    trial.shorten(scale.steps)
+    spent, plain = [0.0], critic.rewards
 
     def timed(*args: np.ndarray) -> np.ndarray:
         start = time.perf_counter()
@@ -42,38 +38,35 @@ def measure_decoder(bench: Bench, data_dir: Path, decoder: str) -> list[Figure]:
         spent[0] += time.perf_counter() - start
         return rewards
 
-    critic.rewards = timed  # type: ignore[method-assign]
-
-    def epoch(number: int) -> None:  # 0 is trained by cross-entropy, 1 self-critically
-        run.epoch = number
-        training.epoch(run)
-
-    taken = interleaved({"cross-entropy": lambda: epoch(0), "self-critical": lambda: epoch(1)}, scale.repeats, device)
-    usual, step = (1000 * taken[name] / len(plan) for name in ("cross-entropy", "self-critical"))
-    rewards = 1000 * spent[0] / (len(plan) * (scale.repeats + 1))
-    images = run.batches.make(plan[0]).images
-    drawn = sample(run.decoder, run.views[0].gather(images, device), critic.samples, critic.max_length)
+    critic.rewards = timed
+    kinds = ("cross-entropy", "self-critical")  # epoch 0 is trained by cross-entropy, 1 self-critically
+    taken = interleaved(
+        {kind: partial(trial.epoch, number) for number, kind in enumerate(kinds)}, scale.repeats, device
+    )
+    plans = [trial.loader.plan(number) for number in range(2)]
+    usual, step = (1000 * taken[kind] / len(plan) for kind, plan in zip(kinds, plans, strict=True))
+    rewards = 1000 * spent[0] / (len(plans[1]) * (scale.repeats + 1))
+    images = trial.batches.make(plans[1][0]).images
+    drawn = sample(trial.decoder, trial.run.views[0].gather(images, device), critic.samples, critic.max_length)
     texts = [
-        " ".join(run.vocabulary.decode(row[:length])) for row, length in zip(drawn.words, drawn.lengths, strict=True)
+        " ".join(trial.context.vocabulary.decode(row[:length]))
+        for row, length in zip(drawn.words, drawn.lengths, strict=True)
     ]
-    owners = np.repeat(images, critic.samples)
-    theirs = CocoReward(run.data, train)
+    theirs = CocoReward(data, data.splits["train"])
     ways = {
         "ours": lambda: plain(drawn.words, drawn.lengths, np.ones_like(drawn.ended), images),
-        "theirs": lambda: theirs.score(texts, owners),
+        "theirs": lambda: theirs.score(texts, np.repeat(images, critic.samples)),
     }
     found = interleaved(ways, scale.repeats, device)
     difference = np.abs(ways["ours"]().reshape(-1) - ways["theirs"]()).max()
     if difference > 1e-6:
         raise AssertionError(f"the reward differs from pycocoevalcap's by {difference}")
     note = f"{len(texts)} samples of {len(images)} images a step, {drawn.lengths.mean():.1f} words on average"
+    ours, scorer = 1000 * found["ours"], 1000 * found["theirs"]
     return [
         Figure(PART, f"{decoder}: a self-critical step", step, "ms", "a step of cross-entropy", usual, step / usual, note=note),
         Figure(PART, f"{decoder}: the reward in it", rewards, "ms", "the whole step", step, rewards / step).must("<", 1 / 3),
-        quicker(
-            PART, f"{decoder}: rewards of {len(texts)} samples", 1000 * found["ours"], "pycocoevalcap",
-            1000 * found["theirs"], "ms",
-        ),
+        compared(PART, f"{decoder}: rewards of {len(texts)} samples", ours, "ms", "pycocoevalcap", scorer),
     ]  # fmt: skip
 
 
@@ -100,7 +93,7 @@ class CocoReward:
 
 
 class OfLength(list):
-    """A list that says it has another length."""
+    """A list whose `len` is a given number."""
 
     length = 0
 

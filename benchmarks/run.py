@@ -32,14 +32,7 @@ from measure import FULL, QUICK, Bench, Figure, Scale, machine
 
 from captioning.io import write_json
 
-PARTS = {
-    "encoding": encoding,
-    "epoch": training,
-    "decoding": decoding,
-    "reward": reward,
-    "memory": memory,
-    "startup": startup,
-}
+PARTS = {part.PART: part for part in (encoding, training, decoding, reward, memory, startup)}
 
 
 def measure(bench: Bench, parts: list[str]) -> list[Figure]:

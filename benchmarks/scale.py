@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,15 +26,13 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from measure import TINY, Bench, Scale
+from measure import TINY, Bench
 
 GB = 1e9
 REGIONS, CHANNELS = 49, 2048  # of ResNet50's grids, which are kept in float16
 EMBED, HIDDEN, ATTENTION = 512, 512, 512  # the attention decoder of the plan, one layer
 COUNTS = (1, 2, 4)  # of processes that the check runs
 INDEX_BYTES = 800  # of memory an image takes in each process: benchmarks/memory.py, from 8,000 to 128,000 images
-
-
 # Seconds an image takes in every process before the first step (captions, index, checks), the first time, which tokenizes:
 # benchmarks/memory.py at 128,000 images of five captions. Later runs take half of it.
 FIRST_START = 138e-6
@@ -83,6 +82,7 @@ GPU = Rates(
     encode=2500, decode=250, cores=16, arithmetic=60e12, fixed=6e-3, network=20 * GB, latency=0.3e-3, disk=5 * GB,
     memory=1500 * GB, gather=5 * GB, own_memory=40 * GB, workers=8,
 )  # fmt: skip
+RATES = ("encode", "decode", "disk", "network", "arithmetic", "memory", "gather")  # that flags can change
 
 
 class Plan(NamedTuple):
@@ -161,23 +161,15 @@ def size_of(count: float) -> str:
 
 def print_plans(rates: Rates, batch: int, epochs: int) -> None:
     """Every data set on 1, 8 and 64 workers; the batch grows with the workers, up to a fiftieth of an epoch."""
-    columns = (
-        "GPUs",
-        "captions/step",
-        "start",
-        "encoding",
-        "waits for",
-        "epoch",
-        "waits for",
-        f"{epochs} epochs",
-        "GPU hours",
-    )
-    widths = (5, 14, 9, 10, 17, 9, 20, 11, 11)
+    columns = {
+        "GPUs": 5, "captions/step": 14, "start": 9, "encoding": 10, "waits for": 17, "epoch": 9, "waits for ": 20,
+        f"{epochs} epochs": 11, "GPU hours": 11,
+    }  # fmt: skip
     for data in DATA_SETS:
         sizes = plan(data, rates, 1, batch)
         print(f"\n{data.name}: {data.images:,.0f} images, features {size_of(sizes.feature_bytes)}, "
               f"{size_of(sizes.index_bytes)} of memory a process")  # fmt: skip
-        print("".join(f"{column:>{width}}" for column, width in zip(columns, widths, strict=True)))
+        print("".join(f"{column.strip():>{width}}" for column, width in columns.items()))
         for workers in (1, 8, 64):
             captions = min(batch * workers, max(batch, int(data.images * data.captions / 50)))
             found = plan(data, rates, workers, captions)
@@ -186,7 +178,7 @@ def print_plans(rates: Rates, batch: int, epochs: int) -> None:
                 workers, f"{captions:,}", duration(found.start), duration(found.encoding), found.slowest,
                 duration(found.epoch), found.limit, duration(whole), f"{whole * workers / 3600:.2f}",
             )  # fmt: skip
-            print("".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)))
+            print("".join(f"{cell:>{width}}" for cell, width in zip(cells, columns.values(), strict=True)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -194,127 +186,115 @@ def print_plans(rates: Rates, batch: int, epochs: int) -> None:
 
 
 def work(folder: Path, epochs: int) -> None:
-    """One of the processes that are measured: encode, train, and (the first) print what it took as JSON."""
+    """One of the processes that are measured: encode, train, and (the first) write what it took as JSON."""
     import numpy as np
     import torch
     import training
 
-    import flickr_image_caption_with_pytorch_resnet_lstm as trainer
     from captioning import distributed
-    from captioning.encoders import build_encoder, find_weights
+    from captioning.building import build_data, build_features
+    from captioning.encoders import find_encoder
+    from captioning.settings import parse_flags
 
     distributed.join()
     torch.set_num_threads(1)
     flags = json.loads((folder / "flags.json").read_text())
-    args, typed = trainer.parse_flags(flags)
-    build, encoding = trainer.build_features, [0.0]
-    weights, _ = find_weights(args.encoder, None)
-    encoder = build_encoder(args.encoder, weights)
-    start = time.perf_counter()
-    encode = encoder.fast_form(torch.device("cpu"))
-    for _ in range(3):  # the first calls optimize the graph
-        encode(np.zeros((2, 224, 224, 3), np.uint8))
-    making = time.perf_counter() - start
+    settings = parse_flags(flags)
+    spec = find_encoder(settings.encoder)
+    encoder = spec.build(spec.find_weights()[0])
 
-    def timed(*rest: Any) -> Any:
+    def seconds_of(call: Callable[[], object]) -> float:
         distributed.wait_for_all()
         start = time.perf_counter()
-        found = build(*rest)
-        encoding[0] = time.perf_counter() - start
-        return found
+        call()
+        return time.perf_counter() - start
 
-    trainer.build_features = timed
-    run = trainer.start_training(args, typed, flags)
-    plan = run.batches.plan(run.data.splits["train"], args.batch_size)
+    def make_encoder() -> None:
+        encode = encoder.fast_form(torch.device("cpu"))
+        for _ in range(3):  # the first calls optimize the graph
+            encode(np.zeros((2, spec.image_size, spec.image_size, 3), np.uint8))
+
+    making = seconds_of(make_encoder)
+    data = build_data(settings, None)
+    encoding = seconds_of(lambda: build_features(settings, data, np.arange(len(data.names))))
+    trial = training.Trial(flags)
 
     def median_epoch() -> float:
-        seconds = []
-        for _ in range(epochs):
-            distributed.wait_for_all()
-            start = time.perf_counter()
-            training.epoch(run)
-            seconds.append(time.perf_counter() - start)
-        return statistics.median(seconds[1:])
+        return statistics.median([seconds_of(trial.epoch) for _ in range(epochs)][1:])
 
-    whole = median_epoch()
+    whole, plan = median_epoch(), trial.loader.plan(0)
     parts = {}  # alone: what a step takes that has a second or a fourth of the captions
     for shares in COUNTS if distributed.size() == 1 else ():
-        args.batch_size = training.BATCH // shares
-        parts[shares] = median_epoch() / len(run.batches.plan(run.data.splits["train"], args.batch_size))
-    gradient = torch.zeros(sum(parameter.numel() for parameter in run.decoder.parameters()))
+        trial.load(trial.loader.images, training.BATCH // shares)
+        parts[shares] = median_epoch() / trial.loader.steps
+    gradient = torch.zeros(sum(parameter.numel() for parameter in trial.decoder.parameters()))
     adding = 0.0
-    if distributed.size() > 1:
-        for repeat in range(6):
-            start = time.perf_counter() if repeat else 0.0  # the first makes the connections
-            torch.distributed.all_reduce(gradient)
-        adding = (time.perf_counter() - start) if start else 0.0
+    if distributed.size() > 1:  # the first exchange makes the connections
+        exchange = lambda: torch.distributed.all_reduce(gradient)  # noqa: E731
+        adding = [seconds_of(exchange) for _ in range(6)][-1]
     if distributed.is_first():
         result = {
-            "encoding": encoding[0], "making": making, "images": len(run.data.names), "epoch": whole, "parts": parts,
-            "steps": len(plan), "arithmetic": 2 * training.multiply_adds(run, plan), "adding": adding,
-            "parameters": len(gradient),
+            "encoding": encoding, "making": making, "images": len(data.names), "epoch": whole, "parts": parts,
+            "steps": len(plan), "adding": adding,
         }  # fmt: skip
         (folder / "result.json").write_text(json.dumps(result))
     distributed.leave()
 
 
-def measure(scale: Scale, directory: Path, processes: int, epochs: int, images: int) -> dict[str, Any]:
-    """Encoding and training by so many processes of one thread each, from an empty cache."""
+def torchrun(processes: int, command: Sequence[object]) -> None:
+    """Run a command in so many processes of one thread each."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    done = subprocess.run(
+        [*launcher, *map(str, command)], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr[-3000:])
+
+
+def measure(directory: Path, processes: int, epochs: int, images: int) -> dict[str, Any]:
+    """Encoding and training by so many processes, from an empty cache."""
     import torch
     import training
 
-    bench = Bench(replace(scale, images=images), torch.device("cpu"), directory, None, None, None)
+    bench = Bench(replace(TINY, images=images), torch.device("cpu"), directory)
     data_dir, _ = training.prepare_data(bench)
     folder = directory / f"processes{processes}"
     folder.mkdir()
-    flags = training.flags_for(bench, data_dir, "attention", "small")
-    for name, value in {
-        "--encoder": "efficientnet_lite0", "--feature_cache": str(folder / "cache"), "--model_save_dir": str(folder),
-        "--compile": "off", "--precision": "fp32",
-    }.items():  # fmt: skip
-        flags = [*flags[: flags.index(name)], *flags[flags.index(name) + 2 :]] if name in flags else flags
-        flags += [name, value]
-    weights = flags.index("--resnet_weights")
-    flags = flags[:weights] + flags[weights + 2 :]
+    flags = training.flags_for(bench, data_dir, "attention", "small", "efficientnet_lite0")
+    flags += ["--feature_cache", str(folder / "cache"), "--compile", "off", "--precision", "fp32"]
     (folder / "flags.json").write_text(json.dumps(flags))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    own = [__file__, "--work", str(folder), "--epochs", str(epochs)]
-    done = subprocess.run([*launcher, *own], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr[-3000:])
+    torchrun(processes, [__file__, "--work", folder, "--epochs", epochs])
     return json.loads((folder / "result.json").read_text())  # type: ignore[no-any-return]
 
 
-def check(scale: Scale, epochs: int, images: int) -> list[dict[str, float]]:
-    """Predict several processes from one, and run them; prints a table and returns its rows."""
+def check(epochs: int, images: int) -> list[dict[str, float]]:
+    """Predict several processes from one, and run them; print a table and return its rows."""
     cores = os.cpu_count() or 1
     rows = []
     with TemporaryDirectory(prefix="benchmark-") as place:
-        found = {count: measure(scale, Path(place), count, epochs, images) for count in COUNTS}
+        found = {count: measure(Path(place), count, epochs, images) for count in COUNTS}
     one = found[1]
     print(
-        f"{cores} cores; one thread a process; {one['images']} images, {one['steps']} steps an epoch; predicted from one process"
+        f"{cores} cores; one thread a process; {one['images']} images, {one['steps']} steps an epoch; "
+        "predicted from one process"
     )
-    print(
-        f"{'processes':>10}{'encoding s':>12}{'predicted':>11}{'epoch s':>10}{'predicted':>11}{'speed-up':>10}{'gradients, ms a step':>22}"
-    )
+    heads = {"processes": 10, "encoding s": 12, "predicted": 11, "epoch s": 10, "predicted ": 11, "speed-up": 10}
+    heads["gradients, ms a step"] = 22
+    print("".join(f"{head.strip():>{width}}" for head, width in heads.items()))
     for count, seen in found.items():
         busy = max(1.0, count / cores)  # processes that share a core
         encoding = one["making"] * busy + (one["encoding"] - one["making"]) * busy / count
         step = one["parts"][str(count)] * busy + seen["adding"]
         row = {
             "processes": count, "encoding": seen["encoding"], "encoding_predicted": encoding, "epoch": seen["epoch"],
-            "epoch_predicted": step * one["steps"], "adding": seen["adding"],
+            "epoch_predicted": step * one["steps"], "speed_up": one["epoch"] / seen["epoch"],
         }  # fmt: skip
+        cells = [f"{count}", *(f"{value:.2f}" for value in list(row.values())[1:]), f"{1000 * seen['adding']:.1f}"]
+        print("".join(f"{cell:>{width}}" for cell, width in zip(cells, heads.values(), strict=True)))
         rows.append(row)
-        print(
-            f"{count:>10}{row['encoding']:>12.2f}{row['encoding_predicted']:>11.2f}{row['epoch']:>10.2f}"
-            f"{row['epoch_predicted']:>11.2f}{one['epoch'] / row['epoch']:>10.2f}{1000 * row['adding']:>22.1f}"
-        )
     step, half = one["epoch"] / one["steps"], one["parts"]["2"]
-    print(
-        f"Of a step's {1000 * step:.0f} ms, {1000 * max(0.0, 2 * half - step):.0f} do not get less with fewer captions"
-    )
+    fixed = max(0.0, 2 * half - step)
+    print(f"Of a step's {1000 * step:.0f} ms, {1000 * fixed:.0f} do not get less with fewer captions")
     return rows
 
 
@@ -323,32 +303,25 @@ def same(flags: list[str]) -> None:
     import torch
 
     program = Path(__file__).resolve().parent.parent / "flickr_image_caption_with_pytorch_resnet_lstm.py"
-    print(
-        f"{'processes':>10}{'training loss':>15}{'validation loss':>17}{'validation CIDEr':>18}{'seconds':>9}{'largest difference of a weight':>32}"
-    )
+    heads = {"processes": 10, "training loss": 15, "validation loss": 17, "validation CIDEr": 18, "seconds": 9}
+    heads["largest difference of a weight"] = 32
+    print("".join(f"{head:>{width}}" for head, width in heads.items()))
     weights: dict[str, Any] = {}
     with TemporaryDirectory(prefix="benchmark-") as place:
         for count in COUNTS:
             folder = Path(place) / str(count)
-            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
             start = time.perf_counter()
-            done = subprocess.run(
-                [*launcher, str(program), *flags, "--model_save_dir", str(folder)],
-                env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-            )  # fmt: skip
-            if done.returncode:
-                raise SystemExit(done.stderr[-3000:])
+            torchrun(count, [program, *flags, "--model_save_dir", folder])
             seconds = time.perf_counter() - start
             (last,) = folder.rglob("last.pt")
             checkpoint = torch.load(last, weights_only=True)
             curve, found = checkpoint["loss_curve"], checkpoint["decoder"]
             weights = weights or found
             apart = max(float((found[name] - weights[name]).abs().max()) for name in found)
-            print(
-                f"{count:>10}{curve['training_losses'][-1]:>15.5f}{curve['validation_losses'][-1]:>17.5f}"
-                f"{100 * checkpoint['metrics_history'][-1]['cider']:>18.2f}{seconds:>9.0f}{apart:>32.2e}",
-                flush=True,
-            )
+            losses = [f"{curve[name][-1]:.5f}" for name in ("training_losses", "validation_losses")]
+            cider = 100 * checkpoint["metrics_history"][-1]["cider"]
+            cells = [f"{count}", *losses, f"{cider:.2f}", f"{seconds:.0f}", f"{apart:.2e}"]
+            print("".join(f"{cell:>{width}}" for cell, width in zip(cells, heads.values(), strict=True)), flush=True)
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, float]]:
@@ -358,7 +331,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, float]]:
     parser.add_argument("--images", type=int, default=700, help="of the check's data set")
     parser.add_argument("--epochs", type=int, default=None, help="of the plan (15), or of the check (4)")
     parser.add_argument("--batch_size", type=int, default=640, help="captions of a step on one GPU, in the plan")
-    for name in ("encode", "decode", "disk", "network", "arithmetic", "memory", "gather"):
+    for name in RATES:
         parser.add_argument(f"--{name}", type=float, default=getattr(GPU, name), help="of the plan: see `Rates`")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -369,11 +342,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, float]]:
         same(args.same)
         return []
     if args.check:
-        return check(TINY, args.epochs or 4, args.images)
-    named = {
-        name: getattr(args, name) for name in ("encode", "decode", "disk", "network", "arithmetic", "memory", "gather")
-    }
-    print_plans(replace(GPU, **named), args.batch_size, args.epochs or 15)
+        return check(args.epochs or 4, args.images)
+    print_plans(replace(GPU, **{name: getattr(args, name) for name in RATES}), args.batch_size, args.epochs or 15)
     return []
 
 

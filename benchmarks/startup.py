@@ -19,36 +19,32 @@ PROGRAM = Path(__file__).resolve().parent.parent / "flickr_image_caption_with_py
 def measure(bench: Bench) -> list[Figure]:
     import training
 
-    data_dir, _ = training.prepare_data(bench)
-    training.prepare_features(bench, data_dir)
-    python = [sys.executable]
+    data_dir = training.prepare_features(bench)
     commands = {
-        "python alone": [*python, "-c", "pass"],
-        "import torch": [*python, "-c", "import torch"],
-        "--help": [*python, str(PROGRAM), "--help"],
-        "a mistyped flag": [*python, str(PROGRAM), "--decodr", "lstm"],
+        "python alone": ["-c", "pass"],
+        "import torch": ["-c", "import torch"],
+        "--help": [str(PROGRAM), "--help"],
+        "a mistyped flag": [str(PROGRAM), "--decodr", "lstm"],
     }
     for decoder in bench.scale.sizes["small"]:
-        flags = training.flags_for(bench, data_dir, decoder, "small")
-        commands[f"first step, {decoder}"] = [*python, __file__, *flags]
+        commands[f"first step, {decoder}"] = [__file__, *training.flags_for(bench, data_dir, decoder, "small")]
     seconds: dict[str, list[float]] = {name: [] for name in commands}
     for counted in [False] * (bench.scale.starts > 1) + [True] * bench.scale.starts:  # the first fills the token cache
         for name, command in commands.items():
             started = time.perf_counter()
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode not in (0, 2) or (done.returncode == 2) != ("mistyped" in name):
+            done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+            if done.returncode != (2 if "mistyped" in name else 0):
                 raise RuntimeError(f"{command} ended with {done.returncode}: {done.stderr[-500:]}")
             if counted:
                 seconds[name].append(time.perf_counter() - started)
     median = {name: statistics.median(each) for name, each in seconds.items()}
+    note = f"ratio: times the baseline's; median of {bench.scale.starts}"
     figures = []
     for name in list(commands)[2:]:
-        against = "import torch" if name.startswith("first step") else "python alone"
-        figure = Figure(
-            PART, name, median[name], "s", against, median[against], median[name] / median[against],
-            note=f"ratio: times the baseline's; median of {bench.scale.starts}",
-        )  # fmt: skip
-        figures.append(figure.must("<", 5 if name.startswith("first step") else 0.5, of_value=True))
+        against, bound = ("import torch", 5) if name.startswith("first step") else ("python alone", 0.5)
+        ratio = median[name] / median[against]
+        figure = Figure(PART, name, median[name], "s", against, median[against], ratio, note=note)
+        figures.append(figure.must("<", bound, of_value=True))
     return figures
 
 

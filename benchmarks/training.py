@@ -10,7 +10,6 @@ import io
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,14 @@ import numpy as np
 import torch
 from baselines import naive_pass, padded, padded_step
 from generated import PICTURES, draw_pictures, feature_file, fill_cache, write_data_set
-from measure import Bench, Figure, faster, interleaved, large_product, quicker
+from measure import Bench, Figure, compared, interleaved, large_product
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from captioning.dataset import load_caption_set
 from captioning.encoders import find_encoder
-from training_utils import Precision, StopRequest, multiplies_bf16
+from captioning.settings import parse_flags
+from training_utils import Precision, StepMonitor, StopRequest, TrainLoader, multiplies_bf16
 
 PART = "epoch"
 BATCH = 128
@@ -37,22 +37,35 @@ ARITHMETIC = {"lstm": 0.70, "attention": 0.60}
 PRODUCTS = {getattr(torch.ops.aten, name) for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_")}
 
 
-def restrict(training: trainer.Training, steps: int) -> tuple[int, list[np.ndarray]]:
-    """Have an epoch be so many full batches; returns the steps of a whole epoch and these batches' captions."""
-    size = training.args.batch_size
-    images = np.random.default_rng(0).permutation(training.data.splits["train"])
-    plan = training.batches.plan(images, size)
-    owners = np.searchsorted(training.data.first_caption, np.concatenate(plan[:steps]), side="right") - 1
-    training.data.splits["train"] = np.unique(owners)
-    order = np.random.default_rng([training.args.seed, training.epoch]).permutation(training.data.splits["train"])
-    return len(plan), training.batches.plan(order, size)
+class Trial:
+    """A training of the main program before its first step, and epochs of it that can be cut to a few batches."""
 
+    def __init__(self, flags: list[str]):
+        with redirect_stdout(io.StringIO()):
+            self.run, self.state = trainer.build_run(parse_flags(flags))
+        self.context, self.decoder, self.loader = self.run.context, self.state.decoder, self.run.loader
+        self.batches = self.loader.batches
 
-def epoch(training: trainer.Training) -> None:
-    """An epoch as the main program trains it, over what `restrict` left of the images."""
-    training.step = training.tokens = 0
-    training.loss_sum.zero_()
-    trainer.train_one_epoch(training, StopRequest())
+    def load(self, images: np.ndarray, batch_size: int) -> None:
+        """Have epochs consist of these images, in batches of so many captions."""
+        settings = self.run.settings
+        self.loader = TrainLoader(self.batches, images, len(self.run.views), batch_size, settings.seed)
+
+    def shorten(self, steps: int) -> None:
+        """Have epochs consist of so many full batches."""
+        images, size = self.run.loader.images, self.run.loader.batch_size
+        plan = self.batches.plan(np.random.default_rng(0).permutation(images), size)
+        self.load(np.unique(self.batches.owner(np.concatenate(plan[:steps]))), size)
+
+    def epoch(self, number: int = 0) -> None:
+        """Train an epoch as the main program does."""
+        state, settings = self.state, self.run.settings
+        state.epoch, state.step, state.tokens = number, 0, 0
+        state.loss_sum.zero_()
+        monitor = StepMonitor(
+            self.loader, self.context.data.names, Path(), settings, StopRequest(), self.context.device
+        )
+        trainer.train_one_epoch(state, self.loader, self.run.step_loss, settings, monitor, lambda: None, self.run.clock)
 
 
 def prepare_data(bench: Bench) -> tuple[Path, list[Path]]:
@@ -67,29 +80,24 @@ def prepare_data(bench: Bench) -> tuple[Path, list[Path]]:
     return folder, pictures
 
 
-def flags_for(bench: Bench, data_dir: Path, decoder: str, size: str) -> list[str]:
-    return [
-        "--dataset_type", "custom", "--data_dir", str(data_dir), "--decoder", decoder, "--batch_size", str(BATCH),
-        "--encoder", "resnet50", "--resnet_weights", "random", "--feature_cache", str(bench.directory / "cache"),
-        "--model_save_dir", str(bench.directory / "runs"), "--epochs", "1", "--device", bench.device.type,
-        "--learning_rate", "0.001", *SIZES[size],
-    ]  # fmt: skip
-
-
-def prepare_features(bench: Bench, data_dir: Path, encoder: str = "resnet50") -> None:
-    """Random features of all images in the cache that the main program will look into."""
+def prepare_features(bench: Bench) -> Path:
+    """Put random features of all images into the cache that the main program will read; return the data set."""
+    data_dir, _ = prepare_data(bench)
     data = load_caption_set(data_dir)
     for kind in ("grid", "mean"):
-        file = feature_file(bench.directory / "cache", encoder, data.image_dir, kind)
+        file = feature_file(bench.directory / "cache", "resnet50", data.image_dir, kind)
         if file.rows < len(data.names):
             fill_cache(file, data.paths())
+    return data_dir
 
 
-def start(bench: Bench, flags: list[str]) -> trainer.Training:
-    """The main program up to its first step."""
-    args, typed = trainer.parse_flags(flags)
-    with redirect_stdout(io.StringIO()):
-        return trainer.start_training(args, typed, flags)
+def flags_for(bench: Bench, data_dir: Path, decoder: str, size: str, encoder: str = "resnet50") -> list[str]:
+    return [
+        "--dataset_type", "custom", "--data_dir", str(data_dir), "--decoder", decoder, "--batch_size", str(BATCH),
+        "--encoder", encoder, *(["--resnet_weights", "random"] if encoder == "resnet50" else []), *SIZES[size],
+        "--feature_cache", str(bench.directory / "cache"), "--model_save_dir", str(bench.directory / "runs"),
+        "--epochs", "1", "--device", bench.device.type, "--learning_rate", "0.001",
+    ]  # fmt: skip
 
 
 class ProductTypes(TorchDispatchMode):
@@ -108,19 +116,19 @@ class ProductTypes(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def check_precision(training: trainer.Training, precision: Precision) -> None:
+def check_precision(trial: Trial, precision: Precision) -> None:
     """Train an epoch and make sure that its matrix products run in this precision.
 
     Raises:
         AssertionError: a tenth of the operations or more runs in another one.
     """
     with ProductTypes() as seen:
-        epoch(training)
+        trial.epoch()
     if seen.operations[precision.dtype] <= 0.9 * seen.operations.total():
         raise AssertionError(f"--precision {precision.name} has these operations by dtype: {dict(seen.operations)}")
 
 
-def multiply_adds(training: trainer.Training, plan: list[np.ndarray]) -> int:
+def multiply_adds(trial: Trial, plan: list[np.ndarray]) -> int:
     """Multiply-adds that training on these batches needs, in matrix products over real tokens.
 
     With N tokens of I images (each with R regions of C channels; R = 1 for lstm), V words, E embed size, H hidden
@@ -134,96 +142,90 @@ def multiply_adds(training: trainer.Training, plan: list[np.ndarray]) -> int:
 
     and, but for the image projection, three times this with the gradients of inputs and of weights.
     """
-    decoder, flags = training.decoder, training.args
+    flags, words = trial.run.settings, len(trial.context.vocabulary)
     spec = find_encoder(flags.encoder)
-    channels, regions = spec.channels, spec.regions
-    embed, hidden, words = flags.embed_size, flags.hidden_size, len(training.vocabulary)
-    batches = [training.batches.make(captions) for captions in plan]
+    embed, hidden, attention = flags.embed_size, flags.hidden_size, flags.attention_dim
+    batches = [trial.batches.make(captions) for captions in plan]
     images, tokens = sum(len(batch.images) for batch in batches), sum(len(batch.targets) for batch in batches)
     widths = [embed] + (flags.num_layers - 1) * [hidden]
     needed = sum(4 * hidden * (images * width + tokens * (width + hidden)) for width in widths)
     needed += tokens * (hidden * embed + embed * words)
-    if not decoder.uses_grid:
-        return 3 * needed + 2 * images * channels * embed
-    attention = flags.attention_dim
-    needed += images * regions * embed * attention
-    needed += tokens * (hidden * attention + hidden * embed + embed * embed + regions * (attention + embed))
-    return 3 * needed + 2 * images * regions * channels * embed
+    regions = spec.regions if trial.decoder.uses_grid else 1
+    if trial.decoder.uses_grid:
+        needed += images * regions * embed * attention
+        needed += tokens * (hidden * attention + hidden * embed + embed * embed + regions * (attention + embed))
+    return int(3 * needed + 2 * images * regions * spec.channels * embed)
 
 
 def measure(bench: Bench) -> list[Figure]:
-    data_dir, pictures = prepare_data(bench)
-    prepare_features(bench, data_dir)
+    data_dir, pictures = prepare_features(bench), prepare_data(bench)[1]
     encoder = find_encoder("resnet50").build(None).to(bench.device)
     paths = [pictures[n % len(pictures)] for n in range(bench.scale.captions_encoded)]
     encode = lambda: naive_pass(encoder, paths, len(paths), bench.device)  # noqa: E731
-    figures = []
-    for size, decoders in bench.scale.sizes.items():
-        for decoder in decoders:
-            figures += measure_decoder(bench, data_dir, decoder, size, encode)
-    return figures
+    return [
+        figure
+        for size, decoders in bench.scale.sizes.items()
+        for decoder in decoders
+        for figure in measure_decoder(bench, data_dir, decoder, size, encode)
+    ]
 
 
 def measure_decoder(bench: Bench, data_dir: Path, decoder: str, size: str, encode: Callable[[], float]) -> list[Figure]:
     """One decoder at one size, in every precision that this device is made for."""
     scale, device = bench.scale, bench.device
-    precisions = [Precision(name, device) for name in ("fp32", *(["bf16"] if multiplies_bf16(device) else []))]
+    names = ["fp32", *(["bf16"] if multiplies_bf16(device) else [])]
     ways: dict[str, Callable[[], object]] = {"encode": encode}
-    for precision in precisions:
-        training = start(bench, [*flags_for(bench, data_dir, decoder, size), "--precision", precision.name])
-        captions = int(training.data.caption_counts(training.data.splits["train"]).sum())
-        steps, plan = restrict(training, scale.steps)
-        check_precision(training, precision)
-        ways[precision.name] = partial(epoch, training)
-        ways[f"product {precision.name}"] = large_product(scale.matmul, precision.dtype, device)
-    here = sum(map(len, plan))
+    for name in names:
+        trial = Trial([*flags_for(bench, data_dir, decoder, size), "--precision", name])
+        trial.shorten(scale.steps)
+        precision = Precision(name, device)
+        check_precision(trial, precision)
+        ways |= {name: trial.epoch, f"product {name}": large_product(scale.matmul, precision.dtype, device)}
+    plan, whole = trial.loader.plan(0), trial.run.loader
+    captions, here = sum(map(len, whole.plan(0))), sum(map(len, plan))
 
     chosen = np.random.default_rng(1).permutation(np.concatenate(plan))[:BATCH]
     slow_steps = -(-captions // len(chosen))
-    length = int(training.batches.lengths.max()) + 1
-    inputs, targets = (part.to(device) for part in padded(training.batches, chosen, length))
-    owner = np.searchsorted(training.data.first_caption, chosen, side="right") - 1
-    plain_adam = torch.optim.Adam(training.decoder.parameters(), lr=training.args.learning_rate)
+    length = int(trial.batches.lengths.max()) + 1
+    inputs, targets = (part.to(device) for part in padded(trial.batches, chosen, length))
+    plain_adam = torch.optim.Adam(trial.decoder.parameters(), lr=0.001)
 
     def slow() -> None:
-        features = training.views[0].gather(owner, device)
-        padded_step(training.decoder, plain_adam, features, inputs, targets)
+        features = trial.run.views[0].gather(trial.batches.owner(chosen), device)
+        padded_step(trial.decoder, plain_adam, features, inputs, targets)
 
     seconds = interleaved(ways | {"slow": slow}, scale.repeats, device)
 
-    part_of_batch = len(chosen) / scale.captions_encoded
-    original = slow_steps * (seconds["encode"] * part_of_batch + seconds["slow"])
     cached = slow_steps * seconds["slow"]
+    original = cached + slow_steps * seconds["encode"] * len(chosen) / scale.captions_encoded
     note = (
-        f"ours {len(plan)} of {steps} steps, the other way 1 padded step of {slow_steps} ({length} time steps) and "
-        f"{scale.captions_encoded} of {len(chosen)} images encoded, medians of {scale.repeats}"
+        f"ours {len(plan)} of {whole.steps} steps, the other way 1 padded step of {slow_steps} ({length} time steps) "
+        f"and {scale.captions_encoded} of {len(chosen)} images encoded, medians of {scale.repeats}"
     )
     what = f"{decoder}, {'512 x 1' if size == 'small' else '1024 x 3'}"
-    work = 2 * multiply_adds(training, plan)
-    names = [precision.name for precision in precisions]
+    work = 2 * multiply_adds(trial, plan)
     product = {name: 2 * scale.matmul**3 / seconds[f"product {name}"] for name in names}
     figures = []
     for name in names:
-        ours_seconds = seconds[name] * captions / here
-        against_original = quicker(
-            PART, f"{what}, {name}: epoch / the original's way", ours_seconds, "the original's way", original, note=note
+        about, ours = f"{what}, {name}", seconds[name] * captions / here
+        against_original = compared(
+            PART, f"{about}: epoch / the original's way", ours, "s", "the original's way", original, note
         )
-        against_cached = quicker(
-            PART, f"{what}, {name}: epoch / cached features", ours_seconds, "cached, padded, projection in the loop", cached
-        )  # fmt: skip
+        against_cached = compared(
+            PART, f"{about}: epoch / cached features", ours, "s", "cached, padded, projection in the loop", cached
+        )
         if name == names[-1]:  # what --precision auto takes
             against_original.must(">=", ENOUGH[decoder, size])
             if (decoder, size) == ("attention", "small"):
                 against_cached.must(">=", 2.5)
-        rates = faster(
-            PART, f"{what}, {name}: captions/s", captions / ours_seconds, "the original's way", captions / original,
-            "captions/s",
-        )  # fmt: skip
+        rates = compared(
+            PART, f"{about}: captions/s", captions / ours, "captions/s", "the original's way", captions / original
+        )
         figures += [against_original, against_cached, rates]
         for against in dict.fromkeys(("fp32", name)):
-            arithmetic = faster(
-                PART, f"{what}, {name}: arithmetic / {against} product", work / seconds[name] / 1e9,
-                f"{scale.matmul} x {scale.matmul} in {against}", product[against] / 1e9, "GFLOP/s",
+            arithmetic = compared(
+                PART, f"{about}: arithmetic / {against} product", work / seconds[name] / 1e9, "GFLOP/s",
+                f"{scale.matmul} x {scale.matmul} in {against}", product[against] / 1e9,
             )  # fmt: skip
             arithmetic.limit = 1.0 if name == against else None
             if size == "small" and name == against == "fp32":

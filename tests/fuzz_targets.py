@@ -7,244 +7,65 @@ and whatever else it raises is a crash.
 
 from __future__ import annotations
 
-import argparse
+import asyncio
 import contextlib
 import hashlib
 import io
 import json
-import os
+import logging
 import struct
-import sys
-import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
+from fuzz_data import (
+    archive,
+    archives,
+    caption_files,
+    captions,
+    run_directory,
+    run_trees,
+    shape_table,
+    shape_tables,
+    split_files,
+    split_names,
+    splits,
+    stored_split,
+    stored_split_file,
+    stored_splits,
+)
+from fuzz_inputs import Target, altered, mutated, names, refuses, values
 from hypothesis import strategies as st
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import flickr_image_caption_with_pytorch_resnet_lstm as trainer
-from captioning.checkpoints import SCHEMA, is_tensor, load_checkpoint, load_weights, require_trainable, save_checkpoint
-from captioning.dataset import Tokens, Vocabulary, find_splits, pack_tokens, unpack_tokens
+from captioning import encoders
+from captioning.checkpoints import SCHEMA, load_checkpoint, load_weights, require_trainable, save_checkpoint
+from captioning.dataset import Tokens, Vocabulary, pack_tokens, unpack_tokens
 from captioning.decoders import build_decoder
-from captioning.demo_set import read_boxes, score
 from captioning.encoders import find_encoder
-from captioning.features import FeatureFile, Version
+from captioning.feature_store import FeatureFile, FeatureStore, Version
+from captioning.flags import FLAGS
 from captioning.images import UnreadableImage, open_image
 from captioning.io import CONTROL_CHARACTERS, UserError
-from captioning.layouts import SPLITS, read_captions
 from captioning.modes.export import model_card, write_model
 from captioning.runs import find_checkpoint
-from download_datasets import extract_archive
-from experiment_utils import config_flags
-from training_utils import Schedule, ScheduleSettings
+from captioning.schedules import Schedule, ScheduleSettings
+from captioning.settings import config_flags, get_parser, parse_flags
+from captioning.tensor_files import read_tensors
 
+with contextlib.suppress(UserError):  # where FastAPI is not installed, the page's reader is not tried
+    from captioning.modes import serve
 
-class Target(NamedTuple):
-    """A reader under test."""
-
-    inputs: st.SearchStrategy[Any]
-    accepts: Callable[[Any, Path], bool]  # takes an input and an empty directory of its own
-
-
-def tried(target: Target, value: Any) -> bool:
-    """Run a target on one input in a directory that vanishes again."""
-    with tempfile.TemporaryDirectory() as folder:
-        return target.accepts(value, Path(folder))
-
-
-def refuses(call: Callable[[], Any], refusal: type[Exception] = UserError, lines: int = 1) -> Any:
-    """The result of `call`, or None where it refuses, which it has to do in a line that can be printed."""
-    try:
-        return call()
-    except refusal as error:
-        text = str(error)
-        assert text and not CONTROL_CHARACTERS.search(text.replace("\n", "") if lines > 1 else text), f"{text!r}"
-        return None
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # as the page does
 
 
 # --------------------------------------------------------------------------------------------------
-# Strategies
-
-ODD_NUMBERS = [0, 1, 2, -1, -512, 127, 255, 256, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63, 2**64, 10**40]
-ODD_NAMES = [
-    "a.jpg", "b.jpg", "A.JPG", "a b.jpg", "a'b.jpg", 'a"b.jpg', "a,b.jpg", "a|b.jpg", "a#1.jpg", "a\nb.jpg", "a\tb.jpg",
-    "ü.jpg", "u\u0308.jpg", "\U0001f415.jpg", "\u202egpj.a", "a\u2028b", "..", ".", "", " ", "../evil", "a/../../evil",
-    "/evil", "a/b.jpg", "a\\b.jpg", "..\\evil", "C:/evil", "C:evil", "\\\\server\\evil", "n" * 300, "a\0b", "a.jpg/.",
-    "~", "-rf", "*", "[a", "**", "a**", "NUL", "a.jpg ", "\x1b[2J", "\x7f", "\x85",
-]  # fmt: skip
-ODD_CAPTIONS = [
-    "a dog", "dog", "", " ", "...", '"a ""big"" dog"', '"a dog', 'a "big" dog', "'a dog'", '"a\ndog"', "a, b, c", "a|b",
-    "None", "a\tdog", "a\x07dog", "a\x1b[31mdog", "\ufeffa dog", "日本語", "a\u0301", "\U0001f415", "a\0b", "word " * 10_000,
-    "\u2028", "x" * 140_000, "=1+1",
-]  # fmt: skip
-ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32", "latin-1", "cp1252", "utf-7"]
-names = st.sampled_from(ODD_NAMES) | st.text(max_size=8)
-mostly_sound = st.sampled_from(["a.jpg", "b.jpg", "c d.jpg", "e,f.jpg", "ü.jpg"] * 4) | names
-numbers = st.sampled_from(ODD_NUMBERS) | st.integers(-5, 5)
-scalars = (
-    st.none()
-    | st.booleans()
-    | numbers
-    | st.floats()
-    | names
-    | st.sampled_from(["lstm", "cosine", "1e-3", "nan", "[", "{}"])
-)
-values: st.SearchStrategy[Any] = st.recursive(
-    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3), max_leaves=5
-)
-
-
-@st.composite
-def mutated(draw: st.DrawFn, raw: bytes, most: int = 5) -> bytes:
-    """`raw` after a few accidents: bytes changed, cut out, put in, said twice, and numbers that lie."""
-    data = bytearray(raw)
-    for _ in range(draw(st.integers(0, most))):
-        at = draw(st.integers(0, len(data)))
-        match draw(st.sampled_from(["flip", "number", "cut", "insert", "repeat", "end"])):
-            case "flip":
-                data[at : at + 1] = draw(st.binary(min_size=1, max_size=1))
-            case "number":
-                order, size = draw(st.sampled_from(["<", ">"])), draw(st.sampled_from([1, 2, 4, 8]))
-                number = draw(numbers) % (1 << 8 * size)
-                data[at : at + size] = number.to_bytes(size, "little" if order == "<" else "big")
-            case "cut":
-                del data[at : at + draw(st.integers(1, 40))]
-            case "insert":
-                data[at:at] = draw(st.binary(max_size=12))
-            case "repeat":
-                data[at:at] = data[at : at + draw(st.integers(1, 200))]
-            case "end":
-                del data[at:]
-    return bytes(data)
-
-
-@st.composite
-def altered(draw: st.DrawFn, value: Any) -> Any:
-    """A copy of nested dicts and lists in which one or two things are gone, others, or too many."""
-    for _ in range(draw(st.integers(1, 2))):
-        value = alter_once(draw, value)
-    return value
-
-
-def alter_once(draw: st.DrawFn, value: Any) -> Any:
-    if isinstance(value, dict | list) and value and draw(st.integers(0, 6)):
-        keys = list(value) if isinstance(value, dict) else list(range(len(value)))
-        key = draw(st.sampled_from(keys))
-        changed = dict(value) if isinstance(value, dict) else list(value)
-        if draw(st.integers(0, 7)) == 0:
-            del changed[key]
-        else:
-            changed[key] = alter_once(draw, value[key])
-        return changed
-    if is_tensor(value) and draw(st.booleans()):  # not one that has become odd already
-        return draw(st.sampled_from([odd(value) for odd in ODD_TENSORS]))
-    if isinstance(value, dict) and draw(st.booleans()):
-        return value | {draw(names | numbers): draw(values)}
-    return draw(values)
-
-
-ODD_TENSORS: list[Callable[[torch.Tensor], Any]] = [
-    lambda t: t[:-1] if t.dim() else t.reshape(1),
-    lambda t: t.double(),
-    lambda t: t.half(),
-    lambda t: t.long(),
-    lambda t: t.flatten(),
-    lambda t: t.unsqueeze(0),
-    lambda t: torch.full_like(t, float("nan")),
-    lambda t: torch.zeros(()).expand(t.shape),
-    lambda t: torch.zeros(()).expand(10**6, 10**6),
-    lambda t: torch.empty(10**6, 10**6, device="meta"),
-    lambda t: torch.nn.Parameter(t),
-    lambda t: t.to_sparse() if t.dim() else t,
-    lambda t: t.tolist(),
-    lambda t: t.to(torch.complex64),
-]
-
-
-# --------------------------------------------------------------------------------------------------
-# Captions, splits, pictures
-
-
-@st.composite
-def caption_files(draw: st.DrawFn) -> tuple[str, bytes]:
-    form = draw(st.sampled_from(["csv", "bars", "token", "karpathy"]))
-    rows = draw(st.lists(st.tuples(mostly_sound, st.sampled_from(ODD_CAPTIONS) | st.text(max_size=20)), max_size=6))
-    rows += [("a.jpg", "A dog ."), ("b.jpg", "Two dogs .")] if draw(st.booleans()) else []
-    if form == "karpathy":
-        images: list[Any] = [{"filename": n, "split": "train", "sentences": [{"raw": c}]} for n, c in rows]
-        document = {"images": images} if draw(st.booleans()) else draw(altered({"images": images}))
-        return "dataset.json", draw(mutated(json.dumps(document).encode(), 2))
-    file, header, pattern = {
-        "csv": ("captions.txt", draw(st.sampled_from(["image,caption", "caption,image", "image_name,n,comment", ""])), "{},{}"),
-        "bars": ("results.csv", "image_name| comment_number| comment", "{}| 0| {}"),
-        "token": ("Flickr8k.token.txt", "x.jpg#0\tA cat", "{}#0\t{}"),
-    }[form]  # fmt: skip
-    end = draw(st.sampled_from(["\n", "\r\n", "\r", "\n\n"]))
-    text = end.join([header, *(pattern.format(*row) for row in rows)]) + draw(st.sampled_from([end, "", '"', "\x1a"]))
-    return file, draw(mutated(text.encode(draw(st.sampled_from(ENCODINGS)), "replace"), 2))
-
-
-def captions(value: tuple[str, bytes], folder: Path) -> bool:
-    path = folder / value[0]
-    path.write_bytes(value[1])
-    read = refuses(lambda: read_captions(path))
-    if read is None:
-        return False
-    found, notes = read
-    for name, texts in found.groupby("image")["caption"]:
-        parts = name.split("/")  # a file, or a file in one folder
-        assert len(parts) <= 2 and all(os.path.basename(part) == part not in ("", ".", "..") for part in parts)
-        assert not CONTROL_CHARACTERS.search(name)
-        assert len(texts) and not any(CONTROL_CHARACTERS.search(text) or not text.strip() for text in texts)
-        name.encode()
-    assert not any(CONTROL_CHARACTERS.search(note) for note in notes)
-    return True
-
-
-@st.composite
-def split_files(draw: st.DrawFn) -> tuple[dict[str, bytes], Any]:
-    extra = st.sampled_from([[]] * 3) | st.lists(st.sampled_from([f"{i}.jpg" for i in range(6)]) | names, max_size=3)
-    lists = {
-        split: [*sound, *draw(extra)]
-        for split, sound in zip(SPLITS, (["0.jpg", "1.jpg"], ["2.jpg"], ["3.jpg"]), strict=True)
-    }
-    saved = None
-    files: dict[str, bytes] = {}
-    match draw(st.sampled_from(["lists", "karpathy", "saved"])):
-        case "lists":
-            encoding = draw(st.sampled_from(ENCODINGS))
-            for split in SPLITS:
-                files[f"{split}.txt"] = draw(mutated("\r\n".join(lists[split]).encode(encoding, "replace"), 1))
-        case "karpathy":
-            images: list[Any] = [{"filename": name, "split": split} for split in SPLITS for name in lists[split]]
-            document = {"images": images} if draw(st.booleans()) else draw(altered({"images": images}))
-            files["dataset.json"] = draw(mutated(json.dumps(document).encode(), 1))
-        case "saved":
-            saved = {split: lists[split] for split in ("val", "test")}
-    return files, saved
-
-
-def splits(value: tuple[dict[str, bytes], Any], folder: Path) -> bool:
-    files, saved = value
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
-    notes: list[str] = []
-    known = [f"{i}.jpg" for i in range(6)]
-    read = refuses(lambda: find_splits([folder], known, 0, saved, notes))
-    if read is None:
-        return False
-    positions = np.concatenate([read[0][split] for split in SPLITS])
-    assert len(set(positions.tolist())) == len(positions) <= 6 and all(len(read[0][split]) for split in SPLITS)
-    return True
+# Pictures
 
 
 @cache
@@ -273,76 +94,6 @@ def picture(value: bytes, folder: Path) -> bool:
 
 
 # --------------------------------------------------------------------------------------------------
-# Archives
-
-
-@st.composite
-def archives(draw: st.DrawFn) -> bytes:
-    kinds = [tarfile.REGTYPE] * 6 + [
-        tarfile.DIRTYPE,
-        tarfile.SYMTYPE,
-        tarfile.LNKTYPE,
-        tarfile.CHRTYPE,
-        tarfile.FIFOTYPE,
-    ]
-    contents = st.sampled_from([b"", b"content", bytes(30_000)])
-    entries = draw(st.lists(st.tuples(names, st.sampled_from(kinds), contents), max_size=5))
-    entries += [("good.jpg", tarfile.REGTYPE, b"good")]
-    buffer = io.BytesIO()
-    if draw(st.booleans()):
-        with zipfile.ZipFile(buffer, "w") as archive:
-            for name, kind, content in entries:
-                info = zipfile.ZipInfo(clean(name) or "empty")
-                info.compress_type = draw(
-                    st.sampled_from([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
-                )
-                mode = {tarfile.SYMTYPE: 0o120777, tarfile.CHRTYPE: 0o020666, tarfile.FIFOTYPE: 0o010666}.get(
-                    kind, 0o100644
-                )
-                info.external_attr = mode << 16
-                archive.writestr(info, content)
-        return draw(mutated(buffer.getvalue()))
-    form = draw(st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]))
-    with tarfile.open(fileobj=buffer, mode="w", format=form) as tar:
-        for name, kind, content in entries:
-            entry = tarfile.TarInfo(clean(name))
-            entry.type, entry.linkname = kind, draw(st.sampled_from(["/etc/passwd", "../evil", "good.jpg"]))
-            entry.size = len(content) if kind == tarfile.REGTYPE else 0
-            tar.addfile(entry, io.BytesIO(content))
-    # Inside of the compression: a changed byte outside would only be a wrong checksum.
-    raw = buffer.getvalue()
-    raw = draw(mutated(raw)) if draw(st.booleans()) else repaired(draw(mutated(raw, 3)))
-    packed = zlib.compressobj(wbits=31)
-    whole = packed.compress(raw) + packed.flush()
-    return whole if draw(st.integers(0, 3)) else draw(mutated(whole, 2))
-
-
-def clean(name: str) -> str:
-    return name.encode("utf-8", "replace").decode("utf-8")
-
-
-def repaired(raw: bytes) -> bytes:
-    """A tar whose headers have right checksums again, so that what else was changed in them is read."""
-    data = bytearray(raw)
-    for at in range(0, len(data) - 511, 512):
-        if data[at + 257 : at + 262] == b"ustar":
-            data[at + 148 : at + 156] = b"%06o\0 " % tarfile.calc_chksums(bytes(data[at : at + 512]))[0]
-    return bytes(data)
-
-
-def archive(value: bytes, folder: Path) -> bool:
-    (folder / "x").write_bytes(value)
-    (folder / "sub").mkdir()
-    out = folder / "sub" / "out"
-    refuses(lambda: extract_archive(folder / "x", out, 20_000))
-    written = [path for path in folder.rglob("*") if path not in (folder / "x", folder / "sub", out)]
-    assert all(path.is_relative_to(out) and not path.is_symlink() for path in written)
-    assert sum(path.stat().st_size for path in written if path.is_file()) <= 20_000
-    assert not os.path.lexists("/evil") and not os.path.lexists(folder.parent / "evil")
-    return out.exists()
-
-
-# --------------------------------------------------------------------------------------------------
 # Checkpoints and caches
 
 
@@ -350,10 +101,8 @@ def archive(value: bytes, folder: Path) -> bool:
 def sound_checkpoint(name: str = "attention") -> dict[str, Any]:
     """A small checkpoint as training writes it, after one step of AdamW."""
     torch.manual_seed(0)
-    flags = usual_flags() | {
-        "decoder": name, "embed_size": 3, "hidden_size": 2, "num_layers": 1, "attention_dim": 2, "epochs": 1,
-        "precision": "fp32",
-    }  # fmt: skip
+    sizes = {"embed_size": 3, "hidden_size": 2, "num_layers": 1, "attention_dim": 2, "epochs": 1}
+    flags = parse_flags([]).with_values(decoder=name, precision="fp32", **sizes).stored()
     words = ["<PAD>", "<SOS>", "<EOS>", "<UNK>", "a", "dog"]
     decoder = build_decoder(flags, len(words), find_encoder("resnet50"))
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-3, fused=True)
@@ -365,8 +114,7 @@ def sound_checkpoint(name: str = "attention") -> dict[str, Any]:
         "schema": SCHEMA, "epoch": 1, "decoder_type": name, "decoder": dict(decoder.state_dict()),
         "encoder": {"name": "resnet50", "weights_hash": "0676ba61", "transform": "squash224"},
         "optimizer": optimizer.state_dict(), "schedule": schedule.state(), "vocabulary": words,
-        "flags": {key: str(value) if isinstance(value, Path) else value for key, value in flags.items()},
-        "split": {"val": ["a.jpg"], "test": ["b.jpg"]}, "scaler": {}, "decoding": None,
+        "flags": flags, "split": stored_split(train=["c.jpg"], val=["a.jpg"], test=["b.jpg"]), "scaler": {}, "decoding": None,
         "progress": {"first_epoch": 0, "step": 0, "loss_sum": 0.0, "reward_sum": 0.0, "tokens": 0},
         "loss_curve": {
             "epochs": [1], "training_losses": [2.0], "validation_losses": [2.0], "learning_rates": [1e-3],
@@ -382,6 +130,25 @@ def checkpoint_records() -> dict[str, bytes]:
     torch.save(sound_checkpoint(), buffer)
     with zipfile.ZipFile(buffer) as records:
         return {name: records.read(name) for name in records.namelist()}
+
+
+@st.composite
+def tunings(draw: st.DrawFn) -> bytes:
+    sound = {"epoch": 1, "beam_size": 5, "length_penalty": 0.7, "cider": 0.5, "images": 10}
+    raw = json.dumps(draw(altered(sound)) if draw(st.booleans()) else sound).encode("utf-8", "surrogatepass")
+    return draw(mutated(raw, 1))
+
+
+def tuned_checkpoint(value: bytes, folder: Path) -> bool:
+    """`decoding.json`, which `--mode tune` leaves beside a checkpoint."""
+    (folder / "best.pt").write_bytes(zipped(checkpoint_records()))
+    (folder / "decoding.json").write_bytes(value)
+    checkpoint = refuses(lambda: load_checkpoint(folder / "best.pt"))
+    if checkpoint is None or checkpoint["decoding"] is None:
+        return False
+    settings = parse_flags(["--mode", "test", "--model_path", "x"]).with_checkpoint(checkpoint, folder)
+    assert 1 <= settings.beam_size <= 1000 and 0 <= settings.length_penalty <= 100
+    return True
 
 
 def zipped(records: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
@@ -431,10 +198,55 @@ def usable(path: Path) -> bool:
         schedule.epoch_ended(1.0)
         assert schedule.rate(checkpoint["epoch"], 1) >= 0 and schedule.describe()
     if checkpoint["split"]:
-        refuses(lambda: find_splits([], ["a.jpg", "b.jpg", "c.jpg"], 0, checkpoint["split"], []))
+        split_names(["a.jpg", "b.jpg", "c.jpg"], [], checkpoint["split"])
     save_checkpoint(path, checkpoint)
     json.dumps([checkpoint["loss_curve"], checkpoint["metrics_history"], checkpoint["best"]])
     return True
+
+
+PIECES = [  # of a pickle; what PyTorch writes for a tensor, and what could take memory or time
+    b"}", b"]", b")", b"(", b"N", b"K\x02", b"J\xff\xff\xff\x7f", b"X\x01\0\0\0a", b"q\0", b"h\0", b"0", b"2", b"\x85", b"\x86", b"\x87",
+    b"t", b"l", b"d", b"a", b"e", b"s", b"u", b"R", b"b", b"Q", b"ctorch\nFloatStorage\n", b"cbuiltins\nbytearray\n",
+    b"ctorch._utils\n_rebuild_tensor_v2\n", b"ccollections\nOrderedDict\n", b"X\x07\0\0\0storage", b"X\x01\0\0\x000",
+    b"X\x03\0\0\0cpu", b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x02tQ", b"K\0K\x02\x85K\x01\x85",
+    b"\x96" + bytes(6) + b"\xff\x7f", b"\x8a\xff" + bytes(255),
+]  # fmt: skip
+
+
+@cache
+def tensor_file(old_form: bool) -> bytes:
+    """The weights of a small layer, in a file of either form."""
+    buffer = io.BytesIO()
+    torch.manual_seed(0)
+    torch.save(torch.nn.Linear(2, 3).state_dict(), buffer, _use_new_zipfile_serialization=not old_form)
+    return buffer.getvalue()
+
+
+@st.composite
+def tensor_files(draw: st.DrawFn) -> bytes:
+    if draw(st.booleans()):
+        return draw(mutated(tensor_file(True), 3))
+    with zipfile.ZipFile(io.BytesIO(tensor_file(False))) as opened:
+        records = {name: opened.read(name) for name in opened.namelist()}
+    pickled = next(name for name in records if name.endswith("data.pkl"))
+    if draw(st.booleans()):
+        made = b"".join(draw(st.lists(st.sampled_from(PIECES), max_size=12)))
+        return zipped(records | {pickled: b"\x80\x02" + made + b"."})
+    name = draw(st.just(pickled) | st.sampled_from(sorted(records)))
+    return zipped(records | {name: draw(mutated(records[name], 3))})
+
+
+def encoder_weights(value: bytes, folder: Path) -> bool:
+    """A file of weights, of which nothing is built that is larger than the file; only this layer's are accepted."""
+    (folder / "x.pth").write_bytes(value)
+    with contextlib.suppress(Exception):  # `read_tensors` raises many kinds
+        found = read_tensors(folder / "x.pth", old_form=True)
+        tensors = [t for t in (found.values() if isinstance(found, dict) else [found]) if isinstance(t, torch.Tensor)]
+        size = sum(tensor.untyped_storage().nbytes() for tensor in {t.data_ptr(): t for t in tensors}.values())
+        if size > len(value):
+            raise SystemExit(f"{size} bytes of tensors from {len(value)}")  # which nothing suppresses
+    layer = torch.nn.Linear(2, 3)
+    return refuses(lambda: encoders.load_weights(layer, folder / "x.pth") or True) is not None
 
 
 @cache
@@ -471,7 +283,7 @@ def exported_model(value: dict[str, bytes], folder: Path) -> bool:
         return False
     refuses(lambda: require_trainable(checkpoint, path))
     if checkpoint["split"]:
-        refuses(lambda: find_splits([], ["a.jpg", "b.jpg", "c.jpg"], 0, checkpoint["split"], []))
+        split_names(["a.jpg", "b.jpg", "c.jpg"], [], checkpoint["split"])
     if refuses(lambda: fill_decoder(checkpoint, path)) is None:
         return False
     (folder / "again").mkdir()
@@ -487,22 +299,6 @@ def fill_decoder(checkpoint: dict[str, Any], path: Path) -> torch.nn.Module:
     decoder = build_decoder(flags, len(Vocabulary(checkpoint["vocabulary"])), find_encoder(flags["encoder"]))
     load_weights(decoder, checkpoint["decoder"], path)
     return decoder
-
-
-@st.composite
-def shape_tables(draw: st.DrawFn) -> bytes:
-    sound = {"a.jpg": [{"shape": "star", "color": "red", "size": "small", "box": [0.1, 0.1, 0.3, 0.3]}], "b.jpg": []}
-    return draw(mutated(json.dumps(draw(altered(sound))).encode("utf-8", "surrogatepass"), 1))
-
-
-def shape_table(value: bytes, folder: Path) -> bool:
-    (folder / "shapes.json").write_bytes(value)
-    boxes = refuses(lambda: read_boxes(folder / "shapes.json"))
-    if boxes is None:
-        return False
-    for scene in boxes.values():
-        score([["a", "star"]], [np.full((2, 49), 1 / 49)], [scene])
-    return True
 
 
 @st.composite
@@ -529,6 +325,8 @@ def cache_index(value: tuple[bytes, list[int]], folder: Path) -> bool:
         assert store.maps()[0][entry.row].shape == (2, 3) and np.array(entry.checksum, dtype=np.int64) >= 0
     store.append(["new.jpg"], [Version(1, 2, 3)], np.ones((1, 2, 3), dtype=np.float16))
     again = FeatureFile(folder, "grid", (2, 3))
+    (part,) = FeatureStore([folder], "grid", (2, 3)).parts
+    assert part.entries == again.entries
     assert again.entries == store.entries and (again.maps()[0][again.entries["new.jpg"].row] == 1).all()
     return bool(known)
 
@@ -557,83 +355,112 @@ def token_cache(value: bytes, folder: Path) -> bool:
 
 
 # --------------------------------------------------------------------------------------------------
-# Run directories and --config
-
-
-@st.composite
-def run_trees(draw: st.DrawFn) -> tuple[list[list[str]], list[str]]:
-    part = st.sampled_from(["best.pt", "model_epoch_1.pt", "flickr8k", "run_20241201_143022", "dry_run_x"]) | names
-    paths = st.lists(part, min_size=1, max_size=3)
-    return draw(st.lists(paths, max_size=4)), draw(paths)
-
-
-def run_directory(value: tuple[list[list[str]], list[str]], folder: Path) -> bool:
-    tree, wanted = value
-    base = folder / "saved_models"
-    base.mkdir()
-    for parts in tree:
-        with contextlib.suppress(OSError, ValueError):  # names that no file can have
-            path = base.joinpath(*(part.replace("/", "_").replace("..", "_") for part in parts))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch(exist_ok=True)
-    with contextlib.redirect_stdout(io.StringIO()):
-        found = refuses(lambda: find_checkpoint(base.joinpath(*(part.lstrip("/") for part in wanted))), lines=2)
-    assert found is None or found.is_file()
-    return found is not None
-
-
-@cache
-def usual_flags() -> dict[str, Any]:
-    return vars(trainer.get_parser().parse_args([]))
+# --config and run_config.json
 
 
 @st.composite
 def config_files(draw: st.DrawFn) -> tuple[str, bytes]:
-    usual = usual_flags()
-    known = st.sampled_from([*usual, "decoder_type", "timestamp", "help"])
+    known = st.sampled_from([*FLAGS, "decoder_type", "timestamp", "help"])
+    defaults = {name: False if flag.switch else flag.default for name, flag in FLAGS.items()}
     flags = draw(st.dictionaries(known if draw(st.integers(0, 3)) else names, values, max_size=2))
-    flags |= {name: usual[name] for name in draw(st.lists(st.sampled_from(list(usual)), max_size=5))}
-    text = json.dumps(flags, default=str).encode()
+    flags |= {name: defaults[name] for name in draw(st.lists(st.sampled_from(list(FLAGS)), max_size=5))}
+    if draw(st.booleans()):  # as this program writes it, most often with a list of the explicit flags
+        flags |= {"command": "python x.py", "timestamp": "20241201_143022"}
+        explicit = st.lists(st.sampled_from(list(FLAGS)) | values, max_size=4)
+        flags |= {"explicit": draw(explicit | values)} if draw(st.integers(0, 3)) else {}
+    text = json.dumps(flags, default=str).encode("utf-8", "surrogatepass")
     odd = [
-        b"",
-        b"[" * 5000,
-        b"a: &a [*a]\n",
-        b"epochs: !!bool x\n",
-        b"seed: 0x" + b"f" * 6000,
-        b"a: !!timestamp x\n",
-        b"&a *a",
-    ]
+        b"", b"[" * 5000, b"a: &a [*a]\n", b"epochs: !!bool x\n", b"seed: 0x" + b"f" * 6000, b"a: !!timestamp x\n", b"&a *a",
+        b"? [a]\n: 1\n", b"? {a: b}\n: 1\n", b"explicit: [[seed]]\nseed: 1\n", b"explicit: [{}]\nseed: 1\n",
+    ]  # fmt: skip
     raw = draw(st.sampled_from([text, text, draw(mutated(text, 2)), draw(st.sampled_from(odd))]))
-    return draw(st.sampled_from(["c.json", "c.yaml"])), raw
+    return draw(st.sampled_from(["run_config.json", "c.yaml"])), raw
 
 
 def config(value: tuple[str, bytes], folder: Path) -> bool:
+    """A file of flags, read by itself, as `--config`, and as the flags of an interrupted run."""
     path = folder / value[0]
     path.write_bytes(value[1])
-    parser = trainer.get_parser()
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            flags = refuses(lambda: config_flags(parser, path))
-    except SystemExit as stopped:
-        assert stopped.code == 2 and said.getvalue().count("\n") == 2, said.getvalue()  # usage, and one line
+    read = exits_or_refuses(lambda: config_flags(get_parser(), path))
+    for argv in (["--config", str(path)], ["--resume", str(folder)]):
+        settings = exits_or_refuses(partial(parse_flags, argv))
+        assert settings is None or settings.explicit <= FLAGS.keys()
+    if read is None:
         return False
-    if flags is None:
-        return False
+    flags, explicit = read
+    assert explicit <= flags.keys()
     for name, flag in flags.items():
-        action = next(action for action in parser._actions if action.dest == name)
-        assert isinstance(flag, bool) == isinstance(action, argparse._StoreTrueAction)
-        assert isinstance(flag, bool | int | float | str | Path) or (action.nargs == "+" and isinstance(flag, list))
+        assert isinstance(flag, bool) == FLAGS[name].switch
+        assert isinstance(flag, bool | int | float | str | Path) or (FLAGS[name].many and isinstance(flag, list))
     return True
+
+
+def exits_or_refuses(call: Any) -> Any:
+    """The result of `call`, or None where it refuses or the parser exits, with a line for the usage and one more."""
+    output = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(output):
+            return refuses(call)
+    except SystemExit as stopped:
+        assert stopped.code == 2 and output.getvalue().count("\n") == 2, output.getvalue()
+        return None
+
+
+# --------------------------------------------------------------------------------------------------
+# The page
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> tuple[str, list[bytes]]:
+    """A content type and the pieces of a body: an image, or a form of some parts."""
+    image = draw(mutated(draw(st.sampled_from(pictures())), 3))
+    if draw(st.integers(0, 3)) == 0:
+        return draw(st.sampled_from(["", "image/jpeg", "multipart", "application/x-www-form-urlencoded"])), [image]
+    dispositions = ['form-data; name="image"; filename="a.jpg"', 'form-data; name="x"', 'form-data; filename="a"',
+                    "form-data", "", 'form-data; name="\xff"; filename*=UTF-8\'\'%ff', "x" * 5000]  # fmt: skip
+    parts = draw(st.lists(st.tuples(st.sampled_from(dispositions), st.sampled_from([image, b"", b"3"])), max_size=3))
+    body = b"".join(
+        b"--b\r\nContent-Disposition: " + head.encode() + b"\r\n\r\n" + content + b"\r\n"
+        for head, content in [(dispositions[0], image), *parts]
+    )
+    body = draw(mutated(body + b"--b--\r\n", 3))
+    cut = draw(st.integers(0, len(body)))
+    kinds = ["multipart/form-data; boundary=b"] * 6 + [
+        "multipart/form-data", "multipart/form-data; boundary=", "Multipart/Form-Data; boundary=\xff",
+        'multipart/form-data; charset=x; boundary="b"', "multipart/form-data; boundary=b; charset=utf-7",
+    ]  # fmt: skip
+    return draw(st.sampled_from(kinds)), [body[:cut], body[cut:]]
+
+
+def upload(value: tuple[str, list[bytes]], folder: Path) -> bool:
+    """The body of `POST /caption`: an HTTP error in one line, or bytes whose header is that of an image or refused."""
+    kind, pieces = value
+    messages = iter([{"type": "http.request", "body": piece, "more_body": True} for piece in pieces])
+
+    async def receive() -> dict[str, Any]:
+        return next(messages, {"type": "http.request", "body": b"", "more_body": False})
+
+    headers = [(b"content-type", kind.encode("latin-1"))]
+    request = serve.Request({"type": "http", "method": "POST", "path": "/caption", "headers": headers}, receive)
+    try:
+        content = asyncio.run(serve.read_image(request))
+    except serve.HTTPException as error:
+        assert 400 <= error.status_code < 500 and not CONTROL_CHARACTERS.search(error.detail)
+        return False
+    assert isinstance(content, bytes) and len(content) <= sum(map(len, pieces))
+    return refuses(lambda: serve.check_upload(io.BytesIO(content)) or True, UnreadableImage) is not None
 
 
 TARGETS = {
     "captions file": Target(caption_files(), captions),
     "split lists": Target(split_files(), splits),
+    "stored split": Target(stored_splits(), stored_split_file),
     "picture": Target(st.sampled_from(range(9)).flatmap(lambda i: mutated(pictures()[i])), picture),
     "archive": Target(archives(), archive),
     "checkpoint bytes": Target(checkpoint_files(), checkpoint_bytes),
     "checkpoint fields": Target(st.builds(sound_checkpoint).flatmap(altered), checkpoint_fields),
+    "tuned decoding": Target(tunings(), tuned_checkpoint),
+    "encoder weights": Target(tensor_files(), encoder_weights),
     "exported model": Target(exported_models(), exported_model),
     "shapes of the demo set": Target(shape_tables(), shape_table),
     "cache index": Target(cache_indices(), cache_index),
@@ -641,3 +468,5 @@ TARGETS = {
     "run directory": Target(run_trees(), run_directory),
     "--config": Target(config_files(), config),
 }
+if "serve" in globals():
+    TARGETS["upload to the page"] = Target(requests(), upload)

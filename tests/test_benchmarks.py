@@ -1,9 +1,11 @@
 """The benchmarks run, at their tiniest, and their baselines compute what the project computes; nothing is timed here."""
 
+import contextlib
 import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ import measure
 import memory
 import run
 import scale
+import startup
 import training
 
 from training_utils import Precision
@@ -27,20 +30,55 @@ LINUX = Path("/proc/self/status").is_file()
 PARTS = ["encoding", "epoch", "decoding", "reward", "startup", *(["memory"] if LINUX else [])]
 
 
-@pytest.fixture
-def bench(tmp_path: Path) -> measure.Bench:
-    return measure.Bench(measure.TINY, torch.device("cpu"), tmp_path, None, None, None)
+class Left(BaseException):
+    """The process would have ended here."""
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> measure.Bench:
+    """One generated data set and cache for all tests."""
+    return measure.Bench(measure.TINY, torch.device("cpu"), tmp_path_factory.mktemp("bench"))
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(training.SIZES, "small", ["--embed_size", "32", "--hidden_size", "24", "--num_layers", "1"])
+
+
+def start(bench: measure.Bench, decoder: str, *more: str) -> training.Trial:
+    return training.Trial([*training.flags_for(bench, training.prepare_features(bench), decoder, "small"), *more])
+
+
+def in_this_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Have the benchmarks start no process, each of which would import PyTorch again."""
+
+    def watch(command: list[str]) -> dict[str, float]:
+        memory.child(Path(command[2]), int(command[3]), command[4])
+        return {**json.loads(capsys.readouterr().out.splitlines()[-1]), "peak": 1.0}
+
+    def leave(code: int) -> NoReturn:
+        raise Left(code)
+
+    def run_command(command: list[str], **_: Any) -> SimpleNamespace:
+        if command[1] == startup.__file__:
+            with monkeypatch.context() as patch:
+                patch.setattr(sys, "argv", command[1:])
+                patch.setattr(Precision, "step", Precision.step)
+                patch.setattr("os._exit", leave)
+                with pytest.raises(Left, match="0"):
+                    startup.stop_after_first_step()
+        return SimpleNamespace(returncode=2 if "--decodr" in command else 0)
+
+    monkeypatch.setattr(memory, "watch", watch)
+    monkeypatch.setattr(startup, "subprocess", SimpleNamespace(run=run_command))
 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_every_part_gives_figures_and_charts(
-    tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    bench: measure.Bench, tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def in_this_process(command: list[str]) -> dict[str, float]:  # rather than importing PyTorch time and again
-        memory.child(Path(command[2]), int(command[3]), command[4])
-        return {**json.loads(capsys.readouterr().out.splitlines()[-1]), "peak": 1.0}
-
-    monkeypatch.setattr(memory, "watch", in_this_process)
+    in_this_process(monkeypatch, capsys)
+    monkeypatch.setattr(run, "TemporaryDirectory", lambda **_: contextlib.nullcontext(str(bench.directory)))
     monkeypatch.setattr(training, "large_product", lambda *_: lambda: 1e-9)  # seconds: no rate here is above it
     output = run.main(["--only", part, "--output", str(tmp_path / "result.json")], measure.TINY)
     figures = json.loads(output.read_text())["figures"]
@@ -64,30 +102,23 @@ def test_a_watched_process_has_its_peak() -> None:
 
 @pytest.mark.parametrize("decoder", ["lstm", "attention"])
 def test_the_original_way_has_the_same_loss(bench: measure.Bench, decoder: str) -> None:
-    data_dir, _ = training.prepare_data(bench)
-    training.prepare_features(bench, data_dir)
-    flags = [*training.flags_for(bench, data_dir, decoder, "small"), "--hidden_size", "8", "--embed_size", "8"]
-    task = training.start(bench, flags)
+    trial = start(bench, decoder)
     captions = np.arange(20)
-    batch = task.batches.make(captions)
-    model = task.decoder.eval()
+    batch, model, features = trial.batches.make(captions), trial.decoder.eval(), trial.run.views[0]
     with torch.no_grad():
-        loss = model.cross_entropy(model(task.views[0].gather(batch.images), batch).hidden_out, batch.targets)
-        owner = np.searchsorted(task.data.first_caption, captions, side="right") - 1
-        inputs, targets = baselines.padded(task.batches, captions, 37)
-        plain = baselines.padded_loss(model, task.views[0].gather(owner), inputs, targets)
+        loss = model.cross_entropy(model(features.gather(batch.images), batch).hidden_out, batch.targets)
+        inputs, targets = baselines.padded(trial.batches, captions, 37)
+        plain = baselines.padded_loss(model, features.gather(trial.batches.owner(captions)), inputs, targets)
     torch.testing.assert_close(plain, loss / len(batch.targets))
 
 
 @pytest.mark.parametrize("asked, other", [("fp32", "bf16"), ("bf16", "fp32")])
 def test_the_precision_that_is_asked_for_is_measured(bench: measure.Bench, asked: str, other: str) -> None:
-    data_dir, _ = training.prepare_data(bench)
-    training.prepare_features(bench, data_dir)
-    task = training.start(bench, [*training.flags_for(bench, data_dir, "attention", "small"), "--precision", asked])
-    training.restrict(task, 1)
-    training.check_precision(task, Precision(asked, bench.device))
+    trial = start(bench, "attention", "--precision", asked)
+    trial.shorten(1)
+    training.check_precision(trial, Precision(asked, bench.device))
     with pytest.raises(AssertionError, match=f"--precision {other} has these operations"):
-        training.check_precision(task, Precision(other, bench.device))
+        training.check_precision(trial, Precision(other, bench.device))
 
 
 def test_a_rate_above_the_matrix_products_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,30 +148,25 @@ def in_place_product(_: torch.Size, left: torch.Size, right: torch.Size, **__: o
 
 @pytest.mark.parametrize("layers", [1, 3])
 def test_the_arithmetic_is_what_pytorch_counts(bench: measure.Bench, layers: int) -> None:
-    data_dir, _ = training.prepare_data(bench)
-    training.prepare_features(bench, data_dir)
-    flags = [*training.flags_for(bench, data_dir, "lstm", "small"), "--num_layers", str(layers), "--precision", "fp32"]
-    task = training.start(bench, flags)
-    _, plan = training.restrict(task, 1)
+    trial = start(bench, "lstm", "--num_layers", str(layers), "--precision", "fp32")
+    trial.shorten(1)
     in_place = {torch.ops.aten.addmm_: in_place_product}  # which PyTorch's counter does not know
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
-        training.epoch(task)
-    images = sum(len(task.batches.make(captions).images) for captions in plan)
+        trial.epoch()
+    plan = trial.loader.plan(0)
+    images = sum(len(trial.batches.make(captions).images) for captions in plan)
     # Left out on purpose: at the image's step the recurrent weights multiply zeros, forward and for their gradient.
-    zeros = 2 * layers * images * 4 * 512 * 512
-    assert counter.get_total_flops() == 2 * (training.multiply_adds(task, plan) + zeros)
+    zeros = 2 * layers * images * 4 * 24 * 24
+    assert counter.get_total_flops() == 2 * (training.multiply_adds(trial, plan) + zeros)
 
 
 def test_the_plans_arithmetic_is_that_of_the_benchmark(bench: measure.Bench) -> None:
-    data_dir, _ = training.prepare_data(bench)
-    training.prepare_features(bench, data_dir)
-    trained = training.start(bench, training.flags_for(bench, data_dir, "attention", "small"))
-    plan = trained.batches.plan(trained.data.splits["train"], 128)
-    captions, images = sum(map(len, plan)), len(trained.data.splits["train"])
-    tokens = sum(len(trained.batches.make(part).targets) for part in plan)
-    data = scale.DataSet("tiny", images, captions / images, tokens / captions, len(trained.vocabulary), 1.0)
-    assert 2 * training.multiply_adds(trained, plan) == pytest.approx(scale.step_arithmetic(data, captions))
-    ours = sum(weights.numel() for weights in trained.decoder.parameters())
+    trial = start(bench, "attention", "--embed_size", str(scale.EMBED), "--hidden_size", str(scale.HIDDEN))
+    plan, images = trial.loader.plan(0), len(trial.loader.images)
+    captions, tokens = sum(map(len, plan)), sum(len(trial.batches.make(part).targets) for part in plan)
+    data = scale.DataSet("tiny", images, captions / images, tokens / captions, len(trial.context.vocabulary), 1.0)
+    assert 2 * training.multiply_adds(trial, plan) == pytest.approx(scale.step_arithmetic(data, captions))
+    ours = sum(weights.numel() for weights in trial.decoder.parameters())
     assert scale.parameters(data) == pytest.approx(ours, rel=0.02)
 
 

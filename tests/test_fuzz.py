@@ -4,7 +4,8 @@ The same inputs in each run; `python benchmarks/fuzz.py` tries more, and others.
 """
 
 import pytest
-from fuzz_targets import TARGETS, tried
+from fuzz_inputs import tried
+from fuzz_targets import TARGETS
 from hypothesis import HealthCheck, given, settings
 
 
