@@ -9,7 +9,7 @@ from fuzz_targets import sound_checkpoint
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from captioning.captioner import Captioner
-from captioning.checkpoints import CheckpointSaver, apply_checkpoint, load_checkpoint, save_checkpoint
+from captioning.checkpoints import CheckpointSaver, load_checkpoint, save_checkpoint
 from captioning.io import UserError
 
 
@@ -65,13 +65,14 @@ def test_a_first_checkpoint_that_nobody_could_read_stops_the_run(tmp_path):
 @pytest.mark.parametrize("decoder", ["lstm", "attention"])
 def test_flags_without_effect_on_a_checkpoint_are_refused(decoder):
     for flags in (["--save_attention_viz"], ["--attention_reg", "1"], ["--resnet_weights", "x.pth"]):
-        args, typed = trainer.parse_flags(["--mode", "test", "--model_path", "x", *flags])
+        mode = "train" if "--attention_reg" in flags else "test"
+        settings = trainer.parse_flags(["--mode", mode, "--model_path", "x", *flags])
         checkpoint = sound_checkpoint(decoder)
         if decoder == "attention" or "--resnet_weights" in flags:
-            apply_checkpoint(args, typed, checkpoint, Path("x"))
+            settings.with_checkpoint(checkpoint, Path("x"))
         else:
             with pytest.raises(UserError, match=f"{flags[0]} has no effect with x, whose decoder is lstm"):
-                apply_checkpoint(args, typed, checkpoint, Path("x"))
+                settings.with_checkpoint(checkpoint, Path("x"))
 
 
 def test_a_path_in_a_checkpoint_is_not_followed(tmp_path, monkeypatch):
@@ -83,9 +84,9 @@ def test_a_path_in_a_checkpoint_is_not_followed(tmp_path, monkeypatch):
     checkpoint["flags"]["resnet_weights"] = str(tmp_path / "mine.pth")
     checkpoint["encoder"]["weights_hash"] = "e" * 16
     save_checkpoint(tmp_path / "best.pt", checkpoint)
-    args, typed = trainer.parse_flags(["--mode", "test", "--model_path", "best.pt"])
-    apply_checkpoint(args, typed, load_checkpoint(tmp_path / "best.pt"), tmp_path / "best.pt")
-    assert args.resnet_weights is None
+    settings = trainer.parse_flags(["--mode", "test", "--model_path", "best.pt"])
+    settings = settings.with_checkpoint(load_checkpoint(tmp_path / "best.pt"), tmp_path / "best.pt")
+    assert settings.resnet_weights is None
     with pytest.raises(UserError, match="name their file with --resnet_weights"):
         Captioner(tmp_path / "best.pt")
     with pytest.raises(UserError, match="name the right file with --resnet_weights"):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from test_main import run
 
 import experiment_utils
@@ -56,7 +57,7 @@ def test_what_tune_finds_is_kept_and_used(trained, capsys):
     assert kept == found | {"epoch": before["epoch"]}
     after = load_checkpoint(attention / "best.pt")
     assert all((before["decoder"][name] == after["decoder"][name]).all() for name in before["decoder"])
-    assert load_checkpoint(attention / "last.pt")["decoding"] is None  # best.pt alone was written
+    assert torch.load(attention / "last.pt", weights_only=True)["decoding"] is None  # best.pt alone was written
     assert trainer.main(["--mode", "test", "--model_path", str(attention)]) == 0
     assert rows(attention)[-1]["beam_size"] == found["beam_size"]
     assert trainer.main(["--mode", "test", "--model_path", str(attention), "--beam_size", "4"]) == 0

@@ -184,6 +184,9 @@ def test_going_on_with_another_data_set_keeps_no_old_model(here, tmp_path, capsy
     assert saved["epoch"] == 3 and set(saved["split"]["inherited"]["names"]) == set(
         torch.load(first / "best.pt", weights_only=True)["split"]["train"]["names"]
     )
+    trained = saved["split"]["inherited"]["names"]
+    for split, images in (("train", trained[4:]), ("val", trained[2:4]), ("test", trained[:2])):
+        (here / f"{split}.txt").write_text("\n".join(images))
     assert trainer.main(["--mode", "test", "--model_path", str(newest()), "--data_dir", str(here)]) == 2
     assert "was trained on" in capsys.readouterr().err
 

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from captioning import dataset as caption_data
 from captioning import tensor_files
 from captioning.checkpoints import load_checkpoint
-from captioning.dataset import find_splits, load_caption_set, pack_tokens, tokenize, tokenize_cached, unpack_tokens
+from captioning.dataset import load_caption_set, pack_tokens, tokenize, tokenize_cached, unpack_tokens
 from captioning.encoders import load_weights
 from captioning.features import FeatureFile
 from captioning.images import UnreadableImage, open_image
@@ -27,6 +27,7 @@ from captioning.layouts import read_captions
 from captioning.registry import LIMITS
 from captioning.runs import find_checkpoint
 from captioning.settings import config_flags, get_parser
+from captioning.splits import find_splits
 
 
 def captions(folder: Path, text: str | bytes, name: str = "captions.txt") -> tuple[dict[str, list[str]], list[str]]:
@@ -142,7 +143,7 @@ def test_duplicates_and_long_captions_are_counted(tiny):
 def test_karpathy_splits_of_another_shape(tmp_path, filename):
     (tmp_path / "dataset.json").write_text(json.dumps({"images": [{"filename": filename, "split": "train"}]}))
     with pytest.raises(UserError, match="not a Karpathy caption file"):
-        find_splits([tmp_path], ["a.jpg"], 0, None, [])
+        find_splits([tmp_path], ["a.jpg"], [1], 0, None, [])
 
 
 # --------------------------------------------------------------------------------------------------
