@@ -76,7 +76,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if checkpoint["schema"] < 4:
         checkpoint["split"] = upgrade_split(checkpoint.get("split"))
     checkpoint["schema"] = SCHEMA
-    checkpoint["decoding"] = checkpoint["decoding"] or tuned_decoding(path, checkpoint["epoch"])
+    checkpoint["decoding"] = checkpoint.get("decoding") or tuned_decoding(path, checkpoint["epoch"])
     require_form(checkpoint, CHECKPOINT, path)
     decoder = check_architecture(checkpoint, path)
     check_optimizer(checkpoint["optimizer"], list(decoder.parameters()), path)
@@ -263,8 +263,8 @@ CHECKPOINT: dict[str, Any] = {
     "flags": {
         "decoder": DECODER, "encoder": ENCODER, "dataset_type": one_of("flickr8k", "flickr30k", "coco", "custom", "demo"),
         "embed_size": size("embed_size"), "hidden_size": size("hidden_size"), "num_layers": size("num_layers"),
-        "attention_dim": size("attention_dim"), "freq_threshold": whole(1), "max_length": size("max_length"),
-        "batch_size": whole(1), "seed": whole(0, LIMITS["seed"]),
+        "attention_dim": size("attention_dim"), "freq_threshold": size("freq_threshold"), "max_length": size("max_length"),
+        "batch_size": size("batch_size"), "seed": whole(0, LIMITS["seed"]),
         "drop_prob": real(0, 0.95), "grad_clip": real(0, 1e30), "label_smoothing": real(0, 0.9),
         "attention_reg": real(0, 1e30), "learning_rate": real(0, 1e30), "feature_cache": TEXT,
         "views": one_of("whole", "mirror", "all"), "weight_decay": real(0, 1e30),

@@ -250,15 +250,14 @@ def config_flags(parser: argparse.ArgumentParser, file: Path) -> tuple[dict[str,
         name = ours.get(key, key)
         if name in NOT_CONFIGURABLE or value is None:
             continue
-        gone = GONE.get(name) or GONE.get(f"{name}={value}")
-        if gone:
-            parser.error(f"{file}: {name}: {value} is gone: {gone}")
+        if name in GONE:
+            parser.error(f"{file}: {name} is gone: {GONE[name]}")
         if name not in FLAGS:
             parser.error(f"{file}: unknown flag {name!r}{suggestion(str(name), FLAGS)}")
         flags[name] = config_value(parser, file, FLAGS[name], value)
     recorded = content.get("explicit")
     if isinstance(recorded, list):
-        explicit = {name for name in recorded if name in flags}
+        explicit = {name for name in recorded if isinstance(name, str) and name in flags}
     elif "command" in content and "timestamp" in content:
         explicit = {name for name, value in flags.items() if value != FLAGS[name].default}
     else:
@@ -280,7 +279,7 @@ def config_value(parser: argparse.ArgumentParser, file: Path, flag: Flag, value:
         try:
             if (flag.many and type(value) is not list) or type(entry) not in (str, int, float):
                 raise ValueError("expected a list of names" if flag.many else "expected a number or a text of one line")
-            parsed.append(flag.parse(text(str(entry))))
+            parsed.append(parse_value(flag, text(str(entry))))
         except (argparse.ArgumentTypeError, ValueError, OverflowError) as error:
             parser.error(where + str(error))
         if flag.choices and parsed[-1] not in flag.choices:

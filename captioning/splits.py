@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from captioning.io import CONTROL_CHARACTERS, UserError, log, read_json
+from captioning.io import CONTROL_CHARACTERS, UserError, log, printable, read_json
 from captioning.layouts import SPLITS, karpathy_split, split_lists
 
 COCO_HELD_OUT = 5000  # validation and test images of COCO, as many as Karpathy's split has
@@ -142,7 +142,7 @@ def sized(part: Part) -> Iterable[tuple[str, int | None]]:
 
 def few(names: Iterable[str], most: int = 3) -> str:
     names = sorted(names)
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+    return ", ".join(map(printable, names[:most])) + (", ..." if len(names) > most else "")
 
 
 # --------------------------------------------------------------------------------------------------

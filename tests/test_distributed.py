@@ -108,7 +108,7 @@ def test_each_process_encodes_its_part_and_all_share_them(place, monkeypatch):
     assert 0 <= reward < 1
     monkeypatch.setenv("PATH", "")  # no Java: METEOR takes seconds
     testing = ["--mode", "test", "--split", "val+test", "--model_path", str(run)]
-    assert finished(torchrun(place, 2, *testing)).count("Captions:") == 1
+    assert finished(torchrun(place, 2, *testing)).count("Written to ") == 1
     together = json.loads((run / "test_metrics.json").read_text())
     (run / "test_metrics.json").unlink()
     alone(place, monkeypatch, *testing)
@@ -156,7 +156,7 @@ def test_stopped_together_and_resumed_alone(place, monkeypatch):
     wait_for(lambda: saved_steps(place / "stopped") >= 2, process)
     os.kill(process.pid, signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
-    assert process.returncode != 0 and output.count("Stopped. Go on where it stands") == 1
+    assert process.returncode != 0 and output.count("Stopped. Continue where it stands") == 1
     run = only_run(place / "stopped")
     config = json.loads((run / "run_config.json").read_text())
     done = torch.load(run / "last.pt", weights_only=True)["epoch"]

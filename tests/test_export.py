@@ -111,7 +111,7 @@ def rewrite(model: Path, name: str, change) -> None:
         ("vocabulary.json", lambda v: v[:-1], "output_bias is .6. rather than .5."),
         ("vocabulary.json", lambda v: [*v[:-1], "a"], "a list of different words"),
         ("vocabulary.json", lambda v: [*v[:-1], "\x1b[2J"], "a list of different words"),
-        ("split.json", lambda s: s.update(val=[3]), "split.val"),
+        ("split.json", lambda s: s.update(val=[3]), "split is a dict"),
         ("model.safetensors", lambda t: t.update({"key.weight": torch.full_like(t["key.weight"], float("nan"))}), "finite"),
         ("model.safetensors", lambda t: t.update({"key.weight": t["key.weight"].half()}), "float32"),
         ("model.safetensors", lambda t: t.pop("embed.weight") is None, "another architecture"),

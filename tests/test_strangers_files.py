@@ -249,7 +249,7 @@ EXPANDED = torch.zeros(()).expand(10**6, 10**6)
         *(
             (f"flags.{name}", high + 1, f"flags.{name} is a int where a whole number, .* at most {high} belongs")
             for name, high in LIMITS.items()
-            if name not in ("beam_size", "length_penalty", "seed")
+            if name not in ("beam_size", "epochs", "length_penalty", "seed")
         ),
         ("flags.seed", 2**63, "flags.seed"),
         ("decoding", {"beam_size": 1001, "length_penalty": 1.0, "cider": 0.5, "images": 3}, "decoding.beam_size"),
@@ -261,7 +261,7 @@ EXPANDED = torch.zeros(()).expand(10**6, 10**6)
         ("flags", [], "flags lacks"),
         ("encoder", {"name": "resnet50"}, "encoder lacks"),
         ("encoder.name", "efficientnet_lite0", "another decoder or encoder"),
-        ("split", {"val": "a.jpg", "test": []}, "split.val is a str where a list of image names"),
+        ("split", {"val": "a.jpg", "test": []}, "split is a dict where a split by image name"),
         ("schedule.settings.t_max", 0, "schedule.settings.t_max"),
         ("schedule.settings.more", 0, "unknown fields"),
         ("schedule.plateau", {}, "schedule.plateau lacks"),
@@ -485,7 +485,6 @@ def test_yaml_that_is_no_config(tmp_path, text):
         ("epochs: true", "epochs: expected a number or a text"),
         ("epochs: " + "9" * 400, "epochs: "),
         ("seed: 0x" + "f" * 6000, "seed: "),
-        ("a: &a [x, x]\nb: [*a, *a]", "unknown flag 'a'"),
         ("help: true", "unknown flag 'help'"),
     ],
 )
