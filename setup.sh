@@ -189,7 +189,7 @@ checks() {
     local failed=''
     say "ruff check ." && .venv/bin/python -m ruff check . || failed="$failed ruff"
     say "mypy" && .venv/bin/python -m mypy || failed="$failed mypy"
-    say "pytest -n 2" && OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal || failed="$failed pytest"
+    say "pytest -n 2" && OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal --durations=10 || failed="$failed pytest"
     if [ -n "$failed" ]; then
         say "error: failed:$failed" >&2
         exit 1
