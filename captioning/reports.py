@@ -431,12 +431,12 @@ def word_maps(path: Path, data: CaptionSet, pictures: Pictures) -> dict[str, Any
     """Read an `attention_viz_sample_N.json`: the photo, and each word's map to lay over it; None where it fails."""
     try:
         content = read_json(path)
-        name, spoken, maps = content["image"], content["words"], np.array(content["maps"], dtype=np.float64)
-        weights = check_weights(maps.reshape(len(maps), -1), len(spoken))
+        name, words, maps = content["image"], content["words"], np.array(content["maps"], dtype=np.float64)
+        weights = check_weights(maps.reshape(len(maps), -1), len(words))
     except (UserError, KeyError, TypeError, ValueError, OverflowError):
         return None
     photo = small_image(data.image_dir / name, 400) if name in data.names else None
-    if photo is None or not all(isinstance(word, str) for word in spoken):
+    if photo is None or not all(isinstance(word, str) for word in words):
         return None
     uri = pictures.fitted("image/jpeg", encoded(photo, "JPEG", quality=82))
     glows = [pictures.fitted("image/png", glow(row)) for row in weights]
@@ -445,8 +445,8 @@ def word_maps(path: Path, data: CaptionSet, pictures: Pictures) -> dict[str, Any
     with np.errstate(divide="ignore", invalid="ignore"):
         bits = np.abs(np.nansum(weights * np.log2(weights), axis=1))
     return {
-        "name": name, "photo": uri, "width": photo.width, "height": photo.height, "caption": " ".join(spoken),
-        "maps": list(zip(spoken, glows, bits.tolist(), strict=True)), "most_bits": math.log2(weights.shape[1]),
+        "name": name, "photo": uri, "width": photo.width, "height": photo.height, "caption": " ".join(words),
+        "maps": list(zip(words, glows, bits.tolist(), strict=True)), "most_bits": math.log2(weights.shape[1]),
     }  # fmt: skip
 
 

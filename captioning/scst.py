@@ -1,4 +1,4 @@
-"""Self-critical sequence training (Rennie et al., 2017): captions that the decoder draws itself, rewarded by CIDEr-D."""
+"""Self-critical sequence training (Rennie et al., 2017): sampled captions, rewarded by CIDEr-D."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from captioning.decoding import sample
 
 
 class SelfCritic:
-    """Draws several captions of each image; what is better than the image's others becomes likelier.
+    """Samples several captions of each image; one that is better than the image's others becomes more probable.
 
     The baseline of a sample is the mean reward of the image's other samples (Luo, 2020), which needs no greedy
     pass. Document frequencies are those of the training captions, whatever is scored later.
     """
 
     def __init__(self, data: CaptionSet, vocabulary: Vocabulary, samples: int, max_length: int):
-        """Args: samples: captions drawn of an image, at least 2."""
+        """Args: samples: captions sampled for an image, at least 2."""
         self.samples, self.max_length = samples, max_length
         self.reward = CiderReward(data, data.splits["train"])
         self.word_of = self.reward.words_of(vocabulary)
@@ -29,7 +29,7 @@ class SelfCritic:
     def loss(
         self, decoder: Decoder, features: torch.Tensor | None, images: np.ndarray, autocast: torch.autocast
     ) -> tuple[torch.Tensor, float]:
-        """Draw, reward, and run the decoder over what was drawn.
+        """Sample, reward, and run the decoder over the samples.
 
         Args:
             features: (I, C) or (I, 49, C) of the images, whose positions in the data are `images` (I,); of several
@@ -38,7 +38,7 @@ class SelfCritic:
 
         Returns:
             this process's part of the loss per token, whose gradient is that of minus the expected reward, and the mean
-            CIDEr-D of everybody's samples.
+            CIDEr-D of the samples of all processes.
         """
         if features is None:
             _, reward, samples = distributed.total(0, 0, 0)
@@ -52,7 +52,7 @@ class SelfCritic:
         batch, order = pack_captions(drawn.words.reshape(-1), starts, drawn.lengths, owner)
         row = batch.token_row.numpy()
         weights = advantage[order][row]
-        weights[(batch.targets.numpy() == EOS) & ~drawn.ended[order][row]] = 0  # an <EOS> that was never said
+        weights[(batch.targets.numpy() == EOS) & ~drawn.ended[order][row]] = 0  # an <EOS> that was never sampled
         batch = batch.to(features.device)
         tokens, reward, samples = distributed.total(len(row), rewards.sum(), rewards.size)
         with autocast:
@@ -62,8 +62,8 @@ class SelfCritic:
         return loss, reward / samples
 
     def rewards(self, words: np.ndarray, lengths: np.ndarray, ended: np.ndarray, images: np.ndarray) -> np.ndarray:
-        """CIDEr-D (I, S) of samples (I x S, T); one that never ends earns nothing."""
-        spoken = np.arange(words.shape[1]) < lengths[:, None]
+        """Return the CIDEr-D (I, S) of samples (I x S, T); one that never ends earns nothing."""
+        is_word = np.arange(words.shape[1]) < lengths[:, None]
         offsets = np.concatenate([[0], np.cumsum(lengths)])
-        scores = self.reward.score(self.word_of[words[spoken]], offsets, np.repeat(images, self.samples))
+        scores = self.reward.score(self.word_of[words[is_word]], offsets, np.repeat(images, self.samples))
         return np.where(ended, scores, 0.0).reshape(len(images), self.samples)
