@@ -1,7 +1,7 @@
 """Do attention maps mean something? Train on the demo set, where each shape's place is known, and play the pointing game.
 
     python benchmarks/pointing.py                               # trains for 8 epochs: some minutes
-    python benchmarks/pointing.py --quick                       # few pictures and one epoch
+    python benchmarks/pointing.py --quick                       # few pictures: a minute
     python benchmarks/pointing.py --model_path RUN              # of a demo run that is there
     python benchmarks/pointing.py --flags --attention_reg 1     # what else to give to training
 
@@ -33,9 +33,9 @@ SCORES = ("pointing_game", "pointing_game_near")
 TRAINING = [
     "--decoder", "attention", "--encoder", "efficientnet_lite0", "--batch_size", "64", "--learning_rate", "0.002",
     "--embed_size", "256", "--hidden_size", "256", "--num_layers", "1", "--attention_dim", "256",
-    "--freq_threshold", "1",
+    "--freq_threshold", "1", "--use_scheduler", "--scheduler_type", "one_cycle", "--warmup_epochs", "2",
 ]  # fmt: skip
-SCHEDULE = ["--use_scheduler", "--scheduler_type", "one_cycle", "--warmup_epochs", "2"]
+QUICK = ["--batch_size", "16", "--learning_rate", "0.005"]  # of few pictures
 
 
 def train(scenes: int, epochs: int, more: Sequence[str], folder: Path) -> Path:
@@ -43,7 +43,7 @@ def train(scenes: int, epochs: int, more: Sequence[str], folder: Path) -> Path:
     draw_demo_dataset(folder / "demo", scenes)
     places = ["--data_dir", str(folder / "demo"), "--feature_cache", str(folder / "cache")]
     places += ["--model_save_dir", str(folder / "runs"), "--epochs", str(epochs)]
-    if trainer.main(["--dataset_type", "demo", *TRAINING, *(SCHEDULE if epochs > 2 else []), *places, *more]) != 0:
+    if trainer.main(["--dataset_type", "demo", *TRAINING, *places, *more]) != 0:
         raise SystemExit("training failed")
     (run,) = (folder / "runs").glob("demo/*/*")
     return run
@@ -88,14 +88,14 @@ def table(words: list[list[str]], maps: list[np.ndarray | None], boxes: list[Box
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--model_path", type=Path, help="a demo run that is there (default: train one)")
-    parser.add_argument("--quick", action="store_true", help="80 pictures, one epoch: the maps point at nothing yet")
+    parser.add_argument("--quick", action="store_true", help="80 pictures, which are too few for good maps")
     parser.add_argument("--scenes", type=int, help="pictures of the demo set (default: 800)")
-    parser.add_argument("--epochs", type=int, help="epochs to train (default: 8)")
+    parser.add_argument("--epochs", type=int, default=8, help="epochs to train (default: 8)")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="more flags of training; come last")
     args = parser.parse_args(argv)
-    scenes, epochs = args.scenes or (80 if args.quick else 800), args.epochs or (1 if args.quick else 8)
+    scenes, flags = args.scenes or (80 if args.quick else 800), [*(QUICK if args.quick else []), *args.flags]
     with TemporaryDirectory() as folder:
-        results = table(*captions_and_maps(args.model_path or train(scenes, epochs, args.flags, Path(folder))))
+        results = table(*captions_and_maps(args.model_path or train(scenes, args.epochs, flags, Path(folder))))
     if not results["all"]:
         raise SystemExit("the model says no word for a shape that is there: train longer")
     print(f"\n{'shapes':<8}{'words':>7}{'':>4}{'peak on the shape':<34}{'on it or within half a cell':<34}")

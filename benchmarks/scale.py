@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -159,6 +159,12 @@ def size_of(count: float) -> str:
     return f"{count / scale:.3g} {unit}"
 
 
+def print_row(columns: Mapping[str, int], cells: Iterable[object]) -> None:
+    """Print cells, right-aligned. Args: columns: heads and their widths; a blank tells two of the same head apart."""
+    row = (f"{str(cell).strip():>{width}}" for cell, width in zip(cells, columns.values(), strict=True))
+    print("".join(row), flush=True)
+
+
 def print_plans(rates: Rates, batch: int, epochs: int) -> None:
     """Every data set on 1, 8 and 64 workers; the batch grows with the workers, up to a fiftieth of an epoch."""
     columns = {
@@ -169,7 +175,7 @@ def print_plans(rates: Rates, batch: int, epochs: int) -> None:
         sizes = plan(data, rates, 1, batch)
         print(f"\n{data.name}: {data.images:,.0f} images, features {size_of(sizes.feature_bytes)}, "
               f"{size_of(sizes.index_bytes)} of memory a process")  # fmt: skip
-        print("".join(f"{column.strip():>{width}}" for column, width in columns.items()))
+        print_row(columns, columns)
         for workers in (1, 8, 64):
             captions = min(batch * workers, max(batch, int(data.images * data.captions / 50)))
             found = plan(data, rates, workers, captions)
@@ -178,7 +184,7 @@ def print_plans(rates: Rates, batch: int, epochs: int) -> None:
                 workers, f"{captions:,}", duration(found.start), duration(found.encoding), found.slowest,
                 duration(found.epoch), found.limit, duration(whole), f"{whole * workers / 3600:.2f}",
             )  # fmt: skip
-            print("".join(f"{cell:>{width}}" for cell, width in zip(cells, columns.values(), strict=True)))
+            print_row(columns, cells)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -201,7 +207,6 @@ def work(folder: Path, epochs: int) -> None:
     flags = json.loads((folder / "flags.json").read_text())
     settings = parse_flags(flags)
     spec = find_encoder(settings.encoder)
-    encoder = spec.build(spec.find_weights()[0])
 
     def seconds_of(call: Callable[[], object]) -> float:
         distributed.wait_for_all()
@@ -210,7 +215,7 @@ def work(folder: Path, epochs: int) -> None:
         return time.perf_counter() - start
 
     def make_encoder() -> None:
-        encode = encoder.fast_form(torch.device("cpu"))
+        encode = spec.build(spec.find_weights()[0]).fast_form(torch.device("cpu"))
         for _ in range(3):  # the first calls optimize the graph
             encode(np.zeros((2, spec.image_size, spec.image_size, 3), np.uint8))
 
@@ -278,9 +283,9 @@ def check(epochs: int, images: int) -> list[dict[str, float]]:
         f"{cores} cores; one thread a process; {one['images']} images, {one['steps']} steps an epoch; "
         "predicted from one process"
     )
-    heads = {"processes": 10, "encoding s": 12, "predicted": 11, "epoch s": 10, "predicted ": 11, "speed-up": 10}
-    heads["gradients, ms a step"] = 22
-    print("".join(f"{head.strip():>{width}}" for head, width in heads.items()))
+    heads = {"processes": 10, "encoding s": 12, "predicted": 11, "epoch s": 10, "predicted ": 11, "speed-up": 10,
+             "gradients, ms a step": 22}  # fmt: skip
+    print_row(heads, heads)
     for count, seen in found.items():
         busy = max(1.0, count / cores)  # processes that share a core
         encoding = one["making"] * busy + (one["encoding"] - one["making"]) * busy / count
@@ -290,7 +295,7 @@ def check(epochs: int, images: int) -> list[dict[str, float]]:
             "epoch_predicted": step * one["steps"], "speed_up": one["epoch"] / seen["epoch"],
         }  # fmt: skip
         cells = [f"{count}", *(f"{value:.2f}" for value in list(row.values())[1:]), f"{1000 * seen['adding']:.1f}"]
-        print("".join(f"{cell:>{width}}" for cell, width in zip(cells, heads.values(), strict=True)))
+        print_row(heads, cells)
         rows.append(row)
     step, half = one["epoch"] / one["steps"], one["parts"]["2"]
     fixed = max(0.0, 2 * half - step)
@@ -303,9 +308,9 @@ def same(flags: list[str]) -> None:
     import torch
 
     program = Path(__file__).resolve().parent.parent / "flickr_image_caption_with_pytorch_resnet_lstm.py"
-    heads = {"processes": 10, "training loss": 15, "validation loss": 17, "validation CIDEr": 18, "seconds": 9}
-    heads["largest difference of a weight"] = 32
-    print("".join(f"{head:>{width}}" for head, width in heads.items()))
+    heads = {"processes": 10, "training loss": 15, "validation loss": 17, "validation CIDEr": 18, "seconds": 9,
+             "largest difference of a weight": 32}  # fmt: skip
+    print_row(heads, heads)
     weights: dict[str, Any] = {}
     with TemporaryDirectory(prefix="benchmark-") as place:
         for count in COUNTS:
@@ -321,7 +326,7 @@ def same(flags: list[str]) -> None:
             losses = [f"{curve[name][-1]:.5f}" for name in ("training_losses", "validation_losses")]
             cider = 100 * checkpoint["metrics_history"][-1]["cider"]
             cells = [f"{count}", *losses, f"{cider:.2f}", f"{seconds:.0f}", f"{apart:.2e}"]
-            print("".join(f"{cell:>{width}}" for cell, width in zip(cells, heads.values(), strict=True)), flush=True)
+            print_row(heads, cells)
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, float]]:

@@ -466,7 +466,7 @@ TARGETS = {
     "cache index": Target(cache_indices(), cache_index),
     "token cache": Target(token_files(), token_cache),
     "run directory": Target(run_trees(), run_directory),
-    "--config": Target(config_files(), config),
+    "file of flags": Target(config_files(), config),
 }
 if "serve" in globals():
     TARGETS["upload to the page"] = Target(requests(), upload)
