@@ -76,8 +76,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if checkpoint["schema"] < 4:
         checkpoint["split"] = upgrade_split(checkpoint.get("split"))
     checkpoint["schema"] = SCHEMA
-    checkpoint["decoding"] = checkpoint.get("decoding") or tuned_decoding(path, checkpoint["epoch"])
     require_form(checkpoint, CHECKPOINT, path)
+    if checkpoint["decoding"] is None:
+        checkpoint["decoding"] = tuned_decoding(path, checkpoint["epoch"])
     decoder = check_architecture(checkpoint, path)
     check_optimizer(checkpoint["optimizer"], list(decoder.parameters()), path)
     return checkpoint
@@ -101,12 +102,18 @@ def upgrade_from_2(checkpoint: dict[str, Any]) -> None:
 
 
 def tuned_decoding(path: Path, epoch: int) -> Any:
-    """Return what `--mode tune` found for the weights of this epoch and left beside the checkpoint, or None."""
+    """Return what `--mode tune` found for the weights of this epoch and left beside the checkpoint, or None.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     beside = path.with_name("decoding.json")
     found = read_json(beside) if beside.is_file() else None
     if not isinstance(found, dict) or found.get("epoch") != epoch:
         return None
-    return {name: value for name, value in found.items() if name != "epoch"}
+    tuned = {name: value for name, value in found.items() if name != "epoch"}
+    require_form(tuned, CHECKPOINT["decoding"], beside)
+    return tuned
 
 
 def load_exported(path: Path) -> dict[str, Any]:
