@@ -252,7 +252,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             parameter=False),
         Flag("tensorboard", "log curves, captions and attention for TensorBoard, every epoch", modes=("train",),
             resume=True, parameter=False),
-        Flag("quiet", "print only warnings and the final result", resume=True, parameter=False),
+        Flag("quiet", "print only warnings, one line per epoch and the final result", resume=True, parameter=False),
         Flag("verbose", "print also where the time of each epoch goes", resume=True, parameter=False),
     ),
 }  # fmt: skip
