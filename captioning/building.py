@@ -23,7 +23,7 @@ from captioning.images import VIEW_SETS
 from captioning.io import UserError, log
 from captioning.runs import find_checkpoint
 from captioning.settings import Settings, cache_folders
-from captioning.splits import StoredSplit, checkpoint_split, refuse_trained_images
+from captioning.splits import StoredSplit, checkpoint_split, refuse_trained_images, same_split
 
 # Where a data set is small. The recipe for own photos has 9,000 weights a caption on fifty photos, the original's defaults 300,000.
 MOST_WEIGHTS, FEWEST_STEPS, MOST_UNKNOWN = 50_000, 3, 0.2
@@ -166,11 +166,13 @@ def load_context(settings: Settings, splits: list[str]) -> tuple[EvalContext, np
         raise UserError("--model_path names the same checkpoint twice: an ensemble is of different ones")
     (first_path, first), *others = checkpoints.items()
     for path, checkpoint in others:
-        for what in ("vocabulary", "split"):
-            if checkpoint[what] != first[what]:
-                raise UserError(
-                    f"{path} has another {what} than {first_path}: an ensemble is trained on the same data set"
-                )
+        same = {
+            "vocabulary": checkpoint["vocabulary"] == first["vocabulary"],
+            "split": same_split(checkpoint["split"], first["split"]),
+        }
+        if not all(same.values()):
+            what = next(name for name, equal in same.items() if not equal)
+            raise UserError(f"{path} has another {what} than {first_path}: an ensemble is trained on the same data set")
     resolved = settings.with_checkpoint(first, first_path)
     if settings.consensus != "off" and "beam_size" not in settings.explicit:
         resolved = resolved.with_values(beam_size=BEAM_SIZE)
@@ -188,8 +190,9 @@ def load_context(settings: Settings, splits: list[str]) -> tuple[EvalContext, np
         decoder = build_decoder(own, context.vocabulary)
         load_weights(decoder, checkpoint["decoder"], path)
         context.members += [(decoder.to(device), view) for view in views]
-        if stored and checkpoint is first:
-            refuse_trained_images(stored, images_of(data, splits), data.names, views[0].versions, path)
+        own_split = stored if checkpoint is first else checkpoint["split"]
+        if own_split:
+            refuse_trained_images(own_split, images_of(data, splits), data.names, views[0].versions, path)
     if settings.consensus != "off":
         views = []
         if settings.consensus == "regression":

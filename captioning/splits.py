@@ -173,9 +173,11 @@ def store_split(
     return stored
 
 
-def same_split(first: StoredSplit | None, second: StoredSplit) -> bool:
-    """Return whether scores on the validation images of both can be compared."""
-    return first is not None and first["val"]["names"] == second["val"]["names"]
+def same_split(first: StoredSplit | None, second: StoredSplit | None) -> bool:
+    """Return whether two models hold out the same images, so that their scores can be compared."""
+    if first is None or second is None:
+        return first is second
+    return all(set(first[part]["names"]) == set(second[part]["names"]) for part in ("val", "test"))
 
 
 def keys(part: Part) -> Iterable[tuple[str, int, int]]:

@@ -69,6 +69,8 @@ def test_a_model_is_not_scored_on_what_it_or_its_parent_was_trained_on():
     refuse_trained_images(STORED, np.arange(10), NAMES, others, "m.pt")
 
 
-def test_scores_are_compared_on_the_same_validation_images_only():
+def test_scores_are_compared_on_the_same_held_out_images_only():
     other = STORED | {"val": NOBODY}
-    assert same_split(STORED, STORED) and not same_split(other, STORED) and not same_split(None, STORED)
+    older = {split: {"names": STORED[split]["names"], "sizes": None, "hashes": None} for split in ("val", "test")}
+    assert same_split(STORED, STORED) and same_split(STORED, older) and same_split(None, None)
+    assert not same_split(other, STORED) and not same_split(None, STORED)
