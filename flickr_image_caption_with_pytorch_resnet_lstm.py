@@ -159,7 +159,7 @@ def build_run(
     critic = SelfCritic(data, vocabulary, settings.scst_samples, settings.max_length) if settings.scst_epochs else None
     step_loss = wrap_ddp(StepLoss(decoder, views, critic, precision, settings))
     loader = TrainLoader(batches, data.splits["train"], len(views), settings.batch_size, settings.seed)
-    if not checkpoint:
+    if not checkpoint and not settings.dry_run:
         warn_of_small_data(data, batches, loader.steps, count_parameters(decoder))
     spec = find_encoder(settings.encoder)
     constants = {
@@ -185,6 +185,8 @@ def new_run(settings: Settings, argv: list[str]) -> tuple[Run, TrainState]:
     )
     run.saver = CheckpointSaver(directory, settings.keep_checkpoints, state.first_epoch)
     run.constants["flags"] = settings.stored() | {"model_path": str(source) if source else None}
+    if state.schedule and not settings.use_scheduler:  # the checkpoint's, which goes on
+        run.constants["flags"] |= state.schedule.flags()
     same_bar = checkpoint and checkpoint["best"]["metric"] == settings.best_metric
     if checkpoint and source and same_bar and same_split(checkpoint["split"], run.constants["split"]):
         carried: dict[str, Any] | None = distributed.from_first(lambda: carry_best(checkpoint, source, directory))
@@ -359,16 +361,14 @@ def train(settings: Settings, argv: list[str]) -> Path:
     settings, context, directory = run.settings, run.context, run.saver.directory
     size, epochs_left = count_parameters(state.decoder), state.last_epoch(settings) - state.epoch
     distributed.from_first(lambda: require_room(directory, size, epochs_left, settings.keep_checkpoints))
-    distributed.wait_for_all()
-    last = directory / "last.pt"
-    distributed.check_agreement({f"whether {last} exists": last.is_file()}, distributed.SAME_FILES)
+    distributed.check_file(directory / "last.pt")
     log.debug(f"Reading data, encoding images and building the model: {time.time() - started:.1f} s")
-    training_started, first = time.time(), state.epoch
-    save = functools.partial(save_last, run, state)
+    training_started, first, save = time.time(), state.epoch, functools.partial(save_last, run, state)
     with StopRequest() as stop:
+        monitor = StepMonitor(run.loader, context.data.names, directory, settings, stop, context.device)
         while state.epoch < state.last_epoch(settings) and not state.stopped_early(settings):
             rate = learning_rate(state, settings, 0, run.loader.steps)
-            monitor = StepMonitor(run.loader, context.data.names, directory, settings, stop, context.device)
+            monitor.begin_epoch()
             try:
                 training = train_one_epoch(state, run.loader, run.step_loss, settings, monitor, save, run.clock)
                 validation, scores = evaluate(state, run)
@@ -378,9 +378,7 @@ def train(settings: Settings, argv: list[str]) -> Path:
             save_epoch(run, state, is_best)
             write_outputs(run, state)
             log_epoch(state, run, is_best, (time.time() - training_started) / (state.epoch - first) / 60)
-            (asked,) = distributed.largest(stop.signal or 0)
-            if asked:
-                raise Stopped(signal.Signals(int(asked)), directory)
+            stop.check(directory)
     if state.stopped_early(settings):
         log.info(f"Stopped early: no better {settings.best_metric} in {settings.early_stopping} epochs")
     distributed.wait_for_all()  # until the first has written all
@@ -411,7 +409,8 @@ def finish(run: Run, state: TrainState, argv: list[str], minutes: float) -> None
     write_summary(directory, flags, start_command(directory) or reproducing_command(argv), facts)
     print(f"\nBest epoch: {state.best['epoch']} by {run.settings.best_metric}. Everything is in {directory}")
     print(f"Report: {reports.write_report(directory, data).name}")
-    print(f"Score it on the test images: {reproducing_command(['--mode', 'test', '--model_path', str(directory)])}")
+    if not run.settings.dry_run:
+        print(f"Score it on the test images: {reproducing_command(['--mode', 'test', '--model_path', str(directory)])}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -461,14 +460,16 @@ def dispatch(settings: Settings, argv: list[str]) -> int:
 
 
 def test_dry_run(directory: Path, settings: Settings) -> None:
-    """Test what a dry run trained, then delete it: it is not a result."""
-    log.info("\nDry run: testing what was trained")
-    flags = ["--mode", "test", "--dry_run", "--device", settings.device, "--model_path", str(directory)]
-    dispatch(parse_flags(flags), flags)
-    distributed.wait_for_all()
-    if distributed.is_first() and settings.resume is None:
-        shutil.rmtree(directory)
-        log.info(f"\nThe dry run went through. Its files are deleted: {directory}")
+    """Test what a dry run trained, then delete it."""
+    test = Settings(parse_flags(["--mode", "test", "--dry_run", "--model_path", str(directory)]).values())
+    same = {name: getattr(settings, name) for name in ("device", "resnet_weights", "quiet", "verbose")}
+    try:
+        dispatch(test.with_values(**same), [])
+        distributed.wait_for_all()
+    finally:
+        if distributed.is_first() and settings.resume is None:
+            shutil.rmtree(directory)
+            log.info(f"\nThe files of the dry run are deleted: {directory}")
 
 
 def main(argv: list[str] | None = None, settings: Settings | None = None) -> int:
@@ -485,8 +486,8 @@ def main(argv: list[str] | None = None, settings: Settings | None = None) -> int
     try:
         return run_command(
             lambda: distributed.report_error_once(command),
-            "Stopped. What is saved stays: continue with --resume and the run directory named above, or, where none "
-            "is, with the same command.",
+            "Stopped. What is saved stays: continue with --resume and the run directory named above, or run the same "
+            "command again.",
         )
     except Stopped as stopped:
         resume = reproducing_command(["--resume", str(stopped.directory)])

@@ -231,9 +231,9 @@ class TrainState:
 
 
 class StepMonitor:
-    """Looks at the finished steps of an epoch: skipped batches, saves that are due, signals.
+    """Finds skipped batches, saves that are due and signals among the finished steps of an epoch.
 
-    A look makes the device wait. On a CPU every step is looked at, on a GPU every hundredth. Several processes look
+    A sync makes the device wait. On a CPU every step is synced, on a GPU every hundredth. Several processes sync
     together, so that they act on the same findings.
     """
 
@@ -246,6 +246,9 @@ class StepMonitor:
         self.on_cpu, self.interval, self.bad = device.type == "cpu", STEPS_PER_SYNC, 0
         self.last_save = self.last_sync = time.monotonic()
         self.finite: list[torch.Tensor] = []  # of the steps since the last sync
+
+    def begin_epoch(self) -> None:
+        self.bad, self.last_sync = 0, time.monotonic()
 
     def save_due(self) -> bool:
         return time.monotonic() - self.last_save > 60 * self.settings.checkpoint_minutes
@@ -400,11 +403,19 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        if hasattr(signal, "SIGHUP"):  # a closed terminal does not end training
+            self.before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+    def check(self, directory: Path) -> None:
+        """Raise Stopped if a signal came to any process."""
+        (asked,) = distributed.largest(self.signal or 0)
+        if asked:
+            raise Stopped(signal.Signals(int(asked)), directory)
 
     def handle(self, number: int, _: FrameType | None) -> None:
         if self.signal is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -120,9 +121,8 @@ def warn_of_small_data(data: CaptionSet, batches: BatchMaker, steps: int, parame
     problems += [f"{100 * unknown:.0f} % of the training words are <UNK>"] if unknown > MOST_UNKNOWN else []
     if problems:
         log.warning(
-            f"Warning: {', '.join(problems)}: the captions will be poor. For a small data set: --config "
-            "configs/own_photos.yaml, or smaller --hidden_size, --embed_size, --num_layers 1, --batch_size 16, "
-            "--freq_threshold 1 and a --learning_rate of 0.002"
+            f"Warning: {', '.join(problems)}: the captions will be poor. --config configs/own_photos.yaml suits small "
+            "data sets; docs/data.md says which of its flags does what"
         )
 
 
@@ -162,7 +162,9 @@ def load_context(settings: Settings, splits: list[str]) -> tuple[EvalContext, np
     device = distributed.pick_device(settings.device)
     check_settings(settings)
     checkpoints = {path: load_checkpoint(path) for path in map(find_checkpoint, settings.model_path)}
-    if len(checkpoints) < len(settings.model_path):
+    if any(first.samefile(second) for first, second in itertools.combinations(checkpoints, 2)) or len(
+        checkpoints
+    ) < len(settings.model_path):
         raise UserError("--model_path names the same checkpoint twice: an ensemble is of different ones")
     (first_path, first), *others = checkpoints.items()
     for path, checkpoint in others:

@@ -112,7 +112,10 @@ def tuned_decoding(path: Path, epoch: int) -> Any:
     if not isinstance(found, dict) or found.get("epoch") != epoch:
         return None
     tuned = {name: value for name, value in found.items() if name != "epoch"}
-    require_form(tuned, CHECKPOINT["decoding"], beside)
+    try:
+        require_form(tuned, CHECKPOINT["decoding"], beside)
+    except UserError as error:
+        raise UserError(f"{beside} is damaged: remove it, or run --mode tune again") from error
     return tuned
 
 

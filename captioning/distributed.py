@@ -14,6 +14,7 @@ import time
 import uuid
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
@@ -220,6 +221,16 @@ def check_agreement(facts: Mapping[str, Any], advice: str) -> None:
                 raise UserError(
                     f"the processes disagree on {name}: {value!r} in rank 0, {others.get(name)!r} in rank {number}. {advice}"
                 )
+
+
+def check_file(path: Path) -> None:
+    """Make sure that every process sees a file that the first one has written.
+
+    Raises:
+        UserError: one does not.
+    """
+    wait_for_all()
+    check_agreement({f"whether {path} exists": path.is_file()}, SAME_FILES)
 
 
 def remember(key: str, value: str) -> None:

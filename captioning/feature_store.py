@@ -146,7 +146,7 @@ class FeatureFile:
 
     def forget(self, name: str) -> None:
         """Have the next run encode this image again, beside what other runs have added meanwhile."""
-        with suppress(OSError, UserError), FileLock(self.directory / "lock"):
+        with suppress(OSError, UserError), FileLock(self.directory / "lock", timeout=10):
             fresh = FeatureFile(self.directory, self.kind, self.row_shape, self.part)
             fresh.entries[name] = Entry(0, -1, -1, 0, 0)
             fresh.add_lines([name])

@@ -38,8 +38,9 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf, above: bo
                 f"{text[:40]!r} is not {'a whole' if kind is int else 'a'} number"
             ) from None
         if not finite or value > high or (value <= low if above else value < low):
-            bounds = f"{'above' if above else 'at least'} {low:g}" + (
-                f" and at most {high:g}" if high < math.inf else ""
+            ends = [f"{end}" if kind is int else f"{end:g}" for end in (low, high)]
+            bounds = f"{'above' if above else 'at least'} {ends[0]}" + (
+                f" and at most {ends[1]}" if high < math.inf else ""
             )
             raise argparse.ArgumentTypeError(f"{text[:40]} is out of range: it must be {bounds}")
         return value

@@ -73,15 +73,12 @@ class Run:
 
     def parameters(self) -> dict[str, Any]:
         """Return the flags that a score may depend on; those of a schedule only where there is one."""
-        schedule = self.flags.get("use_scheduler")
+        idle = () if self.flags.get("use_scheduler") else ("use_scheduler",)
         return {
             name: value
             for name, value in self.flags.items()
-            if name not in FLAGS
-            or (
-                FLAGS[name].parameter
-                and (schedule or not (name.startswith("scheduler_") or name in ("min_lr", "warmup_epochs")))
-            )
+            if name not in NOT_CONFIGURABLE
+            and (name not in FLAGS or (FLAGS[name].parameter and FLAGS[name].needs not in idle))
         }
 
     def scores(self) -> dict[str, float]:

@@ -89,6 +89,14 @@ class Schedule:
             "one_cycle": f"OneCycleLR (max_lr={s.learning_rate:g}, warmup_epochs={s.warmup_epochs})",
         }[s.type]
 
+    def flags(self) -> dict[str, Any]:
+        """Return the flags that describe this schedule."""
+        about = asdict(self.settings)
+        return {
+            "use_scheduler": True, "scheduler_type": about["type"],
+            **{flag: about[name] for flag, name in SCHEDULE_FLAGS.items()},
+        }  # fmt: skip
+
     def state(self) -> dict[str, Any]:
         return {"settings": asdict(self.settings), "plateau": dict(self.plateau)}
 
@@ -136,11 +144,9 @@ def choose_schedule(settings: Settings, checkpoint: Mapping[str, Any] | None, st
     if settings.scheduler_type == "exponential" and "scheduler_gamma" not in explicit:
         gamma **= 1 / settings.epochs  # a tenth over the whole run rather than in each epoch
     if checkpoint:
-        if "learning_rate" not in explicit:
-            rate = checkpoint["flags"]["learning_rate"]
         before = saved.settings.type if saved else "no schedule"
         log.info(
-            f"The checkpoint has {before}: a fresh {settings.scheduler_type} over {settings.epochs} epochs begins at "
+            f"The checkpoint has {before}: a new {settings.scheduler_type} schedule over {settings.epochs} epochs begins at "
             f"learning rate {rate:g}"
         )
     values = {name: getattr(settings, flag) for flag, name in SCHEDULE_FLAGS.items()} | {"gamma": gamma}

@@ -44,12 +44,14 @@ class Settings(argparse.Namespace):
         return Settings(self.values() | changes, self.explicit)
 
     def stored(self) -> dict[str, Any]:
-        """The flags of training as plain values, for checkpoints and run_config.json."""
-        return {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in self.values().items()
-            if "train" in FLAGS[name].modes
-        }
+        """Return every flag as a plain value, for checkpoints and run_config.json."""
+
+        def plain(value: Any) -> Any:
+            return (
+                list(map(plain, value)) if isinstance(value, list) else str(value) if isinstance(value, Path) else value
+            )
+
+        return {name: plain(value) for name, value in self.values().items()}
 
     def with_checkpoint(self, checkpoint: Mapping[str, Any], source: Path) -> Settings:
         """Take from a checkpoint what it decides; only an explicit flag can contradict it.
@@ -71,9 +73,11 @@ class Settings(argparse.Namespace):
                     "leave the flag out, or train a new model without --model_path"
                 )
             kept = flag.checkpoint == "kept" or (flag.checkpoint == "train" and self.mode == "train")
+            if name in PLACES and self.explicit & PLACES:  # one place of a data set says where all of it is
+                continue
             if flag.checkpoint == "fixed" or (kept and name not in self.explicit):
                 found[name] = Path(saved[name]) if flag.parse is path and saved[name] else saved[name]
-        if self.mode == "train" and not self.use_scheduler and "learning_rate" not in self.explicit:
+        if self.mode == "train" and "learning_rate" not in self.explicit:
             found["learning_rate"] = saved["learning_rate"]
         # Whoever wrote the checkpoint makes no cache elsewhere: only a folder that is a cache already is used.
         caches = cache_folders(saved["feature_cache"])
@@ -97,6 +101,7 @@ def cache_folders(text: str) -> list[Path]:
 
 
 LARGEST_CONFIG = 100_000  # bytes of a YAML file of flags
+PLACES = {"data_dir", "image_dir", "captions_file"}
 KINDS = {"decoder": DECODERS, "encoder": ENCODERS}
 
 
@@ -175,15 +180,27 @@ def parse_flags(argv: list[str]) -> Settings:
         if not file.is_file():
             raise UserError(resume_advice(typed["resume"]))
         config, _ = config_flags(parser, file)
+        if PLACES & set(typed):
+            config = {name: value for name, value in config.items() if name not in PLACES}
     elif "config" in typed:
         config, given = config_flags(parser, typed["config"])
         # What the command line switches off takes along what the file says of it.
         explicit |= {name for name in given if not (FLAGS[name].needs in typed and not typed[FLAGS[name].needs])}
+        # A recipe of training serves other modes for what they read of it.
+        mode = typed.get("mode", "train")
+        explicit -= {
+            name for name in given - set(typed) if mode not in FLAGS[name].modes and "train" in FLAGS[name].modes
+        }
     values = defaults | config | typed
-    if values["quiet"] and values["verbose"]:  # the command line wins over a file
+    if values["quiet"] and values["verbose"] and len({"quiet", "verbose"} & set(typed)) == 1:  # it wins over a file
         values |= {"quiet": "quiet" in typed, "verbose": "verbose" in typed}
     settings = Settings(values, explicit)
-    check_flags(settings, parser.error)
+
+    def error(message: str) -> NoReturn:
+        named = [name for name in explicit - set(typed) if f"--{name} " in message]
+        parser.error(message + (f" ({named[0]} is from {typed['config']})" if named else ""))
+
+    check_flags(settings, error)
     return settings
 
 
@@ -377,8 +394,8 @@ def check_modes(args: Settings, error: Callable[[str], Any]) -> None:
 
 
 def check_training(args: Settings, error: Callable[[str], Any]) -> None:
-    """What the flags of training mean together."""
-    if args.use_scheduler and args.scheduler_type == "one_cycle" and args.warmup_epochs >= args.epochs:
+    """Cross-flag validation of training."""
+    if args.use_scheduler and args.scheduler_type == "one_cycle" and args.warmup_epochs >= args.epochs > 0:
         error(f"--warmup_epochs {args.warmup_epochs} leaves nothing of the {args.epochs} epochs to come down in")
     if not args.epochs + args.scst_epochs:
         error("--epochs 0 leaves nothing to do: add --scst_epochs N, or train at least one epoch")
@@ -387,11 +404,11 @@ def check_training(args: Settings, error: Callable[[str], Any]) -> None:
 
 
 def check_decoding(args: Settings, error: Callable[[str], Any]) -> None:
-    """What the flags of decoding and captioning mean together."""
+    """Cross-flag validation of decoding and captioning."""
     explicit = args.explicit
     if {"json", "output"} <= explicit:
         error("--json has no effect with --output: a FILE that ends in .jsonl has JSON lines")
-    for name in ("beam_size", "length_penalty", "save_attention_viz"):
+    for name in ("beam_size", "length_penalty", "no_repeat_ngram", "save_attention_viz"):
         if args.top_p is not None and name in explicit:
             error(f"--{name} has no effect with --top_p, which samples captions")
     if "seed" in explicit and args.mode == "caption" and args.top_p is None:
@@ -400,5 +417,6 @@ def check_decoding(args: Settings, error: Callable[[str], Any]) -> None:
         error(f"--num_captions {args.num_captions} needs a --beam_size of at least as many")
     if args.consensus != "off" and ("beam_size" in explicit and args.beam_size == 1):
         error("--consensus chooses among a beam's captions: it needs a --beam_size above 1, best 20 or more")
-    if args.consensus != "off" and args.predictions is not None:
-        error("--consensus has no effect with --predictions, which are captions already")
+    for name in ("consensus", "beam_size", "length_penalty", "no_repeat_ngram"):
+        if name in explicit and args.predictions is not None:
+            error(f"--{name} has no effect with --predictions, which are captions already")

@@ -21,6 +21,7 @@ from captioning.layouts import SPLITS, karpathy_split, split_lists
 
 COCO_HELD_OUT = 5000  # validation and test images of COCO, as many as Karpathy's split has
 SAME_SET = 0.9  # share of names in common from which on two sets of other files are one data set, encoded anew
+MOST_COPIES = 0.02  # of the images to score, that may be training images under other names
 Part = dict[str, Any]
 StoredSplit = dict[str, Part]
 NOBODY: Part = {"names": [], "sizes": [], "hashes": []}
@@ -45,8 +46,16 @@ def find_splits(
         UserError: a list names an image twice, or a split is empty.
     """
     lists, source = (None, "") if stored is None else stored_lists(stored, names, sizes, notes)
+    listed = listed_split(places)
     if lists is None:
-        lists, source = listed_split(places) or drawn_split(names, seed)
+        lists, source = listed or drawn_split(names, seed)
+    elif listed:
+        owners = [{name: part for part in SPLITS for name in each[part]} for each in (lists, listed[0])]
+        moved = [name for name, part in owners[1].items() if owners[0].get(name, part) != part]
+        if moved:
+            notes.append(
+                f"{len(moved)} image(s) are in another split in {listed[1]} ({few(moved)}): the checkpoint's split rules"
+            )
     position = {name: number for number, name in enumerate(names)}
     owner: dict[str, str] = {}
     for split in SPLITS:
@@ -174,10 +183,19 @@ def store_split(
 
 
 def same_split(first: StoredSplit | None, second: StoredSplit | None) -> bool:
-    """Return whether two models hold out the same images, so that their scores can be compared."""
+    """Return whether two models hold out the same images, so that their scores can be compared.
+
+    Images are the same by name, size and CRC-32; by name alone where an older version kept no more.
+    """
     if first is None or second is None:
         return first is second
-    return all(set(first[part]["names"]) == set(second[part]["names"]) for part in ("val", "test"))
+    for part in ("val", "test"):
+        known = [list(keys(stored[part])) for stored in (first, second)]
+        if any(key[1:] == (-1, -1) for part_keys in known for key in part_keys):
+            known = [[(name, -1, -1) for name, _, _ in part_keys] for part_keys in known]
+        if set(known[0]) != set(known[1]):
+            return False
+    return True
 
 
 def keys(part: Part) -> Iterable[tuple[str, int, int]]:
@@ -202,11 +220,17 @@ def refuse_trained_images(
         source: the model, for the message.
 
     Raises:
-        UserError: it was trained on some of them.
+        UserError: it was trained on some of them, or on more than a few copies under other names.
     """
     trained = set(trained_on(stored))
+    contents = {key[1:] for key in trained} - {(-1, -1)}
     found = [(names[i], *version) for i, version in zip(images.tolist(), versions[images].tolist(), strict=True)]
     seen = [key[0] for key in found if key in trained or (key[0], -1, -1) in trained]
+    copies = [key[0] for key in found if key[1:] in contents and key[0] not in seen]
+    if copies and len(copies) <= MOST_COPIES * len(found):  # data sets have a few pictures twice
+        log.warning(f"Note: {len(copies)} image(s) to score are copies of training images: {few(copies)}")
+    else:
+        seen += copies
     if seen:
         raise UserError(
             f"{source} was trained on {len(seen)} of the {len(images)} images to score ({few(seen)}): a score on them "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,6 +79,7 @@ def run(context: EvalContext, images: np.ndarray, checkpoints: Mapping[Path, Map
         "epoch": epochs if others else epochs[0],
         "dataset": args.dataset_type, "split": args.split, "views": args.views, "images": len(images),
         "no_repeat_ngram": args.no_repeat_ngram or None,
+        "images_hash": images_hash(data, images, context.members[0][1].versions),
     }  # fmt: skip
     pointing = args.dataset_type == "demo" and context.members[0][0].uses_grid  # there the place of each shape is known
 
@@ -267,8 +269,15 @@ def save_result(rows_file: Path, prefix: str, data: CaptionSet, images: np.ndarr
 def save_row(rows_file: Path, result: Result) -> None:
     """Write the row of a result in place of an earlier row with the same header."""
     with rows_lock(rows_file):
-        same = lambda row: {key: row.get(key) for key in result.header} == result.header  # noqa: E731
+        # Older rows lack some keys of today's header.
+        same = lambda row: {key: row.get(key, value) for key, value in result.header.items()} == result.header  # noqa: E731
         write_json(rows_file, [*(row for row in read_rows(rows_file) if not same(row)), result.row])
+
+
+def images_hash(data: CaptionSet, images: np.ndarray, versions: np.ndarray) -> str:
+    """Return what tells these images from others: a CRC-32 of their names, sizes and contents."""
+    text = "\n".join(data.names[image] for image in images)
+    return f"{zlib.crc32(versions[images].tobytes(), zlib.crc32(text.encode('utf-8', 'surrogatepass'))):08x}"
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
