@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import numpy as np
 
-from captioning.flags import CONFIG_NAMES, FLAGS
+from captioning.flags import CONFIG_NAMES, FLAGS, NOT_CONFIGURABLE
 from captioning.io import UserError, check_tensor_zip, first_line, log, printable, read_json, remove_stale_files
 from captioning.scores import METRIC_NAMES, ImageScores
 

@@ -75,12 +75,16 @@ def settings(*argv):
     return parse_flags(["--use_scheduler", *argv])
 
 
-CHECKPOINT = {"epoch": 6, "schedule": None, "flags": {"learning_rate": 0.004}}
+CHECKPOINT = {
+    "epoch": 6, "schedule": None, "decoding": None, "flags": parse_flags(["--learning_rate", "0.004"]).stored(),
+}  # fmt: skip
 
 
 def test_a_fresh_schedule_begins_at_the_runs_rate(capsys):
     """16.9: it began at the flag's default."""
-    schedule = choose_schedule(settings("--scheduler_type", "step"), CHECKPOINT, 5)
+    later = settings("--scheduler_type", "step", "--model_path", "x.pt").with_checkpoint(CHECKPOINT, Path("x.pt"))
+    assert later.stored()["learning_rate"] == 0.004  # for the run after this one
+    schedule = choose_schedule(later, CHECKPOINT, 5)
     assert schedule.rate(6) == 0.004 and "at learning rate 0.004" in capsys.readouterr().out
 
 

@@ -166,7 +166,7 @@ def test_a_gpu_that_pytorch_does_not_see_is_told(monkeypatch, capsys):
 def test_a_dry_run_leaves_nothing(here, capsys):
     """16.12: 700 MB after five tries, which neither `list` nor `prune` saw."""
     assert run(here, "--dry_run", "--device", "cpu") == 0
-    assert "Its files are deleted" in capsys.readouterr().out
+    assert "files of the dry run are deleted" in capsys.readouterr().out
     assert not list(Path("saved_models").rglob("*.pt"))
 
 
