@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 import experiment_utils
@@ -103,6 +104,13 @@ def add_ensemble(run: Path, file: str, cider: float, as_list: bool = False) -> N
     members = ["best.pt", "models/<b>two</b>/best.pt"]
     named = {"checkpoint": members, "epoch": [3, 2]} if as_list else {"checkpoint": " + ".join(members), "epoch": 3}
     path.write_text(json.dumps([*rows, row | named | {"cider": cider}]))
+
+
+def skip_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw no curves and no report: they take longer than training a tiny model does."""
+    monkeypatch.setattr("captioning.plots.draw_curves", lambda *_: None)
+    for module in ("captioning.reports", "captioning.modes.test"):
+        monkeypatch.setattr(f"{module}.write_report", lambda directory, *_: directory / "report.html")
 
 
 def command(*words: object) -> int:

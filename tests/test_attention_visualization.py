@@ -35,6 +35,9 @@ def one_hot(*cells: int) -> np.ndarray:
     return np.eye(49)[list(cells)]
 
 
+BOTH = pytest.mark.parametrize("build", [attention.attention_figure, attention.advanced_attention_figure])
+
+
 def labels(figure) -> Counter:
     return Counter(axes.get_label() for axes in figure.axes)
 
@@ -82,12 +85,9 @@ def test_the_grid_is_as_large_as_the_weights_say(side):
 
 
 @pytest.mark.parametrize("shape", [(48,), (49, 1), (1, 49), (0,)])
-def test_upsampling_refuses_other_shapes(shape):
+def test_upsampling_refuses_other_shapes_and_an_empty_picture(shape):
     with pytest.raises(ValueError, match="square grid"):
         attention.upsample(np.zeros(shape), 10, 10)
-
-
-def test_upsampling_refuses_an_empty_picture():
     with pytest.raises(ValueError):
         attention.upsample(np.zeros(49), 0, 10)
 
@@ -108,16 +108,11 @@ def test_peak_is_the_middle_of_the_strongest_cell_as_x_and_y():
 @pytest.mark.parametrize(
     "weights",
     [
-        np.zeros((0, 49)),
-        np.full(49, 1 / 49),
-        np.full((2, 48), 1 / 48),
-        np.full((2, 7, 7), 1 / 49),
-        np.full((2, 49), 1.002 / 49),
-        np.full((2, 49), np.nan),
-        one_hot(0) * 2 - one_hot(1),
+        np.zeros((0, 49)), np.full(49, 1 / 49), np.full((2, 48), 1 / 48), np.full((2, 7, 7), 1 / 49),
+        np.full((2, 49), 1.002 / 49), np.full((2, 49), np.nan), one_hot(0) * 2 - one_hot(1),
     ],
     ids=["no words", "one row", "48 cells", "grids", "sums to 1.002", "nan", "negative"],
-)
+)  # fmt: skip
 def test_weights_that_are_no_distributions_raise(weights):
     for function in (attention.entropy, attention.peak):
         with pytest.raises(ValueError):
@@ -131,10 +126,10 @@ def test_half_precision_weights_are_good_enough():
     assert attention.entropy(maps(3).astype(np.float16)).shape == (3,)
 
 
-def test_words_and_weights_must_be_as_many():
-    for draw in (attention.attention_figure, attention.advanced_attention_figure):
-        with pytest.raises(ValueError, match="4 words, but attention weights for 3"):
-            draw(photo(), caption(4), maps(3))
+@BOTH
+def test_words_and_weights_must_be_as_many(build):
+    with pytest.raises(ValueError, match="4 words, but attention weights for 3"):
+        build(photo(), caption(4), maps(3))
 
 
 # Pictures
@@ -159,7 +154,7 @@ def test_advanced_picture_has_every_view(words, shape):
     assert [line.get_xdata()[0] for line in bars.lines] == [math.log2(49)]
 
 
-@pytest.mark.parametrize("build", [attention.attention_figure, attention.advanced_attention_figure])
+@BOTH
 @pytest.mark.parametrize(("words", "shape"), [(1, "tower"), (8, "portrait"), (12, "panorama"), (30, "landscape")])
 def test_panels_neither_overlap_nor_leave_the_page(build, words, shape):
     boxes = [axes.get_position() for axes in build(photo(shape), caption(words), maps(words)).axes]

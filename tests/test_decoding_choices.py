@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_main import run
+from run_files import skip_pictures
 
 import experiment_utils
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
@@ -33,6 +33,7 @@ def trained(tiny_runs, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def in_its_directory(trained, monkeypatch):
     monkeypatch.chdir(trained[0])
+    skip_pictures(monkeypatch)
 
 
 def files(directory: Path) -> dict[str, bytes]:
@@ -43,7 +44,7 @@ def rows(directory: Path) -> list[dict]:
     return json.loads((directory / "test_metrics.json").read_text())
 
 
-def score(*flags: str, model: list[Path]) -> int:
+def score(*flags: str, model: list) -> int:
     return trainer.main(["--mode", "test", "--model_path", *map(str, model), *flags])
 
 
@@ -58,10 +59,12 @@ def test_what_tune_finds_is_kept_and_used(trained, capsys):
     after = load_checkpoint(attention / "best.pt")
     assert all((before["decoder"][name] == after["decoder"][name]).all() for name in before["decoder"])
     assert torch.load(attention / "last.pt", weights_only=True)["decoding"] is None  # best.pt alone was written
-    assert trainer.main(["--mode", "test", "--model_path", str(attention)]) == 0
+    assert score(model=[attention]) == 0
     assert rows(attention)[-1]["beam_size"] == found["beam_size"]
-    assert trainer.main(["--mode", "test", "--model_path", str(attention), "--beam_size", "4"]) == 0
+    assert score("--beam_size", "4", model=[attention]) == 0
     assert rows(attention)[-1]["beam_size"] == 4
+    assert trainer.main(["--resume", str(attention)]) == 0
+    assert load_checkpoint(attention / "best.pt")["decoding"] == found, "17.9: a finished run that is resumed keeps it"
 
 
 def test_scores_by_image_are_in_files_that_say_what_they_are(trained):
@@ -226,27 +229,28 @@ def test_a_test_that_could_not_write_says_so_before_it_decodes(trained, capsys, 
 
     monkeypatch.setattr("captioning.modes.test.make_directory", refused)
     monkeypatch.setattr("captioning.modes.test.ways_to_decode", None)
-    assert trainer.main(["--mode", "test", "--model_path", str(trained[2])]) == 2
+    assert score(model=[trained[2]]) == 2
     assert "cannot write into" in capsys.readouterr().err
 
 
 def test_weights_are_refused_where_the_checkpoints_encoder_brings_its_own(trained, capsys):
     _, _, lstm, _ = trained
-    assert trainer.main(["--mode", "test", "--model_path", str(lstm), "--resnet_weights", "x.pth"]) == 2
+    assert score("--resnet_weights", "x.pth", model=[lstm]) == 2
     assert "whose encoder is efficientnet_lite0" in capsys.readouterr().err
 
 
 def test_members_of_other_data_are_refused(trained, capsys):
-    _, tiny, _, attention = trained
-    assert run(tiny, "--decoder", "lstm", "--freq_threshold", "9", "--model_save_dir", "others") == 0
-    (other,) = Path("others").rglob("best.pt")
-    assert trainer.main(["--mode", "test", "--model_path", str(attention), str(other)]) == 2
+    _, _, lstm, attention = trained
+    other = torch.load(lstm / "best.pt", weights_only=True)
+    other["vocabulary"][-1] = "unheard"
+    torch.save(other, "other.pt")
+    assert score(model=[attention, "other.pt"]) == 2
     assert "another vocabulary" in capsys.readouterr().err
 
 
 def test_anybodys_captions_get_the_scores_that_ours_get(trained, capsys):
     _, tiny, lstm, _ = trained
-    assert trainer.main(["--mode", "test", "--model_path", str(lstm), "--beam_size", "1"]) == 0
+    assert score("--beam_size", "1", model=[lstm]) == 0
     capsys.readouterr()
     where = ["--mode", "test", "--dataset_type", "custom", "--data_dir", str(tiny), "--predictions"]
     row = rows(lstm)[-1]
@@ -276,7 +280,7 @@ def test_the_official_coco_scorer_reads_what_a_test_writes(trained):
     from pycocotools.coco import COCO
 
     _, _, lstm, _ = trained
-    assert trainer.main(["--mode", "test", "--model_path", str(lstm)]) == 0
+    assert score(model=[lstm]) == 0
     known = COCO(str(lstm / "test_references.json"))
     found = known.loadRes(str(lstm / rows(lstm)[-1]["captions_file"]))
     assert found.getImgIds() == known.getImgIds() and len(known.anns) == 4

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import random
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -26,11 +27,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def digests(directory: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in directory.rglob("*")
-        if path.is_file()
-    }
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def captions_of(directory: Path) -> dict[str, list[str]]:
@@ -70,8 +68,6 @@ def test_five_different_true_captions_each(demo):
 
 
 def test_places_in_captions_are_where_the_boxes_are():
-    import random
-
     for number in range(200):
         rng = random.Random(number)
         scene = demo_dataset.invent_scene(rng)

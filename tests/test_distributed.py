@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import draw_tiny
+from run_files import skip_pictures
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 import training_utils
@@ -23,11 +24,9 @@ from captioning.io import UserError
 from training_utils import StopRequest
 
 SCRIPT = Path(trainer.__file__)
-WHAT = (
-    "--dataset_type custom --data_dir tiny --encoder efficientnet_lite0 --embed_size 16 --hidden_size 16 --num_layers 1"
-)
-HOW = "--freq_threshold 1 --batch_size 16 --learning_rate 0.01 --max_length 12 --precision fp32 --compile off"
-TRAIN = [*WHAT.split(), *HOW.split()]
+WHAT = "--dataset_type custom --data_dir tiny --encoder efficientnet_lite0 --embed_size 16 --hidden_size 16"
+HOW = "--num_layers 1 --freq_threshold 1 --batch_size 16 --learning_rate 0.01 --max_length 12 --precision fp32"
+TRAIN = [*WHAT.split(), *HOW.split(), "--compile", "off"]
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +65,7 @@ def only_run(folder: Path) -> Path:
 
 def alone(place: Path, monkeypatch, *flags: str) -> None:
     monkeypatch.chdir(place)
+    skip_pictures(monkeypatch)
     assert trainer.main(list(flags)) == 0
 
 
@@ -79,33 +79,34 @@ def check_same_training(first: Path, second: Path) -> None:
     assert a["epoch"] == b["epoch"] and a["progress"]["tokens"] == b["progress"]["tokens"]
 
 
-@pytest.mark.parametrize(
-    "processes, decoder, more", [(2, "attention", ["--views", "mirror", "--attention_reg", "0.1"]), (4, "lstm", [])]
-)
-def test_several_processes_train_as_one(place, monkeypatch, processes, decoder, more):
-    """Sixteen images in batches of eight: with four processes, the last batch of an epoch leaves none without."""
-    flags = [*TRAIN, "--decoder", decoder, "--epochs", "2", "--drop_prob", "0", *more, "--batch_size", "10"]
-    alone(place, monkeypatch, *flags, "--model_save_dir", f"one_{decoder}")
-    output = finished(torchrun(place, processes, *flags, "--model_save_dir", f"several_{decoder}"))
-    several = only_run(place / f"several_{decoder}")
-    check_same_training(only_run(place / f"one_{decoder}"), several)
-    assert (
-        output.count("Epoch 2 completed") == output.count("Run directory") == 1 and f"{processes} processes" in output
-    )
-    assert f"Processes: {processes}" in (several / "run_summary.txt").read_text()
+def train_alone_and_together(place: Path, monkeypatch, processes: int, *flags: str, several=()) -> Path:
+    """Train in one process and in several, which must come to the same; return the run directory of the several.
+
+    Sixteen images in batches of ten captions: with four processes, the last batch of an epoch leaves none without.
+    """
+    flags = (*TRAIN, "--epochs", "2", "--drop_prob", "0", "--batch_size", "10", *flags)
+    alone(place, monkeypatch, *flags, "--model_save_dir", f"one_of_{processes}")
+    output = finished(torchrun(place, processes, *flags, *several, "--model_save_dir", f"{processes}"))
+    run = only_run(place / f"{processes}")
+    check_same_training(only_run(place / f"one_of_{processes}"), run)
+    assert output.count("Epoch 2 completed") == output.count("Run directory") == 1
+    assert f"{processes} processes" in output and f"Processes: {processes}" in (run / "run_summary.txt").read_text()
+    return run
 
 
-def test_each_process_encodes_its_part_and_all_share_them(place, monkeypatch):
-    """Then two processes test; their captions are those of one."""
-    flags = [*TRAIN, "--epochs", "1", "--scst_epochs", "1", "--feature_cache", os.pathsep.join(("disk1", "disk2"))]
-    finished(torchrun(place, 2, *flags, "--decoder", "attention", "--model_save_dir", "parts"))
-    ((first,), (second,)) = (list((place / disk).rglob("grid*.jsonl")) for disk in ("disk1", "disk2"))
-    assert (first.name, second.name) == ("grid.jsonl", "grid-p1.jsonl")
-    names = [{json.loads(line)[0] for line in index.read_text().splitlines()} for index in (first, second)]
-    assert len(names[0]) == len(names[1]) == 10 and not names[0] & names[1]
-    run = only_run(place / "parts")
-    reward = json.loads((run / "metrics_history.json").read_text())[1]["reward"]
-    assert 0 <= reward < 1
+def test_four_processes_train_as_one(place, monkeypatch):
+    train_alone_and_together(place, monkeypatch, 4, "--decoder", "lstm")
+
+
+def test_two_processes_encode_a_part_each_and_train_and_test_as_one(place, monkeypatch):
+    flags = ["--decoder", "attention", "--views", "mirror", "--attention_reg", "0.1"]
+    several = ["--feature_cache", os.pathsep.join(("disk1", "disk2"))]
+    run = train_alone_and_together(place, monkeypatch, 2, *flags, several=several)
+    indexes = [sorted((place / disk).rglob("grid*.jsonl")) for disk in ("disk1", "disk2")]
+    assert [[path.name for path in each] for each in indexes] == [["grid.jsonl"] * 2, ["grid-p1.jsonl"] * 2]
+    for first, second in zip(*indexes, strict=True):  # of the whole pictures, and of the mirrored ones
+        names = [{json.loads(line)[0] for line in index.read_text().splitlines()} for index in (first, second)]
+        assert len(names[0]) == len(names[1]) == 10 and not names[0] & names[1]
     monkeypatch.setenv("PATH", "")  # no Java: METEOR takes seconds
     testing = ["--mode", "test", "--split", "val+test", "--model_path", str(run)]
     assert finished(torchrun(place, 2, *testing)).count("Written to ") == 1
@@ -137,9 +138,9 @@ def workers(launcher: int) -> list[int]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks ps for a process's children as Linux has it")
 def test_after_a_killed_process_torchrun_goes_on_from_the_last_save(place):
-    epochs = 40
-    flags = [*TRAIN, "--epochs", str(epochs), "--checkpoint_minutes", "0.0001", "--model_save_dir", "killed"]
-    process = torchrun(place, 2, *flags)
+    epochs = 24
+    flags = ["--epochs", str(epochs - 1), "--scst_epochs", "1", "--decoder", "attention", "--model_save_dir", "killed"]
+    process = torchrun(place, 2, *TRAIN, *flags, "--checkpoint_minutes", "0.0001")
     wait_for(lambda: saved_steps(place / "killed") >= 2, process)
     os.kill(workers(process.pid)[1], signal.SIGKILL)
     output = finished(process)
@@ -147,6 +148,7 @@ def test_after_a_killed_process_torchrun_goes_on_from_the_last_save(place):
     curve = json.loads((run / "loss_curve.json").read_text())
     assert curve["epochs"] == list(range(1, epochs + 1)) and len(list(run.glob("model_epoch_*.pt"))) == epochs
     assert f"Going on with {run.relative_to(place)}" in output and "Resuming" in output
+    assert 0 <= json.loads((run / "metrics_history.json").read_text())[-1]["reward"] < 10, "a mean CIDEr-D"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks ps for a process's children as Linux has it")
@@ -186,8 +188,7 @@ def by_hand(places: list[Path], *commands: list[str]) -> list[subprocess.Complet
     ]  # fmt: skip
     outputs = [process.communicate(timeout=120) for process in started]
     return [
-        subprocess.CompletedProcess([], process.returncode, *texts)
-        for process, texts in zip(started, outputs, strict=True)
+        subprocess.CompletedProcess([], each.returncode, *texts) for each, texts in zip(started, outputs, strict=True)
     ]
 
 

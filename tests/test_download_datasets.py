@@ -47,10 +47,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 @pytest.fixture
 def tiny(server: Server, bodies: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Server:
     """`SOURCES` with a flickr8k on the local server; the images' second mirror has no checksum."""
-
-    text = Mirror(
-        "text.zip", (server.url("/text"),), 9000, known_hash(bodies["text"]), ("*.token.txt", "Flickr_8k.*Images.txt")
-    )
+    wanted = ("*.token.txt", "Flickr_8k.*Images.txt")
+    text = Mirror("text.zip", (server.url("/text"),), 9000, known_hash(bodies["text"]), wanted)
     images = (
         Mirror("images.zip", (server.url("/images"),), 20_000, known_hash(bodies["images"])),
         Mirror("mirror.zip", (server.url("/mirror"),), 20_000),
@@ -241,12 +239,8 @@ def test_demo_and_its_verification(tmp_path, monkeypatch, capsys):
 
 def test_help_needs_no_heavy_imports():
     script = Path(download_datasets.__file__)
-    code = (
-        "import sys, download_datasets\n"
-        "try: download_datasets.main(['--help'])\n"
-        "except SystemExit: pass\n"
-        "print(sorted({'torch', 'numpy', 'requests', 'pooch', 'PIL', 'tqdm'} & set(sys.modules)))"
-    )
+    code = "import sys, download_datasets\ntry: download_datasets.main(['--help'])\nexcept SystemExit: pass\n"
+    code += "print(sorted({'torch', 'numpy', 'requests', 'pooch', 'PIL', 'tqdm'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], cwd=script.parent, capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "[]"
     assert "--verify-only" in result.stdout

@@ -47,20 +47,15 @@ def batch(tiny):
 def test_the_packed_lstm_is_pytorchs():
     decoder = tiny_decoder("lstm").double()
     sizes = torch.tensor([5, 5, 4, 2, 1])
-    inputs = [
-        torch.randn(shape, dtype=torch.double, requires_grad=True) for shape in ((17, 24), (2, 5, 32), (2, 5, 32))
-    ]
+    shapes = ((17, 24), (2, 5, 32), (2, 5, 32))
+    inputs = [torch.randn(shape, dtype=torch.double, requires_grad=True) for shape in shapes]
     weight = torch.randn(17, 32, dtype=torch.double)
     ours = decoder.run_lstm(inputs[0], sizes, inputs[1], inputs[2])
     theirs = decoder.lstm(PackedSequence(inputs[0], sizes), (inputs[1], inputs[2]))[0].data
     wanted = [*inputs, *decoder.lstm.parameters()]
     torch.testing.assert_close(ours, theirs)
-    for a, b in zip(
-        torch.autograd.grad((ours * weight).sum(), wanted),
-        torch.autograd.grad((theirs * weight).sum(), wanted),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b)
+    gradients = [torch.autograd.grad((result * weight).sum(), wanted) for result in (ours, theirs)]
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -82,11 +77,9 @@ def test_thirty_two_memorised_captions_all_come_back(kind, tmp_path):
     batch = batches.make(captions)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=0.01)
     for _ in range(250):
-        loss = decoder.cross_entropy(decoder(features[batch.images], batch).hidden_out, batch.targets) / len(
-            batch.targets
-        )
         optimizer.zero_grad()
-        loss.backward()
+        loss = decoder.cross_entropy(decoder(features[batch.images], batch).hidden_out, batch.targets)
+        (loss / len(batch.targets)).backward()
         optimizer.step()
     for beam in (1, 3):
         found = beam_search([(decoder, features[images])], beam, 40)
@@ -144,30 +137,6 @@ def test_beam_one_is_greedy_and_never_says_a_special_token(kind):
         assert found[0].ids == said
 
 
-def test_a_longer_more_probable_caption_beats_those_that_ended_before_it():
-    """Three hypotheses end early here; the live one still wins, and stopping at three would lose it."""
-
-    class Scripted(Decoder):
-        def begin(self, features):
-            blank = torch.zeros(1, len(features), 1)
-            return LSTMState(blank, blank, features.unsqueeze(1), None)
-
-        def step(self, state, words):
-            logits = torch.full((len(words), 6), -30.0)
-            steps = state.hidden[0, :, 0]
-            for row, (word, done) in enumerate(zip(words.tolist(), steps.tolist(), strict=True)):
-                goes_on = word in (1, 4) and done < 6
-                logits[row, 4 if goes_on else 2] = 3.5
-                logits[row, 2 if goes_on else 4] = 0.0
-            return state._replace(hidden=state.hidden + 1), DecoderOutput(logits, None)
-
-        def logits(self, hidden_out):
-            return hidden_out
-
-    (found,) = beam_search([(Scripted(), torch.zeros(1, 1))], 3, 12, length_penalty=0.0)
-    assert found[0].ids == [4] * 6 and len(found) > 3
-
-
 class Endless(Decoder):
     """Never ends; which of two words is likelier depends on the last one, and the first word is a trap."""
 
@@ -183,6 +152,23 @@ class Endless(Decoder):
 
     def logits(self, hidden_out):
         return hidden_out
+
+
+def test_a_longer_more_probable_caption_beats_those_that_ended_before_it():
+    """Three hypotheses end early here; the live one still wins, and stopping at three would lose it."""
+
+    class Scripted(Endless):
+        def step(self, state, words):
+            logits = torch.full((len(words), 6), -30.0)
+            steps = state.hidden[0, :, 0]
+            for row, (word, done) in enumerate(zip(words.tolist(), steps.tolist(), strict=True)):
+                goes_on = word in (1, 4) and done < 6
+                logits[row, 4 if goes_on else 2] = 3.5
+                logits[row, 2 if goes_on else 4] = 0.0
+            return state._replace(hidden=state.hidden + 1), DecoderOutput(logits, None)
+
+    (found,) = beam_search([(Scripted(), torch.zeros(1, 1))], 3, 12, length_penalty=0.0)
+    assert found[0].ids == [4] * 6 and len(found) > 3
 
 
 @pytest.mark.parametrize("beam", (1, 2, 4))

@@ -107,12 +107,12 @@ def test_a_loss_that_is_missing_or_not_finite_leaves_a_gap(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rates", "scale"),
+    ("rates", "scale"),  # the last: zero cannot stand on a logarithmic axis
     [
-        ([1e-3, 1e-3, 1e-3], "linear"),
+        ([1e-3] * 3, "linear"),
         ([1e-3, 5e-4, 2e-4], "linear"),
         ([1e-3, 1e-4, 1e-6], "log"),
-        ([1e-3, 1e-5, 0.0], "linear"),  # zero cannot stand on a logarithmic axis
+        ([1e-3, 1e-5, 0.0], "linear"),
     ],
 )
 def test_learning_rate_is_logarithmic_only_over_more_than_a_decade(rates, scale):

@@ -26,6 +26,11 @@ def data_dir(tmp_path) -> Path:
     return write_data(tmp_path)
 
 
+def page_of(run: Path, **options) -> Page:
+    """The report of a run, written anew."""
+    return Page(reports.write_report(run, **options).read_text())
+
+
 def test_the_report_holds_everything_and_refers_to_nothing(runs, data_dir, capsys):
     run = runs / "one"
     Image.new("RGB", (1800, 900), "teal").save(run / "attention_viz_sample_1.png")
@@ -38,13 +43,9 @@ def test_the_report_holds_everything_and_refers_to_nothing(runs, data_dir, capsy
     text = (run / "report.html").read_text()
     page = Page(text)
     assert len(text) < 5_000_000
-    sources = [
-        value
-        for _, attributes in page.tags
-        for key, value in attributes.items()
-        if key.endswith(("src", "href", "data"))
-    ]
-    targets = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
+    pairs = [pair for _, attributes in page.tags for pair in attributes.items()]
+    sources = [value for key, value in pairs if key.endswith(("src", "href", "data"))]
+    targets = {value for key, value in pairs if key == "id"}
     assert all(source.startswith("data:image/") or source[1:] in targets for source in sources)
     assert any(source.startswith("data:image/jpeg") for source in sources)
     assert not re.search(r"https?://|@import|url\((?!#)|<script", text)
@@ -60,16 +61,10 @@ def test_the_headline_is_the_latest_test_and_columns_name_their_tests(runs):
     path = runs / "one" / "test_metrics.json"
     (beam,) = json.loads(path.read_text())
     greedy = beam | {"beam_size": 1, "views": "mirror", "cider": 0.5, "epoch": 2, "checkpoint": "model_epoch_2.pt"}
-    consensus = beam | {
-        "consensus": "regression",
-        "split": "val+test",
-        "cider": 1.234,
-        "person_cider": 2.345,
-        "consensus_weight": 0.25,
-    }
+    consensus = beam | {"consensus": "regression", "split": "val+test", "cider": 1.234, "person_cider": 2.345}
+    consensus |= {"consensus_weight": 0.25}
     path.write_text(json.dumps([greedy, beam, consensus]))
-    reports.write_report(runs / "one")
-    page = Page((runs / "one" / "report.html").read_text())
+    page = page_of(runs / "one")
     head = page.text.partition("beam 3, consensus with regression, val+test, 6 images")[0]
     assert "CIDEr 123.4 95 %: 25.0 to 175.0 a person: 234.5" in head and "ROUGE-L" in head
     assert "greedy test, 6 images views mirror model_epoch_2.pt, epoch 2" in page.text
@@ -102,8 +97,7 @@ def test_attention_is_drawn_anew_for_any_screen(runs, data_dir):
     path = run / "attention_viz_sample_1.json"
     for changes, drawn in (({}, True), ({"image": "p4.jpg"}, False)):  # p4.jpg is broken
         path.write_text(json.dumps(numbers | changes))
-        reports.write_report(run, data_dir=data_dir)
-        page = Page((run / "report.html").read_text())
+        page = page_of(run, data_dir=data_dir)
         assert ("<b> 0.0 bits" in page.text) == drawn and ("dog 0.0 bits" in page.text) == drawn
         assert ("attention_viz_sample_1.png" in [a.get("alt") for _, a in page.tags]) == (not drawn)
     assert "Also in the run directory: advanced_attention_viz_sample_1.png" in page.text
@@ -125,16 +119,14 @@ def test_vector_pictures_are_shown_or_named(runs):
     (runs / "three" / "attention_viz_sample_1.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
     (runs / "three" / "attention_viz_sample_2.pdf").write_bytes(b"%PDF")
     (runs / "three" / "attention_viz_sample_1.json").write_text("{}")
-    reports.write_report(runs / "three")
-    page = Page((runs / "three" / "report.html").read_text())
+    page = page_of(runs / "three")
     (picture,) = [attributes for tag, attributes in page.tags if tag == "img"]
     assert picture["src"].startswith("data:image/svg+xml;base64,") and picture["alt"] == "attention_viz_sample_1.svg"
     assert "Also in the run directory: attention_viz_sample_2.pdf" in page.text
 
 
 def test_the_gallery_ranks_by_cider(runs, data_dir):
-    reports.write_report(runs / "one", data_dir=data_dir)
-    page = Page((runs / "one" / "report.html").read_text())
+    page = page_of(runs / "one", data_dir=data_dir)
     shown = [int(n) for n in re.findall(r"p\d\.jpg, CIDEr (\d+)", page.text)]
     cider = sorted(100 * score_images(CAPTIONS, REFERENCES).cider)
     assert shown[0] == round(cider[-1]) and shown[2] == round(cider[0]) and len(shown) == 4
@@ -142,30 +134,27 @@ def test_the_gallery_ranks_by_cider(runs, data_dir):
 
 def test_a_report_without_the_data_set_says_so(runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    reports.write_report(runs / "one")
-    page = Page((runs / "one" / "report.html").read_text())
+    page = page_of(runs / "one")
     assert "The data set is not available" in page.text and not any(tag == "img" for tag, _ in page.tags)
     assert "different captions" in page.text
 
 
 def test_without_scores_by_image_captions_are_not_ranked(runs, data_dir):
     (runs / "one" / "test_scores.json").unlink()
-    reports.write_report(runs / "one", data_dir=data_dir)
-    page = Page((runs / "one" / "report.html").read_text())
+    page = page_of(runs / "one", data_dir=data_dir)
     assert "Not ranked, since the CIDEr of each image is missing: " in page.text and "test_scores.json" in page.text
     assert "Random (--seed 0)" in page.text and "Median" not in page.text
 
 
 def test_an_untested_run_has_a_report_that_says_how_to_test(runs):
-    reports.write_report(runs / "three")
-    assert "--mode test --model_path" in Page((runs / "three" / "report.html").read_text()).text
+    page = page_of(runs / "three")
+    assert "--mode test --model_path" in page.text
 
 
 def test_nothing_of_a_users_is_taken_for_markup(tmp_path, data_dir):
     bad = '"><script>alert(1)</script><img src=x onerror=alert(1)>'
-    directory = write_run(
-        tmp_path / "<b>run", [bad, *CAPTIONS[1:]], encoder=bad, command=bad, decoder_type="\ud800\x1b[0m"
-    )
+    flags = {"encoder": bad, "command": bad, "decoder_type": "\ud800\x1b[0m"}
+    directory = write_run(tmp_path / "<b>run", [bad, *CAPTIONS[1:]], **flags)
     row = json.loads((directory / "test_metrics.json").read_text())[0]
     (directory / "test_metrics.json").write_text(json.dumps([row | {"split": bad, "beam_size": bad, "images": bad}]))
     reports.write_report(directory, data_dir=data_dir)
@@ -205,13 +194,12 @@ def test_charts_take_any_numbers(values, logarithmic):
 @pytest.mark.parametrize("content", ("{", "[]", "{}", "[[]]", '[{"image_id": "p0.jpg", "caption": 1}]', "3"))
 def test_captions_of_another_form_are_named(runs, data_dir, content):
     (runs / "one" / "test_captions.json").write_text(content)
-    reports.write_report(runs / "one", data_dir=data_dir)
-    assert re.search(r"Damaged: .*test_captions\.json", Page((runs / "one" / "report.html").read_text()).text)
+    page = page_of(runs / "one", data_dir=data_dir)
+    assert re.search(r"Damaged: .*test_captions\.json", page.text)
 
 
 def test_the_report_of_a_damaged_run_names_what_is_missing(runs, data_dir):
     for name in ("run_config", "loss_curve", "metrics_history", "test_metrics", "ensemble_metrics"):
         (runs / "one" / f"{name}.json").write_text(json.dumps([{"epoch": HUGE, "cider": []}]))
-    reports.write_report(runs / "one", data_dir=data_dir)
-    text = Page((runs / "one" / "report.html").read_text()).text
+    text = page_of(runs / "one", data_dir=data_dir).text
     assert text.count("Damaged: ") == 2 + 3 * 2 and "Not tested yet" not in text

@@ -39,10 +39,8 @@ def listed(capsys) -> list[str]:
 def test_the_table_shows_scores_and_only_the_parameters_that_differ(runs, capsys):
     assert command("list", runs) == 0
     head, *lines = capsys.readouterr().out.splitlines()
-    assert head.split() == [
-        *("run", "cider", "bleu4", "rouge_l", "wer", "val_cider", "val_loss", "tested", "on", "best", "epoch"),
-        *("decoder", "learning_rate"),
-    ]  # fmt: skip
+    columns = "run cider bleu4 rouge_l wer val_cider val_loss tested on best epoch decoder learning_rate"
+    assert head.split() == columns.split()
     assert [line.split()[0] for line in lines[:3]] == ["one", "two", "three"] and lines[3] == ""
     assert lines[0].split()[1].endswith("*") and not lines[1].split()[1].endswith("*")
     assert "2 of 3" in lines[2] and "attention" in lines[2]  # the epoch of the best CIDEr, not of the best loss
@@ -120,10 +118,7 @@ def test_no_cell_is_a_formula_or_a_command_to_the_terminal(tmp_path):
 def test_what_a_file_contains_cannot_command_the_terminal(runs, capsys):
     write_run(runs / "five", split="\x1b[2J", encoder="\x1b]0;x\x07", **{"k\x1b": "v"})
     row = json.loads((runs / "five" / "test_metrics.json").read_text())[0]
-    rows = [
-        row | {"split": "\x1b[2J\nx", "consensus": "\x9b"},
-        row | {"split": "\x1b[2J\nx", "wer": ["\x1b"], "\x1b": []},
-    ]
+    rows = [row | {"split": "\x1b[2J\nx"} | bad for bad in ({"consensus": "\x9b"}, {"wer": ["\x1b"], "\x1b": []})]
     (runs / "five" / "test_metrics.json").write_text(json.dumps(rows))
     (runs / "six\x1b[2J").mkdir()
     (runs / "six\x1b[2J" / "run_config.json").write_text("{}")
@@ -178,9 +173,8 @@ def test_a_damaged_run_stays_listed_and_file_and_field_are_named(runs, capsys, n
     assert command("list", runs) == 0
     captured = capsys.readouterr()
     assert re.search(r"^one \(damaged\) ", captured.out, re.MULTILINE) and "two (damaged)" not in captured.out
-    assert (
-        message in captured.err and name in captured.err and captured.err.count("\n") == captured.err.count("Damaged:")
-    )
+    assert message in captured.err and name in captured.err
+    assert captured.err.count("\n") == captured.err.count("Damaged:")
     assert command("list", runs, "--csv") == 0
     assert all(command("diff", runs / "one", runs / other) == 0 for other in ("two", "one"))
 
@@ -367,10 +361,7 @@ def test_an_epoch_that_a_crash_left_newer_than_last_stays(trained):
 
 
 def test_only_files_that_a_run_wrote_are_deleted(trained, capsys):
-    foreign = {
-        *("model_epoch_mine_1.pt", "model_epoch_good.pt", "model_epoch_01.pt", "model_epoch_+1.pt", "model_epoch_².pt"),
-        *("model_epoch_7.pt", "model_epoch_8.pt", "model_epoch_9.pt", "model_epoch_10.pt"),
-    }
+    foreign = {f"model_epoch_{name}.pt" for name in ("mine_1", "good", "01", "+1", "²", 7, 8, 9, 10)}
     for name in foreign:
         write_checkpoint(trained / name, 1)  # the numbered ones are of another epoch than their names say
     (trained / "model_epoch_8.pt").write_bytes(b"notes of mine")

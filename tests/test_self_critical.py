@@ -38,6 +38,12 @@ def data() -> CaptionSet:
     return CaptionSet(Path(), [f"{n}.jpg" for n in range(12)], first, tokens, splits, "lists", Path("captions.txt"))
 
 
+def flat(texts) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of all words of the texts, and where each text begins."""
+    ids = [WORDS.index(word) for text in texts for word in text]
+    return np.array(ids), np.concatenate([[0], np.cumsum([len(text) for text in texts])])
+
+
 def test_the_reward_is_pycocoevalcaps(data):
     random = np.random.default_rng(1)
     images = random.choice(data.splits["train"], 60)
@@ -45,8 +51,7 @@ def test_the_reward_is_pycocoevalcaps(data):
     for number, image in enumerate(images):
         own = data.references(image)[0].split()
         texts.append([own, own[:2], random.permutation(own).tolist(), own + own, [], ["w29", "w28", "w29"]][number % 6])
-    ids = np.array([WORDS.index(word) for text in texts for word in text])
-    offsets = np.concatenate([[0], np.cumsum([len(text) for text in texts])])
+    ids, offsets = flat(texts)
     ours = CiderReward(data, data.splits["train"]).score(ids, offsets, images)
     theirs = CocoReward(data, data.splits["train"]).score([" ".join(text) for text in texts], images)
     assert np.abs(ours - theirs).max() < 1e-9 and ours.max() > 1
@@ -57,8 +62,7 @@ def test_pairwise_cider_is_the_reward_with_one_reference(data):
     image = int(np.argmax(np.diff(data.first_caption[:11])))  # the one with the most captions
     own = [reference.split() for reference in data.references(image)]
     texts = [own[0], own[1][:2], [*own[0], "w29"], [], *own]
-    ids = np.array([WORDS.index(word) for text in texts for word in text])
-    offsets = np.concatenate([[0], np.cumsum([len(text) for text in texts])])
+    ids, offsets = flat(texts)
     together = reward.pairwise_cider(ids, offsets)
     assert together.shape == (len(texts), len(texts)) and together[0, 0] == pytest.approx(10)
     alone = reward.score(ids[: offsets[4]], offsets[:5], np.full(4, image))
@@ -88,12 +92,12 @@ def test_a_word_that_the_data_lacks_is_no_end_of_the_caption(data):
     assert (words[-2:] == len(WORDS)).all() and words.min() >= 0
     own = [WORDS.index(word) for word in data.references(0)[0].split()]
     rare = [word for word in range(len(WORDS)) if word not in data.tokens.ids]
-    score = [
-        float(reward.score(np.array([*own, last]), np.array([0, len(own) + 1]), np.array([0]))[0])
-        for last in (len(WORDS), *rare)
-    ]
-    assert all(each == pytest.approx(score[0]) for each in score)
-    assert score[0] < reward.score(np.array(own), np.array([0, len(own)]), np.array([0]))[0]
+
+    def score(*ids: int) -> float:
+        return float(reward.score(np.array(ids), np.array([0, len(ids)]), np.array([0]))[0])
+
+    assert [score(*own, last) for last in rare] == pytest.approx([score(*own, len(WORDS))] * len(rare))
+    assert score(*own, len(WORDS)) < score(*own)
 
 
 def hypothesis(data: CaptionSet, text: str, log_probability: float) -> Hypothesis:
@@ -185,11 +189,9 @@ def test_the_regression_sees_the_mean_of_the_views(data):
 
     vocabulary = build_vocabulary(data, 1)
     two, one = Consensus(data, vocabulary, [Means(), Mirrored()]), Consensus(data, vocabulary, [Both()])
-    assert np.abs(two.regress(np.array([10])) - one.regress(np.array([10]))).max() < 1e-6
-    assert (
-        np.abs(two.regress(np.array([10])) - Consensus(data, vocabulary, [Means()]).regress(np.array([10]))).max()
-        > 0.01
-    )
+    expected, whole = one.regress(np.array([10])), Consensus(data, vocabulary, [Means()]).regress(np.array([10]))
+    found = two.regress(np.array([10]))
+    assert np.abs(found - expected).max() < 1e-6 and np.abs(found - whole).max() > 0.01
 
 
 def test_of_very_many_images_the_regression_takes_some(data, monkeypatch):

@@ -99,9 +99,8 @@ def test_what_is_refused_is_refused_in_one_line(tmp_path, text, message):
 
 
 def test_control_characters_become_spaces_and_are_counted(tmp_path):
-    found, notes = captions(
-        tmp_path, 'image,caption\na.jpg,"a\ndog"\na.jpg,a\x1b[31m dog\x07\na.jpg,dog\nb.jpg,\nb.jpg,x\n'
-    )
+    text = 'image,caption\na.jpg,"a\ndog"\na.jpg,a\x1b[31m dog\x07\na.jpg,dog\nb.jpg,\nb.jpg,x\n'
+    found, notes = captions(tmp_path, text)
     assert found == {"a.jpg": ["a dog", "a [31m dog ", "dog"], "b.jpg": ["x"]}
     assert [note.split()[0] for note in notes] == ["2", "1"] and "control" in notes[0] and "empty" in notes[1]
 
@@ -159,9 +158,7 @@ def bomb() -> bytes:
 
 @pytest.mark.parametrize(
     "content",
-    [
-        b"", b"a text", bomb(), encoded(Image.new("RGB", (64, 64)), "JPEG")[:-200], b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
-    ],
+    [b"", b"a text", bomb(), encoded(Image.new("RGB", (64, 64)), "JPEG")[:-200], b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"],
     ids=["empty", "text", "bomb", "truncated", "postscript"],
 )  # fmt: skip
 def test_pictures_that_are_none(tmp_path, content):
@@ -181,10 +178,14 @@ def refused(tmp_path, content: bytes, message: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def saved(value: object) -> bytes:
+def saved(value: object, **options) -> bytes:
     buffer = io.BytesIO()
-    torch.save(value, buffer)
+    torch.save(value, buffer, **options)
     return buffer.getvalue()
+
+
+def old_form(value: object) -> bytes:
+    return saved(value, _use_new_zipfile_serialization=False)
 
 
 def test_a_sound_checkpoint_is_read(tmp_path):
@@ -196,9 +197,7 @@ def test_files_that_are_no_checkpoints(tmp_path):
     refused(tmp_path, b"", "cannot be read")
     refused(tmp_path, pickle.dumps(sound_checkpoint()), "not a zip file")
     refused(tmp_path, zipped(checkpoint_records(), zipfile.ZIP_DEFLATED), "records are compressed")
-    old_form = io.BytesIO()
-    torch.save(sound_checkpoint(), old_form, _use_new_zipfile_serialization=False)
-    refused(tmp_path, old_form.getvalue(), "not a zip file")
+    refused(tmp_path, old_form(sound_checkpoint()), "not a zip file")
 
 
 def test_a_record_that_claims_to_be_larger_than_its_file(tmp_path):
@@ -280,11 +279,8 @@ def test_malformed_checkpoints_are_refused_when_they_are_read(tmp_path, place, v
     if first == "decoder" and rest:
         changed = {"decoder": checkpoint["decoder"] | {rest: value}}
     elif rest:
-        parts = rest.split(".")
-        inner = checkpoint[first] | {
-            parts[0]: value if len(parts) == 1 else checkpoint[first][parts[0]] | {parts[1]: value}
-        }
-        changed = {first: inner}
+        key, _, inner = rest.partition(".")
+        changed = {first: checkpoint[first] | {key: checkpoint[first][key] | {inner: value} if inner else value}}
     else:
         changed = {first: value}
     refused(tmp_path, saved(checkpoint | changed), message)
@@ -301,14 +297,8 @@ STORAGE = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\1\0\0\0%cX\3\0\0\0cpu%stQ
 
 def tensor(items: bytes, shape: bytes, stride: bytes, key: bytes = b"0") -> bytes:
     """The pickle of a tensor of one dimension over a storage of so many items."""
-    return (
-        b"\x80\2ctorch._utils\n_rebuild_tensor_v2\n("
-        + STORAGE % (key, items)
-        + b"K\0"
-        + shape
-        + b"\x85"
-        + (stride + b"\x85\x89ccollections\nOrderedDict\n)RtR.")
-    )
+    head = b"\x80\2ctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE % (key, items) + b"K\0"
+    return head + shape + b"\x85" + stride + b"\x85\x89ccollections\nOrderedDict\n)RtR."
 
 
 BOMBS = {
@@ -353,12 +343,6 @@ def test_a_file_that_python_and_pytorch_would_read_differently_is_refused(tmp_pa
     sound = zipped(checkpoint_records())
     refused(tmp_path, sound + sound, "something lies before its first record")
     refused(tmp_path, pickle.dumps(bytearray(9), 2) + sound, "not a zip file")
-
-
-def old_form(value: object) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(value, buffer, _use_new_zipfile_serialization=False)
-    return buffer.getvalue()
 
 
 def test_encoder_weights_are_read_as_warily(tmp_path):

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from test_main import run as train
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from captioning import plots
@@ -17,21 +18,19 @@ from captioning.tensorboard import write_tensorboard
 from experiment_utils import write_training_log
 from training_utils import Precision, Stopwatch
 
-FLAGS = [
-    "--encoder", "efficientnet_lite0", "--decoder", "attention", "--embed_size", "16", "--hidden_size", "16",
-    "--num_layers", "1", "--freq_threshold", "1", "--epochs", "3", "--batch_size", "8",
-]  # fmt: skip
+CURVE = {"epochs": [1, 2], "training_losses": [2.0, 1.0], "validation_losses": [2.5, 1.5], "learning_rates": [0.1, 0.1]}
 
 
 @pytest.fixture
-def here(tiny, monkeypatch):
-    monkeypatch.chdir(tiny.parent)
-    yield tiny
+def here(tiny_runs, tmp_path, monkeypatch):
+    """An empty directory to train in; returns data whose features are cached."""
+    monkeypatch.chdir(tmp_path)
+    yield tiny_runs["data"]
     log.setLevel("INFO")
 
 
-def run(tiny: Path, *flags: str) -> int:
-    return trainer.main(["--dataset_type", "custom", "--data_dir", str(tiny), *FLAGS, *flags])
+def run(data: Path, *flags: str) -> int:
+    return train(data, "--decoder", "attention", "--epochs", "3", "--batch_size", "8", *flags)
 
 
 def only_run() -> Path:
@@ -57,8 +56,7 @@ def test_tensorboard_has_each_epoch_once_also_after_resuming(here, monkeypatch):
         interrupt(patch, 6)  # in the second epoch
         assert run(here, "--tensorboard", "--quiet") == 143
     # As a crash between TensorBoard's file and the next save leaves it: an epoch that is trained again is there.
-    curve = {"epochs": [1, 2], "training_losses": [9.0, 9.0], "validation_losses": [9.0, 9.0], "learning_rates": [1, 1]}
-    write_tensorboard(only_run(), training_rows(curve, []), {})
+    write_tensorboard(only_run(), training_rows(CURVE, []), {})
     assert trainer.main(["--resume", str(only_run())]) == 0
     events = accumulator.EventAccumulator(str(only_run() / "tensorboard"), size_guidance={"images": 0})
     events.Reload()
@@ -75,8 +73,7 @@ def test_tensorboard_has_each_epoch_once_also_after_resuming(here, monkeypatch):
 
 def test_a_first_file_brings_the_earlier_epochs_along(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    curve = {"epochs": [1, 2], "training_losses": [2.0, 1.0], "validation_losses": [2.0, 1.0], "learning_rates": [1, 1]}
-    write_tensorboard(tmp_path, training_rows(curve, [{"epoch": 2, "cider": 0.5}]), {})
+    write_tensorboard(tmp_path, training_rows(CURVE, [{"epoch": 2, "cider": 0.5}]), {})
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("loss/training")] == [1, 2]
@@ -86,9 +83,8 @@ def test_a_first_file_brings_the_earlier_epochs_along(tmp_path):
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     pytest.importorskip("tensorboard")
     (tmp_path / "tensorboard").write_text("a file")
-    curve = {"epochs": [1], "training_losses": [2.0], "validation_losses": [2.0], "learning_rates": [1]}
     with pytest.raises(UserError, match="cannot write"):
-        write_tensorboard(tmp_path, training_rows(curve, []), {})
+        write_tensorboard(tmp_path, training_rows(CURVE, []), {})
 
 
 def test_without_the_package_the_command_that_mends_it_is_named(here, monkeypatch, capsys):
@@ -97,16 +93,14 @@ def test_without_the_package_the_command_that_mends_it_is_named(here, monkeypatc
     assert "pip install tensorboard" in capsys.readouterr().err and not Path("saved_models").exists()
 
 
-def test_quiet_says_what_came_out_and_verbose_where_the_time_went(here, monkeypatch, capsys):
-
-    assert run(here, "--epochs", "1", "--quiet") == 0
+def test_quiet_says_what_came_out_and_verbose_where_the_time_went(here, tiny, capsys):
+    (tiny / "Images" / "stray.jpg").write_bytes(b"x")
+    assert run(tiny, "--epochs", "1", "--quiet") == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line]
-    assert [line.split()[0] for line in lines] == ["[1/1]", "Best", "Report:", "Score"]
+    assert [line.split()[0] for line in lines] == ["Note:", "[1/1]", "Best", "Report:", "Score"]
+    assert lines[0].startswith("Note: 1 image(s) without captions")  # warnings stay
     assert trainer.main(["--mode", "test", "--model_path", "saved_models", "--quiet"]) == 0
     assert "CIDEr" in capsys.readouterr().out
-    (here / "Images" / "stray.jpg").write_bytes(b"x")
-    assert run(here, "--epochs", "1", "--quiet") == 0
-    assert "Note: 1 image(s) without captions" in capsys.readouterr().out  # warnings stay
     assert run(here, "--epochs", "1", "--verbose") == 0
     out = capsys.readouterr().out
     assert "Epoch 1 completed" in out and "  Time: " in out and re.search(r"drawing \d", out)
@@ -135,15 +129,9 @@ def test_the_stopwatch_adds_up_and_reports_what_is_new(monkeypatch):
 
 
 def test_the_log_has_a_row_per_epoch_and_leaves_gaps(tmp_path):
-    curve = {
-        "epochs": [1, 2],
-        "training_losses": [2.0, 1.0],
-        "validation_losses": [2.5, 1.5],
-        "learning_rates": [0.1, 0.1],
-    }
     history = [{"epoch": 2, "split": "val", "beam_size": 1, "images": 5, "cider": 0.5}]
-    assert training_rows(curve, history)[1]["cider"] == 0.5 and "cider" not in training_rows(curve, history)[0]
-    write_training_log(tmp_path, curve, history)
+    assert training_rows(CURVE, history)[1]["cider"] == 0.5 and "cider" not in training_rows(CURVE, history)[0]
+    write_training_log(tmp_path, CURVE, history)
     assert (tmp_path / "training_log.csv").read_text() == (
         "epoch,training_loss,validation_loss,learning_rate,cider\n1,2.0,2.5,0.1,\n2,1.0,1.5,0.1,0.5\n"
     )
