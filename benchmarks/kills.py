@@ -288,7 +288,8 @@ class Bench:
             self.start(mode, folder).end(0)
             result = self.result(mode, folder)
         wanted = self.results[mode]
-        different = [key for key in wanted if result.get(key) != wanted[key]] if isinstance(wanted, dict) else ""
+        keys = sorted({*wanted, *result}) if isinstance(wanted, dict) else []
+        different = [key for key in keys if result.get(key) != wanted.get(key)]
         require(result == wanted, f"the result differs from that of the undisturbed run: {different}")
         after = tree(folder)
         damaged = [
