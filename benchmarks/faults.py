@@ -120,7 +120,7 @@ class Faults(Bench):
         self.compare(run)
 
     def compare(self, run: Path) -> None:
-        require(trained(run) == self.results["encode"], "weights, histories or files differ")
+        require(trained(run) == self.undisturbed("encode").result, "weights, histories or files differ")
         require(not leftovers(run), f"half-written files: {leftovers(run)}")
 
     # ----------------------------------------------------------------------------------------------
@@ -215,13 +215,13 @@ class Faults(Bench):
         if what == "test":
             for process in processes:
                 process.end(0)
-            require(tested(folder / "run") == self.results["test"], "scores or captions differ")
+            require(tested(folder / "run") == self.undisturbed("test").result, "scores or captions differ")
         else:  # one of the two wins, the other finds the folder there
             codes = sorted(process.popen.wait(LIMIT) for process in processes)
             for process, code in zip(processes, [process.popen.returncode for process in processes], strict=True):
                 process.end(code, *["error: "] * (code == 2))
             require(codes in ([0, 0], [0, 2]), f"exit codes {codes}")
-            require(self.result("export", folder) == self.results["export"], "the exported files differ")
+            require(self.result("export", folder) == self.undisturbed("export").result, "the exported files differ")
         require(not leftovers(folder), f"half-written files: {leftovers(folder)}")
 
     # ----------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -188,6 +188,14 @@ def leftovers(folder: Path) -> list[Path]:
 # The bench
 
 
+class Undisturbed(NamedTuple):
+    """A mode that ran without a fault."""
+
+    result: Any
+    seconds: float
+    changed: set[str]  # files of before that it writes anew
+
+
 class Bench:
     """A directory with a data set, an undisturbed run of each mode, and ways to kill another."""
 
@@ -195,16 +203,13 @@ class Bench:
         os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MPLCONFIGDIR": str(place / "matplotlib")}
         self.place, self.data = place, place / "data"
         draw_demo_dataset(self.data, SCENES)
-        self.seconds: dict[str, float] = {}  # that a mode takes
-        self.results: dict[str, Any] = {}
-        self.changed: dict[str, set[str]] = {}  # files of before that a mode writes anew
+        self.measured: dict[str, Undisturbed] = {}
+        self.measuring = threading.Lock()
         self.run = self.reference = self.folder("reference", cached=False)
-        self.measure("encode", self.reference)
+        self.measure("encode", self.reference)  # whose duration has the imports in it: not kept
         (self.run,) = resumable(self.reference)
         self.files = {path.name for path in self.run.iterdir()}
         self.before = tree(self.reference)
-        for mode in MODES:  # encoding once more: the first time waits for the imports
-            self.measure(mode, self.prepare(mode))
 
     def folder(self, name: str, cached: bool = True) -> Path:
         """A directory for one fault, with a copy of the filled feature cache."""
@@ -255,19 +260,27 @@ class Bench:
             return (folder / "run" / "decoding.json").read_bytes(), trained(folder / "run")
         return tree(folder / {"export": "exported", "prune": "run", "draw": "drawn"}[mode])
 
-    def measure(self, mode: str, folder: Path) -> None:
-        """Run a mode undisturbed: its result, its duration and the files that it writes anew."""
+    def undisturbed(self, mode: str) -> Undisturbed:
+        """Return what the mode does when nothing disturbs it; it runs once."""
+        with self.measuring:
+            if mode not in self.measured:
+                self.measured[mode] = self.measure(mode, self.prepare(mode))
+                print(f"{mode}: {self.measured[mode].seconds:.1f} s undisturbed", flush=True)
+            return self.measured[mode]
+
+    def measure(self, mode: str, folder: Path) -> Undisturbed:
         before, started = tree(folder), time.monotonic()
+        result = self.run_to_end(mode, folder)
+        seconds, after = time.monotonic() - started, tree(folder)
+        return Undisturbed(result, seconds, {name for name, hashed in before.items() if after.get(name) != hashed})
+
+    def run_to_end(self, mode: str, folder: Path) -> Any:
+        """Run a mode, or what resumes it, and return its result."""
         if mode == "serve":
             with self.page(folder) as ask:
-                self.results[mode] = ask()
-        else:
-            self.start(mode, folder).end(0)
-            self.results[mode] = self.result(mode, folder)
-        self.seconds[mode] = time.monotonic() - started
-        print(f"{mode}: {self.seconds[mode]:.1f} s undisturbed", flush=True)
-        after = tree(folder)
-        self.changed[mode] = {name for name, hashed in before.items() if after.get(name) != hashed}
+                return ask()
+        self.start(mode, folder).end(0)
+        return self.result(mode, folder)
 
     def intact(self) -> bool:
         """Whether the run that many faults read is as it was."""
@@ -275,40 +288,34 @@ class Bench:
 
     def kill(self, mode: str, rng: random.Random) -> None:
         """SIGKILL at a random moment of a mode, a fifth of the time twice; then the same command to its end."""
-        folder = self.prepare(mode)
-        before = tree(folder)
+        reference, folder = self.undisturbed(mode), self.prepare(mode)
+        before, wanted = tree(folder), reference.result
         for _ in range(1 + (rng.random() < 0.2)):
-            self.kill_once(mode, folder, rng)
+            self.kill_once(mode, folder, reference.seconds, rng)
             for path in leftovers(folder):  # as if they had been there for long
                 os.utime(path, (time.time() - 2 * STALE_SECONDS,) * 2)
-        if mode == "serve":
-            with self.page(folder) as ask:
-                result = ask()
-        else:
-            self.start(mode, folder).end(0)
-            result = self.result(mode, folder)
-        wanted = self.results[mode]
+        result = self.run_to_end(mode, folder)
         keys = sorted({*wanted, *result}) if isinstance(wanted, dict) else []
         different = [key for key in keys if result.get(key) != wanted.get(key)]
         require(result == wanted, f"the result differs from that of the undisturbed run: {different}")
         after = tree(folder)
         damaged = [
-            name for name, hashed in before.items() if after.get(name) != hashed and name not in self.changed[mode]
+            name for name, hashed in before.items() if after.get(name) != hashed and name not in reference.changed
         ]
         require(not damaged, f"lost or changed: {damaged}")
         stays = [str(path.relative_to(folder)) for path in leftovers(folder)]
         require(not stays, f"half-written, and still there: {stays}")
         shutil.rmtree(folder)
 
-    def kill_once(self, mode: str, folder: Path, rng: random.Random) -> None:
+    def kill_once(self, mode: str, folder: Path, seconds: float, rng: random.Random) -> None:
         for _ in range(5):  # a process that ends before its kill does not count
             if mode == "serve":
                 with ThreadPoolExecutor(1) as asking, self.page(folder, wait=False) as ask:
                     asking.submit(ask)  # whatever becomes of it
-                    time.sleep(rng.uniform(0, self.seconds[mode]))
+                    time.sleep(rng.uniform(0, seconds))
                     return
             process = self.start(mode, folder)
-            time.sleep(rng.uniform(0, 0.9 * self.seconds[mode]))
+            time.sleep(rng.uniform(0, 0.9 * seconds))
             if process.kill():
                 return
             shutil.rmtree(folder)
