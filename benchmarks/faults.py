@@ -384,7 +384,7 @@ def main() -> int:
     )
     parser.add_argument("--quick", action="store_const", dest="kills", const=10, help="10 kills")
     parser.add_argument(
-        "--only", default="", metavar="TEXT", help="faults whose name contains this, e.g. 'killed: tune'"
+        "--only", nargs="+", default=[""], metavar="TEXT", help="faults whose name contains one of these"
     )
     parser.add_argument("--seed", type=int, default=0, help="other moments (default: 0)")
     parser.add_argument("--workers", type=int, default=2, help="faults tried at the same time (default: 2)")
@@ -415,22 +415,22 @@ def main() -> int:
             for mode in [KILLED[number % len(KILLED)]]
         ]
         faults += [
-            ("SIGTERM", partial(bench.stop_politely, signal.SIGTERM)),
-            ("SIGINT", partial(bench.stop_politely, signal.SIGINT)),
-            ("disk full in mid-training", bench.full_disk),
-            ("disk too small from the start", bench.too_small_disk),
-            ("run directory vanished", bench.vanished_directory),
-            ("write permission taken away", bench.no_permission),
-            ("a bit of the cache flipped", partial(bench.damaged_cache, random.Random(args.seed))),
-            ("two trainings at once", bench.two_at_once),
-            ("two resumes at once", bench.two_resumes),
+            ("signals: SIGTERM", partial(bench.stop_politely, signal.SIGTERM)),
+            ("signals: SIGINT", partial(bench.stop_politely, signal.SIGINT)),
+            ("disk: full in mid-training", bench.full_disk),
+            ("disk: too small from the start", bench.too_small_disk),
+            ("disk: run directory moved away", bench.vanished_directory),
+            ("disk: write permission taken away", bench.no_permission),
+            ("disk: a bit of the cache flipped", partial(bench.damaged_cache, random.Random(args.seed))),
+            ("two at once: trainings", bench.two_at_once),
+            ("two at once: resumes of one run", bench.two_resumes),
             *((f"two containers: {what}", partial(bench.containers, what)) for what in ("train", "test", "export")),
             *((f"user: {what}", partial(bench.user, what)) for what in USER),
             *((f"streams: {what}", partial(bench.stream, shell)) for what, shell in STREAMS.items()),
             ("streams: nohup and SIGHUP", bench.nohup),
         ]
         for name, fault in faults:
-            if args.only in name:
+            if any(text in name for text in args.only):
                 pool.submit(attempt, name, fault)
         pool.shutdown()
         counts.setdefault("the undisturbed runs, afterwards", [1, *([1, 0] if bench.intact() else [0, 1]), 0])

@@ -258,7 +258,7 @@ class Bench:
             return tested(folder / "run")
         if mode == "tune":
             return (folder / "run" / "decoding.json").read_bytes(), trained(folder / "run")
-        return tree(folder / {"export": "exported", "prune": "run", "draw": "drawn"}[mode])
+        return tree(folder / {"export": "exported", "prune": "run", "draw": "drawn/demo"}[mode])
 
     def undisturbed(self, mode: str) -> Undisturbed:
         """Return what the mode does when nothing disturbs it; it runs once."""
