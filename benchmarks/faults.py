@@ -1,18 +1,18 @@
-"""Break real trainings in every way that docs/reliability.md promises to survive, and count what was lost.
+"""Break real processes in every way that docs/reliability.md promises to survive, and count what was lost.
 
-    python benchmarks/faults.py            # 100 kills and the other faults, under half an hour on two cores
-    python benchmarks/faults.py --quick    # 8 kills, a few minutes
+    python benchmarks/faults.py              # 200 kills and the other faults
+    python benchmarks/faults.py --quick      # 10 kills
+    python benchmarks/faults.py --only user  # the faults with this word in their name
 
-Trainings are processes of the main program on a small demo set. Each is killed with SIGKILL at a random moment of a
-phase, resumed (or started again, where nothing was saved yet), sometimes killed once more, and must end with the
-weights, histories and scores of an undisturbed training, bit for bit. Exit code 1 if anything was lost.
+Commands of the main program on a small demo set are killed (`kills.py`), starved of disk space, run in two containers
+at once, by a user without permissions, and with broken streams. Each must end with the weights, scores and files of an
+undisturbed run, bit for bit, or with one line that says what is wrong. Exit code 1 if anything was lost.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import random
 import shutil
@@ -26,49 +26,46 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+from kills import (
+    FLAGS,
+    KILLED,
+    LIMIT,
+    ROOT,
+    SCENES,
+    TRAINER,
+    Bench,
+    Skipped,
+    leftovers,
+    require,
+    resumable,
+    tested,
+    trained,
+)
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from captioning.demo_set import draw_demo_dataset
-
-ROOT = Path(__file__).resolve().parent.parent
-TRAINER, DRAWER = ROOT / "flickr_image_caption_with_pytorch_resnet_lstm.py", ROOT / "download_datasets.py"
-SCENES, EPOCHS = 100, 4
-FLAGS = [
-    "--dataset_type", "demo", "--encoder", "efficientnet_lite0", "--decoder", "attention", "--epochs", str(EPOCHS),
-    "--batch_size", "40", "--learning_rate", "0.002", "--embed_size", "64", "--hidden_size", "64", "--num_layers", "1",
-    "--freq_threshold", "1", "--label_smoothing", "0.1", "--use_scheduler", "--scheduler_type", "one_cycle",
-    "--warmup_epochs", "1", "--checkpoint_minutes", "0.001", "--save_attention_viz", "--attention_viz_samples", "1",
-]  # fmt: skip
-# The line of output with which a phase begins; "" for the start of the process.
-BEGINNINGS = {"encoding": "Split by image", "training": "Vocabulary:", "testing": "Model:", "drawing": ""}
-KILLED_WHILE = ("training", "encoding", "training", "testing", "training", "drawing", "training", "encoding")  # in turn
-
-
-class Lost(Exception):
-    """The result differs from that of the undisturbed run."""
-
-
-class Skipped(Exception):
-    """A fault that cannot be made here."""
-
-
-def require(kept: bool, problem: str) -> None:
-    if not kept:
-        raise Lost(problem)
+SCRIPT = ROOT / f"{TRAINER}.py"
+NOBODY = 65534
+AS_NOBODY = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
+# With process ids of its own, from 1 on; and without Java, whose METEOR takes long.
+IN_A_CONTAINER = ("unshare", "--pid", "--fork", "--mount-proc", "env", "PATH=/nowhere")
+# How a shell breaks the streams of a command, which is "$@".
+STREAMS = {
+    "standard output: | head -1": '"$@" | head -1',
+    "standard output: >/dev/full": '"$@" >/dev/full',
+    "both outputs on /dev/full": '"$@" >/dev/full 2>&1',
+    "standard output closed": '"$@" >&-',
+    "standard error closed": '"$@" 2>&-',
+    "standard input closed": '"$@" <&-',
+    "all three closed": '"$@" <&- >&- 2>&-',
+}
 
 
 class Process:
     """A running command, and its output as it comes."""
 
-    def __init__(self, script: Path, argv: list[str], place: Path):
-        self.popen = subprocess.Popen(
-            [sys.executable, "-u", str(script), *argv], cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PATH": "/nowhere", "MPLCONFIGDIR": str(place / "matplotlib")},
-        )  # fmt: skip
+    def __init__(self, argv: list[str], place: Path):
+        self.popen = subprocess.Popen(argv, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         self.lines: list[str] = []
         assert self.popen.stdout is not None
         self.thread = threading.Thread(target=self.lines.extend, args=(self.popen.stdout,))
@@ -76,70 +73,39 @@ class Process:
 
     def wait_for(self, text: str) -> None:
         """Wait until a line begins with `text`, or the process has ended."""
-        while text and self.popen.poll() is None and not any(line.startswith(text) for line in list(self.lines)):
+        while self.popen.poll() is None and not any(line.startswith(text) for line in list(self.lines)):
             time.sleep(0.005)
 
     def end(self, code: int, *texts: str) -> None:
         """Wait for the process; its exit code and its output have to be these."""
-        found = self.popen.wait()
-        self.thread.join()
+        try:
+            found = self.popen.wait(LIMIT)
+        finally:
+            self.popen.kill()
+            self.thread.join()
         output = "".join(self.lines)
         as_promised = found == code and all(text in output for text in texts) and "Traceback" not in output
-        require(as_promised, f"exit code {found} where {code} and {texts} were due:\n{output}")
+        require(as_promised, f"exit code {found} where {code} and {texts} were due:\n{output[-2500:]}")
 
-    def kill(self) -> None:
-        self.popen.send_signal(signal.SIGKILL)
-        self.popen.wait()
-        self.thread.join()
+    def refuse(self, *texts: str) -> None:
+        """Wait for the process, which has to end with code 2 and one line that says what is wrong."""
+        self.end(2, "error: ", *texts)
+        last = [line for line in self.lines if line.strip()][-1]
+        require(last.startswith("error: "), f"its last line is {last!r}")
 
 
-class Bench:
-    """A directory with a data set, an undisturbed run to compare with, and the ways to break another."""
+class Faults(Bench):
+    """Ways to break a command, other than to kill it."""
 
-    def __init__(self, place: Path):
-        self.place, self.data, self.reference = place, place / "data", place / "reference"
-        draw_demo_dataset(self.data, SCENES)
-        self.seconds = {"drawing": 4.0}  # that each phase takes
-        process, times = self.train(self.reference), []
-        for phase in ("encoding", "training"):
-            process.wait_for(BEGINNINGS[phase])
-            times.append(time.monotonic())
-        process.end(0)
-        self.seconds |= {"encoding": times[1] - times[0], "training": time.monotonic() - times[1]}
-        (self.run,) = self.runs(self.reference)
-        self.files = {path.name for path in self.run.iterdir()}
-        process = self.test(self.run, self.reference)
-        process.wait_for(BEGINNINGS["testing"])
-        start = time.monotonic()
-        process.end(0)
-        self.seconds["testing"] = time.monotonic() - start
-        print(f"Seconds of an undisturbed run: {self.seconds}", flush=True)
+    def run_command(self, *argv: object, prefix: tuple[str, ...] = ()) -> Process:
+        return Process([*prefix, sys.executable, "-u", str(SCRIPT), *map(str, argv)], self.place)
 
-    def start(self, *argv: object, script: Path = TRAINER) -> Process:
-        return Process(script, [str(word) for word in argv], self.place)
-
-    def train(self, folder: Path, *more: object) -> Process:
-        where = ["--data_dir", self.data, "--model_save_dir", folder / "runs", "--feature_cache", folder / "cache"]
-        return self.start(*FLAGS, *where, *more)
-
-    def test(self, run: Path, folder: Path) -> Process:
-        return self.start("--mode", "test", "--model_path", run, "--feature_cache", folder / "cache")
-
-    def runs(self, folder: Path) -> list[Path]:
-        """The run directories below a folder from which training can go on."""
-        return [path.parent for path in (folder / "runs").glob("*/*/*/last.pt")]
+    def train(self, folder: Path, prefix: tuple[str, ...] = (), *more: object) -> Process:
+        return self.run_command(*FLAGS, *self.places(folder), *more, prefix=prefix)
 
     def recover(self, folder: Path) -> Process:
-        """What a person does after a crash: resume the run, or start it again where nothing was saved."""
-        runs = self.runs(folder)
-        return self.start("--resume", runs[0], "--feature_cache", folder / "cache") if runs else self.train(folder)
-
-    def folder(self, name: str, cached: bool = True) -> Path:
-        """A directory for one fault, with a copy of the filled feature cache."""
-        folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self.place))
-        if cached:
-            shutil.copytree(self.reference / "cache", folder / "cache")
-        return folder
+        """What a person does after a crash: resume the run."""
+        return self.run_command("--resume", resumable(folder)[0], "--feature_cache", folder / "cache")
 
     def in_mid_training(self, name: str) -> tuple[Path, Process]:
         folder = self.folder(name)
@@ -150,48 +116,15 @@ class Bench:
     def finish(self, folder: Path, process: Process | None = None) -> None:
         """Let a training (unless given, the recovered one) end, and compare its files with the undisturbed run's."""
         (process or self.recover(folder)).end(0)
-        (run,) = self.runs(folder)
+        (run,) = resumable(folder)
         self.compare(run)
 
     def compare(self, run: Path) -> None:
-        for file in (f"model_epoch_{EPOCHS}.pt", "last.pt", "best.pt"):
-            a, b = (torch.load(path / file, weights_only=True) for path in (run, self.run))
-            same = all(torch.equal(a["decoder"][name], b["decoder"][name]) for name in b["decoder"])
-            require(same and a["loss_curve"] == b["loss_curve"], f"{file} differs from that of the undisturbed run")
-        for file in ("loss_curve.json", "metrics_history.json"):
-            require((run / file).read_bytes() == (self.run / file).read_bytes(), f"{file} differs")
-        require(self.files <= {path.name for path in run.iterdir()}, f"files are missing in {run}")
+        require(trained(run) == self.undisturbed("encode").result, "weights, histories or files differ")
+        require(not leftovers(run), f"half-written files: {leftovers(run)}")
 
     # ----------------------------------------------------------------------------------------------
-    # Faults
-
-    def kill(self, phase: str, rng: random.Random) -> None:
-        """SIGKILL at a random moment of a phase, once or twice in training."""
-        folder = self.folder(phase, cached=phase != "encoding")
-
-        def killed(process: Process) -> None:
-            process.wait_for(BEGINNINGS[phase])
-            time.sleep(rng.uniform(0, self.seconds[phase]))
-            process.kill()
-
-        if phase == "drawing":
-            draw = partial(self.start, "--dataset", "demo", "--data_dir", folder, script=DRAWER)
-            killed(draw())
-            draw().end(0)
-            draw("--verify-only").end(0)
-        elif phase == "testing":
-            run = folder / "runs" / self.run.name
-            run.mkdir(parents=True)
-            for file in self.files:
-                shutil.copy(self.run / file, run / file)
-            killed(self.test(run, folder))
-            self.test(run, folder).end(0)
-            require(tested(run) == tested(self.run), "scores or captions differ from those of the undisturbed test")
-        else:
-            killed(self.train(folder))
-            if rng.random() < 1 / 3:
-                killed(self.recover(folder))
-            self.finish(folder)
+    # Signals, disks, and two at once
 
     def stop_politely(self, number: signal.Signals) -> None:
         """SIGTERM or SIGINT in mid-training: it saves, prints how to resume, and ends with the same result."""
@@ -210,7 +143,7 @@ class Bench:
                 while True:
                     file.write(bytes(4096))
             process.end(2, "error: cannot write")
-            torch.load(self.runs(folder)[0] / "last.pt", weights_only=True)
+            torch.load(resumable(folder)[0] / "last.pt", weights_only=True)
             (disk / "junk").unlink()
             self.finish(folder)
 
@@ -225,7 +158,7 @@ class Bench:
     def vanished_directory(self) -> None:
         """The run directory is moved away in mid-training and brought back."""
         folder, process = self.in_mid_training("vanished")
-        (run,) = self.runs(folder)
+        (run,) = resumable(folder)
         run.rename(folder / "away")
         process.end(2, "error: cannot write")
         (folder / "away").rename(run)
@@ -234,7 +167,7 @@ class Bench:
     def no_permission(self) -> None:
         """The right to write is taken away in mid-training and given back."""
         folder, process = self.in_mid_training("permission")
-        with read_only(self.runs(folder)[0]):
+        with read_only(resumable(folder)[0]):
             process.end(2, "error: cannot write")
         self.finish(folder)
 
@@ -248,12 +181,12 @@ class Bench:
         self.train(folder).end(2, "damaged")
         self.finish(folder)
 
-    def two_at_once(self) -> None:
+    def two_at_once(self, prefix: tuple[str, ...] = ()) -> None:
         """Two trainings share an empty cache and a save directory."""
         folder = self.folder("two", cached=False)
-        for process in [self.train(folder) for _ in range(2)]:
+        for process in [self.train(folder, prefix) for _ in range(2)]:
             process.end(0)
-        runs = self.runs(folder)
+        runs = resumable(folder)
         require(len(runs) == 2, f"{len(runs)} run directories")
         (index,) = (folder / "cache").rglob("grid.jsonl")
         require(len(index.read_text().splitlines()) == SCENES, "some images were encoded twice")
@@ -266,14 +199,152 @@ class Bench:
         self.recover(folder).end(2, "another process is training")
         self.finish(folder, process)
 
+    # ----------------------------------------------------------------------------------------------
+    # Two containers with one process id
 
-def tested(run: Path) -> list[Any]:
-    """The rows of a test's scores with the captions that they are of, in place of the files' names."""
-    rows = json.loads((run / "test_metrics.json").read_text())
-    for row in rows:
-        del row["scores_file"]
-        row["captions_file"] = json.loads((run / row["captions_file"]).read_text())
-    return list(rows)
+    def containers(self, what: str) -> None:
+        """Two processes with the id 1 train, test or export at once, on the same cache and directories."""
+        if subprocess.run([*IN_A_CONTAINER, "/bin/true"], capture_output=True, check=False).returncode:
+            raise Skipped("needs the right to make PID namespaces")
+        if what == "train":
+            self.two_at_once(IN_A_CONTAINER)
+            return
+        folder = self.prepare(what)
+        (_, argv) = self.command(what, folder)
+        processes = [self.run_command(*argv, prefix=IN_A_CONTAINER) for _ in range(2)]
+        if what == "test":
+            for process in processes:
+                process.end(0)
+            require(tested(folder / "run") == self.undisturbed("test").result, "scores or captions differ")
+        else:  # one of the two wins, the other finds the folder there
+            codes = sorted(process.popen.wait(LIMIT) for process in processes)
+            for process, code in zip(processes, [process.popen.returncode for process in processes], strict=True):
+                process.end(code, *["error: "] * (code == 2))
+            require(codes in ([0, 0], [0, 2]), f"exit codes {codes}")
+            require(self.result("export", folder) == self.undisturbed("export").result, "the exported files differ")
+        require(not leftovers(folder), f"half-written files: {leftovers(folder)}")
+
+    # ----------------------------------------------------------------------------------------------
+    # An ordinary user
+
+    def user(self, what: str) -> None:
+        """Something is not permitted: one line and code 2, or, where nothing has to be written, the result."""
+        folder = self.folder("user", cached=False)
+        for path in ("data", "cache", "run"):
+            shutil.copytree(
+                {"data": self.data, "cache": self.reference / "cache", "run": self.run}[path], folder / path
+            )
+        (folder / "runs").mkdir()
+        run, cache, data = folder / "run", folder / "cache", folder / "data"
+        prefix: tuple[str, ...] = ()
+        if not os.geteuid():
+            if subprocess.run([*AS_NOBODY, "test", "-r", SCRIPT], capture_output=True, check=False).returncode:
+                raise Skipped("needs setpriv, and a program that nobody may read")
+            prefix = AS_NOBODY
+            for path in (folder, *folder.rglob("*")):
+                os.chown(path, NOBODY, NOBODY)
+
+        def forbid(path: Path, mode: int) -> None:
+            for each in (path, *path.rglob("*")) if path.is_dir() else (path,):
+                each.chmod(mode & ~0o111 if each.is_file() else mode)
+
+        places = ["--data_dir", data, "--model_save_dir", folder / "runs", "--feature_cache", cache]
+        start = partial(self.run_command, prefix=prefix)
+        train = partial(start, *FLAGS, *places)
+        test = partial(start, "--mode", "test", "--model_path", run, "--data_dir", data, "--feature_cache", cache)
+        image = min(data.rglob("*.jpg"))
+        if what == "unreadable image":
+            shutil.rmtree(cache)
+            forbid(image, 0)
+            train().refuse(image.name)
+        elif what == "unreadable captions file":
+            forbid(data / "captions.txt", 0)
+            train().refuse("captions.txt")
+        elif what == "unreadable data folder":
+            forbid(data, 0)
+            train().refuse(str(data))
+        elif what == "read-only run directory, --resume":
+            forbid(run, 0o555)
+            start("--resume", run, "--data_dir", data, "--feature_cache", cache).refuse(str(run))
+        elif what == "read-only run directory, --mode test":
+            forbid(run, 0o555)
+            test().refuse(str(run))
+        elif what == "read-only run directory, --mode tune":
+            forbid(run, 0o555)
+            start("--mode", "tune", "--model_path", run, "--data_dir", data, "--feature_cache", cache).refuse(str(run))
+        elif what == "read-only complete cache":
+            # This copy of the data set has a place of its own in the cache, which is filled first.
+            train().end(0)
+            shutil.rmtree(folder / "runs")
+            (folder / "runs").mkdir()
+            os.chown(folder / "runs", *((NOBODY, NOBODY) if prefix else (-1, -1)))
+            forbid(cache, 0o555)
+            train().end(0)
+            self.compare(resumable(folder)[0])
+        elif what == "read-only incomplete cache":
+            forbid(cache, 0o555)
+            train().refuse(str(cache))
+        elif what == "unreadable cache":
+            train().end(0)
+            forbid(cache, 0)
+            train().refuse(str(cache))
+        elif what == "read-only --model_save_dir":
+            forbid(folder / "runs", 0o555)
+            train().refuse(str(folder / "runs"))
+        elif what == "unreadable checkpoint, --mode test":
+            forbid(run / "best.pt", 0)
+            test().refuse("best.pt")
+        elif what == "unreadable checkpoint, --resume":
+            forbid(run / "last.pt", 0)
+            start("--resume", run, "--data_dir", data, "--feature_cache", cache).refuse("last.pt")
+        elif what == "unreadable run_config.json, --resume":
+            forbid(run / "run_config.json", 0)
+            start("--resume", run, "--data_dir", data, "--feature_cache", cache).refuse("run_config.json")
+        elif what == "unreadable run directory, --mode test":
+            forbid(run, 0)
+            test().refuse(str(run))
+        elif what == "--output in a read-only folder, --mode export":
+            forbid(folder / "runs", 0o555)
+            start("--mode", "export", "--model_path", run, "--output", folder / "runs" / "new").refuse(
+                str(folder / "runs")
+            )
+        elif what == "--output in a read-only folder, --mode caption":
+            forbid(folder / "runs", 0o555)
+            output = folder / "runs" / "new.csv"
+            start("--mode", "caption", "--model_path", run, "--images", image, "--output", output).refuse(
+                str(folder / "runs")
+            )
+        for path in (folder, *folder.rglob("*")):  # as a user without root's rights removes them
+            if path.is_dir():
+                path.chmod(0o755)
+        require(not leftovers(folder), f"half-written files: {leftovers(folder)}")
+
+    # ----------------------------------------------------------------------------------------------
+    # Streams
+
+    def stream(self, shell: str) -> None:
+        """A training whose messages go nowhere trains to its end."""
+        folder = self.folder("stream")
+        process = self.train(folder, ("bash", "-o", "pipefail", "-c", shell, "bash"))
+        self.finish(folder, process)
+
+    def nohup(self) -> None:
+        """The terminal closes: SIGHUP is ignored under nohup."""
+        folder = self.folder("nohup")
+        process = self.train(folder, ("nohup",))
+        for text in ("Vocabulary", "Epoch 1 completed"):
+            process.wait_for(text)
+            process.popen.send_signal(signal.SIGHUP)
+        self.finish(folder, process)
+
+
+USER = (
+    "unreadable image", "unreadable captions file", "unreadable data folder", "read-only run directory, --resume",
+    "read-only run directory, --mode test", "read-only run directory, --mode tune", "read-only complete cache",
+    "read-only incomplete cache", "unreadable cache", "read-only --model_save_dir", "unreadable checkpoint, --mode test",
+    "unreadable checkpoint, --resume", "unreadable run_config.json, --resume", "unreadable run directory, --mode test",
+    "--output in a read-only folder, --mode export", "--output in a read-only folder, --mode caption",
+)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -308,48 +379,64 @@ def read_only(folder: Path) -> Iterator[None]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="8 kills")
-    parser.add_argument("--kills", type=int, help="how often to kill (default: 100, or 8 with --quick)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=2, help="faults tried at the same time")
+    parser.add_argument(
+        "--kills", type=int, default=200, help="how often to kill, over all modes in turn (default: 200)"
+    )
+    parser.add_argument("--quick", action="store_const", dest="kills", const=10, help="10 kills")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="TEXT", help="faults whose name contains one of these"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="other moments (default: 0)")
+    parser.add_argument("--workers", type=int, default=2, help="faults tried at the same time (default: 2)")
     args = parser.parse_args()
     started = time.monotonic()
-    counts: dict[str, list[int]] = {}  # tried, survived, lost
+    counts: dict[str, list[int]] = {}  # tried, survived, lost, skipped
 
     def attempt(name: str, act: Callable[[], None]) -> None:
-        row = counts.setdefault(name, [0, 0, 0])
+        row = counts.setdefault(name, [0, 0, 0, 0])
         try:
             act()
             row[1] += 1
         except Skipped as reason:
             print(f"skipped: {name}: {reason}", flush=True)
+            row[3] += 1
             return
         except Exception as problem:  # whatever it is, it counts as lost, and the others go on
             row[2] += 1
-            print(f"LOST: {name}: {problem!r}"[:3000], flush=True)
+            print(f"LOST: {name}: {problem}"[:4000], flush=True)
         row[0] += 1
 
     with tempfile.TemporaryDirectory(prefix="faults-") as folder, ThreadPoolExecutor(args.workers) as pool:
-        bench = Bench(Path(folder))
-        for number in range(args.kills if args.kills is not None else 8 if args.quick else 100):
-            phase, rng = KILLED_WHILE[number % len(KILLED_WHILE)], random.Random(f"{args.seed} {number}")
-            pool.submit(attempt, f"killed while {phase}", partial(bench.kill, phase, rng))
-        for name, fault in {
-            "SIGTERM": partial(bench.stop_politely, signal.SIGTERM),
-            "SIGINT": partial(bench.stop_politely, signal.SIGINT),
-            "disk full in mid-training": bench.full_disk,
-            "disk too small from the start": bench.too_small_disk,
-            "run directory vanished": bench.vanished_directory,
-            "write permission taken away": bench.no_permission,
-            "a bit of the cache flipped": partial(bench.damaged_cache, random.Random(args.seed)),
-            "two trainings at once": bench.two_at_once,
-            "two resumes at once": bench.two_resumes,
-        }.items():
-            pool.submit(attempt, name, fault)
+        Path(folder).chmod(0o755)  # nobody reads it, too
+        bench = Faults(Path(folder))
+        faults: list[tuple[str, Callable[[], None]]] = [
+            (f"killed: {mode}", partial(bench.kill, mode, random.Random(f"{args.seed} {number}")))
+            for number in range(args.kills)
+            for mode in [KILLED[number % len(KILLED)]]
+        ]
+        faults += [
+            ("signals: SIGTERM", partial(bench.stop_politely, signal.SIGTERM)),
+            ("signals: SIGINT", partial(bench.stop_politely, signal.SIGINT)),
+            ("disk: full in mid-training", bench.full_disk),
+            ("disk: too small from the start", bench.too_small_disk),
+            ("disk: run directory moved away", bench.vanished_directory),
+            ("disk: write permission taken away", bench.no_permission),
+            ("disk: a bit of the cache flipped", partial(bench.damaged_cache, random.Random(args.seed))),
+            ("two at once: trainings", bench.two_at_once),
+            ("two at once: resumes of one run", bench.two_resumes),
+            *((f"two containers: {what}", partial(bench.containers, what)) for what in ("train", "test", "export")),
+            *((f"user: {what}", partial(bench.user, what)) for what in USER),
+            *((f"streams: {what}", partial(bench.stream, shell)) for what, shell in STREAMS.items()),
+            ("streams: nohup and SIGHUP", bench.nohup),
+        ]
+        for name, fault in faults:
+            if any(text in name for text in args.only):
+                pool.submit(attempt, name, fault)
         pool.shutdown()
-    print(f"\n{'fault':<32}{'tried':>7}{'survived':>10}{'lost':>6}")
+        counts.setdefault("the undisturbed runs, afterwards", [1, *([1, 0] if bench.intact() else [0, 1]), 0])
+    print(f"\n{'fault':<58}{'tried':>7}{'survived':>10}{'lost':>6}{'skipped':>9}")
     for name, row in [*counts.items(), ("together", [sum(column) for column in zip(*counts.values(), strict=True)])]:
-        print(f"{name:<32}{row[0]:>7}{row[1]:>10}{row[2]:>6}")
+        print(f"{name:<58}{row[0]:>7}{row[1]:>10}{row[2]:>6}{row[3]:>9}")
     print(f"{(time.monotonic() - started) / 60:.1f} minutes, seed {args.seed}, {args.workers} at a time")
     return int(any(row[2] for row in counts.values()))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -204,7 +205,12 @@ def not_installed(package: str | None) -> UserError:
 
 
 def temporary_name(path: Path) -> Path:
-    """Return a name beside `path` that no other process has, on whatever machine or in whatever container."""
+    """Return a name beside `path` that no other process has, on whatever machine or in whatever container.
+
+    The first one that a process asks for in a directory removes what killed processes left there.
+    """
+    with contextlib.suppress(OSError):
+        remove_stale_files_once(path.parent)
     return path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}.tmp")
 
 
@@ -214,6 +220,9 @@ def remove_stale_files(directory: Path) -> None:
         with contextlib.suppress(OSError):
             if TEMPORARY.fullmatch(path.name) and time.time() - path.lstat().st_mtime > STALE_SECONDS:
                 path.unlink()
+
+
+remove_stale_files_once = functools.cache(remove_stale_files)
 
 
 def write_atomic(path: str | os.PathLike[str], write: Callable[[IO[bytes]], object]) -> None:

@@ -71,6 +71,14 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([fresh.name, own.name])
 
 
+def test_the_first_write_into_a_directory_removes_what_killed_processes_left(tmp_path):
+    stale = tmp_path / f".scores.json.{'0' * 16}.tmp"
+    stale.touch()
+    os.utime(stale, (time.time() - 3600,) * 2)
+    write_text(tmp_path / "a.json", "{}")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
 def test_a_copy_where_there_are_no_links(tmp_path, monkeypatch):
     (tmp_path / "a").write_bytes(b"x")
     monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no links")))
