@@ -172,13 +172,6 @@ def test_a_gpu_that_pytorch_does_not_see_is_told(monkeypatch, capsys):
     assert "this PyTorch sees no GPU" in capsys.readouterr().out
 
 
-def test_a_dry_run_leaves_nothing(here, capsys):
-    """16.12: 700 MB after five tries, which neither `list` nor `prune` saw."""
-    assert run(here, "--dry_run", "--device", "cpu") == 0
-    assert "files of the dry run are deleted" in capsys.readouterr().out
-    assert not list(Path("saved_models").rglob("*.pt"))
-
-
 def test_going_on_with_another_data_set_keeps_no_old_model(here, tiny_runs, tiny, tmp_path, capsys):
     """16.2: best.pt was the old model's, since the old set's score stayed the bar."""
     first, other = tiny_runs["attention"], draw_tiny(tmp_path / "other")
