@@ -28,6 +28,7 @@ import numpy as np
 from PIL import Image
 
 from attention_visualization import colours, upsample
+from captioning import __version__
 from captioning.captioner import Captioned, Captioner
 from captioning.dataset import load_caption_set
 from captioning.images import IMAGE_FORMATS, UnreadableImage, load_pixels, open_image
@@ -311,7 +312,12 @@ def build_app(captioner: Captioner, page: str, host: str, beam_size: int, length
         beam_size, length_penalty: where a request names none.
     """
     app = FastAPI(
-        title="Image captioner", docs_url=None, redoc_url=None, redirect_slashes=False, telemetry=NO_TELEMETRY
+        version=__version__,
+        title="Image captioner",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        telemetry=NO_TELEMETRY,
     )
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=trusted_hosts(host), www_redirect=False)
     worker, pending = asyncio.Lock(), 0
