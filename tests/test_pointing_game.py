@@ -92,17 +92,6 @@ def test_testing_the_demo_set_reports_it_and_draws_the_images_that_were_named(tm
     assert results["all"].items() <= entries[-1].items()
     assert results["large"]["pointing_game_words"] < results["all"]["pointing_game_words"]
     assert capsys.readouterr().out.count("Pointing game: of") == 1
-    assert (
-        trainer.main(
-            [
-                "--mode",
-                "test",
-                "--model_path",
-                "saved_models/demo/efficientnet_lite0_attention",
-                *names[:2],
-                "scene_0500.jpg",
-            ]
-        )
-        == 2
-    )
+    testing = ["--mode", "test", "--model_path", "saved_models/demo/efficientnet_lite0_attention"]
+    assert trainer.main([*testing, *names[:2], "scene_0500.jpg"]) == 2
     assert "no captioned image 'scene_0500.jpg'" in capsys.readouterr().err
