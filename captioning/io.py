@@ -177,6 +177,9 @@ def run_command(command: Callable[[], int], stopped: str) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except PermissionError as error:  # reading may fail anywhere; writing has messages of its own
+        print(f"error: no permission for {printable(str(error.filename))}. Make it readable and rerun", file=sys.stderr)
+        return 2
     except ModuleNotFoundError as error:
         print(f"error: {not_installed(error.name)}", file=sys.stderr)
         return 2

@@ -131,3 +131,11 @@ def test_closed_standard_streams(tmp_path):
     shell = f'exec "{sys.executable}" -c "{code}" <&- >&- 2>&-'
     subprocess.run(["sh", "-c", shell], cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}, check=True)
     assert int((tmp_path / "n").read_text()) > 2
+
+
+def test_a_file_that_may_not_be_read_is_a_line(capsys):
+    def command() -> int:
+        raise PermissionError(errno.EACCES, "Permission denied", "cache/tokens.bin")
+
+    assert run_command(command, "Stopped.") == 2
+    assert capsys.readouterr().err.startswith("error: no permission for cache/tokens.bin")
