@@ -196,7 +196,9 @@ class Faults(Bench):
     def two_resumes(self) -> None:
         """The second process that resumes the same run is refused."""
         folder, process = self.in_mid_training("resumes")
-        self.recover(folder).end(2, "another process is training")
+        process.popen.send_signal(signal.SIGSTOP)  # or it might end first
+        self.recover(folder).refuse("another process is training")
+        process.popen.send_signal(signal.SIGCONT)
         self.finish(folder, process)
 
     # ----------------------------------------------------------------------------------------------
