@@ -16,6 +16,7 @@ from captioning.io import (
     SteadyStream,
     UserError,
     link_or_copy,
+    open_standard_streams,
     remove_stale_files,
     run_command,
     steady_streams,
@@ -139,3 +140,9 @@ def test_a_file_that_may_not_be_read_is_a_line(capsys):
 
     assert run_command(command, "Stopped.") == 2
     assert capsys.readouterr().err.startswith("error: no permission for cache/tokens.bin")
+
+
+def test_a_closed_standard_stream_can_be_written_to(monkeypatch):
+    monkeypatch.setattr("sys.stderr", None)
+    open_standard_streams()
+    assert sys.stderr.write("x") == 1
