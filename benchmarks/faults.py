@@ -172,11 +172,11 @@ class Faults(Bench):
         self.finish(folder)
 
     def damaged_cache(self, rng: random.Random) -> None:
-        """One bit of the feature cache flips: refused, and repaired by the same command."""
+        """One bit of the feature cache flips, in a row of a training image: refused, and repaired by the same command."""
         folder = self.folder("damaged")
         (data,) = (folder / "cache").rglob("grid.000.f16")
         raw = bytearray(data.read_bytes())
-        raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
+        raw[rng.randrange(len(raw) // 2)] ^= 1 << rng.randrange(8)
         data.write_bytes(raw)
         self.train(folder).end(2, "damaged")
         self.finish(folder)
@@ -196,7 +196,9 @@ class Faults(Bench):
     def two_resumes(self) -> None:
         """The second process that resumes the same run is refused."""
         folder, process = self.in_mid_training("resumes")
-        self.recover(folder).end(2, "another process is training")
+        process.popen.send_signal(signal.SIGSTOP)  # or it might end first
+        self.recover(folder).refuse("another process is training")
+        process.popen.send_signal(signal.SIGCONT)
         self.finish(folder, process)
 
     # ----------------------------------------------------------------------------------------------
@@ -432,7 +434,11 @@ def main() -> int:
         for name, fault in faults:
             if any(text in name for text in args.only):
                 pool.submit(attempt, name, fault)
-        pool.shutdown()
+        try:
+            pool.shutdown()
+        except KeyboardInterrupt:
+            print("Stopped: the faults that are being tried come to their end", flush=True)
+            pool.shutdown(cancel_futures=True)
         counts.setdefault("the undisturbed runs, afterwards", [1, *([1, 0] if bench.intact() else [0, 1]), 0])
     print(f"\n{'fault':<58}{'tried':>7}{'survived':>10}{'lost':>6}{'skipped':>9}")
     for name, row in [*counts.items(), ("together", [sum(column) for column in zip(*counts.values(), strict=True)])]:

@@ -132,6 +132,9 @@ def open_standard_streams() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+    for name in ("stdin", "stdout", "stderr"):  # Python has none where one was closed, and progress bars write to it
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115
 
 
 # --------------------------------------------------------------------------------------------------
@@ -176,6 +179,9 @@ def run_command(command: Callable[[], int], stopped: str) -> int:
         return command()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except PermissionError as error:  # reading may fail anywhere; writing has messages of its own
+        print(f"error: no permission for {printable(str(error.filename))}. Make it readable and rerun", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         print(f"error: {not_installed(error.name)}", file=sys.stderr)

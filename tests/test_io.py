@@ -16,6 +16,7 @@ from captioning.io import (
     SteadyStream,
     UserError,
     link_or_copy,
+    open_standard_streams,
     remove_stale_files,
     run_command,
     steady_streams,
@@ -131,3 +132,17 @@ def test_closed_standard_streams(tmp_path):
     shell = f'exec "{sys.executable}" -c "{code}" <&- >&- 2>&-'
     subprocess.run(["sh", "-c", shell], cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}, check=True)
     assert int((tmp_path / "n").read_text()) > 2
+
+
+def test_a_file_that_may_not_be_read_is_a_line(capsys):
+    def command() -> int:
+        raise PermissionError(errno.EACCES, "Permission denied", "cache/tokens.bin")
+
+    assert run_command(command, "Stopped.") == 2
+    assert capsys.readouterr().err.startswith("error: no permission for cache/tokens.bin")
+
+
+def test_a_closed_standard_stream_can_be_written_to(monkeypatch):
+    monkeypatch.setattr("sys.stderr", None)
+    open_standard_streams()
+    assert sys.stderr.write("x") == 1
