@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from captioning.images import cell_middles, peak
-from captioning.io import UserError, make_directory, read_json, require_free_space, write_json
+from captioning.io import UserError, make_directory, read_json, require_free_space, temporary_name, write_json
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw
@@ -161,8 +161,7 @@ def draw_demo_dataset(directory: Path, scenes: int = 800, seed: int = 0, redraw:
     require_free_space(directory.parent, scenes * BYTES_PER_SCENE, f"drawing {scenes} scenes")
     # Drawn beside the target and renamed at the end, so that an interrupted drawing leaves no partial set.
     directory = directory.absolute()  # gives "." a name to put the temporary folders beside
-    fresh = directory.with_name(f".{directory.name}.{os.getpid()}.new")
-    old = directory.with_name(f".{directory.name}.{os.getpid()}.old")
+    fresh, old = temporary_name(directory), temporary_name(directory)
     try:
         write_scenes(fresh, scenes, seed)
         if directory.exists():

@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from captioning.io import UserError, first_line, format_bytes
+from captioning.io import UserError, first_line, format_bytes, temporary_name
 
 if TYPE_CHECKING:
     import requests
@@ -279,7 +279,7 @@ def extract_archive(archive: Path, target: Path, max_bytes: int, members: Sequen
     """
     if target.exists():
         raise UserError(f"{target} is there already: move it away, then run again")
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.unpacking")
+    temporary = temporary_name(target)
     try:
         temporary.mkdir(parents=True)
         left, skipped = max_bytes, 0

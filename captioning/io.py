@@ -221,11 +221,11 @@ def temporary_name(path: Path) -> Path:
 
 
 def remove_stale_files(directory: Path) -> None:
-    """Remove the half-written files that killed processes left in a directory."""
+    """Remove the half-written files and folders that killed processes left in a directory."""
     for path in directory.iterdir():
         with contextlib.suppress(OSError):
             if TEMPORARY.fullmatch(path.name) and time.time() - path.lstat().st_mtime > STALE_SECONDS:
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 remove_stale_files_once = functools.cache(remove_stale_files)

@@ -245,9 +245,9 @@ def result_of(called: Any, arguments: list[Any]) -> Any:
         for pair in pairs_of(arguments):
             made.set_items(pair)
         return made
-    if called == Global(PARAMETER) and arguments and isinstance(arguments[0], Tensor):
+    if called == Global(PARAMETER) and arguments and isinstance(arguments[0], Tensor) and no_hooks(arguments[1:]):
         return Tensor()
-    if called not in map(Global, TENSORS) or not fits_storage(*arguments[:4]):
+    if called not in map(Global, TENSORS) or not fits_storage(*arguments[:4]) or not no_hooks(arguments[4:]):
         raise Refused("it calls something else than PyTorch does, or a tensor is larger than its storage")
     return Tensor()
 
@@ -258,6 +258,14 @@ def pairs_of(arguments: list[Any]) -> list[list[Any]]:
         return []
     (pairs,) = arguments
     return [pair.items for pair in pairs.items]
+
+
+def no_hooks(arguments: list[Any]) -> bool:
+    """Whether what follows a tensor's numbers is `requires_grad` and empty tables: hooks would fail when it is saved."""
+    return all(
+        value is None or type(value) is bool or (isinstance(value, Box) and value.kind is dict and not value.items)
+        for value in arguments
+    )
 
 
 def fits_storage(storage: Any, offset: Any, size: Any, stride: Any) -> bool:

@@ -68,6 +68,9 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
         path.touch()
     for path in (stale, own):
         os.utime(path, (time.time() - 3600,) * 2)
+    folder = temporary_name(tmp_path / "export")
+    (folder / "below").mkdir(parents=True)
+    os.utime(folder, (time.time() - 3600,) * 2)
     remove_stale_files(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([fresh.name, own.name])
 

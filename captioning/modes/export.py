@@ -42,6 +42,7 @@ from captioning.io import (
     printable,
     read_json,
     require_free_space,
+    temporary_name,
     write_atomic,
     write_json,
 )
@@ -87,7 +88,7 @@ def export(checkpoint: dict[str, Any], path: Path, output: Path, onnx: bool, res
     make_directory(target.parent, "--output")
     size = 4 * sum(tensor.numel() for tensor in checkpoint["decoder"].values())
     require_free_space(target.parent, (3 * size + 200_000_000) if onnx else size + 20_000_000, "the exported model")
-    fresh = target.with_name(f".{target.name}.{os.getpid()}.new")
+    fresh = temporary_name(target)
     try:
         fresh.mkdir()
         write_model(checkpoint, fresh)
