@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from captioning.flags import DATA_MODES
-from captioning.io import UserError, bars_off, format_bytes, log, prepare_process, run_command, steady_streams
+from captioning.io import UserError, bars_off, duration, format_bytes, log, prepare_process, run_command, steady_streams
 from captioning.settings import Settings, answer_flags, parse_flags
 
 if __name__ == "__main__":  # --help and a mistyped flag are answered before PyTorch's seconds of importing
@@ -301,8 +301,8 @@ def evaluate(state: TrainState, run: Run) -> tuple[float, dict[str, Any]]:
     return loss, {"split": "val", "beam_size": 1, "images": len(images), **scores}
 
 
-def log_epoch(state: TrainState, run: Run, is_best: bool, minutes: float) -> None:
-    """Print an epoch as the original does, and one line with the mean minutes of an epoch, which `--quiet` keeps."""
+def log_epoch(state: TrainState, run: Run, is_best: bool, seconds: float) -> None:
+    """Print an epoch as the original does, and one line with the mean seconds of an epoch, which `--quiet` keeps."""
     training, validation, rate = (state.curve[key][-1] for key in list(state.curve)[1:])
     scores, last = state.history[-1], state.last_epoch(run.settings)
     log.info(f"\nEpoch {state.epoch} completed ({state.epoch}/{last}):")
@@ -320,7 +320,7 @@ def log_epoch(state: TrainState, run: Run, is_best: bool, minutes: float) -> Non
     star = " *" if is_best else ""
     print(
         f"[{state.epoch}/{last}] loss {training:.3f}, validation {validation:.3f}, CIDEr {100 * scores['cider']:.1f}{star}, "
-        f"{minutes:.1f} min an epoch, {minutes * (last - state.epoch):.0f} min left", flush=True,
+        f"{duration(seconds)} an epoch, {duration(seconds * (last - state.epoch))} left", flush=True,
     )  # fmt: skip
 
 
@@ -377,7 +377,7 @@ def train(settings: Settings, argv: list[str]) -> Path:
             is_best = state.end_epoch(settings, training, validation, rate, scores)
             save_epoch(run, state, is_best)
             write_outputs(run, state)
-            log_epoch(state, run, is_best, (time.time() - training_started) / (state.epoch - first) / 60)
+            log_epoch(state, run, is_best, (time.time() - training_started) / (state.epoch - first))
             stop.check(directory)
     if state.stopped_early(settings):
         log.info(f"Stopped early: no better {settings.best_metric} in {settings.early_stopping} epochs")

@@ -94,6 +94,13 @@ def steady_streams(active: bool = True) -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
+def duration(seconds: float) -> str:
+    """Return 8.2 -> '8 s', 150 -> '2.5 min', 9000 -> '2.5 h'."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
 class Progress:
     """A progress bar on a terminal; a line every tenth where output is redirected, e.g. to a job's log file."""
 
@@ -108,7 +115,7 @@ class Progress:
         tenths, self.done = 10 * self.done // max(1, self.total), self.done + count
         if self.bar.disable and tenths < 10 * self.done // max(1, self.total):
             left = (time.monotonic() - self.started) * (self.total / self.done - 1)
-            log.info(f"{self.what}: {self.done} of {self.total}, {left / 60:.1f} min left")
+            log.info(f"{self.what}: {self.done} of {self.total}, {duration(left)} left")
 
     def close(self) -> None:
         self.bar.close()
