@@ -66,7 +66,7 @@ from captioning.features import Features
 from captioning.runs import find_checkpoint, lock_run_directory, reproducing_command, start_command
 from captioning.schedules import choose_schedule, cosine
 from captioning.scst import SelfCritic
-from captioning.splits import checkpoint_split, refuse_trained_images, same_split, store_split
+from captioning.splits import checkpoint_split, refuse_trained_images, same_split, store_split, stored_split
 from experiment_utils import create_run_directory, require_room, write_epoch_files, write_run_files, write_summary
 from metrics_utils import score_captions
 from training_utils import (
@@ -188,7 +188,7 @@ def new_run(settings: Settings, argv: list[str]) -> tuple[Run, TrainState]:
     if state.schedule and not settings.use_scheduler:  # the checkpoint's, which goes on
         run.constants["flags"] |= state.schedule.flags()
     same_bar = checkpoint and checkpoint["best"]["metric"] == settings.best_metric
-    if checkpoint and source and same_bar and same_split(checkpoint["split"], run.constants["split"]):
+    if checkpoint and source and same_bar and same_split(stored_split(checkpoint, source), run.constants["split"]):
         carried: dict[str, Any] | None = distributed.from_first(lambda: carry_best(checkpoint, source, directory))
         state.best = carried or state.best
     if distributed.is_first():

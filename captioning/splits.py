@@ -285,15 +285,19 @@ def split_of_run(directory: Path) -> StoredSplit | None:
     return found
 
 
+def stored_split(checkpoint: Mapping[str, Any], path: Path) -> StoredSplit | None:
+    """Return the split in a checkpoint, or that which an older version wrote beside it, or None."""
+    stored: StoredSplit | None = checkpoint["split"]
+    return stored if stored and "train" in stored else split_of_run(path.parent) or stored
+
+
 def checkpoint_split(checkpoint: Mapping[str, Any], path: Path) -> StoredSplit | None:
     """Return the split that a checkpoint was trained with; warn where only the data set's lists can tell.
 
     Args:
         path: the checkpoint's file.
     """
-    stored: StoredSplit | None = checkpoint["split"]
-    if stored is None or "train" not in stored:
-        stored = split_of_run(path.parent) or stored
+    stored = stored_split(checkpoint, path)
     if stored is None:
         log.warning(
             f"Warning: {path} does not say which images it was trained on (an older version wrote it); the split is "
