@@ -53,7 +53,9 @@ class DecoderState(Protocol):
 
 
 class Decoder(nn.Module):
-    """What every decoder offers. Its state dict has float32 tensors only.
+    """The interface of every decoder: a subclass writes the methods that raise NotImplementedError here.
+
+    Its state dict has float32 tensors only.
 
     The output layer is tied to the word embeddings (Press and Wolf, 2017): a subclass makes `embed` and `output_bias`,
     or overrides `set_word_frequencies`, `logits` and `cross_entropy`.
@@ -155,14 +157,9 @@ class LSTMDecoder(Decoder):
     description = "an LSTM that reads their mean"
 
     def __init__(
-        self,
-        vocabulary_size: int,
-        feature_size: int,
-        embed_size: int,
-        hidden_size: int,
-        num_layers: int,
+        self, vocabulary_size: int, feature_size: int, embed_size: int, hidden_size: int, num_layers: int,
         drop_prob: float,
-    ):
+    ):  # fmt: skip
         super().__init__()
         self.embed = nn.Embedding(vocabulary_size, embed_size, padding_idx=PAD)
         self.image = nn.Sequential(nn.Linear(feature_size, embed_size), nn.LayerNorm(embed_size))
@@ -268,16 +265,9 @@ class AttentionDecoder(LSTMDecoder):
     description = "an LSTM that attends to them at each word"
 
     def __init__(
-        self,
-        vocabulary_size: int,
-        feature_size: int,
-        embed_size: int,
-        hidden_size: int,
-        num_layers: int,
-        drop_prob: float,
-        attention_dim: int,
-        regions: int = 49,
-    ):
+        self, vocabulary_size: int, feature_size: int, embed_size: int, hidden_size: int, num_layers: int,
+        drop_prob: float, attention_dim: int, regions: int = 49,
+    ):  # fmt: skip
         super().__init__(vocabulary_size, feature_size, embed_size, hidden_size, num_layers, drop_prob)
         self.positions = nn.Parameter(torch.zeros(regions, embed_size))  # else "left" is the same as "right"
         self.key = nn.Linear(embed_size, attention_dim, bias=False)

@@ -52,7 +52,7 @@ class Storage(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    pass
+    """A tensor whose numbers were found to lie in their storage; nothing more of it is needed."""
 
 
 class Box:
