@@ -179,9 +179,7 @@ What next
   The same on photographs, Flickr8k (about 1.1 GB to download):
     source .venv/bin/activate
     python download_datasets.py --dataset flickr8k
-    python $TRAINER --dataset_type flickr8k --decoder attention \\
-        --epochs 15 --batch_size 64 --learning_rate 0.001 --use_scheduler --scheduler_type cosine --scheduler_t_max 15 \\
-        --save_attention_viz
+    python $TRAINER --config configs/flickr8k_attention_cpu.yaml
 END
 }
 
