@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from captioning.flags import CONFIG_NAMES, DATA_MODES, FLAGS, GONE, GROUPS, NOT_CONFIGURABLE, Flag, path, text
 from captioning.io import UserError, first_line, not_installed, read_json
-from captioning.registry import DECODERS, ENCODERS
+from captioning.registry import DECODERS, ENCODERS, idle_flags
 
 
 class Settings(argparse.Namespace):
@@ -89,8 +89,8 @@ class Settings(argparse.Namespace):
         if tuned and not self.explicit & {"beam_size", "length_penalty"}:
             found |= {"beam_size": tuned["beam_size"], "length_penalty": tuned["length_penalty"]}
         settings = self.with_values(**found)
-        for name, kind, entries in ((n, k, e) for k, e in KINDS.items() for n in readers(e)):
-            if name in self.explicit and name not in entries[getattr(settings, kind)].flags:
+        for kind, entries in KINDS.items():
+            for name in sorted(self.explicit & idle_flags(entries, getattr(settings, kind))):
                 raise UserError(f"--{name} has no effect with {source}, whose {kind} is {getattr(settings, kind)}")
         return settings
 
@@ -103,11 +103,6 @@ def cache_folders(text: str) -> list[Path]:
 LARGEST_CONFIG = 100_000  # bytes of a YAML file of flags
 PLACES = {"data_dir", "image_dir", "captions_file"}
 KINDS = {"decoder": DECODERS, "encoder": ENCODERS}
-
-
-def readers(entries: Mapping[str, Any]) -> set[str]:
-    """The flags that only some of these registry entries read."""
-    return {name for entry in entries.values() for name in entry.flags}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -361,7 +356,7 @@ def check_flags(settings: Settings, error: Callable[[str], Any]) -> None:
     for kind, entries in KINDS.items():
         if from_checkpoint and kind not in explicit:
             continue  # the checkpoint says which it is: see Settings.with_checkpoint
-        for name in sorted(explicit & readers(entries) - set(entries[getattr(args, kind)].flags)):
+        for name in sorted(explicit & idle_flags(entries, getattr(args, kind))):
             others = " or ".join(other for other, entry in entries.items() if name in entry.flags)
             error(f"--{name} has no effect with --{kind} {getattr(args, kind)}: add --{kind} {others}")
     if {"attention_viz_samples", "attention_viz_images"} <= explicit:
