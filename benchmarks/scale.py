@@ -266,7 +266,7 @@ def measure(directory: Path, processes: int, epochs: int, images: int) -> dict[s
     folder = directory / f"processes{processes}"
     folder.mkdir()
     flags = training.flags_for(bench, data_dir, "attention", "small", "efficientnet_lite0")
-    flags += ["--feature_cache", str(folder / "cache"), "--compile", "off", "--precision", "fp32"]
+    flags += ["--feature_cache", str(folder / "cache"), "--precision", "fp32"]
     (folder / "flags.json").write_text(json.dumps(flags))
     torchrun(processes, [__file__, "--work", folder, "--epochs", epochs])
     return json.loads((folder / "result.json").read_text())  # type: ignore[no-any-return]

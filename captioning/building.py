@@ -77,14 +77,13 @@ def build_features(
     distributed.check_agreement({"the hash of the encoder's weights": digest}, distributed.SAME_FILES)
     if means is None:
         means = not decoders.find_decoder(settings.decoder).uses_grid
-    views = VIEW_SETS[settings.views]
     request = FeatureRequest(
         caches=cache_folders(settings.feature_cache), spec=spec, weights_hash=digest,
         build_encoder=lambda: spec.build(weights), paths=data.paths(), folder=data.image_dir, images=images,
         device=distributed.pick_device(settings.device), means=means, workers=decoding_threads(settings.num_workers),
-        compile_encoder=settings.compile, keep_on_device=settings.features_on_device, views=len(views),
+        keep_on_device=settings.features_on_device, views=VIEW_SETS[settings.views],
     )  # fmt: skip
-    found = [open_features(request, view) for view in views]
+    found = open_features(request)
     data.drop_images({image for features in found for image in features.unreadable})
     return found, digest
 

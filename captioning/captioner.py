@@ -16,13 +16,9 @@ from captioning.dataset import Vocabulary
 from captioning.decoders import build_decoder
 from captioning.decoding import beam_search, sample
 from captioning.distributed import pick_device
-from captioning.encoders import ENCODE_BATCH, find_encoder
+from captioning.encoders import ENCODE_BATCH, MANY, find_encoder
 from captioning.features import mean_of
-from captioning.images import (
-    VIEW_SETS,
-    UnreadableImage,
-    load_pixels,
-)
+from captioning.images import VIEW_SETS, UnreadableImage, load_views
 from captioning.io import UserError
 from captioning.runs import find_checkpoint
 from captioning.settings import Settings
@@ -51,8 +47,8 @@ class Captioned(NamedTuple):
 class Captioner:
     """A checkpoint, ready to caption images anywhere.
 
-    The captions are those of `--mode test`: the same views of an image go through the encoder in batches of the same
-    size, and their features are rounded to float16 as the cache stores them.
+    The captions are those of `--mode test`: the same views of an image go through the encoder, and their features are
+    rounded to float16 as the cache stores them.
     """
 
     def __init__(self, model_path: Path, device: str = "auto", resnet_weights: str | None = None, workers: int = 1):
@@ -76,7 +72,8 @@ class Captioner:
         self.views = VIEW_SETS[flags["views"]]
         self.spec = find_encoder(flags["encoder"])
         weights, _ = self.spec.find_weights(resnet_weights, checkpoint["encoder"]["weights_hash"])
-        self.encode = self.spec.build(weights).fast_form(self.device)
+        self.encoder, self.expects_many = self.spec.build(weights), False
+        self.encode = self.encoder.fast_form(self.device, many=False)
         self.vocabulary = Vocabulary(checkpoint["vocabulary"])
         self.decoder = build_decoder(flags, len(self.vocabulary), self.spec)
         load_weights(self.decoder, checkpoint["decoder"], self.path)
@@ -85,6 +82,11 @@ class Captioner:
     def __str__(self) -> str:
         flags = self.flags
         return f"{self.path} (epoch {self.epoch}, {flags['decoder']} on {flags['encoder']}, {flags['dataset_type']})"
+
+    def expect_many(self) -> None:
+        """Take a second or two now, so that each image takes less time."""
+        if not self.expects_many:
+            self.encode, self.expects_many = self.encoder.fast_form(self.device), True
 
     def decoding(self, settings: Settings) -> tuple[int, float]:
         """Return beam size and length penalty: explicit ones, else those tuned for the checkpoint, else the defaults."""
@@ -106,6 +108,8 @@ class Captioner:
         Raises:
             UserError: the device's memory is too small.
         """
+        if len(paths) * len(self.views) >= MANY:
+            self.expect_many()
         for batch in self.decoded(paths):
             pixels = [found for _, found in batch if not isinstance(found, UnreadableImage)]
             captions = iter(self.decode(pixels, beam_size, length_penalty, count, attention, top_p) if pixels else ())
@@ -123,7 +127,7 @@ class Captioner:
 
         def read(path: Path) -> np.ndarray | UnreadableImage:
             try:
-                return np.stack([load_pixels(path, self.spec.image_size, view) for view in self.views])
+                return load_views(path, self.spec.image_size, self.views)
             except UnreadableImage as error:
                 return error
 
@@ -140,12 +144,10 @@ class Captioner:
         top_p: float | None,
     ) -> list[list[Caption]]:  # fmt: skip
         """Caption up to ENCODE_BATCH decoded images, uint8 (views, size, size, 3) each."""
-        # A single image goes alone, since a person waits for it; several are filled up to a batch, as in `features`.
-        filler = [np.zeros_like(pixels[0])] * (ENCODE_BATCH - len(pixels) if len(pixels) > 1 else 0)
         try:
             members = []
-            for view in np.stack(pixels + filler, 1):
-                grids = self.encode(view)[: len(pixels)].to(torch.float16).cpu().numpy()
+            for view in np.stack(pixels, 1):
+                grids = self.encode(view).to(torch.float16).cpu().numpy()  # (I, 49, C)
                 features = torch.from_numpy(grids if self.decoder.uses_grid else mean_of(grids)).float()
                 members.append((self.decoder, features.to(self.device)))
             if top_p is not None:

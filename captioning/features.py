@@ -21,12 +21,13 @@ from filelock import FileLock, Timeout
 from captioning import distributed
 from captioning.encoders import ENCODE_BATCH, Encoder, EncoderSpec
 from captioning.feature_store import ROWS_PER_FILE, FeatureFile, FeatureStore, Version, version_of
-from captioning.images import UnreadableImage, load_pixels
+from captioning.images import UnreadableImage, load_views
 from captioning.io import Progress, UserError, log, make_directory, require_free_space
 
-BATCHES_AHEAD = 3
+BATCHES_AHEAD = 3  # that are read while others are encoded
+MOST_STREAMS = 8  # batches encoded at the same time: each takes some 100 MB
 SHARED_CACHE = "processes on several machines need a --feature_cache on a disk that they share"
-FLUSH_IMAGES = 512  # images between two syncs: a dozen seconds of work on two cores
+FLUSH_ROWS = 512  # between two syncs: some seconds of work on two cores
 
 
 CPU = torch.device("cpu")
@@ -125,36 +126,6 @@ def fits_on(device: torch.device, size: int) -> bool:
     return device.type == "cuda" and size <= torch.cuda.mem_get_info(device)[0] // 2
 
 
-class LiveFeatures:
-    """The plain path (`--feature_cache off`): every batch through the encoder. Implements `Features`."""
-
-    def __init__(
-        self, encoder: Encoder, device: torch.device, paths: Sequence[Path], needed: np.ndarray, means: bool,
-        workers: int, view: str,
-    ):  # fmt: skip
-        self.encode = encoder.fast_form(device)
-        self.paths, self.size, self.means, self.view = paths, encoder.spec.image_size, means, view
-        self.pool = ThreadPoolExecutor(workers)
-        found = distributed.gather(list(self.pool.map(self.look, [paths[i] for i in distributed.shard(needed)])))
-        self.unreadable = {int(i): problem for i, (problem, _) in zip(needed, found, strict=True) if problem}
-        self.versions = np.full((len(paths), 2), -1, dtype=np.int64)
-        self.versions[needed] = [version for _, version in found]
-
-    def look(self, path: Path) -> tuple[str | None, tuple[int, int]]:
-        """Return why an image cannot be read, or None, and the size and CRC-32 of its file."""
-        try:
-            load_pixels(path, self.size, self.view)
-            version = version_of(path)
-        except UnreadableImage as error:
-            return str(error), (-1, -1)
-        return None, (version.size, version.content)
-
-    def gather(self, images: np.ndarray, device: torch.device = CPU) -> torch.Tensor:
-        pixels = list(self.pool.map(lambda image: load_pixels(self.paths[image], self.size, self.view), images))
-        grid = self.encode(np.stack(pixels)).to(device)
-        return (grid.mean(1) if self.means else grid.clone()).float()  # a clone may be trained through
-
-
 @dataclass(frozen=True)
 class FeatureRequest:
     """Whose features are wanted, from which encoder, and where they are kept."""
@@ -169,63 +140,111 @@ class FeatureRequest:
     device: torch.device
     means: bool  # the mean over the 49 regions rather than the regions
     workers: int  # threads that decode images while the encoder runs
-    compile_encoder: str = "off"  # auto, on or off: see `Encoder.fast_form`
+    views: Sequence[str] = ("whole",)  # of `images.VIEWS`
     keep_on_device: str = "off"  # auto, on or off: a copy of the features in the memory of a GPU
-    views: int = 1  # that will be opened: they share the memory
+
+    def directories(self, view: str) -> list[Path]:
+        """The cache's folders of a view, one per disk."""
+        folder = self.folder.resolve()
+        transform = self.spec.transform + ("" if view == "whole" else f"-{view}")
+        identity = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
+        place = Path(f"{self.spec.name}-{self.weights_hash[:8]}-{transform}") / f"{folder.name}-{identity}"
+        return [cache / place for cache in self.caches]
+
+    def store(self, view: str, means: bool | None = None) -> FeatureStore:
+        """Read what the cache has of a view. Args: means: rather than the regions; None for what is asked for."""
+        mean = self.means if means is None else means
+        kind, shape = ("mean", (self.spec.channels,)) if mean else ("grid", (self.spec.regions, self.spec.channels))
+        return FeatureStore(self.directories(view), kind, shape)
 
 
-def open_features(request: FeatureRequest, view: str = "whole") -> Features:
-    """Return the features of images in one view, encoding those that the cache lacks.
+class LiveFeatures:
+    """The plain path (`--feature_cache off`): every batch through the encoder. Implements `Features`."""
+
+    def __init__(self, request: FeatureRequest, encode: Callable[[np.ndarray], torch.Tensor], view: str):
+        self.request, self.encode, self.view = request, encode, view
+        self.unreadable: dict[int, str] = {}
+        self.versions = np.full((len(request.paths), 2), -1, dtype=np.int64)
+
+    @classmethod
+    def of_views(cls, request: FeatureRequest) -> list[LiveFeatures]:
+        """Return the features in each view; every image is opened once to see whether it can be read."""
+        encode = request.build_encoder().fast_form(request.device)
+        views = [cls(request, encode, view) for view in request.views]
+
+        def look(image: int) -> tuple[str | None, tuple[int, int]]:
+            """Return why an image cannot be read, or None, and the size and CRC-32 of its file."""
+            try:
+                version, _ = read_image(request.paths[image], request.spec.image_size, request.views[:1])
+            except UnreadableImage as error:
+                return str(error), (-1, -1)
+            return None, (version.size, version.content)
+
+        with ThreadPoolExecutor(request.workers) as pool:
+            found = distributed.gather(list(pool.map(look, distributed.shard(request.images))))
+        for features in views:
+            features.unreadable |= {
+                int(i): problem for i, (problem, _) in zip(request.images, found, strict=True) if problem
+            }
+            features.versions[request.images] = [version for _, version in found]
+        return views
+
+    def gather(self, images: np.ndarray, device: torch.device = CPU) -> torch.Tensor:
+        request = self.request
+
+        def read(image: int) -> np.ndarray:
+            return load_views(request.paths[image], request.spec.image_size, [self.view])
+
+        with ThreadPoolExecutor(request.workers) as pool:
+            grid = self.encode(np.concatenate(list(pool.map(read, images)))).to(device)
+        return (grid.mean(1) if request.means else grid.clone()).float()  # a clone may be trained through
+
+
+Found = tuple[FeatureStore, dict[int, FeatureFile]]  # a view's store, and which part of it has which image
+
+
+def open_features(request: FeatureRequest) -> list[Features]:
+    """Return the features of images in each view, encoding those that the cache lacks in one pass over the images.
 
     Of several processes each encodes its shard of the images.
-
-    Args:
-        view: one of `images.VIEWS`.
 
     Raises:
         UserError: too many images cannot be read, the disk is too small, or the cache cannot be written.
     """
-    caches, spec, paths, folder = request.caches, request.spec, request.paths, request.folder
-    needed, device, means, workers = request.images, request.device, request.means, request.workers
-    build_encoder = request.build_encoder
-    if not caches:
-        live = LiveFeatures(build_encoder(), device, paths, needed, means, workers, view)
-        check_unreadable(live.unreadable, len(needed))
-        return live
-    folder = folder.resolve()
-    transform = spec.transform + ("" if view == "whole" else f"-{view}")
-    identity = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
-    place = Path(f"{spec.name}-{request.weights_hash[:8]}-{transform}") / f"{folder.name}-{identity}"
-    directories = [cache / place for cache in caches]
+    paths, needed, device = request.paths, request.images, request.device
+    if not request.caches:
+        live = LiveFeatures.of_views(request)
+        check_unreadable(live[0].unreadable, len(needed))
+        return [*live]
+    directories = [directory for view in request.views for directory in request.directories(view)]
 
-    def read(means: bool = means) -> FeatureStore:
-        return FeatureStore(
-            directories, *(("mean", (spec.channels,)) if means else ("grid", (spec.regions, spec.channels)))
-        )
+    def look() -> list[Found]:
+        stores = [request.store(view) for view in request.views]
+        return [
+            (store, {int(i): part for i in needed if (part := store.find(paths[i])) is not None}) for store in stores
+        ]
 
-    def look() -> tuple[FeatureStore, dict[int, FeatureFile]]:
-        store = read()
-        return store, {int(i): part for i in needed if (part := store.find(paths[i])) is not None}
-
-    def missing() -> list[int]:
-        """Return what nobody has encoded yet."""
-        seen[:] = [look()]
-        return [int(i) for i in needed if int(i) not in seen[0][1]]
+    def missing() -> dict[int, list[int]]:
+        """Return for each image that lacks some the numbers of the views that nobody has encoded yet."""
+        seen[:] = look()
+        lacking = {int(i): [v for v, (_, holders) in enumerate(seen) if int(i) not in holders] for i in needed}
+        return {image: views for image, views in lacking.items() if views}
 
     def complete() -> bool:
         """Return whether nothing has to be written: everything is here, with the images' times, or cannot be noted."""
         if missing():
             return False
-        retimed = {part.directory for part in seen[0][0].parts if part.retimed}
+        retimed = {part.directory for store, _ in seen for part in store.parts if part.retimed}
         return not any(os.access(directory, os.W_OK) for directory in retimed)
 
-    def prepare() -> list[int]:
+    def prepare() -> dict[int, list[int]]:
         """Return what nobody has encoded yet, and note images' new times; the first process does it for all."""
         todo = missing()
-        seen[0][0].note_times()
+        for store, _ in seen:
+            store.note_times()
         return todo
 
-    seen: list[tuple[FeatureStore, dict[int, FeatureFile]]] = []  # by the first process
+    seen: list[Found] = []  # by the first process
     unreadable: dict[int, str] = {}
     try:
         done = distributed.from_first(complete)
@@ -235,47 +254,43 @@ def open_features(request: FeatureRequest, view: str = "whole") -> Features:
             "place, off does without"
         ) from error
     with nullcontext() if done else waiting_locks(directories):  # a complete cache may lie on a read-only disk
-        todo = [] if done else distributed.from_first(prepare)
+        todo = {} if done else distributed.from_first(prepare)
         unseen = [directory for directory in directories if not directory.is_dir()]
         if unseen:
             raise UserError(f"rank {distributed.rank()} does not see {unseen[0]}, which rank 0 made: {SHARED_CACHE}")
-        store = seen[0][0] if seen else read()
-        worth_it = spec.compile_from is not None and len(todo) >= spec.compile_from
-        compiled = request.compile_encoder == "on" or (request.compile_encoder == "auto" and worth_it)
-        numbers = range(-(-len(caches) // distributed.size()) * distributed.size())  # of the parts: all disks take part
-        for number, mine in zip(
-            distributed.shard(numbers),
-            split_evenly(distributed.shard(todo), len(numbers) // distributed.size()),
-            strict=True,
-        ):
-            file = store.part(number)
-            if means and mine:
-                mine = derive_means(read(means=False), file, paths, mine)
+        stores = [store for store, _ in seen] or [request.store(view) for view in request.views]
+        disks, processes = len(request.caches), distributed.size()
+        numbers = range(-(-disks // processes) * processes)  # of the parts: all disks take part
+        shares = np.array_split(np.array(distributed.shard([*todo]), dtype=np.int64), len(numbers) // processes)
+        for number, share in zip(distributed.shard(numbers), shares, strict=True):
+            files = [store.part(number) for store in stores]
+            mine = {image: todo[image] for image in share.tolist()}
+            if request.means:
+                mine = derive_means(request, files, mine)
+            for view, file in enumerate(files):
+                rows = sum(view in views for views in mine.values())
+                require_free_space(file.directory, rows * (file.row_bytes + 128), "encoding the images")
             if mine:
-                require_free_space(file.directory, len(mine) * (file.row_bytes + 128), "encoding the images")
-                unreadable |= encode_images(build_encoder(), device, file, paths, mine, workers, compiled, view)
+                unreadable |= encode_images(request, request.build_encoder(), files, mine)
         distributed.wait_for_all()
     for theirs in distributed.all_gather(unreadable):
         unreadable |= theirs
     check_unreadable(unreadable, len(needed))
-    store, holders = look() if todo or not seen else seen[0]
-    lost = [i for i in needed.tolist() if i not in holders and i not in unreadable]
-    if lost:
-        raise UserError(
-            f"rank {distributed.rank()} does not see the features of {paths[lost[0]].name} in {directories[0]}, which "
-            f"another process encoded (or the image changed meanwhile): {SHARED_CACHE}"
-        )
-    cached = CachedFeatures(store, paths, unreadable, holders)
-    good = np.array(list(holders), dtype=np.int64)
-    size = request.views * len(good) * store.row_bytes
-    if request.keep_on_device == "on" or (request.keep_on_device == "auto" and fits_on(device, size)):
-        return DeviceFeatures(cached, good, device)
-    return cached
-
-
-def split_evenly(items: list[int], parts: int) -> list[list[int]]:
-    """The items in their order, in so many runs of about the same length."""
-    return [[int(item) for item in run] for run in np.array_split(np.array(items, dtype=np.int64), parts)]
+    opened: list[Features] = []
+    for view, (store, holders) in enumerate(look() if todo or not seen else seen):
+        lost = [i for i in needed.tolist() if i not in holders and i not in unreadable]
+        if lost:
+            raise UserError(
+                f"rank {distributed.rank()} does not see the features of {paths[lost[0]].name} in "
+                f"{request.directories(request.views[view])[0]}, which another process encoded (or the image changed "
+                f"meanwhile): {SHARED_CACHE}"
+            )
+        cached = CachedFeatures(store, paths, unreadable, holders)
+        good = np.array(list(holders), dtype=np.int64)
+        size = len(request.views) * len(good) * store.row_bytes
+        on_device = request.keep_on_device == "on" or (request.keep_on_device == "auto" and fits_on(device, size))
+        opened.append(DeviceFeatures(cached, good, device) if on_device else cached)
+    return opened
 
 
 @contextmanager
@@ -296,20 +311,25 @@ def waiting_locks(directories: Sequence[Path]) -> Iterator[None]:
         yield
 
 
-def derive_means(grids: FeatureStore, mean: FeatureFile, paths: Sequence[Path], todo: list[int]) -> list[int]:
-    """Fill means from grids that are already there; returns the images that still need the encoder."""
-    done: set[int] = set()
-    for grid in grids.parts:
-        have = [i for i in todo if i not in done and grid.holds(paths[i])]
-        maps = grid.maps()
-        for start in range(0, len(have), FLUSH_IMAGES):
-            entries = [grid.entries[paths[i].name] for i in have[start : start + FLUSH_IMAGES]]
-            places = [divmod(entry.row, ROWS_PER_FILE) for entry in entries]
-            rows = np.stack([maps[number][offset] for number, offset in places])  # (n, 49, C)
-            versions = [Version(*entry[1:4]) for entry in entries]
-            mean.append([paths[i].name for i in have[start : start + FLUSH_IMAGES]], versions, mean_of(rows))
-        done.update(have)
-    return [i for i in todo if i not in done]
+def derive_means(
+    request: FeatureRequest, files: Sequence[FeatureFile], todo: dict[int, list[int]]
+) -> dict[int, list[int]]:
+    """Fill means from grids that are already there; returns the images and views that still need the encoder."""
+    paths, done = request.paths, set[tuple[int, int]]()
+    for view, mean in enumerate(files):
+        for grid in request.store(request.views[view], means=False).parts:
+            wanted = [i for i, views in todo.items() if view in views and (i, view) not in done]
+            have = [i for i in wanted if grid.holds(paths[i])]
+            maps = grid.maps()
+            for start in range(0, len(have), FLUSH_ROWS):
+                names = [paths[i].name for i in have[start : start + FLUSH_ROWS]]
+                entries = [grid.entries[name] for name in names]
+                places = [divmod(entry.row, ROWS_PER_FILE) for entry in entries]
+                rows = np.stack([maps[number][offset] for number, offset in places])  # (n, 49, C)
+                mean.append(names, [Version(*entry[1:4]) for entry in entries], mean_of(rows))
+            done.update((i, view) for i in have)
+    left = {i: [view for view in views if (i, view) not in done] for i, views in todo.items()}
+    return {i: views for i, views in left.items() if views}
 
 
 def mean_of(grids: np.ndarray) -> np.ndarray:
@@ -317,82 +337,89 @@ def mean_of(grids: np.ndarray) -> np.ndarray:
     return grids.astype(np.float32).mean(1).astype(np.float16)
 
 
+Encoded = tuple[int, Version, np.ndarray]  # an image, the version of its file, its features in each wanted view
+
+
 def encode_images(
-    encoder: Encoder,
-    device: torch.device,
-    file: FeatureFile,
-    paths: Sequence[Path],
-    todo: list[int],
-    workers: int,
-    compiled: bool = False,
-    view: str = "whole",
+    request: FeatureRequest, encoder: Encoder, files: Sequence[FeatureFile], todo: dict[int, list[int]]
 ) -> dict[int, str]:
-    """Run the encoder over the images `todo` and append to `file`; returns why some could not be read."""
-    encode = encoder.fast_form(device, compiled)
-    unreadable: dict[int, str] = {}
-    names: list[str] = []
-    stamps: list[Version] = []
-    pending: list[np.ndarray] = []
-    left_out = 0
+    """Encode images and append the features in each view to the file of that view; reading, encoding and writing overlap.
+
+    Threads rather than worker processes: Pillow and the encoder release the interpreter lock, and nothing has to be
+    pickled, so that Windows and macOS need no special care.
+
+    Args:
+        files: one for each of the request's views.
+        todo: for each image the numbers of the views that are wanted.
+
+    Returns:
+        why some images could not be read.
+    """
+    streams = min(torch.get_num_threads(), MOST_STREAMS) if request.device.type == "cpu" else 1
+    encode = encoder.fast_form(request.device, streams=streams)
+    paths, size, unreadable = request.paths, encoder.spec.image_size, dict[int, str]()
+    # For each view: names, versions and features of the images that are encoded, but not yet written.
+    pending: list[list[tuple[str, Version, np.ndarray]]] = [[] for _ in files]
+
+    def encode_batch(reading: list[tuple[int, Future[tuple[Version, np.ndarray]]]]) -> list[Encoded]:
+        """Encode images as soon as they are read."""
+        read: list[tuple[int, Version, np.ndarray]] = []
+        for image, future in reading:
+            try:
+                read.append((image, *future.result()))
+            except UnreadableImage as error:
+                unreadable[image] = str(error)
+        if not read:
+            return []
+        grids = encode(np.concatenate([squares for *_, squares in read])).to(torch.float16).cpu().numpy()  # (B, 49, C)
+        features = mean_of(grids) if request.means else grids
+        ends = np.cumsum([len(squares) for *_, squares in read])
+        return [
+            (image, version, rows)
+            for (image, version, _), rows in zip(read, np.split(features, ends[:-1]), strict=True)
+        ]
 
     def flush() -> None:
-        if pending:
-            file.append(names, stamps, np.concatenate(pending))
-            for done in (names, stamps, pending):
-                done.clear()
+        for file, rows in zip(files, pending, strict=True):
+            if rows:
+                names, versions, features = zip(*rows, strict=True)
+                file.append(names, versions, np.stack(features))
+                rows.clear()
 
-    bar = Progress(len(todo), f"Encoding images ({encoder.spec.name}, {view})", "image")
-    try:
-        for part, versions, pixels in decoded_batches(paths, todo, encoder.spec.image_size, workers, unreadable, view):
-            if part:
-                grids = encode(pixels)[: len(part)].to(torch.float16).cpu().numpy()  # (n, 49, C)
-                pending.append(grids if file.kind == "grid" else mean_of(grids))
-                names += [paths[i].name for i in part]
-                stamps += versions
-                if len(names) >= FLUSH_IMAGES:
-                    flush()
-            bar.update(len(part) + len(unreadable) - left_out)
-            left_out = len(unreadable)
-    finally:  # Ctrl-C keeps what is encoded
-        flush()
-        bar.close()
+    def take(count: int, batch: Future[list[Encoded]]) -> None:
+        for image, version, rows in batch.result():
+            for view, row in zip(todo[image], rows, strict=True):
+                pending[view].append((paths[image].name, version, row))
+        if sum(map(len, pending)) >= FLUSH_ROWS:
+            flush()
+        bar.update(count)
+
+    images = list(todo)
+    per_batch = max(1, ENCODE_BATCH // len(files))
+    bar = Progress(len(images), f"Encoding images ({encoder.spec.name}, {', '.join(request.views)})", "image")
+    with ThreadPoolExecutor(request.workers) as readers, ThreadPoolExecutor(streams) as encoders:
+        ahead: deque[tuple[int, Future[list[Encoded]]]] = deque()
+        try:
+            for start in range(0, len(images), per_batch):
+                chunk = images[start : start + per_batch]
+                reading = [
+                    (i, readers.submit(read_image, paths[i], size, [request.views[view] for view in todo[i]]))
+                    for i in chunk
+                ]
+                ahead.append((len(chunk), encoders.submit(encode_batch, reading)))
+                if len(ahead) > streams + BATCHES_AHEAD:
+                    take(*ahead.popleft())
+            while ahead:
+                take(*ahead.popleft())
+        finally:  # Ctrl-C keeps what is encoded
+            flush()
+            bar.close()
     return unreadable
 
 
-def decoded_batches(
-    paths: Sequence[Path], todo: list[int], size: int, workers: int, unreadable: dict[int, str], view: str
-) -> Iterator[tuple[list[int], list[Version], np.ndarray]]:
-    """Yield (images, their versions, pixels uint8 (ENCODE_BATCH, size, size, 3)); threads decode a few batches ahead.
-
-    The last batch is filled up with black: an image's features are the same, to the bit, whichever images
-    share its batch, and a pass that was interrupted ends as one that was not.
-
-    Threads rather than worker processes: Pillow releases the interpreter lock while it decodes and
-    resizes, and nothing has to be pickled, so that Windows and macOS need no special care.
-    """
-
-    def read(path: Path) -> tuple[Version, np.ndarray]:
-        return version_of(path), load_pixels(path, size, view)
-
-    chunks = [todo[start : start + ENCODE_BATCH] for start in range(0, len(todo), ENCODE_BATCH)]
-    with ThreadPoolExecutor(workers) as pool:
-        ahead: deque[list[tuple[int, Future[tuple[Version, np.ndarray]]]]] = deque()
-        for chunk in [*chunks, *[[]] * BATCHES_AHEAD]:
-            ahead.append([(i, pool.submit(read, paths[i])) for i in chunk])
-            if len(ahead) <= BATCHES_AHEAD:
-                continue
-            images: list[int] = []
-            versions: list[Version] = []
-            pixels = np.zeros((ENCODE_BATCH, size, size, 3), np.uint8)
-            for image, future in ahead.popleft():
-                try:
-                    version, pixels[len(images)] = future.result()
-                except UnreadableImage as error:
-                    unreadable[image] = str(error)
-                    continue
-                images.append(image)
-                versions.append(version)
-            yield images, versions, pixels
+def read_image(path: Path, size: int, views: Sequence[str]) -> tuple[Version, np.ndarray]:
+    """Return the version of an image's file, and what `load_views` returns. Raises UnreadableImage."""
+    return version_of(path), load_views(path, size, views)
 
 
 def check_unreadable(unreadable: dict[int, str], total: int) -> None:

@@ -163,8 +163,6 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             parameter=False),
         Flag("precision", "matmul dtype in training; auto is bf16 where the device is made for it, else fp32", str,
             "auto", ("auto", "fp32", "bf16", "fp16"), modes=("train",), checkpoint="train"),
-        Flag("compile", "compile the encoder for its pass over the images; auto does where they are many enough to pay",
-            str, "auto", ("auto", "on", "off"), modes=DATA_MODES, resume=True, parameter=False),
         Flag("features_on_device", "keep all image features in the GPU's memory; auto does if they take at most half of "
             "what is free", str, "auto", ("auto", "on", "off"), modes=DATA_MODES, resume=True, parameter=False),
         Flag("grad_clip", "largest gradient norm; 0 does not clip", weight, 5.0, modes=("train",), checkpoint="train"),
@@ -262,5 +260,6 @@ FLAGS: dict[str, Flag] = {flag.name: flag for flags in GROUPS.values() for flag 
 NOT_CONFIGURABLE = ("timestamp", "command", "explicit", "mode", "model_path", "config", "resume", "output")
 CONFIG_NAMES = {"decoder": "decoder_type"}  # flags under the names that the original's run_config.json has
 GONE: dict[str, str] = {  # flags and values of earlier versions, and what took their place
+    "compile": "on a CPU, OpenVINO runs the encoder (requirements.txt), faster than compiled PyTorch",
     "consensus=neighbours": "--consensus regression took its place",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -124,8 +125,8 @@ VIEWS = {
 VIEW_SETS = {"whole": ("whole",), "mirror": ("whole", "mirror"), "all": tuple(VIEWS)}  # --views
 
 
-def load_pixels(source: Path | BinaryIO, size: int, view: str = "whole") -> np.ndarray:
-    """Return an image, or one of `VIEWS` of it, resized to `size` x `size` for the encoder: uint8 (size, size, 3).
+def load_views(source: Path | BinaryIO, size: int, views: Sequence[str] = ("whole",)) -> np.ndarray:
+    """Open an image once and return some of `VIEWS`, each resized for the encoder: uint8 (views, size, size, 3).
 
     The aspect ratio is not kept: nothing is cropped away, and an attention map that is stretched back over the image
     fits it.
@@ -134,9 +135,14 @@ def load_pixels(source: Path | BinaryIO, size: int, view: str = "whole") -> np.n
         UnreadableImage: see `open_image`.
     """
     image = open_image(source, at_least=2 * size)
-    (width, height), (box, mirrored) = image.size, VIEWS[view]
-    if image.size != (size, size) or view != "whole":
-        part = (box[0] * width, box[1] * height, box[2] * width, box[3] * height)
-        image = image.resize((size, size), Image.Resampling.BILINEAR, part)  # Pillow's filter widens when it shrinks
-    pixels = np.asarray(image)
-    return np.ascontiguousarray(pixels[:, ::-1]) if mirrored else pixels
+    width, height = image.size
+    squares = np.empty((len(views), size, size, 3), np.uint8)
+    resized: dict[tuple[float, ...], np.ndarray] = {}  # a view and its mirror image are resized once
+    for square, (box, mirrored) in zip(squares, (VIEWS[view] for view in views), strict=True):
+        if box not in resized:
+            part = (box[0] * width, box[1] * height, box[2] * width, box[3] * height)
+            whole = image.size == (size, size) and box == View().box
+            # Pillow's filter widens when it shrinks.
+            resized[box] = np.asarray(image if whole else image.resize((size, size), Image.Resampling.BILINEAR, part))
+        square[:] = resized[box][:, ::-1] if mirrored else resized[box]
+    return squares

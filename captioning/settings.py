@@ -257,17 +257,19 @@ def config_flags(parser: argparse.ArgumentParser, file: Path) -> tuple[dict[str,
     """
     ours = {theirs: name for name, theirs in CONFIG_NAMES.items()}
     content = read_config(file)
+    recorded = content.get("explicit")
     flags: dict[str, Any] = {}
     for key, value in content.items():
         name = ours.get(key, key)
         if name in NOT_CONFIGURABLE or value is None:
             continue
         if name in GONE:
-            parser.error(f"{file}: {name} is gone: {GONE[name]}")
+            if name in recorded if isinstance(recorded, list) else "timestamp" not in content:
+                parser.error(f"{file}: {name} is gone: {GONE[name]}")
+            continue  # this program wrote it as one of its defaults
         if name not in FLAGS:
             parser.error(f"{file}: unknown flag {name!r}{suggestion(str(name), FLAGS)}")
         flags[name] = config_value(parser, file, FLAGS[name], value)
-    recorded = content.get("explicit")
     if isinstance(recorded, list):
         explicit = {name for name in recorded if isinstance(name, str) and name in flags}
     elif "command" in content and "timestamp" in content:
@@ -361,9 +363,8 @@ def check_flags(settings: Settings, error: Callable[[str], Any]) -> None:
             error(f"--{name} has no effect with --{kind} {getattr(args, kind)}: add --{kind} {others}")
     if {"attention_viz_samples", "attention_viz_images"} <= explicit:
         error("--attention_viz_samples has no effect with --attention_viz_images, which says which")
-    for name in ("compile", "features_on_device"):
-        if args.feature_cache == "off" and name in explicit and getattr(args, name) == "on":
-            error(f"--{name} has no effect with --feature_cache off")
+    if args.feature_cache == "off" and "features_on_device" in explicit and args.features_on_device == "on":
+        error("--features_on_device has no effect with --feature_cache off")
     check_modes(args, error)
     if mode == "train":
         check_training(args, error)

@@ -16,7 +16,7 @@ import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from captioning import captioner
 from captioning.captioner import Captioner
 from captioning.decoding import beam_search
-from captioning.images import load_pixels
+from captioning.images import load_views
 from captioning.io import UserError
 from captioning.modes.caption import find_images, images_below
 
@@ -183,7 +183,7 @@ KINDS = {
 def test_every_kind_of_image(tmp_path, name):
     make, (left, right) = KINDS[name]
     make(tmp_path / name)
-    pixels = load_pixels(tmp_path / name, 224).astype(int)
+    pixels = load_views(tmp_path / name, 224)[0].astype(int)
     assert pixels.shape == (224, 224, 3)
     assert np.abs(pixels[60, 50] - left).max() <= 12 and np.abs(pixels[60, 170] - right).max() <= 12
 
@@ -225,7 +225,7 @@ def test_a_folder_that_leads_back_to_itself_ends(photos):
 def test_images_are_read_a_batch_ahead_and_no_more(tiny_runs, monkeypatch):
     read = []
     monkeypatch.setattr(captioner, "ENCODE_BATCH", 4)
-    monkeypatch.setattr(captioner, "load_pixels", lambda path, *how: read.append(path) or load_pixels(path, *how))
+    monkeypatch.setattr(captioner, "load_views", lambda path, *how: read.append(path) or load_views(path, *how))
     results = Captioner(tiny_runs["lstm"]).caption(list(images_below(str(tiny_runs["data"]), [])), 1, 0.7)
     next(results)
     assert len(set(read)) <= 8

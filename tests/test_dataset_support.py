@@ -18,7 +18,7 @@ from PIL import Image
 
 from captioning.batches import BatchMaker
 from captioning.dataset import EOS, SOS, build_vocabulary, load_caption_set, tokenize
-from captioning.images import UnreadableImage, load_pixels, open_image
+from captioning.images import UnreadableImage, load_views, open_image
 from captioning.io import UserError
 from captioning.layouts import read_captions
 from captioning.splits import upgrade_split
@@ -191,7 +191,7 @@ def test_an_image_is_opened_from_a_path_or_from_bytes(tmp_path):
     (tmp_path / "a.jpg").write_bytes(picture())
     for source in (tmp_path / "a.jpg", io.BytesIO(picture())):
         assert open_image(source).getpixel((3, 3)) == (255, 0, 0)
-    assert load_pixels(io.BytesIO(picture()), 8).shape == (8, 8, 3)
+    assert load_views(io.BytesIO(picture()), 8).shape == (1, 8, 8, 3)
     with pytest.raises(UnreadableImage, match="the uploaded image: "):
         open_image(io.BytesIO(b"not an image"))
 

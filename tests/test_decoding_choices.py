@@ -15,7 +15,7 @@ from run_files import skip_pictures
 import experiment_utils
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from captioning.checkpoints import load_checkpoint
-from captioning.images import VIEWS, load_pixels
+from captioning.images import VIEWS, load_views
 from captioning.io import UserError
 from captioning.modes.test import Result, save_result
 from captioning.runs import read_run, read_scores
@@ -312,13 +312,14 @@ def test_views_show_the_parts_that_their_names_say(tmp_path):
     pixels = np.zeros((100, 200, 3), np.uint8)
     pixels[:50, :100, 0] = 255  # red in the top left quarter alone
     Image.fromarray(pixels).save(tmp_path / "corner.png")
-    whole = load_pixels(tmp_path / "corner.png", 64)
-    assert (load_pixels(tmp_path / "corner.png", 64, "mirror") == whole[:, ::-1]).all()
-    red = {name: (load_pixels(tmp_path / "corner.png", 64, name)[..., 0] > 127).mean() for name in VIEWS}
+    whole = load_views(tmp_path / "corner.png", 64)[0]
+    assert (load_views(tmp_path / "corner.png", 64, ["mirror"])[0] == whole[:, ::-1]).all()
+    squares = zip(VIEWS, load_views(tmp_path / "corner.png", 64, list(VIEWS)), strict=True)
+    red = {name: (square[..., 0] > 127).mean() for name, square in squares}
     part = 0.5 / 0.85  # of a side that red takes in the crops that keep its corner
     assert red["whole"] == red["mirror"] == pytest.approx(1 / 4, abs=0.01)
     assert red["top_left_mirror"] == pytest.approx(part**2, abs=0.03)
     assert red["bottom_right"] == pytest.approx((0.35 / 0.85) ** 2, abs=0.03)
     assert red["top_right"] == red["bottom_left_mirror"] == pytest.approx(part * 0.35 / 0.85, abs=0.03)
-    mirrored = load_pixels(tmp_path / "corner.png", 64, "top_left_mirror")[..., 0]
+    mirrored = load_views(tmp_path / "corner.png", 64, ["top_left_mirror"])[0, ..., 0]
     assert mirrored[5, 60] > 200 and mirrored[5, 5] < 50

@@ -26,7 +26,7 @@ from training_utils import StopRequest
 SCRIPT = Path(trainer.__file__)
 WHAT = "--dataset_type custom --data_dir tiny --encoder efficientnet_lite0 --embed_size 16 --hidden_size 16"
 HOW = "--num_layers 1 --freq_threshold 1 --batch_size 16 --learning_rate 0.01 --max_length 12 --precision fp32"
-TRAIN = [*WHAT.split(), *HOW.split(), "--compile", "off"]
+TRAIN = [*WHAT.split(), *HOW.split()]
 
 
 @pytest.fixture(scope="module")

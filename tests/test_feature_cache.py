@@ -2,17 +2,22 @@
 
 import errno
 import os
+import socket
+import sys
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from captioning import registry
+from captioning import images, registry
 from captioning.encoders import Encoder, EncoderSpec, find_encoder
 from captioning.features import DeviceFeatures, FeatureRequest, fits_on, open_features
+from captioning.images import open_image
 from captioning.io import UserError
+from captioning.openvino_form import openvino_form
 
 SPEC = EncoderSpec("toy", 6, (0.0,) * 3, (255.0,) * 3, image_size=28)
 
@@ -39,13 +44,14 @@ def paths(tmp_path):
     return sorted(folder.iterdir())
 
 
-def features(tmp_path, paths, build, means=False, cache="cache", needed=None, compiled="off"):
+def features(tmp_path, paths, build, means=False, cache="cache", needed=None, views=("whole",)):
     places = [] if cache is None else [tmp_path / part for part in cache.split()]
     wanted = np.arange(len(paths)) if needed is None else np.array(needed)
     request = FeatureRequest(
-        places, SPEC, "0123456789abcdef", build, paths, paths[0].parent, wanted, torch.device("cpu"), means, 2, compiled
+        places, SPEC, "0123456789abcdef", build, paths, paths[0].parent, wanted, torch.device("cpu"), means, 2, views
     )
-    return open_features(request)
+    found = open_features(request)
+    return found[0] if views == ("whole",) else found
 
 
 def test_an_image_is_encoded_once(tmp_path, paths):
@@ -77,21 +83,64 @@ def test_a_changed_image_is_encoded_again_and_only_that(tmp_path, paths):
     assert build.built == 2 and same == [True, True, False, True, True, True]
 
 
-def test_the_compiled_encoder_gives_the_same(tmp_path, paths, capsys):
+def test_openvino_gives_pytorchs_features_and_opens_no_socket(monkeypatch):
+    """In float32, and the same to the bit in batches of any size and from several threads."""
+    called = []
+    monkeypatch.setattr(socket.socket, "connect", lambda *where: called.append(where))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *where: called.append(where))
+    spec = find_encoder("efficientnet_lite0_stages")
+    encoder = spec.build(spec.find_weights()[0])
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 224, 224, 3), dtype=np.uint8)
+    with torch.inference_mode():
+        plain = encoder(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+    encode = openvino_form(encoder, 224, streams=2)
+    assert encode is not None
+    with ThreadPoolExecutor(2) as pool:
+        together, alone = pool.map(encode, [pixels, pixels[1:2]])
+    assert torch.equal(together[1:2], alone)
+    assert (together - plain).norm() < 1e-4 * plain.norm()
+    assert not called
+
+
+class Odd(torch.nn.Module):
+    """Gives in a traced graph something else than outside of it."""
+
+    def forward(self, pixels):
+        return torch.nn.functional.avg_pool2d(pixels, 4) * (2 if torch.jit.is_tracing() else 1)
+
+
+def test_where_openvino_cannot_run_a_network_pytorch_does(tmp_path, paths, capsys, monkeypatch):
+    assert openvino_form(Encoder(SPEC, [Odd()]), 28, 1) is None
+    assert "its features differ from PyTorch's" in capsys.readouterr().out
     plain = features(tmp_path, paths, Counting()).gather(np.arange(6))
-    compiled = features(tmp_path, paths, Counting(), cache="compiled", compiled="on").gather(np.arange(6))
-    torch.testing.assert_close(compiled, plain, atol=1e-3, rtol=1e-3)
-    assert "Compiling toy" in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "openvino", None)  # not installed
+    served = features(tmp_path, paths, Counting(), cache="other").gather(np.arange(6))
+    torch.testing.assert_close(served, plain, atol=1e-3, rtol=1e-3)
 
 
-def test_without_a_compiler_the_other_form_serves(tmp_path, paths, capsys, monkeypatch):
-    def no_compiler(*_, **__):
-        raise RuntimeError("no C++ compiler")
+def test_one_pass_cuts_all_views_from_an_image_that_is_opened_once(tmp_path, paths, monkeypatch):
+    opened = []
+    monkeypatch.setattr(
+        images, "open_image", lambda path, *how, **more: opened.append(path) or open_image(path, *how, **more)
+    )
+    views = ("whole", "mirror", "bottom_right")
+    together = features(tmp_path, paths, Counting(), cache="together", views=views)
+    assert sorted(opened) == paths
+    for view, found in zip(views, together, strict=True):
+        (alone,) = features(tmp_path, paths, Counting(), cache="alone", views=[view])
+        assert torch.equal(found.gather(np.arange(6)), alone.gather(np.arange(6)))
+    assert not torch.equal(together[0].gather(np.arange(6)), together[1].gather(np.arange(6)))
 
-    plain = features(tmp_path, paths, Counting()).gather(np.arange(6))
-    monkeypatch.setattr(torch, "compile", no_compiler)
-    served = features(tmp_path, paths, Counting(), cache="other", compiled="on").gather(np.arange(6))
-    assert torch.equal(served, plain) and "no C++ compiler" in capsys.readouterr().out
+
+def test_only_missing_views_are_encoded(tmp_path, paths):
+    build = Counting()
+    features(tmp_path, paths, build, needed=[0, 1, 2])
+    index = next((tmp_path / "cache").rglob("grid.jsonl"))
+    before = index.read_text()
+    whole, mirror = features(tmp_path, paths, build, views=("whole", "mirror"))
+    assert build.built == 2 and index.read_text().startswith(before) and len(index.read_text().splitlines()) == 6
+    features(tmp_path, paths, build, views=("mirror", "whole"))
+    assert build.built == 2 and len(whole.gather(np.arange(6))) == len(mirror.gather(np.arange(6)))
 
 
 def test_features_do_not_depend_on_who_shares_the_batch(tmp_path, paths):
