@@ -96,7 +96,7 @@ class Run:
     step_loss: torch.nn.Module
     constants: dict[str, Any]  # what every checkpoint of the run has: vocabulary, split, encoder, flags
     saver: CheckpointSaver = field(init=False)
-    lock: Any = field(init=False)  # on the run directory, held as long as this object lives
+    lock: Any = field(init=False)  # on the run directory, held until the run is finished, or this object is gone
     clock: Stopwatch = field(default_factory=Stopwatch)
 
 
@@ -411,6 +411,7 @@ def finish(run: Run, state: TrainState, argv: list[str], minutes: float) -> None
     print(f"Report: {reports.write_report(directory, data).name}")
     if not run.settings.dry_run:
         print(f"Score it on the test images: {reproducing_command(['--mode', 'test', '--model_path', str(directory)])}")
+    run.lock.release()
 
 
 # --------------------------------------------------------------------------------------------------

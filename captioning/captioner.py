@@ -17,7 +17,7 @@ from captioning.decoders import build_decoder
 from captioning.decoding import beam_search, sample
 from captioning.distributed import pick_device
 from captioning.encoders import ENCODE_BATCH, MANY, find_encoder
-from captioning.features import mean_of
+from captioning.features import decoded, stored_form, stored_kind
 from captioning.images import VIEW_SETS, UnreadableImage, load_views
 from captioning.io import UserError
 from captioning.runs import find_checkpoint
@@ -48,7 +48,7 @@ class Captioner:
     """A checkpoint, ready to caption images anywhere.
 
     The captions are those of `--mode test`: the same views of an image go through the encoder, and their features are
-    rounded to float16 as the cache stores them.
+    rounded as the cache stores them.
     """
 
     def __init__(self, model_path: Path, device: str = "auto", resnet_weights: str | None = None, workers: int = 1):
@@ -148,8 +148,8 @@ class Captioner:
             members = []
             for view in np.stack(pixels, 1):
                 grids = self.encode(view).to(torch.float16).cpu().numpy()  # (I, 49, C)
-                features = torch.from_numpy(grids if self.decoder.uses_grid else mean_of(grids)).float()
-                members.append((self.decoder, features.to(self.device)))
+                rows = stored_form(grids, stored_kind(not self.decoder.uses_grid, self.flags["feature_type"]))
+                members.append((self.decoder, decoded(torch.from_numpy(rows)).to(self.device)))
             if top_p is not None:
                 return self.drawn(members[0][1], count, top_p)
             found = beam_search(

@@ -76,6 +76,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if checkpoint["schema"] < 4:
         checkpoint["split"] = upgrade_split(checkpoint.get("split"))
     checkpoint["schema"] = SCHEMA
+    add_later_flags(checkpoint)
     require_form(checkpoint, CHECKPOINT, path)
     if checkpoint["decoding"] is None:
         checkpoint["decoding"] = tuned_decoding(path, checkpoint["epoch"])
@@ -99,6 +100,12 @@ def upgrade_from_2(checkpoint: dict[str, Any]) -> None:
         checkpoint["progress"].setdefault("reward_sum", 0.0)
     if isinstance(checkpoint["flags"], dict):
         checkpoint["flags"] = {"views": "whole", "weight_decay": 0.01} | checkpoint["flags"]
+
+
+def add_later_flags(checkpoint: Any) -> None:
+    """Add the flags that came within a schema, each with the value that changes nothing."""
+    if isinstance(checkpoint, dict) and isinstance(checkpoint.get("flags"), dict):
+        checkpoint["flags"] = {"feature_type": "float16"} | checkpoint["flags"]
 
 
 def tuned_decoding(path: Path, epoch: int) -> Any:
@@ -133,6 +140,7 @@ def load_exported(path: Path) -> dict[str, Any]:
 
     place = path.with_name("config.json")
     config = read_exported_json(place)
+    add_later_flags(config)
     require_form(config, EXPORTED, place)
     if config["schema"] != EXPORT_SCHEMA:
         raise UserError(f"{place} has schema {config['schema']}, this program reads {EXPORT_SCHEMA}")
@@ -277,7 +285,7 @@ CHECKPOINT: dict[str, Any] = {
         "batch_size": size("batch_size"), "seed": whole(0, LIMITS["seed"]),
         "drop_prob": real(0, 0.95), "grad_clip": real(0, 1e30), "label_smoothing": real(0, 0.9),
         "attention_reg": real(0, 1e30), "learning_rate": real(0, 1e30), "feature_cache": TEXT,
-        "views": one_of("whole", "mirror", "all"), "weight_decay": real(0, 1e30),
+        "views": one_of("whole", "mirror", "all"), "feature_type": one_of("float16", "int8"), "weight_decay": real(0, 1e30),
         "best_metric": one_of("cider", "bleu4", "val_loss"), "precision": one_of("fp32", "bf16", "fp16"),
         "data_dir": OrNone(TEXT), "image_dir": OrNone(TEXT),
         "captions_file": OrNone(TEXT), "resnet_weights": OrNone(TEXT),

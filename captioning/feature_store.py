@@ -5,6 +5,7 @@ One folder per encoder, weights and transform, in it one per image directory:
     feature_cache/efficientnet_lite0-57934424-squash224/Images-1a2b3c4d/     (squash224-mirror: another view)
         grid.000.f16, grid.001.f16, ...   float16 rows (49, C), ROWS_PER_FILE to a file
         grid.jsonl                        a line per row: whose features, of which version of the file, checksum
+        grid8.000.u8, ..., grid8.jsonl    the same in eight bits: see `captioning.quantization`
         mean.000.f16, mean.jsonl          the grids' means (C,), which is all the `lstm` decoder reads
         grid-p1.000.f16, grid-p1.jsonl    another part: of several processes each writes its own
 
@@ -22,7 +23,7 @@ import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from filelock import FileLock
@@ -32,7 +33,7 @@ from captioning.io import UserError
 
 ROWS_PER_FILE = 4096  # half a gigabyte of EfficientNet-Lite0 grids
 INDEX_LINE = 4096  # bytes; a file name has 255 at most, which JSON writes in six times as many
-PART_NAME = re.compile(r"(?:grid|mean)(?:-p([1-9]\d{0,5}))?\.jsonl")  # grid.jsonl, mean-p3.jsonl
+PART_NAME = re.compile(r"(grid|grid8|mean)(?:-p([1-9]\d{0,5}))?\.jsonl")  # grid.jsonl, mean-p3.jsonl
 
 
 class Version(NamedTuple):
@@ -53,13 +54,19 @@ class Entry(NamedTuple):
     checksum: int
 
 
+def row_dtype(kind: str) -> np.dtype[Any]:
+    """Return the type of the numbers in rows of this kind."""
+    return np.dtype(np.uint8 if kind == "grid8" else np.float16)
+
+
 class FeatureFile:
-    """Append-only rows of one kind ('grid' or 'mean') with their index: one part of a `FeatureStore`."""
+    """Append-only rows of one kind ('grid', 'grid8' or 'mean') with their index: one part of a `FeatureStore`."""
 
     def __init__(self, directory: Path, kind: str, row_shape: tuple[int, ...], part: int = 0):
         self.directory, self.kind, self.row_shape, self.part = directory, kind, row_shape, part
         self.stem = f"{kind}-p{part}" if part else kind
-        self.row_bytes = 2 * int(np.prod(row_shape))
+        self.dtype, self.ending = row_dtype(kind), "u8" if kind == "grid8" else "f16"
+        self.row_bytes = self.dtype.itemsize * int(np.prod(row_shape))
         self.index_path = directory / f"{self.stem}.jsonl"
         self.entries: dict[str, Entry] = {}  # by image name
         self.retimed: list[str] = []  # images whose modification time is another than the index has
@@ -97,7 +104,7 @@ class FeatureFile:
         return rows
 
     def file(self, number: int) -> Path:
-        return self.directory / f"{self.stem}.{number:03d}.f16"
+        return self.directory / f"{self.stem}.{number:03d}.{self.ending}"
 
     def holds(self, path: Path) -> bool:
         """Return whether the features of this very version of an image are here.
@@ -132,7 +139,7 @@ class FeatureFile:
         self.index_bytes += len(text)
 
     def append(self, names: Sequence[str], versions: Sequence[Version], rows: np.ndarray) -> None:
-        """Write float16 rows (n, *row_shape), sync them to the disk, then name them in the index."""
+        """Write rows (n, *row_shape), sync them to the disk, then name them in the index."""
         written = 0
         while written < len(rows):
             number, offset = divmod(self.rows + written, ROWS_PER_FILE)
@@ -152,10 +159,10 @@ class FeatureFile:
             fresh.add_lines([name])
 
     def maps(self) -> list[np.ndarray]:
-        """The files, memory-mapped read-only, each (rows, *row_shape) float16."""
+        """The files, memory-mapped read-only, each (rows, *row_shape)."""
         counts = [min(ROWS_PER_FILE, self.rows - first) for first in range(0, self.rows, ROWS_PER_FILE)]
         return [
-            np.memmap(self.file(number), np.float16, "r", shape=(count, *self.row_shape))
+            np.memmap(self.file(number), self.dtype, "r", shape=(count, *self.row_shape))
             for number, count in enumerate(counts)
         ]
 
@@ -185,14 +192,15 @@ class FeatureStore:
     def __init__(self, directories: Sequence[Path], kind: str, row_shape: tuple[int, ...]):
         """Args: directories: one per disk; part n lies in directory n modulo their number."""
         self.directories, self.kind, self.row_shape = directories, kind, row_shape
-        found = {(directory, path.name) for directory in directories for path in directory.glob(f"{kind}*.jsonl")}
-        numbers = {(place, int(match[1] or 0)) for place, name in found if (match := PART_NAME.fullmatch(name))}
+        found = [(directory, path.name) for directory in directories for path in directory.glob(f"{kind}*.jsonl")]
+        named = {(place, match) for place, name in found if (match := PART_NAME.fullmatch(name))}
+        numbers = {(place, int(match[2] or 0)) for place, match in named if match[1] == kind}
         # Where the folders were named otherwise before, a part lies where it lies.
         self.parts = [FeatureFile(place, kind, row_shape, number) for place, number in sorted(numbers)]
 
     @property
     def row_bytes(self) -> int:
-        return 2 * int(np.prod(self.row_shape))
+        return row_dtype(self.kind).itemsize * int(np.prod(self.row_shape))
 
     def part(self, number: int) -> FeatureFile:
         """The part that is written under this number."""

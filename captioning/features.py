@@ -20,9 +20,10 @@ from filelock import FileLock, Timeout
 
 from captioning import distributed
 from captioning.encoders import ENCODE_BATCH, Encoder, EncoderSpec
-from captioning.feature_store import ROWS_PER_FILE, FeatureFile, FeatureStore, Version, version_of
+from captioning.feature_store import ROWS_PER_FILE, FeatureFile, FeatureStore, Version, row_dtype, version_of
 from captioning.images import UnreadableImage, load_views
 from captioning.io import Progress, UserError, log, make_directory, require_free_space
+from captioning.quantization import SCALE_BYTES, dequantize, quantize
 
 BATCHES_AHEAD = 3  # that are read while others are encoded
 MOST_STREAMS = 8  # batches encoded at the same time: each takes some 100 MB
@@ -71,12 +72,19 @@ class CachedFeatures:
         self.verified = np.zeros(len(paths), dtype=bool)
 
     def gather(self, images: np.ndarray, device: torch.device = CPU) -> torch.Tensor:
-        """See `Features.gather`; each row's checksum is compared the first time it is used.
+        """See `Features.gather`. Raises UserError: see `rows_of`."""
+        rows = self.rows_of(images)
+        if device.type == "cuda":  # as they are stored, so few bytes, from pinned memory, while the processor goes on
+            return decoded(rows.pin_memory().to(device, non_blocking=True))
+        return decoded(rows).to(device)
+
+    def rows_of(self, images: np.ndarray) -> torch.Tensor:
+        """Return rows as the cache stores them; each row's checksum is compared the first time it is used.
 
         Raises:
             UserError: a row was damaged since it was written.
         """
-        out = np.empty((len(images), *self.store.row_shape), dtype=np.float16)
+        out = np.empty((len(images), *self.store.row_shape), row_dtype(self.store.kind))
         for place, image in enumerate(images):
             number, offset = divmod(int(self.rows[image]), ROWS_PER_FILE)
             out[place] = self.maps[number][offset]
@@ -89,10 +97,7 @@ class CachedFeatures:
                         "(checksum differs): run the same command again, and that image is encoded anew"
                     )
                 self.verified[image] = True
-        rows = torch.from_numpy(out)
-        if device.type == "cuda":  # half the bytes to copy, from pinned memory, while the processor goes on
-            rows = rows.pin_memory().to(device, non_blocking=True)
-        return rows.float().to(device)
+        return torch.from_numpy(out)
 
 
 class DeviceFeatures:
@@ -102,12 +107,18 @@ class DeviceFeatures:
         self.unreadable, self.versions = cached.unreadable, cached.versions
         self.place = np.full(len(cached.paths), -1, dtype=np.int64)
         self.place[images] = np.arange(len(images))
-        self.rows = torch.empty(len(images), *cached.store.row_shape, dtype=torch.float16, device=device)
+        rows = cached.rows_of(images[:0])
+        self.rows = rows.new_empty((len(images), *rows.shape[1:]), device=device)
         for start in range(0, len(images), ENCODE_BATCH):
-            self.rows[start : start + ENCODE_BATCH] = cached.gather(images[start : start + ENCODE_BATCH], device)
+            self.rows[start : start + ENCODE_BATCH] = cached.rows_of(images[start : start + ENCODE_BATCH])
 
     def gather(self, images: np.ndarray, device: torch.device = CPU) -> torch.Tensor:
-        return self.rows[torch.from_numpy(self.place[images]).to(self.rows.device)].float().to(device)
+        return decoded(self.rows[torch.from_numpy(self.place[images]).to(self.rows.device)]).to(device)
+
+
+def decoded(rows: torch.Tensor) -> torch.Tensor:
+    """Return the features in rows as the cache stores them, as floats on the same device."""
+    return dequantize(rows) if rows.dtype == torch.uint8 else rows.float()
 
 
 def gather_views(
@@ -141,6 +152,7 @@ class FeatureRequest:
     means: bool  # the mean over the 49 regions rather than the regions
     workers: int  # threads that decode images while the encoder runs
     views: Sequence[str] = ("whole",)  # of `images.VIEWS`
+    feature_type: str = "float16"  # of the regions: float16 or int8
     keep_on_device: str = "off"  # auto, on or off: a copy of the features in the memory of a GPU
 
     def directories(self, view: str) -> list[Path]:
@@ -151,11 +163,15 @@ class FeatureRequest:
         place = Path(f"{self.spec.name}-{self.weights_hash[:8]}-{transform}") / f"{folder.name}-{identity}"
         return [cache / place for cache in self.caches]
 
-    def store(self, view: str, means: bool | None = None) -> FeatureStore:
-        """Read what the cache has of a view. Args: means: rather than the regions; None for what is asked for."""
-        mean = self.means if means is None else means
-        kind, shape = ("mean", (self.spec.channels,)) if mean else ("grid", (self.spec.regions, self.spec.channels))
-        return FeatureStore(self.directories(view), kind, shape)
+    @property
+    def kind(self) -> str:
+        return stored_kind(self.means, self.feature_type)
+
+    def store(self, view: str, kind: str | None = None) -> FeatureStore:
+        """Read what the cache has of a view. Args: kind: another than `kind`."""
+        kind, channels = kind or self.kind, self.spec.channels
+        regions = (self.spec.regions, channels + (SCALE_BYTES if kind == "grid8" else 0))
+        return FeatureStore(self.directories(view), kind, (channels,) if kind == "mean" else regions)
 
 
 class LiveFeatures:
@@ -265,8 +281,8 @@ def open_features(request: FeatureRequest) -> list[Features]:
         for number, share in zip(distributed.shard(numbers), shares, strict=True):
             files = [store.part(number) for store in stores]
             mine = {image: todo[image] for image in share.tolist()}
-            if request.means:
-                mine = derive_means(request, files, mine)
+            if request.kind != "grid":
+                mine = derive_from_grids(request, files, mine)
             for view, file in enumerate(files):
                 rows = sum(view in views for views in mine.values())
                 require_free_space(file.directory, rows * (file.row_bytes + 128), "encoding the images")
@@ -311,13 +327,13 @@ def waiting_locks(directories: Sequence[Path]) -> Iterator[None]:
         yield
 
 
-def derive_means(
+def derive_from_grids(
     request: FeatureRequest, files: Sequence[FeatureFile], todo: dict[int, list[int]]
 ) -> dict[int, list[int]]:
-    """Fill means from grids that are already there; returns the images and views that still need the encoder."""
+    """Fill means or eight-bit regions from float16 grids that are already there; returns the images and views that still need the encoder."""
     paths, done = request.paths, set[tuple[int, int]]()
-    for view, mean in enumerate(files):
-        for grid in request.store(request.views[view], means=False).parts:
+    for view, file in enumerate(files):
+        for grid in request.store(request.views[view], "grid").parts:
             wanted = [i for i, views in todo.items() if view in views and (i, view) not in done]
             have = [i for i in wanted if grid.holds(paths[i])]
             maps = grid.maps()
@@ -326,10 +342,20 @@ def derive_means(
                 entries = [grid.entries[name] for name in names]
                 places = [divmod(entry.row, ROWS_PER_FILE) for entry in entries]
                 rows = np.stack([maps[number][offset] for number, offset in places])  # (n, 49, C)
-                mean.append(names, [Version(*entry[1:4]) for entry in entries], mean_of(rows))
+                file.append(names, [Version(*entry[1:4]) for entry in entries], stored_form(rows, file.kind))
             done.update((i, view) for i in have)
     left = {i: [view for view in views if (i, view) not in done] for i, views in todo.items()}
     return {i: views for i, views in left.items() if views}
+
+
+def stored_kind(means: bool, feature_type: str) -> str:
+    """Return what the cache keeps (see `feature_store`) for decoders that read means, or regions of this type."""
+    return "mean" if means else {"float16": "grid", "int8": "grid8"}[feature_type]
+
+
+def stored_form(grids: np.ndarray, kind: str) -> np.ndarray:
+    """Return the rows that the cache stores of these grids, float16 (n, 49, C)."""
+    return mean_of(grids) if kind == "mean" else quantize(grids) if kind == "grid8" else grids
 
 
 def mean_of(grids: np.ndarray) -> np.ndarray:
@@ -372,7 +398,7 @@ def encode_images(
         if not read:
             return []
         grids = encode(np.concatenate([squares for *_, squares in read])).to(torch.float16).cpu().numpy()  # (B, 49, C)
-        features = mean_of(grids) if request.means else grids
+        features = stored_form(grids, request.kind)
         ends = np.cumsum([len(squares) for *_, squares in read])
         return [
             (image, version, rows)

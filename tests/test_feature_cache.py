@@ -18,6 +18,7 @@ from captioning.features import DeviceFeatures, FeatureRequest, fits_on, open_fe
 from captioning.images import open_image
 from captioning.io import UserError
 from captioning.openvino_form import openvino_form
+from captioning.quantization import dequantize, quantize
 
 SPEC = EncoderSpec("toy", 6, (0.0,) * 3, (255.0,) * 3, image_size=28)
 
@@ -44,11 +45,22 @@ def paths(tmp_path):
     return sorted(folder.iterdir())
 
 
-def features(tmp_path, paths, build, means=False, cache="cache", needed=None, views=("whole",)):
+def features(tmp_path, paths, build, means=False, cache="cache", needed=None, views=("whole",), **more):
     places = [] if cache is None else [tmp_path / part for part in cache.split()]
     wanted = np.arange(len(paths)) if needed is None else np.array(needed)
     request = FeatureRequest(
-        places, SPEC, "0123456789abcdef", build, paths, paths[0].parent, wanted, torch.device("cpu"), means, 2, views
+        places,
+        SPEC,
+        "0123456789abcdef",
+        build,
+        paths,
+        paths[0].parent,
+        wanted,
+        torch.device("cpu"),
+        means,
+        2,
+        views,
+        **more,
     )
     found = open_features(request)
     return found[0] if views == ("whole",) else found
@@ -72,6 +84,28 @@ def test_means_come_from_grids_or_alone_and_are_the_same(tmp_path, paths):
     alone = features(tmp_path, paths, build, means=True, cache="other").gather(everything)
     assert torch.equal(derived, alone) and derived.shape == (6, 6)
     assert not list((tmp_path / "other").rglob("grid.*"))
+
+
+def test_int8_takes_half_the_bytes_and_is_derived_from_float16(tmp_path, paths):
+    build = Counting()
+    exact = features(tmp_path, paths, build).gather(np.arange(6))
+    derived = features(tmp_path, paths, build, feature_type="int8").gather(np.arange(6))
+    assert build.built == 1
+    alone = features(tmp_path, paths, build, cache="other", feature_type="int8")
+    assert torch.equal(alone.gather(np.arange(6)), derived) and not list((tmp_path / "other").rglob("*.f16"))
+    span = exact.amax(-1, keepdim=True) - exact.amin(-1, keepdim=True)
+    assert ((derived - exact).abs() <= span / 255 * 0.51 + 2e-3).all() and not torch.equal(derived, exact)
+    copy = DeviceFeatures(alone, np.array([5, 0, 3]), torch.device("cpu"))
+    assert torch.equal(copy.gather(np.array([3, 5])), derived[[3, 5]])
+    means = features(tmp_path, paths, build, means=True, feature_type="int8").gather(np.arange(6))
+    torch.testing.assert_close(means, exact.mean(1), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("values", [[0.0, 0.0, 0.0], [-3.0, 5.0, 5.0], [60000.0, 1.0, -60000.0], [2e-7, 1e-7, 0.0]])
+def test_quantization_rounds_to_half_a_step(values):
+    grids = np.array([[values]], np.float16)
+    found = dequantize(torch.from_numpy(quantize(grids))).numpy()
+    assert np.abs(found - grids.astype(np.float32)).max() <= 0.51 * np.ptp(grids.astype(np.float32)) / 255 + 1e-6
 
 
 def test_a_changed_image_is_encoded_again_and_only_that(tmp_path, paths):
