@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,11 @@ from torch.utils.data import DataLoader, Dataset
 from captioning.batches import BatchMaker
 from captioning.dataset import EOS, PAD, SOS
 from captioning.decoders import Decoder
-from captioning.encoders import Encoder
+from captioning.encoders import ENCODE_BATCH, Encoder
+from captioning.feature_store import FeatureFile, version_of
+from captioning.images import load_views
+
+Form = Callable[[np.ndarray], torch.Tensor]  # an encoder: uint8 (B, size, size, 3) -> float (B, regions, C)
 
 
 class Pictures(Dataset[torch.Tensor]):
@@ -48,6 +55,80 @@ def naive_pass(encoder: Encoder, paths: Sequence[Path], batch_size: int, device:
             else:
                 encoder(pixels.to(device)).cpu()
     return time.perf_counter() - start
+
+
+def frozen_graph(encoder: Encoder) -> Form:
+    """The encoder as the project ran it on CPUs before OpenVINO: traced, and frozen."""
+    example = torch.zeros(2, 3, encoder.spec.image_size, encoder.spec.image_size, dtype=torch.uint8)
+    encoder.to(memory_format=torch.channels_last)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(encoder, example.to(memory_format=torch.channels_last), check_trace=False)
+        run = torch.jit.freeze(traced)
+    return torch.inference_mode()(lambda pixels: run(torch.from_numpy(pixels).permute(0, 3, 1, 2)))
+
+
+def compiled(encoder: Encoder) -> Form | None:
+    """The encoder through `torch.compile` with frozen weights; None without a C++ compiler."""
+    import torch._inductor.config as inductor
+
+    encoder.to(memory_format=torch.channels_last)
+    run = torch.compile(encoder)
+
+    def encode(pixels: np.ndarray) -> torch.Tensor:
+        with inductor.patch(freezing=True), torch.inference_mode():
+            return run(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+
+    try:
+        encode(np.zeros((ENCODE_BATCH, encoder.spec.image_size, encoder.spec.image_size, 3), np.uint8))
+    except Exception as error:
+        print(f"Not compiled: {str(error).splitlines()[-1][:120]}")
+        return None
+    return encode
+
+
+def onnx_runtime(encoder: Encoder, directory: Path) -> Form | None:
+    """The encoder through ONNX Runtime; None where requirements-export.txt is not installed."""
+    try:
+        from captioning.modes.export import to_onnx
+
+        example = torch.zeros(2, 3, encoder.spec.image_size, encoder.spec.image_size, dtype=torch.uint8)
+        session = to_onnx(encoder, {"pixels": example}, {"pixels": 0}, ["features"], directory / "encoder.onnx")
+    except ImportError:
+        return None
+    return lambda pixels: torch.from_numpy(session.run(None, {"pixels": pixels.transpose(0, 3, 1, 2)})[0])
+
+
+def view_by_view(
+    encode: Form, paths: Sequence[Path], size: int, views: Sequence[str], files: Sequence[FeatureFile]
+) -> None:
+    """Encode as the project did before: a pass for each view, which opens every image anew, and the encoder in one thread.
+
+    Threads read three batches ahead.
+    """
+    for view, file in zip(views, files, strict=True):
+
+        def read(path: Path, view: str = view) -> np.ndarray:
+            return load_views(path, size, [view])[0]
+
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            for names, pixels in read_ahead(pool, read, paths):
+                grids = encode(pixels)[: len(names)].to(torch.float16).numpy()
+                file.append([path.name for path in names], [version_of(path) for path in names], grids)
+
+
+def read_ahead(
+    pool: ThreadPoolExecutor, read: Callable[[Path], np.ndarray], paths: Sequence[Path]
+) -> Iterator[tuple[Sequence[Path], np.ndarray]]:
+    """Yield batches of ENCODE_BATCH images, the last filled up with black; three are read ahead."""
+    ahead = deque[tuple[Sequence[Path], list]]()
+    starts = range(0, len(paths), ENCODE_BATCH)
+    for start in [*starts, *[len(paths)] * 3]:
+        part = paths[start : start + ENCODE_BATCH]
+        ahead.append((part, [pool.submit(read, path) for path in part]))
+        if len(ahead) > 3 and (batch := ahead.popleft())[0]:
+            squares = [future.result() for future in batch[1]]
+            yield batch[0], np.stack(squares + [np.zeros_like(squares[0])] * (ENCODE_BATCH - len(squares)))
 
 
 def padded(batches: BatchMaker, captions: np.ndarray, length: int) -> tuple[torch.Tensor, torch.Tensor]:

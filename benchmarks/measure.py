@@ -21,7 +21,7 @@ class Scale:
     repeats: int  # rounds of an interleaved measurement, of which the median counts
     encoded: dict[str, int]  # images of an encoding pass, by encoder
     naive: int  # images of the naive loops
-    compiled: bool  # measure the compiled encoders too
+    compiled: bool  # measure the encoder compiled and in ONNX Runtime too
     images: int  # of the generated data set: 6/7 of them train
     sizes: dict[str, tuple[str, ...]]  # decoders by size ('small', 'default') that the epoch part trains
     steps: int  # of the project in one measurement
@@ -37,12 +37,12 @@ class Scale:
 
 BOTH = ("lstm", "attention")
 FULL = Scale(
-    repeats=5, encoded={"efficientnet_lite0": 512, "resnet50": 256}, naive=32, compiled=True, images=7000,
+    repeats=5, encoded={"efficientnet_lite0": 384, "resnet50": 48}, naive=32, compiled=True, images=7000,
     sizes={"small": BOTH, "default": BOTH}, steps=6, captions_encoded=32, matmul=4096, training=480, decoded=1000,
     alone=40, memory=(1_000, 8_000, 32_000, 128_000), memory_steps=60, starts=5,
 )  # fmt: skip
 QUICK = Scale(
-    repeats=1, encoded={"efficientnet_lite0": 128, "resnet50": 64}, naive=12, compiled=False, images=1400,
+    repeats=1, encoded={"efficientnet_lite0": 48, "resnet50": 16}, naive=12, compiled=False, images=1400,
     sizes={"small": BOTH, "default": ("lstm",)}, steps=3, captions_encoded=8, matmul=4096, training=60, decoded=100,
     alone=8, memory=(1_000, 8_000), memory_steps=10, starts=2,
 )  # fmt: skip
