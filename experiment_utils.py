@@ -60,6 +60,8 @@ def run_name(flags: dict[str, Any], timestamp: str) -> str:
         parts.append(flags["scheduler_type"])
     if flags["save_attention_viz"]:
         parts.append("att")
+    if flags.get("fine_tune"):
+        parts.append(f"ft{flags['fine_tune']}")
     if flags.get("scst_epochs"):
         parts.append(f"scst{flags['scst_epochs']}")
     prefix = DRY_RUN if flags.get("dry_run") else ""

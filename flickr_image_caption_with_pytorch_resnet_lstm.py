@@ -60,7 +60,7 @@ from captioning.building import (
 from captioning.checkpoints import CheckpointSaver, carry_best, load_checkpoint, load_weights, require_trainable
 from captioning.dataset import Vocabulary, build_vocabulary
 from captioning.decoders import count_parameters
-from captioning.encoders import find_encoder
+from captioning.encoders import encoder_of
 from captioning.evaluation import EvalContext, caption_texts, images_to_draw
 from captioning.features import Features
 from captioning.runs import find_checkpoint, lock_run_directory, reproducing_command, start_command
@@ -79,7 +79,9 @@ from training_utils import (
     TrainLoader,
     TrainState,
     advise_on_memory,
+    make_optimizer,
     seed_step,
+    set_rates,
     validation_loss,
     wrap_ddp,
 )
@@ -137,7 +139,7 @@ def build_run(
     split = store_split(data.splits, data.names, views[0].versions, parent=stored)
     vocabulary = Vocabulary(checkpoint["vocabulary"]) if checkpoint else build_vocabulary(data, settings.freq_threshold)
     batches = BatchMaker(data, vocabulary, settings.max_length)
-    decoder = build_decoder(settings, vocabulary)
+    decoder = build_decoder(settings, vocabulary, pretrained=checkpoint is None)
     if checkpoint and source:
         load_weights(decoder, checkpoint["decoder"], source)
     else:
@@ -147,9 +149,7 @@ def build_run(
         f"Vocabulary: {len(vocabulary)} words. Decoder: {settings.decoder}, {count_parameters(decoder):,} parameters"
     )
     precision = Precision(settings.precision, device)
-    optimizer = torch.optim.AdamW(
-        decoder.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-    )
+    optimizer = make_optimizer(decoder, settings)
     loss_sum = torch.zeros((), device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
     best = {"score": -math.inf, "epoch": 0, "metric": settings.best_metric}
     state = TrainState(decoder, optimizer, precision, None, loss_sum, best)
@@ -161,7 +161,7 @@ def build_run(
     loader = TrainLoader(batches, data.splits["train"], len(views), settings.batch_size, settings.seed)
     if not checkpoint and not settings.dry_run:
         warn_of_small_data(data, batches, loader.steps, count_parameters(decoder))
-    spec = find_encoder(settings.encoder)
+    spec = encoder_of(settings.values())
     constants = {
         "decoder_type": settings.decoder, "vocabulary": vocabulary.words, "split": split,
         "encoder": {"name": spec.name, "weights_hash": weights_hash, "transform": spec.transform}, "decoding": None,
@@ -181,7 +181,7 @@ def new_run(settings: Settings, argv: list[str]) -> tuple[Run, TrainState]:
     settings = run.settings
     state.schedule = choose_schedule(settings, checkpoint, run.loader.steps)
     directory = distributed.from_first(
-        lambda: create_run_directory(settings.model_save_dir, settings.values(), find_encoder(settings.encoder).family)
+        lambda: create_run_directory(settings.model_save_dir, settings.values(), encoder_of(settings.values()).family)
     )
     run.saver = CheckpointSaver(directory, settings.keep_checkpoints, state.first_epoch)
     run.constants["flags"] = settings.stored() | {"model_path": str(source) if source else None}
@@ -259,8 +259,7 @@ def train_one_epoch(
     for captions in plan[state.step :]:
         seed_step(settings.seed, state.epoch, state.step)
         rate = learning_rate(state, settings, state.step, loader.steps)
-        for group in state.optimizer.param_groups:
-            group["lr"] = rate
+        set_rates(state.optimizer, rate, state.epoch, settings)
         batch = loader.rank_batch(captions, state.epoch, state.step)
         clock.lap("making batches")
         loss, token_loss, reward = step_loss(batch, self_critical)

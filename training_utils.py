@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from captioning import distributed
 from captioning.batches import Batch, BatchMaker
-from captioning.decoders import Decoder
+from captioning.decoders import Decoder, FineTuned
 from captioning.features import DeviceFeatures, Features, gather_views
 from captioning.io import UserError, format_bytes, log
 from captioning.schedules import Schedule
@@ -228,6 +228,27 @@ class TrainState:
             "first_epoch": self.first_epoch, "step": self.step, "loss_sum": loss_sum, "reward_sum": self.reward_sum,
             "tokens": self.tokens,
         }  # fmt: skip
+
+
+FINE_TUNE_RATE = 0.3  # of the decoder's learning rate, for stages of the encoder that are trained (docs/experiments.md)
+
+
+def make_optimizer(decoder: Decoder, settings: Settings) -> torch.optim.AdamW:
+    """Return AdamW for a decoder; stages of the encoder that are trained with it are a group without weight decay."""
+    stages = list(decoder.stages.parameters()) if isinstance(decoder, FineTuned) else []
+    groups: list[dict[str, Any]] = [{"params": list(decoder.parameters())[: -len(stages) or None]}]
+    if stages:  # the last of the decoder's parameters
+        # Betas of its own: a checkpoint in which one object lies in two places is refused.
+        groups.append({"params": stages, "weight_decay": 0.0, "betas": (0.9, 0.999)})
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, rate: float, epoch: int, settings: Settings) -> None:
+    """Set the decoder's learning rate, and in proportion that of trained stages, which rest while it is all random."""
+    asked = settings.fine_tune_learning_rate
+    factor = FINE_TUNE_RATE if asked is None else asked / settings.learning_rate
+    for group, share in zip(optimizer.param_groups, (1.0, factor if epoch else 0.0), strict=False):
+        group["lr"] = rate * share
 
 
 class StepMonitor:

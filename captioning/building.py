@@ -17,7 +17,7 @@ from captioning.checkpoints import load_checkpoint, load_weights
 from captioning.consensus import BEAM_SIZE, Consensus, regression_images
 from captioning.dataset import EOS, UNK, CaptionSet, Vocabulary, load_caption_set
 from captioning.decoders import Decoder
-from captioning.encoders import find_encoder
+from captioning.encoders import encoder_of
 from captioning.evaluation import EvalContext, images_to_draw
 from captioning.features import FeatureRequest, Features, open_features
 from captioning.images import VIEW_SETS
@@ -72,11 +72,11 @@ def build_features(
     Raises:
         UserError: the weights are not those of the checkpoint, or the cache cannot be written.
     """
-    spec = find_encoder(settings.encoder)
+    spec = encoder_of(settings.values())
     weights, digest = spec.find_weights(settings.resnet_weights, weights_hash)
     distributed.check_agreement({"the hash of the encoder's weights": digest}, distributed.SAME_FILES)
     if means is None:
-        means = not decoders.find_decoder(settings.decoder).uses_grid
+        means = not (decoders.find_decoder(settings.decoder).uses_grid or spec.cut)
     request = FeatureRequest(
         caches=cache_folders(settings.feature_cache), spec=spec, weights_hash=digest,
         build_encoder=lambda: spec.build(weights), paths=data.paths(), folder=data.image_dir, images=images,
@@ -97,10 +97,16 @@ def decoding_threads(workers: int) -> int:
     return min(workers or 1, cores)
 
 
-def build_decoder(settings: Settings, vocabulary: Vocabulary) -> Decoder:
-    """Build the decoder that the settings describe; its initial weights depend on the seed alone."""
+def build_decoder(settings: Settings, vocabulary: Vocabulary, pretrained: bool = False) -> Decoder:
+    """Build the decoder that the settings describe; its initial weights depend on the seed alone.
+
+    Args:
+        pretrained: stages of the encoder that are trained start from the encoder's weights, rather than at random.
+    """
+    spec = encoder_of(settings.values())
+    weights = spec.find_weights(settings.resnet_weights)[0] if pretrained and spec.cut else None
     torch.manual_seed(settings.seed)
-    return decoders.build_decoder(settings.values(), len(vocabulary), find_encoder(settings.encoder))
+    return decoders.build_decoder(settings.values(), len(vocabulary), spec, weights)
 
 
 def warn_of_small_data(data: CaptionSet, batches: BatchMaker, steps: int, parameters: int) -> None:
@@ -198,7 +204,8 @@ def load_context(settings: Settings, splits: list[str]) -> tuple[EvalContext, np
         views = []
         if settings.consensus == "regression":
             known = np.union1d(regression_images(data.splits["train"]), needed)
-            views, _ = build_features(resolved, data, known, first["encoder"]["weights_hash"], means=True)
+            frozen = resolved.with_values(fine_tune=0)  # all of the encoder, as it was pretrained
+            views, _ = build_features(frozen, data, known, first["encoder"]["weights_hash"], means=True)
         context.consensus = Consensus(data, context.vocabulary, views)
     return context, images_of(data, splits), checkpoints  # without those that cannot be read
 

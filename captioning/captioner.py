@@ -16,7 +16,7 @@ from captioning.dataset import Vocabulary
 from captioning.decoders import build_decoder
 from captioning.decoding import beam_search, sample
 from captioning.distributed import pick_device
-from captioning.encoders import ENCODE_BATCH, MANY, find_encoder
+from captioning.encoders import ENCODE_BATCH, MANY, encoder_of
 from captioning.features import decoded, stored_form, stored_kind
 from captioning.images import VIEW_SETS, UnreadableImage, load_views
 from captioning.io import UserError
@@ -70,7 +70,7 @@ class Captioner:
         self.no_repeat_ngram = 0  # as `decoding.beam_search` takes it
         flags = self.flags
         self.views = VIEW_SETS[flags["views"]]
-        self.spec = find_encoder(flags["encoder"])
+        self.spec = encoder_of(flags)
         weights, _ = self.spec.find_weights(resnet_weights, checkpoint["encoder"]["weights_hash"])
         self.encoder, self.expects_many = self.spec.build(weights), False
         self.encode = self.encoder.fast_form(self.device, many=False)

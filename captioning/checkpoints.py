@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from captioning import registry
 from captioning.decoders import Decoder, build_decoder
-from captioning.encoders import find_encoder
+from captioning.encoders import encoder_of
 from captioning.io import (
     CONTROL_CHARACTERS,
     UserError,
@@ -105,7 +105,7 @@ def upgrade_from_2(checkpoint: dict[str, Any]) -> None:
 def add_later_flags(checkpoint: Any) -> None:
     """Add the flags that came within a schema, each with the value that changes nothing."""
     if isinstance(checkpoint, dict) and isinstance(checkpoint.get("flags"), dict):
-        checkpoint["flags"] = {"feature_type": "float16"} | checkpoint["flags"]
+        checkpoint["flags"] = {"feature_type": "float16", "fine_tune": 0} | checkpoint["flags"]
 
 
 def tuned_decoding(path: Path, epoch: int) -> Any:
@@ -280,7 +280,7 @@ CHECKPOINT: dict[str, Any] = {
     "vocabulary": Rule(is_vocabulary, "a list of different words that begins with <PAD>, <SOS>, <EOS>, <UNK>"),
     "flags": {
         "decoder": DECODER, "encoder": ENCODER, "dataset_type": one_of("flickr8k", "flickr30k", "coco", "custom", "demo"),
-        "embed_size": size("embed_size"), "hidden_size": size("hidden_size"), "num_layers": size("num_layers"),
+        "fine_tune": whole(0, LIMITS["fine_tune"]), "embed_size": size("embed_size"), "hidden_size": size("hidden_size"), "num_layers": size("num_layers"),
         "attention_dim": size("attention_dim"), "freq_threshold": size("freq_threshold"), "max_length": size("max_length"),
         "batch_size": size("batch_size"), "seed": whole(0, LIMITS["seed"]),
         "drop_prob": real(0, 0.95), "grad_clip": real(0, 1e30), "label_smoothing": real(0, 0.9),
@@ -363,7 +363,10 @@ def check_architecture(checkpoint: dict[str, Any], path: Path) -> Decoder:
     flags, weights, encoder = checkpoint["flags"], checkpoint["decoder"], checkpoint["encoder"]
     if flags["decoder"] != checkpoint["decoder_type"] or flags["encoder"] != encoder["name"]:
         raise malformed(path, "its flags name another decoder or encoder than it holds")
-    spec = find_encoder(encoder["name"])
+    try:
+        spec = encoder_of(flags)
+    except UserError as error:
+        raise malformed(path, str(error)) from error
     if encoder["transform"] != spec.transform:
         raise malformed(path, f"encoder.transform is not {spec.transform}, that of {spec.name}")
     with torch.device("meta"), SkipInit():
@@ -389,27 +392,30 @@ def check_optimizer(optimizer: dict[str, Any], weights: list[torch.Tensor], path
     Raises:
         UserError: it belongs to other weights, or has settings that this program never uses.
     """
-    state, groups = optimizer.get("state"), optimizer.get("param_groups")
-    if not isinstance(state, dict) or type(groups) is not list or len(groups) != 1 or not isinstance(groups[0], dict):
-        raise malformed(path, "optimizer has no state and no single group of parameters")
+    state, groups = optimizer.get("state"), optimizer.get("param_groups") or []
+    if not isinstance(state, dict) or not is_list(groups, lambda group: isinstance(group, dict)):
+        raise malformed(path, "optimizer has no state and no groups of parameters")
     for number, moments in state.items():
         if type(number) is not int or not 0 <= number < len(weights):
             raise malformed(path, "optimizer.state names a parameter that is not there")
         shapes = {"step": torch.Size(), "exp_avg": weights[number].shape, "exp_avg_sq": weights[number].shape}
         if not is_table(moments, is_tensor) or {name: tensor.shape for name, tensor in moments.items()} != shapes:
             raise malformed(path, f"optimizer.state.{number} does not fit its parameter")
-    group, numbers = groups[0], ("lr", "eps", "weight_decay")
     switches = ("amsgrad", "maximize", "capturable", "differentiable", "foreach")
-    if (
-        not is_list(group.get("params"), whole().fits)
-        or group["params"] != list(range(len(weights)))
-        or not all(real(0, 1e30).fits(group.get(name)) for name in numbers)
-        or type(group.get("betas")) not in (list, tuple)
-        or len(group["betas"]) != 2
-        or not all(map(real(0, 0.999999).fits, group["betas"]))
-        or any(group.get(name) not in (None, False) for name in switches)
-    ):
-        raise malformed(path, "optimizer.param_groups was not written by this program")
+    numbers: list[int] = []
+    for group in groups:
+        if (
+            not is_list(group.get("params"), whole().fits)
+            or not all(real(0, 1e30).fits(group.get(name)) for name in ("lr", "eps", "weight_decay"))
+            or type(group.get("betas")) not in (list, tuple)
+            or len(group["betas"]) != 2
+            or not all(map(real(0, 0.999999).fits, group["betas"]))
+            or any(group.get(name) not in (None, False) for name in switches)
+        ):
+            raise malformed(path, "optimizer.param_groups was not written by this program")
+        numbers += group["params"]
+    if numbers != list(range(len(weights))) or len(groups) > 2:
+        raise malformed(path, "optimizer.param_groups are of other parameters")
 
 
 def load_weights(decoder: Decoder, weights: dict[str, torch.Tensor], path: Path) -> None:

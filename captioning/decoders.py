@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +20,8 @@ from torch.nn.utils.rnn import PackedSequence
 from captioning import registry
 from captioning.batches import Batch
 from captioning.dataset import PAD
+from captioning.encoders import EncoderSpec, TrainedStages
 from captioning.kernels import Dropout, PackedLSTMLayer, projected_cross_entropy
-
-if TYPE_CHECKING:
-    from captioning.encoders import EncoderSpec
 
 # --------------------------------------------------------------------------------------------------
 # What a decoder is
@@ -125,9 +124,58 @@ def find_decoder(name: str) -> type[Decoder]:
     return kind
 
 
-def build_decoder(flags: Mapping[str, Any], vocabulary_size: int, spec: EncoderSpec) -> Decoder:
-    """Build the decoder that these flags describe, for so many words and this encoder."""
-    return find_decoder(flags["decoder"]).from_flags(flags, vocabulary_size, spec)
+class FineTuned(Decoder):
+    """A decoder with the last stages of the encoder before it, which are trained with it (`--fine_tune`)."""
+
+    uses_grid = True  # the larger grid of the frozen stages
+
+    def __init__(self, decoder: Decoder, stages: nn.Module):
+        super().__init__()
+        self.decoder, self.stages = decoder, stages
+        self.has_attention = decoder.has_attention  # type: ignore[misc]
+        self.description = f"{decoder.description}, and the encoder's last stages, trained with it"  # type: ignore[misc]
+
+    def features(self, regions: torch.Tensor) -> torch.Tensor:
+        """(I, 196, C) of the frozen stages -> what the decoder reads, (I, 49, C) or (I, C)."""
+        grid = self.stages(regions)
+        return grid if self.decoder.uses_grid else grid.mean(1)
+
+    def begin(self, features: torch.Tensor) -> DecoderState:
+        """See `Decoder.begin`."""
+        return self.decoder.begin(self.features(features))
+
+    def step(self, state: Any, words: torch.Tensor) -> tuple[DecoderState, DecoderOutput]:
+        """See `Decoder.step`."""
+        return self.decoder.step(state, words)
+
+    def forward(self, features: torch.Tensor, batch: Batch) -> DecoderOutput:
+        """See `Decoder.forward`."""
+        output: DecoderOutput = self.decoder(self.features(features), batch)
+        return output
+
+    def set_word_frequencies(self, counts: torch.Tensor) -> None:
+        """See `Decoder.set_word_frequencies`."""
+        self.decoder.set_word_frequencies(counts)
+
+    def logits(self, hidden_out: torch.Tensor) -> torch.Tensor:
+        """See `Decoder.logits`."""
+        return self.decoder.logits(hidden_out)
+
+    def cross_entropy(self, *arguments: Any, **named: Any) -> torch.Tensor:
+        """See `Decoder.cross_entropy`."""
+        return self.decoder.cross_entropy(*arguments, **named)
+
+
+def build_decoder(
+    flags: Mapping[str, Any], vocabulary_size: int, spec: EncoderSpec, weights: Path | None = None
+) -> Decoder:
+    """Build the decoder that these flags describe, for so many words and this encoder.
+
+    Args:
+        weights: the file of the encoder's weights, from which stages that are trained start; None for random ones.
+    """
+    decoder = find_decoder(flags["decoder"]).from_flags(flags, vocabulary_size, spec.uncut or spec)
+    return FineTuned(decoder, TrainedStages(spec, weights)) if spec.cut else decoder
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """The frozen image encoders and their weights.
 
 To add an encoder, subclass `EncoderSpec`, make an instance of it and name that in `registry.ENCODERS`. A subclass
-says where the weights come from (`locate_weights`) and of which parts the network consists (`load_stages`).
+says where the weights come from (`locate_weights`) and of which parts the network consists (`load_stages`). With
+`--fine_tune` the last of these parts are trained with the decoder (`TrainedStages`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from captioning import registry
+from captioning.images import grid_side
 from captioning.io import UserError, first_line, log
 from captioning.openvino_form import openvino_form
 from captioning.tensor_files import read_tensors
@@ -40,6 +42,11 @@ class EncoderSpec:
     std: tuple[float, float, float]
     image_size: int = 224
     grid: int = 7  # regions along each side; comments on shapes write 49 for their number, which is 64 with Lite2
+    earlier: tuple[
+        int, ...
+    ] = ()  # channels of the stages before the last; each halves the grid, the first is a quarter
+    cut: int = 0  # last stages that are left out, to be trained with the decoder: see `before_last`
+    uncut: EncoderSpec | None = None  # with all its stages, where some are left out
     every_stage: bool = False  # the channels are those of every stage rather than of the last alone
     terms: str = "the weights of its author"  # whose the weights are and what they allow, for the model card
     remedy: ClassVar[str] = "install those of training"  # what to do where a checkpoint was trained on other weights
@@ -51,8 +58,27 @@ class EncoderSpec:
 
     @property
     def transform(self) -> str:
-        """Name of what is done to an image before it is encoded: it is resized to a square."""
-        return f"squash{self.image_size}"
+        """Name of what is done to an image: it is resized to a square, and goes through so many stages."""
+        return f"squash{self.image_size}" + (f"-cut{self.cut}" if self.cut else "")
+
+    def before_last(self, stages: int) -> EncoderSpec:
+        """Return the encoder without its last `stages`, whose output is a larger grid.
+
+        Raises:
+            UserError: it has no such stages that could be trained by themselves.
+        """
+        if not stages:
+            return self
+        kept = len(self.earlier) - stages  # number of the stage that becomes the last
+        if kept < 0 or self.every_stage:
+            way_out = (
+                f"use --encoder {self.name.removesuffix('_stages')}" if self.every_stage else "leave --fine_tune out"
+            )
+            most = 0 if self.every_stage else len(self.earlier)
+            raise UserError(
+                f"--fine_tune {stages}: {self.name} has {most or 'no'} last stages that can be trained: {way_out}"
+            )
+        return replace(self, channels=self.earlier[kept], grid=self.image_size // (4 << kept), cut=stages, uncut=self)
 
     @property
     def family(self) -> str:
@@ -99,7 +125,7 @@ class EncoderSpec:
         Raises:
             UserError: the file does not hold this network's weights, or the network gives another shape than declared.
         """
-        encoder = Encoder(self, self.load_stages(weights))
+        encoder = Encoder(self, self.load_stages(weights)[: -self.cut or None])
         blank = torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8)
         found, declared = tuple(encoder(blank).shape), (1, self.regions, self.channels)
         if found != declared:
@@ -108,6 +134,32 @@ class EncoderSpec:
                 "(images, grid x grid, channels): correct its channels, grid or image_size"
             )
         return encoder
+
+
+class TrainedStages(nn.Module):
+    """The last stages of an encoder, which are trained with the decoder: regions in, regions out.
+
+    Always in eval mode: BatchNorm keeps the statistics of its pretraining, only its scale and shift learn.
+    """
+
+    def __init__(self, spec: EncoderSpec, weights: Path | None):
+        """Args: spec: of the encoder before these stages; weights: of the whole encoder, None for random ones."""
+        super().__init__()
+        self.stages = nn.Sequential(*spec.load_stages(weights)[-spec.cut :]).to(memory_format=torch.channels_last)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.track_running_stats, module.num_batches_tracked = False, None  # the statistics stay, uncounted
+        self.train(False)
+
+    def train(self, mode: bool = True) -> TrainedStages:
+        """Stay in eval mode, whatever `mode` is."""
+        super().train(False)
+        return self
+
+    def forward(self, regions: torch.Tensor) -> torch.Tensor:
+        """Args: regions: (I, 196, C) of the frozen stages, row by row. Returns: (I, 49, C) of the last stage."""
+        grid = regions.transpose(1, 2).unflatten(2, 2 * (grid_side(regions.shape[1]),))  # (I, C, 14, 14), channels last
+        return self.stages(grid).flatten(2).transpose(1, 2)
 
 
 class Encoder(nn.Module):
@@ -176,6 +228,11 @@ class Encoder(nn.Module):
                 return torch.cat([self(part) for part in parts])[:count]
 
         return encode
+
+
+def encoder_of(flags: Mapping[str, Any]) -> EncoderSpec:
+    """Return the encoder that these flags describe, as far as it is frozen."""
+    return find_encoder(flags["encoder"]).before_last(flags["fine_tune"])
 
 
 def find_encoder(name: str) -> EncoderSpec:
@@ -296,9 +353,9 @@ class EfficientNetLiteSpec(EncoderSpec):
         """See `EncoderSpec.load_stages`."""
         from efficientnet_lite_pytorch import EfficientNet
 
-        assert weights is not None
         network = EfficientNet.from_name(self.network.replace("_", "-"), image_size=self.image_size)
-        load_weights(network, weights)
+        if weights is not None:
+            load_weights(network, weights)
         stem = (network._conv_stem, network._bn0, network._swish)
         head = (network._conv_head, network._bn1, network._swish)
         blocks = list(network._blocks)
@@ -333,28 +390,29 @@ def efficientnet_lite(number: int, image_size: int) -> EfficientNetLiteSpec:
 
 def both_forms(spec: Spec, *earlier: int) -> tuple[Spec, Spec]:
     """Return the encoder, and its form that gives every stage. Args: earlier: channels of the earlier stages."""
-    return spec, replace(spec, name=f"{spec.name}_stages", channels=spec.channels + sum(earlier), every_stage=True)
+    plain, channels = replace(spec, earlier=earlier), spec.channels + sum(earlier)
+    return plain, replace(plain, name=f"{spec.name}_stages", channels=channels, every_stage=True)
 
 
 RESNET50, RESNET50_STAGES = both_forms(
-    torchvision_spec(ResNetSpec, "resnet50", 2048, "0676ba61", "19c8e357", "11ad3fa6"), 1024, 512, 256
+    torchvision_spec(ResNetSpec, "resnet50", 2048, "0676ba61", "19c8e357", "11ad3fa6"), 256, 512, 1024
 )
 RESNET101, RESNET101_STAGES = both_forms(
-    torchvision_spec(ResNetSpec, "resnet101", 2048, "63fe2227", "cd907fc2"), 1024, 512, 256
+    torchvision_spec(ResNetSpec, "resnet101", 2048, "63fe2227", "cd907fc2"), 256, 512, 1024
 )
 RESNET152, RESNET152_STAGES = both_forms(
-    torchvision_spec(ResNetSpec, "resnet152", 2048, "394f9c45", "f82ba261"), 1024, 512, 256
+    torchvision_spec(ResNetSpec, "resnet152", 2048, "394f9c45", "f82ba261"), 256, 512, 1024
 )
 CONVNEXT_BASE, CONVNEXT_BASE_STAGES = both_forms(
-    torchvision_spec(ConvNeXtSpec, "convnext_base", 1024, "6075fbad"), 512, 256, 128
+    torchvision_spec(ConvNeXtSpec, "convnext_base", 1024, "6075fbad"), 128, 256, 512
 )
-EFFICIENTNET_LITE0, EFFICIENTNET_LITE0_STAGES = both_forms(efficientnet_lite(0, 224), 320, 112, 40, 24)
+EFFICIENTNET_LITE0, EFFICIENTNET_LITE0_STAGES = both_forms(efficientnet_lite(0, 224), 24, 40, 112, 320)
 EFFICIENTNET_LITE2, EFFICIENTNET_LITE2_STAGES = both_forms(
     efficientnet_lite(2, 256),
-    352,
-    120,
+    24,
     48,
-    24,  # trained at 260, which is not a multiple of 32
+    120,
+    352,  # trained at 260, which is not a multiple of 32
 )
 
 

@@ -48,6 +48,7 @@ LIMITS = {
     "hidden_size": 16384,
     "attention_dim": 16384,
     "num_layers": 32,
+    "fine_tune": 8,
     "beam_size": 1000,
     "batch_size": 1_000_000,
     "epochs": 100_000,

@@ -22,6 +22,7 @@ FLAGS = [
 CASES = [
     ("lstm", ["--num_layers", "2"]),
     ("attention", ["--num_layers", "1", "--attention_reg", "0.5", "--early_stopping", "2"]),
+    ("attention", ["--num_layers", "1", "--views", "mirror", "--feature_type", "int8", "--fine_tune", "1"]),
     *(
         ("attention", ["--num_layers", "1", "--learning_rate", "0.01", "--use_scheduler", "--scheduler_type", kind])
         for kind in SCHEDULERS
@@ -121,16 +122,12 @@ def test_a_second_interrupt_stops_at_once_and_the_last_save_serves(here, monkeyp
 
 
 def test_interrupted_encoding_keeps_what_is_encoded(here, monkeypatch):
-    def interrupted(batches, *rest):
-        for number, batch in enumerate(batches(*rest)):
-            if number:
-                raise KeyboardInterrupt
-            yield batch
+    def interrupt(*_):
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(feature_cache, "ENCODE_BATCH", 5)
     with monkeypatch.context() as patch:
-        batches = feature_cache.decoded_batches
-        patch.setattr(feature_cache, "decoded_batches", lambda *rest: interrupted(batches, *rest))
+        patch.setattr(feature_cache.Progress, "update", interrupt)  # when the first batch is encoded
         assert run(here, "none", "lstm") == 130
     (index,) = Path("feature_cache").rglob("mean.jsonl")
     assert len(index.read_text().splitlines()) == 5 and not Path("none").exists()

@@ -33,7 +33,7 @@ from torch import nn
 from captioning.checkpoints import EXPORT_SCHEMA, EXPORTED, load_weights
 from captioning.dataset import SOS
 from captioning.decoders import Decoder, build_decoder, find_decoder
-from captioning.encoders import find_encoder
+from captioning.encoders import encoder_of
 from captioning.io import (
     UserError,
     format_bytes,
@@ -154,7 +154,7 @@ def read_scores(path: Path, checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
 def model_card(checkpoint: dict[str, Any], scores: Sequence[Mapping[str, Any]], networks: Sequence[OnnxNetwork]) -> str:
     """Return `README.md` in the form of model cards (Mitchell et al., 2019), Markdown with the usual YAML at its head."""
     flags, encoder = checkpoint["flags"], checkpoint["encoder"]
-    spec = find_encoder(encoder["name"])
+    spec = encoder_of(flags)
     parameters = sum(tensor.numel() for tensor in checkpoint["decoder"].values())
     data = flags["dataset_type"]
     lines = [
@@ -216,7 +216,7 @@ def code(text: str) -> str:
 
 
 def onnx_card(checkpoint: dict[str, Any], networks: Sequence[OnnxNetwork]) -> list[str]:
-    flags, spec = checkpoint["flags"], find_encoder(checkpoint["encoder"]["name"])
+    flags, spec = checkpoint["flags"], encoder_of(checkpoint["flags"])
     return [
         "### ONNX", "",
         "Three networks; R is any number of rows, one image each (for a beam, repeat the image's rows).", "",
@@ -293,7 +293,7 @@ def write_onnx(checkpoint: dict[str, Any], folder: Path, resnet_weights: str | N
     Raises:
         UserError: the encoder's weights are not those of training, or a difference is above MOST_DIFFERENCE.
     """
-    spec = find_encoder(checkpoint["encoder"]["name"])
+    spec = encoder_of(checkpoint["flags"])
     weights, _ = spec.find_weights(resnet_weights, checkpoint["encoder"]["weights_hash"])
     encoder = spec.build(weights)
     decoder = build_decoder(checkpoint["flags"], len(checkpoint["vocabulary"]), spec).eval()

@@ -1,0 +1,72 @@
+"""`--fine_tune`: the encoder's last stages are trained with the decoder."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from run_files import skip_pictures
+
+import flickr_image_caption_with_pytorch_resnet_lstm as trainer
+from captioning.checkpoints import load_checkpoint
+from captioning.encoders import TrainedStages, find_encoder
+from captioning.io import UserError
+
+
+@pytest.mark.parametrize("name, stages", [("efficientnet_lite0", 1), ("efficientnet_lite0", 4), ("resnet50", 2)])
+def test_frozen_and_trained_stages_together_are_the_encoder(name, stages):
+    spec = find_encoder(name)
+    weights, _ = spec.find_weights("random" if name == "resnet50" else None)
+    before = spec.before_last(stages)
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 3, 224, 224), dtype=np.uint8))
+    trained = TrainedStages(before, weights)
+    with torch.no_grad():
+        whole, regions = spec.build(weights)(pixels), before.build(weights)(pixels)
+        assert (trained(regions) - whole).norm() < 1e-4 * whole.norm()
+    assert regions.shape[1] == before.grid**2 and before.transform == f"squash224-cut{stages}"
+    assert all(tensor.dtype == torch.float32 for tensor in trained.state_dict().values())
+    assert not trained.train().training and all(parameter.requires_grad for parameter in trained.parameters())
+
+
+@pytest.mark.parametrize("name, stages", [("efficientnet_lite0", 5), ("resnet50", 4), ("efficientnet_lite0_stages", 1)])
+def test_encoders_that_cannot_be_cut_there(name, stages):
+    with pytest.raises(UserError, match=f"--fine_tune {stages}: {name} has (3|4|no) last stages that can be trained"):
+        find_encoder(name).before_last(stages)
+
+
+def stages_of(path: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in load_checkpoint(path)["decoder"].items() if name.startswith("stages.")}
+
+
+@pytest.mark.parametrize("decoder", ["lstm", "attention"])
+def test_the_stages_learn_from_the_second_epoch_on(tiny, monkeypatch, capsys, decoder):
+    """In cross-entropy and self-critical training; then they test, caption and train on."""
+    skip_pictures(monkeypatch)
+    monkeypatch.chdir(tiny.parent)
+    flags = f"--dataset_type custom --data_dir tiny --encoder efficientnet_lite0 --decoder {decoder} --fine_tune 1"
+    flags += " --epochs 2 --scst_epochs 1 --embed_size 16 --hidden_size 16 --num_layers 1 --freq_threshold 1"
+    flags += " --max_length 12 --learning_rate 0.02 --batch_size 16"
+    assert trainer.main(flags.split()) == 0
+    (folder,) = Path("saved_models/custom").glob("*/*_ft1_*")
+    spec = find_encoder("efficientnet_lite0")
+    pretrained = TrainedStages(spec.before_last(1), spec.find_weights()[0]).state_dict()
+    first, second, third = (stages_of(folder / f"model_epoch_{epoch}.pt") for epoch in (1, 2, 3))
+    assert first and all(torch.equal(first[f"stages.{name}"], tensor) for name, tensor in pretrained.items())
+    for before, after in ((first, second), (second, third)):
+        moved = {name for name in before if not torch.equal(before[name], after[name])}
+        assert moved and moved == {name for name in before if "running" not in name}
+    assert (
+        trainer.main(["--mode", "test", "--model_path", str(folder), "--beam_size", "2", "--consensus", "regression"])
+        == 0
+    )
+    assert trainer.main(["--mode", "export", "--model_path", str(folder), "--output", "shared"]) == 0
+    capsys.readouterr()
+    captions = []
+    for model in (folder, Path("shared")):
+        assert trainer.main(["--mode", "caption", "--model_path", str(model), "--images", "tiny/Images"]) == 0
+        captions.append(capsys.readouterr().out)
+    assert captions[0] == captions[1] and len(captions[0].splitlines()) == 20
+    more = ["--model_path", str(folder), "--epochs", "1", "--fine_tune", "1", "--fine_tune_learning_rate", "0.001"]
+    assert trainer.main([*more, "--model_save_dir", "more"]) == 0
+    assert trainer.main([*more, "--fine_tune", "2"]) == 2
+    assert "--fine_tune 2 contradicts" in capsys.readouterr().err
