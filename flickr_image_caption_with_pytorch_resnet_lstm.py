@@ -161,7 +161,7 @@ def build_run(
     loader = TrainLoader(batches, data.splits["train"], len(views), settings.batch_size, settings.seed)
     if not checkpoint and not settings.dry_run:
         warn_of_small_data(data, batches, loader.steps, count_parameters(decoder))
-    spec = find_encoder(settings.encoder)
+    spec = find_encoder(settings.encoder, settings.grid)
     constants = {
         "decoder_type": settings.decoder, "vocabulary": vocabulary.words, "split": split,
         "encoder": {"name": spec.name, "weights_hash": weights_hash, "transform": spec.transform}, "decoding": None,
@@ -180,9 +180,8 @@ def new_run(settings: Settings, argv: list[str]) -> tuple[Run, TrainState]:
     run, state = build_run(settings, checkpoint, source)
     settings = run.settings
     state.schedule = choose_schedule(settings, checkpoint, run.loader.steps)
-    directory = distributed.from_first(
-        lambda: create_run_directory(settings.model_save_dir, settings.values(), find_encoder(settings.encoder).family)
-    )
+    family = find_encoder(settings.encoder, settings.grid).family
+    directory = distributed.from_first(lambda: create_run_directory(settings.model_save_dir, settings.values(), family))
     run.saver = CheckpointSaver(directory, settings.keep_checkpoints, state.first_epoch)
     run.constants["flags"] = settings.stored() | {"model_path": str(source) if source else None}
     if state.schedule and not settings.use_scheduler:  # the checkpoint's, which goes on

@@ -72,7 +72,7 @@ def build_features(
     Raises:
         UserError: the weights are not those of the checkpoint, or the cache cannot be written.
     """
-    spec = find_encoder(settings.encoder)
+    spec = find_encoder(settings.encoder, settings.grid)
     weights, digest = spec.find_weights(settings.resnet_weights, weights_hash)
     distributed.check_agreement({"the hash of the encoder's weights": digest}, distributed.SAME_FILES)
     if means is None:
@@ -101,7 +101,8 @@ def decoding_threads(workers: int) -> int:
 def build_decoder(settings: Settings, vocabulary: Vocabulary) -> Decoder:
     """Build the decoder that the settings describe; its initial weights depend on the seed alone."""
     torch.manual_seed(settings.seed)
-    return decoders.build_decoder(settings.values(), len(vocabulary), find_encoder(settings.encoder))
+    spec = find_encoder(settings.encoder, settings.grid)
+    return decoders.build_decoder(settings.values(), len(vocabulary), spec)
 
 
 def warn_of_small_data(data: CaptionSet, batches: BatchMaker, steps: int, parameters: int) -> None:

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -74,7 +74,7 @@ class Captioner:
         self.no_repeat_ngram = 0  # as `decoding.beam_search` takes it
         flags = self.flags
         self.views = VIEW_SETS[flags["views"]]
-        self.spec = find_encoder(flags["encoder"])
+        self.spec = find_encoder(flags["encoder"], flags["grid"])
         weights, _ = self.spec.find_weights(resnet_weights, checkpoint["encoder"]["weights_hash"])
         self.encode = self.spec.build(weights).fast_form(self.device)
         self.vocabulary = Vocabulary(checkpoint["vocabulary"])
@@ -123,7 +123,7 @@ class Captioner:
 
         def read(path: Path) -> np.ndarray | UnreadableImage:
             try:
-                return np.stack([load_pixels(path, self.spec.image_size, view) for view in self.views])
+                return self.load_views(path)
             except UnreadableImage as error:
                 return error
 
@@ -134,6 +134,11 @@ class Captioner:
                 if len(ahead) > 1:
                     yield [(path, future.result()) for path, future in ahead.popleft()]
             yield from ([(path, future.result()) for path, future in batch] for batch in ahead)
+
+    def load_views(self, source: Path | BinaryIO) -> np.ndarray:
+        """Return an image for the encoder, uint8 (views, size, size, 3); raises UnreadableImage."""
+        size, interpolation = self.spec.image_size, self.spec.interpolation
+        return np.stack([load_pixels(source, size, view, interpolation) for view in self.views])
 
     def decode(
         self, pixels: list[np.ndarray], beam_size: int, length_penalty: float, count: int, attention: bool,

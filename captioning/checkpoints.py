@@ -76,6 +76,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if checkpoint["schema"] < 4:
         checkpoint["split"] = upgrade_split(checkpoint.get("split"))
     checkpoint["schema"] = SCHEMA
+    add_new_flags(checkpoint["flags"])
     require_form(checkpoint, CHECKPOINT, path)
     if checkpoint["decoding"] is None:
         checkpoint["decoding"] = tuned_decoding(path, checkpoint["epoch"])
@@ -99,6 +100,12 @@ def upgrade_from_2(checkpoint: dict[str, Any]) -> None:
         checkpoint["progress"].setdefault("reward_sum", 0.0)
     if isinstance(checkpoint["flags"], dict):
         checkpoint["flags"] = {"views": "whole", "weight_decay": 0.01} | checkpoint["flags"]
+
+
+def add_new_flags(flags: Any) -> None:
+    """Add the flags that came after a schema did, each with the value that changes nothing."""
+    if isinstance(flags, dict):
+        flags.setdefault("grid", None)
 
 
 def tuned_decoding(path: Path, epoch: int) -> Any:
@@ -133,6 +140,7 @@ def load_exported(path: Path) -> dict[str, Any]:
 
     place = path.with_name("config.json")
     config = read_exported_json(place)
+    add_new_flags(config.get("flags") if isinstance(config, dict) else None)
     require_form(config, EXPORTED, place)
     if config["schema"] != EXPORT_SCHEMA:
         raise UserError(f"{place} has schema {config['schema']}, this program reads {EXPORT_SCHEMA}")
@@ -252,7 +260,7 @@ def is_vocabulary(value: Any) -> bool:
 TEXT = Rule(is_text, "a text of one line")
 NUMBERS = Rule(lambda value: is_list(value, real().fits), "a list of numbers")
 DECODER = Rule(lambda value: type(value) is str and value in registry.DECODERS, "a decoder of this program")
-ENCODER = Rule(lambda value: type(value) is str and value in registry.ENCODERS, "an encoder of this program")
+ENCODER = Rule(lambda value: type(value) is str and registry.is_encoder(value), "an encoder of this program")
 SCHEDULE = {
     "settings": {
         "type": one_of("reduce_lr_on_plateau", "step", "cosine", "exponential", "one_cycle"),
@@ -273,7 +281,7 @@ CHECKPOINT: dict[str, Any] = {
     "flags": {
         "decoder": DECODER, "encoder": ENCODER, "dataset_type": one_of("flickr8k", "flickr30k", "coco", "custom", "demo"),
         "embed_size": size("embed_size"), "hidden_size": size("hidden_size"), "num_layers": size("num_layers"),
-        "attention_dim": size("attention_dim"), "freq_threshold": size("freq_threshold"), "max_length": size("max_length"),
+        "attention_dim": size("attention_dim"), "grid": OrNone(size("grid")), "freq_threshold": size("freq_threshold"), "max_length": size("max_length"),
         "batch_size": size("batch_size"), "seed": whole(0, LIMITS["seed"]),
         "drop_prob": real(0, 0.95), "grad_clip": real(0, 1e30), "label_smoothing": real(0, 0.9),
         "attention_reg": real(0, 1e30), "learning_rate": real(0, 1e30), "feature_cache": TEXT,
@@ -355,7 +363,7 @@ def check_architecture(checkpoint: dict[str, Any], path: Path) -> Decoder:
     flags, weights, encoder = checkpoint["flags"], checkpoint["decoder"], checkpoint["encoder"]
     if flags["decoder"] != checkpoint["decoder_type"] or flags["encoder"] != encoder["name"]:
         raise malformed(path, "its flags name another decoder or encoder than it holds")
-    spec = find_encoder(encoder["name"])
+    spec = find_encoder(encoder["name"], flags["grid"])
     if encoder["transform"] != spec.transform:
         raise malformed(path, f"encoder.transform is not {spec.transform}, that of {spec.name}")
     with torch.device("meta"), SkipInit():

@@ -42,6 +42,7 @@ class EncoderSpec:
     grid: int = 7  # regions along each side; comments on shapes write 49 for their number, which is 64 with Lite2
     every_stage: bool = False  # the channels are those of every stage rather than of the last alone
     compile_from: int | None = None  # images from which on compiling it pays (docs/benchmarks.md), None for never
+    interpolation: str = "bilinear"  # of the resizing, one of Pillow's
     terms: str = "the weights of its author"  # whose the weights are and what they allow, for the model card
     remedy: ClassVar[str] = "install those of training"  # what to do where a checkpoint was trained on other weights
 
@@ -53,12 +54,12 @@ class EncoderSpec:
     @property
     def transform(self) -> str:
         """Name of what is done to an image before it is encoded: it is resized to a square."""
-        return f"squash{self.image_size}"
+        return f"squash{self.image_size}" + ("" if self.interpolation == "bilinear" else f"-{self.interpolation}")
 
     @property
     def family(self) -> str:
         """The name in run directories."""
-        return self.name
+        return registry.folder_name(self.name)
 
     def locate_weights(self, named: str | None, expected: str | None) -> tuple[Path | None, str]:
         """Return the file of the weights, or None where there is none to read, and their hash (16 hex digits).
@@ -204,9 +205,16 @@ class Encoder(nn.Module):
         return run
 
 
-def find_encoder(name: str) -> EncoderSpec:
-    """Return the encoder of this name in the registry."""
-    spec: EncoderSpec = registry.load(registry.ENCODERS[name])
+def find_encoder(name: str, grid: int | None = None) -> EncoderSpec:
+    """Return the encoder of this name in the registry or in one of its libraries, which pool to `grid` x `grid`.
+
+    Raises:
+        UserError: the library is not installed, or does not have it.
+    """
+    if name in registry.ENCODERS:
+        spec: EncoderSpec = registry.load(registry.ENCODERS[name])
+    else:
+        spec = registry.load(registry.LIBRARIES[registry.library_of(name)])(name.partition(":")[2], grid)
     return spec
 
 

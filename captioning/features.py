@@ -23,6 +23,7 @@ from captioning.encoders import ENCODE_BATCH, Encoder, EncoderSpec
 from captioning.feature_store import ROWS_PER_FILE, FeatureFile, FeatureStore, Version, version_of
 from captioning.images import UnreadableImage, load_pixels
 from captioning.io import Progress, UserError, log, make_directory, require_free_space
+from captioning.registry import folder_name
 
 BATCHES_AHEAD = 3
 SHARED_CACHE = "processes on several machines need a --feature_cache on a disk that they share"
@@ -133,24 +134,27 @@ class LiveFeatures:
         workers: int, view: str,
     ):  # fmt: skip
         self.encode = encoder.fast_form(device)
-        self.paths, self.size, self.means, self.view = paths, encoder.spec.image_size, means, view
+        self.spec, self.paths, self.means, self.view = encoder.spec, paths, means, view
         self.pool = ThreadPoolExecutor(workers)
         found = distributed.gather(list(self.pool.map(self.look, [paths[i] for i in distributed.shard(needed)])))
         self.unreadable = {int(i): problem for i, (problem, _) in zip(needed, found, strict=True) if problem}
         self.versions = np.full((len(paths), 2), -1, dtype=np.int64)
         self.versions[needed] = [version for _, version in found]
 
+    def load(self, path: Path) -> np.ndarray:
+        return load_pixels(path, self.spec.image_size, self.view, self.spec.interpolation)
+
     def look(self, path: Path) -> tuple[str | None, tuple[int, int]]:
         """Return why an image cannot be read, or None, and the size and CRC-32 of its file."""
         try:
-            load_pixels(path, self.size, self.view)
+            self.load(path)
             version = version_of(path)
         except UnreadableImage as error:
             return str(error), (-1, -1)
         return None, (version.size, version.content)
 
     def gather(self, images: np.ndarray, device: torch.device = CPU) -> torch.Tensor:
-        pixels = list(self.pool.map(lambda image: load_pixels(self.paths[image], self.size, self.view), images))
+        pixels = list(self.pool.map(lambda image: self.load(self.paths[image]), images))
         grid = self.encode(np.stack(pixels)).to(device)
         return (grid.mean(1) if self.means else grid.clone()).float()  # a clone may be trained through
 
@@ -195,7 +199,7 @@ def open_features(request: FeatureRequest, view: str = "whole") -> Features:
     folder = folder.resolve()
     transform = spec.transform + ("" if view == "whole" else f"-{view}")
     identity = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
-    place = Path(f"{spec.name}-{request.weights_hash[:8]}-{transform}") / f"{folder.name}-{identity}"
+    place = Path(f"{folder_name(spec.name)}-{request.weights_hash[:8]}-{transform}") / f"{folder.name}-{identity}"
     directories = [cache / place for cache in caches]
 
     def read(means: bool = means) -> FeatureStore:
@@ -343,7 +347,7 @@ def encode_images(
 
     bar = Progress(len(todo), f"Encoding images ({encoder.spec.name}, {view})", "image")
     try:
-        for part, versions, pixels in decoded_batches(paths, todo, encoder.spec.image_size, workers, unreadable, view):
+        for part, versions, pixels in decoded_batches(paths, todo, encoder.spec, workers, unreadable, view):
             if part:
                 grids = encode(pixels)[: len(part)].to(torch.float16).cpu().numpy()  # (n, 49, C)
                 pending.append(grids if file.kind == "grid" else mean_of(grids))
@@ -360,7 +364,7 @@ def encode_images(
 
 
 def decoded_batches(
-    paths: Sequence[Path], todo: list[int], size: int, workers: int, unreadable: dict[int, str], view: str
+    paths: Sequence[Path], todo: list[int], spec: EncoderSpec, workers: int, unreadable: dict[int, str], view: str
 ) -> Iterator[tuple[list[int], list[Version], np.ndarray]]:
     """Yield (images, their versions, pixels uint8 (ENCODE_BATCH, size, size, 3)); threads decode a few batches ahead.
 
@@ -372,8 +376,9 @@ def decoded_batches(
     """
 
     def read(path: Path) -> tuple[Version, np.ndarray]:
-        return version_of(path), load_pixels(path, size, view)
+        return version_of(path), load_pixels(path, size, view, spec.interpolation)
 
+    size = spec.image_size
     chunks = [todo[start : start + ENCODE_BATCH] for start in range(0, len(todo), ENCODE_BATCH)]
     with ThreadPoolExecutor(workers) as pool:
         ahead: deque[list[tuple[int, Future[tuple[Version, np.ndarray]]]]] = deque()

@@ -124,7 +124,9 @@ VIEWS = {
 VIEW_SETS = {"whole": ("whole",), "mirror": ("whole", "mirror"), "all": tuple(VIEWS)}  # --views
 
 
-def load_pixels(source: Path | BinaryIO, size: int, view: str = "whole") -> np.ndarray:
+def load_pixels(
+    source: Path | BinaryIO, size: int, view: str = "whole", interpolation: str = "bilinear"
+) -> np.ndarray:
     """Return an image, or one of `VIEWS` of it, resized to `size` x `size` for the encoder: uint8 (size, size, 3).
 
     The aspect ratio is not kept: nothing is cropped away, and an attention map that is stretched back over the image
@@ -137,6 +139,6 @@ def load_pixels(source: Path | BinaryIO, size: int, view: str = "whole") -> np.n
     (width, height), (box, mirrored) = image.size, VIEWS[view]
     if image.size != (size, size) or view != "whole":
         part = (box[0] * width, box[1] * height, box[2] * width, box[3] * height)
-        image = image.resize((size, size), Image.Resampling.BILINEAR, part)  # Pillow's filter widens when it shrinks
+        image = image.resize((size, size), Image.Resampling[interpolation.upper()], part)  # widens when it shrinks
     pixels = np.asarray(image)
     return np.ascontiguousarray(pixels[:, ::-1]) if mirrored else pixels

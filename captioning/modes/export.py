@@ -33,7 +33,7 @@ from torch import nn
 from captioning.checkpoints import EXPORT_SCHEMA, EXPORTED, load_weights
 from captioning.dataset import SOS
 from captioning.decoders import Decoder, build_decoder, find_decoder
-from captioning.encoders import find_encoder
+from captioning.encoders import EncoderSpec, find_encoder
 from captioning.io import (
     UserError,
     format_bytes,
@@ -46,6 +46,7 @@ from captioning.io import (
     write_atomic,
     write_json,
 )
+from captioning.registry import without_path
 from captioning.runs import EXPORTED_WEIGHTS, SCRIPT, decoding
 from captioning.scores import METRIC_NAMES
 
@@ -110,6 +111,10 @@ def export(checkpoint: dict[str, Any], path: Path, output: Path, onnx: bool, res
     print(f"Use it: --model_path {output}")
 
 
+def encoder_of(checkpoint: dict[str, Any]) -> EncoderSpec:
+    return find_encoder(checkpoint["encoder"]["name"], checkpoint["flags"]["grid"])
+
+
 def write_model(checkpoint: dict[str, Any], folder: Path) -> None:
     """Write weights, vocabulary, split and config into a folder."""
     from safetensors.torch import save
@@ -119,12 +124,13 @@ def write_model(checkpoint: dict[str, Any], folder: Path) -> None:
     write_json(folder / "vocabulary.json", checkpoint["vocabulary"])
     if checkpoint["split"] is not None:
         write_json(folder / "split.json", checkpoint["split"])
+    name = without_path(checkpoint["encoder"]["name"])
     config = {
         "schema": EXPORT_SCHEMA,
         "epoch": checkpoint["epoch"],
-        "encoder": {name: checkpoint["encoder"][name] for name in EXPORTED["encoder"]},
+        "encoder": {key: checkpoint["encoder"][key] for key in EXPORTED["encoder"]} | {"name": name},
         "decoding": checkpoint["decoding"],  # tuned beam size and length penalty, or null
-        "flags": {name: checkpoint["flags"][name] for name in EXPORTED["flags"]},
+        "flags": {key: checkpoint["flags"][key] for key in EXPORTED["flags"]} | {"encoder": name},
         "sha256": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())},
     }
     write_json(folder / "config.json", config)
@@ -154,13 +160,13 @@ def read_scores(path: Path, checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
 def model_card(checkpoint: dict[str, Any], scores: Sequence[Mapping[str, Any]], networks: Sequence[OnnxNetwork]) -> str:
     """Return `README.md` in the form of model cards (Mitchell et al., 2019), Markdown with the usual YAML at its head."""
     flags, encoder = checkpoint["flags"], checkpoint["encoder"]
-    spec = find_encoder(encoder["name"])
+    spec = encoder_of(checkpoint)
     parameters = sum(tensor.numel() for tensor in checkpoint["decoder"].values())
     data = flags["dataset_type"]
     lines = [
         "---", "pipeline_tag: image-to-text", "library_name: pytorch", "language: en", "license: other",
         "license_name: see-below", "tags: [image-captioning]", "---", "",
-        f"# Image captioner: {flags['decoder']} decoder on {encoder['name']}, trained on {data}", "",
+        f"# Image captioner: {flags['decoder']} decoder on {code(without_path(encoder['name']))}, trained on {data}", "",
         "Writes one English sentence about an image. A frozen encoder gives "
         f"{spec.grid} x {spec.grid} regions of {spec.channels} numbers; {find_decoder(flags['decoder']).description} "
         f"({parameters:,} parameters, {len(checkpoint['vocabulary']):,} words) writes the caption.", "",
@@ -216,13 +222,13 @@ def code(text: str) -> str:
 
 
 def onnx_card(checkpoint: dict[str, Any], networks: Sequence[OnnxNetwork]) -> list[str]:
-    flags, spec = checkpoint["flags"], find_encoder(checkpoint["encoder"]["name"])
+    flags, spec = checkpoint["flags"], encoder_of(checkpoint)
     return [
         "### ONNX", "",
         "Three networks; R is any number of rows, one image each (for a beam, repeat the image's rows).", "",
         "| file | in | out |", "|---|---|---|",
         *(f"| `{network.file}` | {network.inputs} | {network.outputs} |" for network in networks), "",
-        f"`pixels` is RGB, resized to {spec.image_size} x {spec.image_size} whatever the image's shape. Start with word 1 "
+        f"`pixels` is RGB, resized ({spec.interpolation}) to {spec.image_size} x {spec.image_size} whatever the image's shape. Start with word 1 "
         "(`<SOS>`), feed back the chosen word and each output `next_X` as `X`, stop at word 2 (`<EOS>`) or after "
         f"{flags['max_length']} words; never choose 0, 1 or 3. `vocabulary.json` has the words by number. "
         "Largest differences from PyTorch: "
@@ -293,7 +299,7 @@ def write_onnx(checkpoint: dict[str, Any], folder: Path, resnet_weights: str | N
     Raises:
         UserError: the encoder's weights are not those of training, or a difference is above MOST_DIFFERENCE.
     """
-    spec = find_encoder(checkpoint["encoder"]["name"])
+    spec = encoder_of(checkpoint)
     weights, _ = spec.find_weights(resnet_weights, checkpoint["encoder"]["weights_hash"])
     encoder = spec.build(weights)
     decoder = build_decoder(checkpoint["flags"], len(checkpoint["vocabulary"]), spec).eval()
