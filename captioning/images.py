@@ -124,9 +124,7 @@ VIEWS = {
 VIEW_SETS = {"whole": ("whole",), "mirror": ("whole", "mirror"), "all": tuple(VIEWS)}  # --views
 
 
-def load_pixels(
-    source: Path | BinaryIO, size: int, view: str = "whole", interpolation: str = "bilinear"
-) -> np.ndarray:
+def load_pixels(source: Path | BinaryIO, size: int, view: str = "whole", interpolation: str = "bilinear") -> np.ndarray:
     """Return an image, or one of `VIEWS` of it, resized to `size` x `size` for the encoder: uint8 (size, size, 3).
 
     The aspect ratio is not kept: nothing is cropped away, and an attention map that is stretched back over the image

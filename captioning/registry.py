@@ -36,7 +36,9 @@ ENCODERS = {
 }
 # Whole libraries of encoders, each a function of what follows the colon and of --grid: `--encoder timm:resnet18.a1_in1k`.
 LIBRARIES = {"timm:NAME": Entry("captioning.timm_encoders:find_timm", (*NAMED, "grid"))}
-LIBRARY_NAME = re.compile(r"timm:(hf-hub:[\w.-]+/[\w.-]+(@[\w.-]+)?|local-dir:[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+|[\w.-]+)")
+LIBRARY_NAME = re.compile(
+    r"timm:(hf-hub:[\w.-]+/[\w.-]+(@[\w.-]+)?|local-dir:[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+|[\w.-]+)"
+)
 DECODERS = {
     "lstm": Entry("captioning.decoders:LSTMDecoder"),
     "attention": Entry(
