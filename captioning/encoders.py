@@ -113,7 +113,7 @@ class EncoderSpec:
 
 
 class Encoder(nn.Module):
-    """A frozen network: pixels in, a grid of features out, 7x7 but for EfficientNet-Lite2 (8x8).
+    """A frozen network: pixels in, a square grid of features out, 7x7 of most.
 
     The last stage knows what an image shows; the earlier ones know more of colours and textures. With
     `every_stage` each earlier stage is averaged over the cells of the same grid and scaled to a mean square of one
