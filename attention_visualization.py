@@ -1,9 +1,9 @@
 """Attention pictures: where a decoder attended while it predicted each word of a caption.
 
 The functions take a photo, words and weights, and know nothing about models; the last two caption a data set's images
-first. A word's weights sum to one and form a square grid (7x7 for the present encoders), row by row, over the whole photo. Encoders see the photo
-squashed to a square, so a map is stretched to the photo's full size. A word's weights are those of the step that
-predicts it.
+first. A word's weights sum to one and form a square grid (7x7 of most encoders), row by row, over the whole photo.
+Encoders see the photo squashed to a square, so a map is stretched to the photo's full size. A word's weights are those
+of the step that predicts it.
 """
 
 from __future__ import annotations

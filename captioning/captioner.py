@@ -18,7 +18,7 @@ from captioning.decoding import beam_search, sample
 from captioning.distributed import pick_device
 from captioning.encoders import ENCODE_BATCH, MANY, encoder_of
 from captioning.features import decoded, stored_form, stored_kind
-from captioning.images import VIEW_SETS, UnreadableImage, load_views
+from captioning.images import VIEW_SETS, UnreadableImage
 from captioning.io import UserError
 from captioning.runs import find_checkpoint
 from captioning.settings import Settings
@@ -127,7 +127,7 @@ class Captioner:
 
         def read(path: Path) -> np.ndarray | UnreadableImage:
             try:
-                return load_views(path, self.spec.image_size, self.views)
+                return self.spec.load_views(path, self.views)
             except UnreadableImage as error:
                 return error
 

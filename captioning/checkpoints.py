@@ -105,7 +105,7 @@ def upgrade_from_2(checkpoint: dict[str, Any]) -> None:
 def add_later_flags(checkpoint: Any) -> None:
     """Add the flags that came within a schema, each with the value that changes nothing."""
     if isinstance(checkpoint, dict) and isinstance(checkpoint.get("flags"), dict):
-        checkpoint["flags"] = {"feature_type": "float16", "fine_tune": 0} | checkpoint["flags"]
+        checkpoint["flags"] = {"feature_type": "float16", "fine_tune": 0, "grid": None} | checkpoint["flags"]
 
 
 def tuned_decoding(path: Path, epoch: int) -> Any:
@@ -260,7 +260,7 @@ def is_vocabulary(value: Any) -> bool:
 TEXT = Rule(is_text, "a text of one line")
 NUMBERS = Rule(lambda value: is_list(value, real().fits), "a list of numbers")
 DECODER = Rule(lambda value: type(value) is str and value in registry.DECODERS, "a decoder of this program")
-ENCODER = Rule(lambda value: type(value) is str and value in registry.ENCODERS, "an encoder of this program")
+ENCODER = Rule(lambda value: type(value) is str and registry.is_encoder(value), "an encoder of this program")
 SCHEDULE = {
     "settings": {
         "type": one_of("reduce_lr_on_plateau", "step", "cosine", "exponential", "one_cycle"),
@@ -281,7 +281,7 @@ CHECKPOINT: dict[str, Any] = {
     "flags": {
         "decoder": DECODER, "encoder": ENCODER, "dataset_type": one_of("flickr8k", "flickr30k", "coco", "custom", "demo"),
         "fine_tune": whole(0, LIMITS["fine_tune"]), "embed_size": size("embed_size"), "hidden_size": size("hidden_size"), "num_layers": size("num_layers"),
-        "attention_dim": size("attention_dim"), "freq_threshold": size("freq_threshold"), "max_length": size("max_length"),
+        "attention_dim": size("attention_dim"), "grid": OrNone(size("grid")), "freq_threshold": size("freq_threshold"), "max_length": size("max_length"),
         "batch_size": size("batch_size"), "seed": whole(0, LIMITS["seed"]),
         "drop_prob": real(0, 0.95), "grad_clip": real(0, 1e30), "label_smoothing": real(0, 0.9),
         "attention_reg": real(0, 1e30), "learning_rate": real(0, 1e30), "feature_cache": TEXT,

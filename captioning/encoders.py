@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, BinaryIO, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from captioning import registry
-from captioning.images import grid_side
+from captioning.images import grid_side, load_views
 from captioning.io import UserError, first_line, log
 from captioning.openvino_form import openvino_form
 from captioning.tensor_files import read_tensors
@@ -48,6 +48,7 @@ class EncoderSpec:
     cut: int = 0  # last stages that are left out, to be trained with the decoder: see `before_last`
     uncut: EncoderSpec | None = None  # with all its stages, where some are left out
     every_stage: bool = False  # the channels are those of every stage rather than of the last alone
+    interpolation: str = "bilinear"  # of the resizing, one of Pillow's
     terms: str = "the weights of its author"  # whose the weights are and what they allow, for the model card
     remedy: ClassVar[str] = "install those of training"  # what to do where a checkpoint was trained on other weights
 
@@ -59,7 +60,12 @@ class EncoderSpec:
     @property
     def transform(self) -> str:
         """Name of what is done to an image: it is resized to a square, and goes through so many stages."""
-        return f"squash{self.image_size}" + (f"-cut{self.cut}" if self.cut else "")
+        how = "" if self.interpolation == "bilinear" else f"-{self.interpolation}"
+        return f"squash{self.image_size}{how}" + (f"-cut{self.cut}" if self.cut else "")
+
+    def load_views(self, source: Path | BinaryIO, views: Sequence[str]) -> np.ndarray:
+        """Return an image in these views, as `images.load_views` does, resized for this encoder."""
+        return load_views(source, self.image_size, views, self.interpolation)
 
     def before_last(self, stages: int) -> EncoderSpec:
         """Return the encoder without its last `stages`, whose output is a larger grid.
@@ -83,7 +89,7 @@ class EncoderSpec:
     @property
     def family(self) -> str:
         """The name in run directories."""
-        return self.name
+        return registry.folder_name(self.name)
 
     def locate_weights(self, named: str | None, expected: str | None) -> tuple[Path | None, str]:
         """Return the file of the weights, or None where there is none to read, and their hash (16 hex digits).
@@ -163,7 +169,7 @@ class TrainedStages(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A frozen network: pixels in, a grid of features out, 7x7 but for EfficientNet-Lite2 (8x8).
+    """A frozen network: pixels in, a square grid of features out, 7x7 of most.
 
     The last stage knows what an image shows; the earlier ones know more of colours and textures. With
     `every_stage` each earlier stage is averaged over the cells of the same grid and scaled to a mean square of one
@@ -232,12 +238,19 @@ class Encoder(nn.Module):
 
 def encoder_of(flags: Mapping[str, Any]) -> EncoderSpec:
     """Return the encoder that these flags describe, as far as it is frozen."""
-    return find_encoder(flags["encoder"]).before_last(flags["fine_tune"])
+    return find_encoder(flags["encoder"], flags["grid"]).before_last(flags["fine_tune"])
 
 
-def find_encoder(name: str) -> EncoderSpec:
-    """Return the encoder of this name in the registry."""
-    spec: EncoderSpec = registry.load(registry.ENCODERS[name])
+def find_encoder(name: str, grid: int | None = None) -> EncoderSpec:
+    """Return the encoder of this name in the registry or in one of its libraries, which pool to `grid` x `grid`.
+
+    Raises:
+        UserError: the library is not installed, or does not have it.
+    """
+    if name in registry.ENCODERS:
+        spec: EncoderSpec = registry.load(registry.ENCODERS[name])
+    else:
+        spec = registry.load(registry.LIBRARIES[registry.library_of(name)])(name.partition(":")[2], grid)
     return spec
 
 

@@ -21,9 +21,10 @@ from filelock import FileLock, Timeout
 from captioning import distributed
 from captioning.encoders import ENCODE_BATCH, Encoder, EncoderSpec
 from captioning.feature_store import ROWS_PER_FILE, FeatureFile, FeatureStore, Version, row_dtype, version_of
-from captioning.images import UnreadableImage, load_views
+from captioning.images import UnreadableImage
 from captioning.io import Progress, UserError, log, make_directory, require_free_space
 from captioning.quantization import SCALE_BYTES, dequantize, quantize
+from captioning.registry import folder_name
 
 BATCHES_AHEAD = 3  # that are read while others are encoded
 MOST_STREAMS = 8  # batches encoded at the same time: each takes some 100 MB
@@ -160,7 +161,7 @@ class FeatureRequest:
         folder = self.folder.resolve()
         transform = self.spec.transform + ("" if view == "whole" else f"-{view}")
         identity = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
-        place = Path(f"{self.spec.name}-{self.weights_hash[:8]}-{transform}") / f"{folder.name}-{identity}"
+        place = Path(f"{folder_name(self.spec.name)}-{self.weights_hash[:8]}-{transform}") / f"{folder.name}-{identity}"
         return [cache / place for cache in self.caches]
 
     @property
@@ -191,7 +192,7 @@ class LiveFeatures:
         def look(image: int) -> tuple[str | None, tuple[int, int]]:
             """Return why an image cannot be read, or None, and the size and CRC-32 of its file."""
             try:
-                version, _ = read_image(request.paths[image], request.spec.image_size, request.views[:1])
+                version, _ = read_image(request.paths[image], request.spec, request.views[:1])
             except UnreadableImage as error:
                 return str(error), (-1, -1)
             return None, (version.size, version.content)
@@ -209,7 +210,7 @@ class LiveFeatures:
         request = self.request
 
         def read(image: int) -> np.ndarray:
-            return load_views(request.paths[image], request.spec.image_size, [self.view])
+            return request.spec.load_views(request.paths[image], [self.view])
 
         with ThreadPoolExecutor(request.workers) as pool:
             grid = self.encode(np.concatenate(list(pool.map(read, images)))).to(device)
@@ -383,7 +384,7 @@ def encode_images(
     """
     streams = min(torch.get_num_threads(), MOST_STREAMS) if request.device.type == "cpu" else 1
     encode = encoder.fast_form(request.device, streams=streams)
-    paths, size, unreadable = request.paths, encoder.spec.image_size, dict[int, str]()
+    paths, unreadable = request.paths, dict[int, str]()
     # For each view: names, versions and features of the images that are encoded, but not yet written.
     pending: list[list[tuple[str, Version, np.ndarray]]] = [[] for _ in files]
 
@@ -429,7 +430,7 @@ def encode_images(
             for start in range(0, len(images), per_batch):
                 chunk = images[start : start + per_batch]
                 reading = [
-                    (i, readers.submit(read_image, paths[i], size, [request.views[view] for view in todo[i]]))
+                    (i, readers.submit(read_image, paths[i], encoder.spec, [request.views[view] for view in todo[i]]))
                     for i in chunk
                 ]
                 ahead.append((len(chunk), encoders.submit(encode_batch, reading)))
@@ -443,9 +444,9 @@ def encode_images(
     return unreadable
 
 
-def read_image(path: Path, size: int, views: Sequence[str]) -> tuple[Version, np.ndarray]:
-    """Return the version of an image's file, and what `load_views` returns. Raises UnreadableImage."""
-    return version_of(path), load_views(path, size, views)
+def read_image(path: Path, spec: EncoderSpec, views: Sequence[str]) -> tuple[Version, np.ndarray]:
+    """Return the version of an image's file, and what `EncoderSpec.load_views` returns. Raises UnreadableImage."""
+    return version_of(path), spec.load_views(path, views)
 
 
 def check_unreadable(unreadable: dict[int, str], total: int) -> None:

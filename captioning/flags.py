@@ -8,6 +8,7 @@ runs read it too. Nothing here imports PyTorch, so that `--help` and a mistyped 
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from captioning.io import CONTROL_CHARACTERS
-from captioning.registry import DECODERS, ENCODERS, LIMITS
+from captioning.registry import DECODERS, ENCODERS, LIMITS, is_encoder
 
 MODES = ("train", "test", "tune", "caption", "serve", "export")
 DATA_MODES = ("train", "test", "tune")  # modes that read a data set
@@ -58,6 +59,15 @@ def text(value: str) -> str:
 def path(value: str) -> Path:
     """An argparse type: a path that a checkpoint can store."""
     return Path(text(value))
+
+
+def encoder(value: str) -> str:
+    """An argparse type: the name of an encoder. Whether a library has it is found out when it is built."""
+    if not is_encoder(text(value)):
+        close = difflib.get_close_matches(value, ENCODERS, 1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise argparse.ArgumentTypeError(f"{value[:80]!r} is not an encoder: {hint}--encoder list names them all")
+    return value
 
 
 def size(name: str) -> Callable[[str], Any]:
@@ -143,9 +153,11 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             modes=DATA_MODES, resume=True, parameter=False),
     ),
     "model": (
-        Flag("encoder", "frozen image encoder; efficientnet_lite0 needs no download; _stages keeps the features of "
-            "earlier stages too, for a larger cache", str, "resnet50", tuple(ENCODERS), modes=DATA_MODES,
-            checkpoint="fixed"),
+        Flag("encoder", "frozen image encoder: resnet50, efficientnet_lite0 (needs no download) and others, or any of "
+            "timm's: timm:NAME, timm:hf-hub:OWNER/NAME, timm:local-dir:FOLDER; 'list' or 'list PATTERN' prints names, "
+            "licences and sizes", encoder, "resnet50", modes=DATA_MODES, checkpoint="fixed", metavar="NAME"),
+        Flag("grid", "average the encoder's grid to N x N regions (timm's encoders)", size("grid"), modes=DATA_MODES,
+            checkpoint="fixed", metavar="N"),
         Flag("fine_tune", "train the encoder's last N stages with the decoder; 0 leaves all of it frozen",
             number(int, 0, LIMITS["fine_tune"]), 0, modes=DATA_MODES, checkpoint="fixed", metavar="N"),
         Flag("fine_tune_learning_rate", "of these stages at --learning_rate's peak, and in proportion elsewhere (default: "

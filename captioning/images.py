@@ -125,7 +125,9 @@ VIEWS = {
 VIEW_SETS = {"whole": ("whole",), "mirror": ("whole", "mirror"), "all": tuple(VIEWS)}  # --views
 
 
-def load_views(source: Path | BinaryIO, size: int, views: Sequence[str] = ("whole",)) -> np.ndarray:
+def load_views(
+    source: Path | BinaryIO, size: int, views: Sequence[str] = ("whole",), interpolation: str = "bilinear"
+) -> np.ndarray:
     """Open an image once and return some of `VIEWS`, each resized for the encoder: uint8 (views, size, size, 3).
 
     The aspect ratio is not kept: nothing is cropped away, and an attention map that is stretched back over the image
@@ -142,7 +144,7 @@ def load_views(source: Path | BinaryIO, size: int, views: Sequence[str] = ("whol
         if box not in resized:
             part = (box[0] * width, box[1] * height, box[2] * width, box[3] * height)
             whole = image.size == (size, size) and box == View().box
-            # Pillow's filter widens when it shrinks.
-            resized[box] = np.asarray(image if whole else image.resize((size, size), Image.Resampling.BILINEAR, part))
+            how = Image.Resampling[interpolation.upper()]  # Pillow's filters widen when they shrink
+            resized[box] = np.asarray(image if whole else image.resize((size, size), how, part))
         square[:] = resized[box][:, ::-1] if mirrored else resized[box]
     return squares

@@ -7,6 +7,7 @@ encoder has to offer is in `captioning.encoders.EncoderSpec`, a decoder in `capt
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -33,6 +34,11 @@ ENCODERS = {
     "efficientnet_lite0_stages": Entry("captioning.encoders:EFFICIENTNET_LITE0_STAGES"),
     "efficientnet_lite2_stages": Entry("captioning.encoders:EFFICIENTNET_LITE2_STAGES"),
 }
+# Whole libraries of encoders, each a function of what follows the colon and of --grid: `--encoder timm:resnet18.a1_in1k`.
+LIBRARIES = {"timm:NAME": Entry("captioning.timm_encoders:find_timm", (*NAMED, "grid"))}
+LIBRARY_NAME = re.compile(
+    r"timm:(hf-hub:[\w.-]+/[\w.-]+(@[\w.-]+)?|local-dir:[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+|[\w.-]+)"
+)
 DECODERS = {
     "lstm": Entry("captioning.decoders:LSTMDecoder"),
     "attention": Entry(
@@ -47,6 +53,7 @@ LIMITS = {
     "embed_size": 16384,
     "hidden_size": 16384,
     "attention_dim": 16384,
+    "grid": 64,
     "num_layers": 32,
     "fine_tune": 8,
     "beam_size": 1000,
@@ -64,6 +71,26 @@ def load(entry: Entry) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
+def is_encoder(name: str) -> bool:
+    """Return whether an encoder may have this name; whether its library knows it, only the library says."""
+    return name in ENCODERS or LIBRARY_NAME.fullmatch(name) is not None
+
+
+def library_of(name: str) -> str:
+    """Return the key of `LIBRARIES` that an encoder's name belongs to, else the name itself."""
+    return f"{name.partition(':')[0]}:NAME" if ":" in name else name
+
+
+def without_path(encoder: str) -> str:
+    """Return an encoder's name without the path of the folder that it lies in."""
+    return re.sub(r"(?<=^timm:local-dir:).*?([^/\\]*)[/\\]*$", r"\1", encoder)
+
+
+def folder_name(encoder: str) -> str:
+    """Return an encoder's name as a part of directory names, whatever characters it has."""
+    return re.sub(r"[^\w.-]+", "-", without_path(encoder))[:100]
+
+
 def idle_flags(entries: Mapping[str, Entry], name: str) -> set[str]:
     """Return the flags that other entries read and the one of this name does not."""
-    return {flag for entry in entries.values() for flag in entry.flags}.difference(entries[name].flags)
+    return {flag for entry in entries.values() for flag in entry.flags}.difference(entries[library_of(name)].flags)

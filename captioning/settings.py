@@ -12,13 +12,14 @@ import functools
 import importlib.util
 import os
 import sys
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from captioning.flags import CONFIG_NAMES, DATA_MODES, FLAGS, GONE, GROUPS, NOT_CONFIGURABLE, Flag, path, text
 from captioning.io import UserError, first_line, not_installed, read_json
-from captioning.registry import DECODERS, ENCODERS, idle_flags
+from captioning.registry import DECODERS, ENCODERS, LIBRARIES, folder_name, idle_flags
 
 
 class Settings(argparse.Namespace):
@@ -82,7 +83,7 @@ class Settings(argparse.Namespace):
         # Whoever wrote the checkpoint makes no cache elsewhere: only a folder that is a cache already is used.
         caches = cache_folders(saved["feature_cache"])
         if "feature_cache" not in self.explicit and (
-            not caches or any(any(cache.glob(f"{saved['encoder']}-*")) for cache in caches)
+            not caches or any(any(cache.glob(f"{folder_name(saved['encoder'])}-*")) for cache in caches)
         ):
             found["feature_cache"] = saved["feature_cache"]
         tuned = checkpoint["decoding"]
@@ -102,7 +103,7 @@ def cache_folders(text: str) -> list[Path]:
 
 LARGEST_CONFIG = 100_000  # bytes of a YAML file of flags
 PLACES = {"data_dir", "image_dir", "captions_file"}
-KINDS = {"decoder": DECODERS, "encoder": ENCODERS}
+KINDS = {"decoder": DECODERS, "encoder": ChainMap(ENCODERS, LIBRARIES)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -153,9 +154,14 @@ def parse_flags(argv: list[str]) -> Settings:
     """Parse a command line once, with the `--config` or run that it names.
 
     Raises:
-        SystemExit: a mistake in the flags (exit code 2, the message printed), or `--help`.
+        SystemExit: a mistake in the flags (exit code 2, the message printed), `--help`, or `--encoder list`.
         UserError: a file of flags cannot be read.
     """
+    if (pattern := list_pattern(argv)) is not None:
+        from captioning.encoder_list import print_encoders
+
+        print_encoders(pattern)
+        raise SystemExit(0)
     parser = get_parser()
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -197,6 +203,15 @@ def parse_flags(argv: list[str]) -> Settings:
 
     check_flags(settings, error)
     return settings
+
+
+def list_pattern(argv: list[str]) -> str | None:
+    """Return the pattern of `--encoder list [PATTERN]`, None where that is not asked."""
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--encoder=") else [word])]
+    for place, word in enumerate(words):
+        if word == "--encoder" and words[place + 1 : place + 2] == ["list"]:
+            return next((other for other in words[place + 2 : place + 3] if not other.startswith("--")), "")
+    return None
 
 
 def answer_flags(argv: list[str]) -> Settings:

@@ -46,6 +46,7 @@ from captioning.io import (
     write_atomic,
     write_json,
 )
+from captioning.registry import without_path
 from captioning.runs import EXPORTED_WEIGHTS, SCRIPT, decoding
 from captioning.scores import METRIC_NAMES
 
@@ -119,12 +120,13 @@ def write_model(checkpoint: dict[str, Any], folder: Path) -> None:
     write_json(folder / "vocabulary.json", checkpoint["vocabulary"])
     if checkpoint["split"] is not None:
         write_json(folder / "split.json", checkpoint["split"])
+    name = without_path(checkpoint["encoder"]["name"])
     config = {
         "schema": EXPORT_SCHEMA,
         "epoch": checkpoint["epoch"],
-        "encoder": {name: checkpoint["encoder"][name] for name in EXPORTED["encoder"]},
+        "encoder": {key: checkpoint["encoder"][key] for key in EXPORTED["encoder"]} | {"name": name},
         "decoding": checkpoint["decoding"],  # tuned beam size and length penalty, or null
-        "flags": {name: checkpoint["flags"][name] for name in EXPORTED["flags"]},
+        "flags": {key: checkpoint["flags"][key] for key in EXPORTED["flags"]} | {"encoder": name},
         "sha256": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())},
     }
     write_json(folder / "config.json", config)
@@ -160,7 +162,7 @@ def model_card(checkpoint: dict[str, Any], scores: Sequence[Mapping[str, Any]], 
     lines = [
         "---", "pipeline_tag: image-to-text", "library_name: pytorch", "language: en", "license: other",
         "license_name: see-below", "tags: [image-captioning]", "---", "",
-        f"# Image captioner: {flags['decoder']} decoder on {encoder['name']}, trained on {data}", "",
+        f"# Image captioner: {flags['decoder']} decoder on {code(without_path(encoder['name']))}, trained on {data}", "",
         "Writes one English sentence about an image. A frozen encoder gives "
         f"{spec.grid} x {spec.grid} regions of {spec.channels} numbers; {find_decoder(flags['decoder']).description} "
         f"({parameters:,} parameters, {len(checkpoint['vocabulary']):,} words) writes the caption.", "",
@@ -222,7 +224,7 @@ def onnx_card(checkpoint: dict[str, Any], networks: Sequence[OnnxNetwork]) -> li
         "Three networks; R is any number of rows, one image each (for a beam, repeat the image's rows).", "",
         "| file | in | out |", "|---|---|---|",
         *(f"| `{network.file}` | {network.inputs} | {network.outputs} |" for network in networks), "",
-        f"`pixels` is RGB, resized to {spec.image_size} x {spec.image_size} whatever the image's shape. Start with word 1 "
+        f"`pixels` is RGB, resized ({spec.interpolation}) to {spec.image_size} x {spec.image_size} whatever the image's shape. Start with word 1 "
         "(`<SOS>`), feed back the chosen word and each output `next_X` as `X`, stop at word 2 (`<EOS>`) or after "
         f"{flags['max_length']} words; never choose 0, 1 or 3. `vocabulary.json` has the words by number. "
         "Largest differences from PyTorch: "

@@ -31,7 +31,7 @@ from attention_visualization import colours, upsample
 from captioning import __version__
 from captioning.captioner import Captioned, Captioner
 from captioning.dataset import load_caption_set
-from captioning.images import IMAGE_FORMATS, UnreadableImage, load_views, open_image
+from captioning.images import IMAGE_FORMATS, UnreadableImage, open_image
 from captioning.io import UserError, format_bytes, log
 from captioning.modes.caption import json_lines, peak_of
 from captioning.plots import shrunk
@@ -116,7 +116,7 @@ def caption_upload(
     file = io.BytesIO(upload)
     check_upload(file)
     try:
-        pixels = load_views(file, captioner.spec.image_size, captioner.views)
+        pixels = captioner.spec.load_views(file, captioner.views)
         photo = open_image(file, at_least=900) if maps else None
     except UnreadableImage as error:
         raise UnreadableImage("This image is damaged and cannot be opened.") from error

@@ -1,0 +1,102 @@
+"""`--encoder list [PATTERN]`: the encoders by name, with their licences and whether their weights are here."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from captioning import registry
+from captioning.encoders import WEIGHTS_PLACES, EncoderSpec, find_encoder
+from captioning.io import UserError, printable
+
+MOST_DESCRIBED = 20  # matches whose networks are built (without memory for their weights) to say how large they are
+ALSO = "Also: timm:hf-hub:OWNER/NAME, timm:local-dir:FOLDER"
+
+
+def print_encoders(pattern: str) -> None:
+    """Print the encoders whose names match, of the registry and of timm where it is installed.
+
+    Args:
+        pattern: with * and ?, or a part of a name; everything if empty.
+    """
+    wanted = pattern if re.search(r"[*?[]", pattern) else f"*{pattern}*"
+    found: dict[str, Callable[[str], tuple[str, str]]] = dict.fromkeys(registry.ENCODERS, own_facts)
+    try:
+        from captioning.timm_encoders import import_timm
+
+        found |= dict.fromkeys((f"timm:{name}" for name in import_timm().list_models(pretrained=True)), timm_facts)
+    except UserError as error:
+        print(f"Those of timm are not listed: {error}")
+    names = fnmatch.filter(found, wanted)
+    if not names:
+        print(f"No encoder has a name like {printable(pattern)}. {ALSO}")
+        return
+    described = len(names) <= MOST_DESCRIBED
+    rows = [("name", "weights here", *(("parameters", "input", "grid", "kB") if described else ()), "licence")]
+    for name in names:
+        here, licence = found[name](name)
+        rows.append((name, here, *(sizes(name) if described else ()), printable(licence)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for cells in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
+    print(f"\nLicences are printed as timm or the weights' authors state them; nobody checked them. {ALSO}")
+    print(
+        "kB: of an image in the feature cache, with the attention decoder and one view."
+        if described
+        else f"--encoder list PATTERN with at most {MOST_DESCRIBED} matches prints sizes too."
+    )
+
+
+def own_facts(name: str) -> tuple[str, str]:
+    """Return whether the weights of an encoder of the registry are on this machine, and whose they are."""
+    spec = find_encoder(name)
+    places = (*WEIGHTS_PLACES, Path(torch.hub.get_dir()) / "checkpoints")
+    here = any((place / file).is_file() for place in places for file in torchvision_files(spec))
+    return "yes" if here or packaged_weights(spec) else "no", spec.terms
+
+
+def timm_facts(name: str) -> tuple[str, str]:
+    """Return whether the weights of a model of timm's are in the hub's cache on this machine, and their licence."""
+    from timm.models import get_pretrained_cfg
+
+    from captioning.timm_encoders import WEIGHTS_FILES, hub_file
+
+    config = get_pretrained_cfg(name.partition(":")[2])
+    here = config and config.hf_hub_id and hub_file(config.hf_hub_id, WEIGHTS_FILES, download=False)
+    return "yes" if here else "no", (config and config.license) or "none stated"
+
+
+def torchvision_files(spec: EncoderSpec) -> tuple[str, ...]:
+    files: tuple[str, ...] = getattr(spec, "files", ())
+    return files
+
+
+def packaged_weights(spec: EncoderSpec) -> Path | None:
+    """Return the file of weights that are a package, None where it is not installed or they are torchvision's."""
+    try:
+        return None if torchvision_files(spec) else spec.locate_weights(None, None)[0]
+    except UserError:
+        return None
+
+
+def sizes(name: str) -> tuple[str, str, str, str]:
+    """Return an encoder's parameters, input, grid with channels, and kB an image; empty where it has no grid."""
+    try:
+        spec = find_encoder(name)
+    except UserError:
+        return "", "", "none", ""
+    parameters = getattr(spec, "parameters", 0)
+    if not parameters:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # nothing is copied into tensors without memory
+            weights = packaged_weights(spec)
+            stages = spec.load_stages(weights) if weights or torchvision_files(spec) else []
+        parameters = sum(value.numel() for stage in stages for value in stage.parameters())
+    millions = f"{parameters / 1e6:.1f} M" if parameters else ""
+    kilobytes = f"{2 * spec.regions * spec.channels / 1000:.0f}"
+    return millions, str(spec.image_size), f"{spec.grid} x {spec.grid} x {spec.channels}", kilobytes

