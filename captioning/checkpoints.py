@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from captioning import registry
 from captioning.decoders import Decoder, build_decoder
 from captioning.encoders import find_encoder
+from captioning.flags import FLAGS
 from captioning.io import (
     CONTROL_CHARACTERS,
     UserError,
@@ -27,7 +28,7 @@ from captioning.io import (
     read_json,
     write_atomic,
 )
-from captioning.registry import LIMITS
+from captioning.registry import LIMITS, size_problem
 from captioning.splits import is_stored, upgrade_split
 from captioning.tensor_files import read_tensors
 
@@ -76,6 +77,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if checkpoint["schema"] < 4:
         checkpoint["split"] = upgrade_split(checkpoint.get("split"))
     checkpoint["schema"] = SCHEMA
+    add_later_flags(checkpoint)
     require_form(checkpoint, CHECKPOINT, path)
     if checkpoint["decoding"] is None:
         checkpoint["decoding"] = tuned_decoding(path, checkpoint["epoch"])
@@ -99,6 +101,12 @@ def upgrade_from_2(checkpoint: dict[str, Any]) -> None:
         checkpoint["progress"].setdefault("reward_sum", 0.0)
     if isinstance(checkpoint["flags"], dict):
         checkpoint["flags"] = {"views": "whole", "weight_decay": 0.01} | checkpoint["flags"]
+
+
+def add_later_flags(checkpoint: Any) -> None:
+    """Add flags that came within a schema, as they are without effect on the decoders of before."""
+    if isinstance(checkpoint, dict) and isinstance(checkpoint.get("flags"), dict):
+        checkpoint["flags"] = {"num_heads": FLAGS["num_heads"].default} | checkpoint["flags"]
 
 
 def tuned_decoding(path: Path, epoch: int) -> Any:
@@ -133,6 +141,7 @@ def load_exported(path: Path) -> dict[str, Any]:
 
     place = path.with_name("config.json")
     config = read_exported_json(place)
+    add_later_flags(config)
     require_form(config, EXPORTED, place)
     if config["schema"] != EXPORT_SCHEMA:
         raise UserError(f"{place} has schema {config['schema']}, this program reads {EXPORT_SCHEMA}")
@@ -273,7 +282,7 @@ CHECKPOINT: dict[str, Any] = {
     "flags": {
         "decoder": DECODER, "encoder": ENCODER, "dataset_type": one_of("flickr8k", "flickr30k", "coco", "custom", "demo"),
         "embed_size": size("embed_size"), "hidden_size": size("hidden_size"), "num_layers": size("num_layers"),
-        "attention_dim": size("attention_dim"), "freq_threshold": size("freq_threshold"), "max_length": size("max_length"),
+        "num_heads": size("num_heads"), "attention_dim": size("attention_dim"), "freq_threshold": size("freq_threshold"), "max_length": size("max_length"),
         "batch_size": size("batch_size"), "seed": whole(0, LIMITS["seed"]),
         "drop_prob": real(0, 0.95), "grad_clip": real(0, 1e30), "label_smoothing": real(0, 0.9),
         "attention_reg": real(0, 1e30), "learning_rate": real(0, 1e30), "feature_cache": TEXT,
@@ -355,6 +364,8 @@ def check_architecture(checkpoint: dict[str, Any], path: Path) -> Decoder:
     flags, weights, encoder = checkpoint["flags"], checkpoint["decoder"], checkpoint["encoder"]
     if flags["decoder"] != checkpoint["decoder_type"] or flags["encoder"] != encoder["name"]:
         raise malformed(path, "its flags name another decoder or encoder than it holds")
+    if problem := size_problem(flags):
+        raise malformed(path, problem)
     spec = find_encoder(encoder["name"])
     if encoder["transform"] != spec.transform:
         raise malformed(path, f"encoder.transform is not {spec.transform}, that of {spec.name}")

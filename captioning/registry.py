@@ -16,9 +16,11 @@ class Entry(NamedTuple):
 
     target: str  # "module:ATTRIBUTE": an instance of EncoderSpec, or a subclass of Decoder
     flags: tuple[str, ...] = ()  # flags that only such entries read
+    defaults: Mapping[str, Any] = {}  # of flags, where they differ from those of captioning/flags.py
 
 
 NAMED = ("resnet_weights",)  # the user may name the file of the weights
+ATTENDS = ("attention_reg", "save_attention_viz")  # of every decoder with attention
 ENCODERS = {
     "resnet50": Entry("captioning.encoders:RESNET50", NAMED),
     "resnet101": Entry("captioning.encoders:RESNET101", NAMED),
@@ -34,10 +36,12 @@ ENCODERS = {
     "efficientnet_lite2_stages": Entry("captioning.encoders:EFFICIENTNET_LITE2_STAGES"),
 }
 DECODERS = {
-    "lstm": Entry("captioning.decoders:LSTMDecoder"),
-    "attention": Entry(
-        "captioning.decoders:AttentionDecoder", ("attention_dim", "attention_reg", "save_attention_viz")
+    "lstm": Entry("captioning.decoders:LSTMDecoder", ("num_layers",)),
+    "attention": Entry("captioning.decoders:AttentionDecoder", ("num_layers", "attention_dim", *ATTENDS)),
+    "show_attend_tell": Entry(
+        "captioning.show_attend_tell:ShowAttendTellDecoder", ("attention_dim", *ATTENDS), {"attention_reg": 1.0}
     ),
+    "transformer": Entry("captioning.transformer:TransformerDecoder", ("num_layers", "num_heads", *ATTENDS)),
 }
 
 # The largest values that the parser and the reader of checkpoints take: what needs more memory or time than any
@@ -48,6 +52,7 @@ LIMITS = {
     "hidden_size": 16384,
     "attention_dim": 16384,
     "num_layers": 32,
+    "num_heads": 128,
     "beam_size": 1000,
     "batch_size": 1_000_000,
     "epochs": 100_000,
@@ -66,3 +71,11 @@ def load(entry: Entry) -> Any:
 def idle_flags(entries: Mapping[str, Entry], name: str) -> set[str]:
     """Return the flags that other entries read and the one of this name does not."""
     return {flag for entry in entries.values() for flag in entry.flags}.difference(entries[name].flags)
+
+
+def size_problem(flags: Mapping[str, Any]) -> str | None:
+    """Say why no decoder can be built in the sizes of these flags; None where it can."""
+    size, heads = flags["embed_size"], flags["num_heads"]
+    if "num_heads" in DECODERS[flags["decoder"]].flags and size % heads:
+        return f"--embed_size {size} cannot be divided among --num_heads {heads}: give a multiple"
+    return None
