@@ -35,7 +35,11 @@ def features_for(kind, images):
     """Images that differ as a whole, and whose regions differ from each other."""
     generator = torch.Generator().manual_seed(1)
     means = 2 * torch.randn(images, 8, generator=generator)
-    return means if not find_decoder(kind).uses_grid else means.unsqueeze(1) + torch.randn(images, 49, 8, generator=generator)
+    return (
+        means
+        if not find_decoder(kind).uses_grid
+        else means.unsqueeze(1) + torch.randn(images, 49, 8, generator=generator)
+    )
 
 
 @pytest.fixture
@@ -184,6 +188,20 @@ def test_the_transformer_is_pytorchs(batch):
     expected = decoder.norm(x)[made.token_row, time]
     torch.testing.assert_close(output.hidden_out, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(output.alphas, alphas[made.token_row, time], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_the_loss_in_low_precision_is_that_of_float32_within_its_rounding(kind, dtype, batch):
+    vocabulary, made, _ = batch
+    decoder, features = tiny_decoder(kind, len(vocabulary)), features_for(kind, 20)[made.images]
+    losses = []
+    for low in (False, True):
+        with torch.autocast("cpu", dtype, enabled=low):
+            losses.append(decoder.cross_entropy(decoder(features, made).hidden_out, made.targets))
+    losses[1].backward()
+    torch.testing.assert_close(*losses, rtol=5e-3, atol=0)
+    assert all(each.grad.dtype == torch.float32 and each.grad.isfinite().all() for each in decoder.parameters())
 
 
 @pytest.mark.parametrize("kind", KINDS)
