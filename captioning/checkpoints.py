@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from captioning import registry
 from captioning.decoders import Decoder, build_decoder
 from captioning.encoders import encoder_of
+from captioning.flags import FLAGS
 from captioning.io import (
     CONTROL_CHARACTERS,
     UserError,
@@ -27,7 +28,7 @@ from captioning.io import (
     read_json,
     write_atomic,
 )
-from captioning.registry import LIMITS
+from captioning.registry import LIMITS, size_problem
 from captioning.splits import is_stored, upgrade_split
 from captioning.tensor_files import read_tensors
 
@@ -105,7 +106,7 @@ def upgrade_from_2(checkpoint: dict[str, Any]) -> None:
 def add_later_flags(checkpoint: Any) -> None:
     """Add the flags that came within a schema, each with the value that changes nothing."""
     if isinstance(checkpoint, dict) and isinstance(checkpoint.get("flags"), dict):
-        checkpoint["flags"] = {"feature_type": "float16", "fine_tune": 0, "grid": None} | checkpoint["flags"]
+        checkpoint["flags"] = {"feature_type": "float16", "fine_tune": 0, "grid": None, "num_heads": FLAGS["num_heads"].default} | checkpoint["flags"]
 
 
 def tuned_decoding(path: Path, epoch: int) -> Any:
@@ -281,7 +282,7 @@ CHECKPOINT: dict[str, Any] = {
     "flags": {
         "decoder": DECODER, "encoder": ENCODER, "dataset_type": one_of("flickr8k", "flickr30k", "coco", "custom", "demo"),
         "fine_tune": whole(0, LIMITS["fine_tune"]), "embed_size": size("embed_size"), "hidden_size": size("hidden_size"), "num_layers": size("num_layers"),
-        "attention_dim": size("attention_dim"), "grid": OrNone(size("grid")), "freq_threshold": size("freq_threshold"), "max_length": size("max_length"),
+        "num_heads": size("num_heads"), "attention_dim": size("num_heads": size("num_heads"), "attention_dim"), "grid": OrNone(size("grid")), "freq_threshold": size("freq_threshold"), "max_length": size("max_length"),
         "batch_size": size("batch_size"), "seed": whole(0, LIMITS["seed"]),
         "drop_prob": real(0, 0.95), "grad_clip": real(0, 1e30), "label_smoothing": real(0, 0.9),
         "attention_reg": real(0, 1e30), "learning_rate": real(0, 1e30), "feature_cache": TEXT,
@@ -363,6 +364,8 @@ def check_architecture(checkpoint: dict[str, Any], path: Path) -> Decoder:
     flags, weights, encoder = checkpoint["flags"], checkpoint["decoder"], checkpoint["encoder"]
     if flags["decoder"] != checkpoint["decoder_type"] or flags["encoder"] != encoder["name"]:
         raise malformed(path, "its flags name another decoder or encoder than it holds")
+    if problem := size_problem(flags):
+        raise malformed(path, problem)
     try:
         spec = encoder_of(flags)
     except UserError as error:

@@ -39,7 +39,8 @@ class DecoderState(Protocol):
 
     A row is a caption in progress. `Decoder.begin` gives one row per image; the rows of an image stay next to each
     other, and every image has equally many. A tensor is either of rows or of images. What the rows of an
-    image share (its regions, say) should be of images, so that a beam does not repeat it.
+    image share (its regions, say) should be of images, so that a beam does not repeat it. An axis may be as long as
+    there are words so far: `step` then adds one, and export finds it by that.
     """
 
     def select_rows(self, rows: torch.Tensor) -> Self:

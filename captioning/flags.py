@@ -74,6 +74,11 @@ def size(name: str) -> Callable[[str], Any]:
     return number(int, 1, LIMITS[name])
 
 
+def read_by(name: str) -> str:
+    """Return which decoders read a flag, for its help."""
+    return f" (decoder {' or '.join(decoder for decoder, entry in DECODERS.items() if name in entry.flags)})"
+
+
 # --------------------------------------------------------------------------------------------------
 # The table
 
@@ -123,7 +128,8 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
     "basic": (
         Flag("dataset_type", "custom is your own folder, demo the drawn set of download_datasets.py", str, "flickr30k",
             ("flickr8k", "flickr30k", "coco", "custom", "demo"), modes=DATA_MODES, checkpoint="fixed"),
-        Flag("decoder", "attention is better and shows where it looks", str, "lstm", tuple(DECODERS), modes=DATA_MODES,
+        Flag("decoder", "attention is better than lstm and shows where it looks, transformer too; show_attend_tell is the paper's, and "
+            "slow", str, "lstm", tuple(DECODERS), modes=DATA_MODES,
             checkpoint="fixed"),
         Flag("epochs", "epochs to train; with --model_path, epochs more", number(int, 0, LIMITS["epochs"]), 10,
             modes=("train",)),
@@ -166,10 +172,13 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             text, resume=True),
         Flag("embed_size", "size of word and image embeddings", size("embed_size"), 512, modes=DATA_MODES,
             checkpoint="fixed"),
-        Flag("hidden_size", "LSTM size; 512 with one layer suits Flickr8k and a laptop", size("hidden_size"), 1024,
+        Flag("hidden_size", "LSTM size, 512 with one layer suits Flickr8k and a laptop; of a transformer, whose width is "
+            "--embed_size, the size within its feed-forward layers", size("hidden_size"), 1024,
             modes=DATA_MODES, checkpoint="fixed"),
-        Flag("num_layers", "LSTM layers", size("num_layers"), 3, modes=DATA_MODES, checkpoint="fixed"),
-        Flag("attention_dim", "size of queries and keys (attention decoder)", size("attention_dim"), 512,
+        Flag("num_layers", f"layers{read_by('num_layers')}", size("num_layers"), 3, modes=DATA_MODES, checkpoint="fixed"),
+        Flag("num_heads", f"attention heads{read_by('num_heads')}", size("num_heads"), 8, modes=DATA_MODES,
+            checkpoint="fixed"),
+        Flag("attention_dim", f"size of queries and keys{read_by('attention_dim')}", size("attention_dim"), 512,
             modes=DATA_MODES, checkpoint="fixed"),
         Flag("drop_prob", "dropout; more for small data sets", number(float, 0, 0.95), 0.3, modes=("train",),
             checkpoint="train"),
@@ -187,7 +196,8 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("weight_decay", "of AdamW", weight, 0.01, modes=("train",), checkpoint="train"),
         Flag("label_smoothing", "of the training loss; 0.1 helps long runs", number(float, 0, 0.9), 0.0,
             modes=("train",), checkpoint="train"),
-        Flag("attention_reg", "weight of Show-Attend-and-Tell's doubly stochastic term (attention decoder)", weight, 0.0,
+        Flag("attention_reg", "weight of Show-Attend-and-Tell's doubly stochastic term; 1 with show_attend_tell unless given"
+            f"{read_by('attention_reg')}", weight, 0.0,
             modes=("train",), checkpoint="train"),
         Flag("best_metric", "what picks best.pt: CIDEr keeps rising after the loss has turned", str, "cider",
             ("cider", "bleu4", "val_loss"), modes=("train",), checkpoint="train"),
@@ -247,7 +257,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             modes=("serve",), parameter=False),
     ),
     "attention visualization": (
-        Flag("save_attention_viz", "save attention pictures (attention decoder)", modes=(*DATA_MODES, "caption"),
+        Flag("save_attention_viz", f"save attention pictures{read_by('save_attention_viz')}", modes=(*DATA_MODES, "caption"),
             parameter=False),
         Flag("attention_viz_samples", "how many test images to draw", count, 3, modes=DATA_MODES,
             needs="save_attention_viz", parameter=False),

@@ -17,9 +17,11 @@ class Entry(NamedTuple):
 
     target: str  # "module:ATTRIBUTE": an instance of EncoderSpec, or a subclass of Decoder
     flags: tuple[str, ...] = ()  # flags that only such entries read
+    defaults: Mapping[str, Any] = {}  # of flags, where they differ from those of captioning/flags.py
 
 
 NAMED = ("resnet_weights",)  # the user may name the file of the weights
+ATTENDS = ("attention_reg", "save_attention_viz")  # of every decoder with attention
 ENCODERS = {
     "resnet50": Entry("captioning.encoders:RESNET50", NAMED),
     "resnet101": Entry("captioning.encoders:RESNET101", NAMED),
@@ -40,10 +42,12 @@ LIBRARY_NAME = re.compile(
     r"timm:(hf-hub:[\w.-]+/[\w.-]+(@[\w.-]+)?|local-dir:[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+|[\w.-]+)"
 )
 DECODERS = {
-    "lstm": Entry("captioning.decoders:LSTMDecoder"),
-    "attention": Entry(
-        "captioning.decoders:AttentionDecoder", ("attention_dim", "attention_reg", "save_attention_viz")
+    "lstm": Entry("captioning.decoders:LSTMDecoder", ("num_layers",)),
+    "attention": Entry("captioning.decoders:AttentionDecoder", ("num_layers", "attention_dim", *ATTENDS)),
+    "show_attend_tell": Entry(
+        "captioning.show_attend_tell:ShowAttendTellDecoder", ("attention_dim", *ATTENDS), {"attention_reg": 1.0}
     ),
+    "transformer": Entry("captioning.transformer:TransformerDecoder", ("num_layers", "num_heads", *ATTENDS)),
 }
 
 # The largest values that the parser and the reader of checkpoints take: what needs more memory or time than any
@@ -56,6 +60,7 @@ LIMITS = {
     "grid": 64,
     "num_layers": 32,
     "fine_tune": 8,
+    "num_heads": 128,
     "beam_size": 1000,
     "batch_size": 1_000_000,
     "epochs": 100_000,
@@ -94,3 +99,11 @@ def folder_name(encoder: str) -> str:
 def idle_flags(entries: Mapping[str, Entry], name: str) -> set[str]:
     """Return the flags that other entries read and the one of this name does not."""
     return {flag for entry in entries.values() for flag in entry.flags}.difference(entries[library_of(name)].flags)
+
+
+def size_problem(flags: Mapping[str, Any]) -> str | None:
+    """Say why no decoder can be built in the sizes of these flags; None where it can."""
+    size, heads = flags["embed_size"], flags["num_heads"]
+    if "num_heads" in DECODERS[flags["decoder"]].flags and size % heads:
+        return f"--embed_size {size} cannot be divided among --num_heads {heads}: give a multiple"
+    return None

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from captioning.flags import CONFIG_NAMES, DATA_MODES, FLAGS, GONE, GROUPS, NOT_CONFIGURABLE, Flag, path, text
 from captioning.io import UserError, first_line, not_installed, read_json
-from captioning.registry import DECODERS, ENCODERS, LIBRARIES, folder_name, idle_flags
+from captioning.registry import DECODERS, ENCODERS, LIBRARIES, folder_name, idle_flags, size_problem
 
 
 class Settings(argparse.Namespace):
@@ -167,7 +167,7 @@ def parse_flags(argv: list[str]) -> Settings:
     if unknown:
         refuse_unknown(parser, unknown[0])
     typed = vars(namespace)
-    defaults = {name: False if flag.switch else flag.default for name, flag in FLAGS.items()}
+    defaults: dict[str, Any] = {name: False if flag.switch else flag.default for name, flag in FLAGS.items()}
     config: dict[str, Any] = {}
     explicit = set(typed)
     if "resume" in typed:
@@ -192,6 +192,8 @@ def parse_flags(argv: list[str]) -> Settings:
         explicit -= {
             name for name in given - set(typed) if mode not in FLAGS[name].modes and "train" in FLAGS[name].modes
         }
+    for kind, entries in KINDS.items():
+        defaults |= entries[(defaults | config | typed)[kind]].defaults
     values = defaults | config | typed
     if values["quiet"] and values["verbose"] and len({"quiet", "verbose"} & set(typed)) == 1:  # it wins over a file
         values |= {"quiet": "quiet" in typed, "verbose": "verbose" in typed}
@@ -381,6 +383,8 @@ def check_flags(settings: Settings, error: Callable[[str], Any]) -> None:
     if args.feature_cache == "off" and "features_on_device" in explicit and args.features_on_device == "on":
         error("--features_on_device has no effect with --feature_cache off")
     check_modes(args, error)
+    if not from_checkpoint and (problem := size_problem(args.values())):
+        error(problem)
     if mode == "train":
         check_training(args, error)
     else:

@@ -101,7 +101,7 @@ def picture(value: bytes, folder: Path) -> bool:
 def sound_checkpoint(name: str = "attention") -> dict[str, Any]:
     """A small checkpoint as training writes it, after one step of AdamW."""
     torch.manual_seed(0)
-    sizes = {"embed_size": 3, "hidden_size": 2, "num_layers": 1, "attention_dim": 2, "epochs": 1}
+    sizes = {"embed_size": 3, "hidden_size": 2, "num_layers": 1, "attention_dim": 2, "num_heads": 1, "epochs": 1}
     flags = parse_flags([]).with_values(decoder=name, precision="fp32", **sizes).stored()
     words = ["<PAD>", "<SOS>", "<EOS>", "<UNK>", "a", "dog"]
     decoder = build_decoder(flags, len(words), find_encoder("resnet50"))

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
-from captioning import captioner
+from captioning import encoders
 from captioning.captioner import Captioner
 from captioning.decoding import beam_search
 from captioning.images import load_views
@@ -224,7 +224,7 @@ def test_a_folder_that_leads_back_to_itself_ends(photos):
 
 def test_images_are_read_a_batch_ahead_and_no_more(tiny_runs, monkeypatch):
     read = []
-    monkeypatch.setattr(captioner, "ENCODE_BATCH", 4)
+    monkeypatch.setattr("captioning.captioner.ENCODE_BATCH", 4)
     monkeypatch.setattr(encoders, "load_views", lambda path, *how: read.append(path) or load_views(path, *how))
     results = Captioner(tiny_runs["lstm"]).caption(list(images_below(str(tiny_runs["data"]), [])), 1, 0.7)
     next(results)

@@ -10,7 +10,9 @@ from fuzz_targets import sound_checkpoint
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from captioning.captioner import Captioner
 from captioning.checkpoints import CheckpointSaver, load_checkpoint, save_checkpoint
+from captioning.decoders import find_decoder
 from captioning.io import UserError
+from captioning.registry import DECODERS
 
 
 def names(folder: Path) -> set[str]:
@@ -62,17 +64,27 @@ def test_a_first_checkpoint_that_nobody_could_read_stops_the_run(tmp_path):
         CheckpointSaver(tmp_path).save_last(checkpoint)
 
 
-@pytest.mark.parametrize("decoder", ["lstm", "attention"])
+@pytest.mark.parametrize("decoder", DECODERS)
 def test_flags_without_effect_on_a_checkpoint_are_refused(decoder):
     for flags in (["--save_attention_viz"], ["--attention_reg", "1"], ["--resnet_weights", "x.pth"]):
         mode = "train" if "--attention_reg" in flags else "test"
         settings = trainer.parse_flags(["--mode", mode, "--model_path", "x", *flags])
         checkpoint = sound_checkpoint(decoder)
-        if decoder == "attention" or "--resnet_weights" in flags:
+        if find_decoder(decoder).has_attention or "--resnet_weights" in flags:
             settings.with_checkpoint(checkpoint, Path("x"))
         else:
             with pytest.raises(UserError, match=f"{flags[0]} has no effect with x, whose decoder is lstm"):
                 settings.with_checkpoint(checkpoint, Path("x"))
+
+
+def test_checkpoints_of_before_a_flag_are_read(tmp_path):
+    """Of schema 4 there are checkpoints without `num_heads`."""
+    checkpoint = sound_checkpoint() | {"flags": sound_checkpoint()["flags"].copy()}
+    del checkpoint["flags"]["num_heads"]
+    save_checkpoint(tmp_path / "best.pt", checkpoint)
+    read = load_checkpoint(tmp_path / "best.pt")
+    settings = trainer.parse_flags(["--mode", "test", "--model_path", "x"]).with_checkpoint(read, Path("x"))
+    assert settings.num_heads == 8
 
 
 def test_a_path_in_a_checkpoint_is_not_followed(tmp_path, monkeypatch):

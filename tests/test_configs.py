@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
+from captioning.registry import DECODERS
 
 CONFIGS = Path(trainer.__file__).parent / "configs"
 RECIPES = sorted(CONFIGS.glob("flickr*.yaml"))
@@ -17,6 +18,7 @@ def test_there_is_a_recipe_for_both_sets_and_decoders_on_both_machines():
         for kind in ("lstm", "attention")
         for place in ("cpu", "gpu")
     }
+    wanted |= {f"flickr8k_{kind}_cpu" for kind in DECODERS}
     assert {path.stem for path in RECIPES} == wanted
 
 
@@ -24,7 +26,8 @@ def test_there_is_a_recipe_for_both_sets_and_decoders_on_both_machines():
 def test_a_recipe_is_what_its_name_says(path):
     args = trainer.parse_flags(["--config", str(path)])
     encoder = {"cpu": "efficientnet_lite0_stages", "gpu": "resnet50"}
-    data, decoder, place = path.stem.split("_")
+    data, _, rest = path.stem.partition("_")
+    decoder, _, place = rest.rpartition("_")
     assert (args.dataset_type, args.decoder, args.encoder) == (data, decoder, encoder[place])
     assert f"--config configs/{path.name}" in path.read_text()
     assert args.warmup_epochs < args.epochs and args.views == "all"

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from captioning import encoders, registry
 from captioning.checkpoints import load_checkpoint, save_checkpoint
+from captioning.decoders import find_decoder
 from captioning.io import UserError
 from captioning.modes import export as export_model
 
@@ -34,7 +35,7 @@ def exported(folder: Path, name: str = "attention") -> Path:
     return folder / "model"
 
 
-@pytest.mark.parametrize("name", ["lstm", "attention"])
+@pytest.mark.parametrize("name", registry.DECODERS)
 def test_what_is_read_back_is_what_was_exported(tmp_path, name):
     model = exported(tmp_path, name)
     assert {file.name for file in model.iterdir()} == {
@@ -222,21 +223,31 @@ class TinySpec(encoders.EncoderSpec):
 TINY = TinySpec("resnet50", 4, (0.0,) * 3, (255.0,) * 3, image_size=56)
 
 
-@pytest.mark.skipif(not ONNX, reason="requirements-export.txt is not installed")
-@pytest.mark.parametrize("name", ["lstm", "attention"])
-def test_onnx_of_the_decoder_says_what_pytorch_says(tmp_path, monkeypatch, name):
+def onnx_checkpoint(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> Path:
+    """A checkpoint on the small encoder, in `folder`/run."""
     monkeypatch.setitem(registry.ENCODERS, "resnet50", registry.Entry("test_export:TINY"))
     checkpoint = sound_checkpoint.__wrapped__(name)
     checkpoint["encoder"]["transform"] = TINY.transform
-    (tmp_path / "run").mkdir()
-    path = tmp_path / "run" / "best.pt"
-    save_checkpoint(path, checkpoint)
+    (folder / "run").mkdir()
+    save_checkpoint(folder / "run" / "best.pt", checkpoint)
+    return folder / "run" / "best.pt"
+
+
+@pytest.mark.skipif(not ONNX, reason="requirements-export.txt is not installed")
+@pytest.mark.parametrize("name", registry.DECODERS)
+def test_onnx_of_the_decoder_says_what_pytorch_says(tmp_path, monkeypatch, name):
+    path = onnx_checkpoint(tmp_path, monkeypatch, name)
     export_model.export(load_checkpoint(path), path, tmp_path / "model", True, None)
     card = (tmp_path / "model" / "README.md").read_text()
     assert "| `encoder.onnx` | `pixels` uint8 (R, 3, 56, 56) | `features` (R, 49, 4) |" in card
-    assert "`words` int64 (R), `hidden` (1, R, 2), `cell` (1, R, 2), `regions` (R, " in card
-    assert "`log_probabilities` (R, 6), `next_hidden` (1, R, 2), `next_cell` (1, R, 2)" in card
-    assert ("`attention` (R, 49)" in card) == ("`keys` (R, 49, 2)" in card) == (name == "attention")
+    if name == "transformer":
+        assert "`words` int64 (R), `past` (1, R, T, 6), `regions` (1, R, 49, 6)" in card
+        assert "`log_probabilities` (R, 6), `next_past` (1, R, T + 1, 6)" in card
+    else:
+        assert "`words` int64 (R), `hidden` (1, R, 2), `cell` (1, R, 2), `regions` (R, " in card
+        assert "`log_probabilities` (R, 6), `next_hidden` (1, R, 2), `next_cell` (1, R, 2)" in card
+        assert ("`keys` (R, 49, 2)" in card) == find_decoder(name).has_attention
+    assert ("`attention` (R, 49)" in card) == find_decoder(name).has_attention
 
     import onnxruntime
 
@@ -249,10 +260,16 @@ def test_onnx_of_the_decoder_says_what_pytorch_says(tmp_path, monkeypatch, name)
     assert load_checkpoint(tmp_path / "model" / "model.safetensors")["epoch"] == 1
     with pytest.raises(UserError, match="trained on resnet50 weights 0676ba61, but those here are ffffffff"):
         export_model.export(load_checkpoint(path), path, tmp_path / "other", True, "other")
-    monkeypatch.setattr(export_model, "compare", lambda *_: float("nan"))
-    with pytest.raises(UserError, match="differs from PyTorch"):
-        export_model.export(load_checkpoint(path), path, tmp_path / "other", True, None)
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["model", "run"]
+
+
+@pytest.mark.skipif(not ONNX, reason="requirements-export.txt is not installed")
+def test_a_network_that_differs_once_is_refused(tmp_path, monkeypatch):
+    path = onnx_checkpoint(tmp_path, monkeypatch, "lstm")
+    differences = iter([0.0, 0.0, 0.0, 0.0, 0.0, float("nan")])  # of the encoder, of begin, of four words
+    monkeypatch.setattr(export_model, "compare", lambda *_: next(differences))
+    with pytest.raises(UserError, match="decoder_step.onnx differs from PyTorch by nan"):
+        export_model.export(load_checkpoint(path), path, tmp_path / "model", True, None)
+    assert [each.name for each in tmp_path.iterdir()] == ["run"]
 
 
 @pytest.mark.skipif(not ONNX, reason="requirements-export.txt is not installed")
@@ -263,5 +280,5 @@ def test_a_network_for_one_number_of_rows_is_refused(tmp_path):
         def forward(self, features: torch.Tensor) -> torch.Tensor:
             return features.view(len(features), 2, 2)
 
-    with pytest.raises(UserError, match="fixed.onnx takes one number of rows only"):
-        export_model.to_onnx(Fixed(), {"x": torch.zeros(3, 4)}, {"x": 0}, ["y"], tmp_path / "fixed.onnx")
+    with pytest.raises(UserError, match="fixed.onnx takes one number of rows or words only"):
+        export_model.to_onnx(Fixed(), {"x": torch.zeros(3, 4)}, {"x": {0: "R"}}, ["y"], tmp_path / "fixed.onnx")

@@ -15,17 +15,19 @@ from torch.nn.utils.rnn import PackedSequence
 from captioning import encoders, registry
 from captioning.batches import BatchMaker
 from captioning.dataset import build_vocabulary, load_caption_set
-from captioning.decoders import Decoder, DecoderOutput, LSTMState, build_decoder
+from captioning.decoders import Decoder, DecoderOutput, LSTMState, build_decoder, count_parameters, find_decoder
 from captioning.decoding import beam_search
 from captioning.encoders import RANDOM_HASH, EfficientNetLiteSpec, Encoder, EncoderSpec, TorchvisionSpec, find_encoder
 from captioning.io import UserError
 
-KINDS = ("lstm", "attention")
+KINDS = tuple(registry.DECODERS)
+ATTENDING = tuple(kind for kind in KINDS if find_decoder(kind).has_attention)
 
 
 def tiny_decoder(kind, words=30, layers=2, drop=0.0, attention=16):
     torch.manual_seed(0)
     sizes = {"embed_size": 24, "hidden_size": 32, "num_layers": layers, "drop_prob": drop, "attention_dim": attention}
+    sizes |= {"num_heads": 3, "max_length": 40}
     return build_decoder({"decoder": kind, **sizes}, words, EncoderSpec("eight", 8, (0.0,) * 3, (1.0,) * 3))
 
 
@@ -33,7 +35,11 @@ def features_for(kind, images):
     """Images that differ as a whole, and whose regions differ from each other."""
     generator = torch.Generator().manual_seed(1)
     means = 2 * torch.randn(images, 8, generator=generator)
-    return means if kind == "lstm" else means.unsqueeze(1) + torch.randn(images, 49, 8, generator=generator)
+    return (
+        means
+        if not find_decoder(kind).uses_grid
+        else means.unsqueeze(1) + torch.randn(images, 49, 8, generator=generator)
+    )
 
 
 @pytest.fixture
@@ -87,15 +93,16 @@ def test_thirty_two_memorised_captions_all_come_back(kind, tmp_path):
         assert said == [data.references(image)[0] for image in images]
 
 
-def test_attention_sums_to_one_differs_and_has_gradients(batch):
+@pytest.mark.parametrize("kind", ATTENDING)
+def test_attention_sums_to_one_differs_and_has_gradients(kind, batch):
     """Defect 2."""
     vocabulary, made, _ = batch
-    decoder = tiny_decoder("attention", len(vocabulary))
-    output = decoder(features_for("attention", 20)[made.images], made)
+    decoder = tiny_decoder(kind, len(vocabulary))
+    output = decoder(features_for(kind, 20)[made.images], made)
     torch.testing.assert_close(output.alphas.sum(1), torch.ones(len(made.targets)))
     assert output.alphas.std() > 0
     decoder.cross_entropy(output.hidden_out, made.targets).backward()
-    assert decoder.key.weight.grad.abs().max() > 0 and decoder.query.weight.grad.abs().max() > 0
+    assert all(parameter.grad.abs().max() > 0 for parameter in decoder.parameters())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -110,6 +117,100 @@ def test_teacher_forcing_is_the_step_by_step_decoder(kind, batch):
     for token in (made.token_row == row).nonzero().flatten():
         state, output = decoder.step(state, made.inputs[token : token + 1])
         torch.testing.assert_close(output.hidden_out[0], together[token], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_output_depends_on_a_later_word(kind, batch):
+    vocabulary, made, _ = batch
+    decoder = tiny_decoder(kind, len(vocabulary)).eval()
+    features = features_for(kind, 20)[made.images]
+    before = decoder(features, made).hidden_out
+    start = int(made.batch_sizes[:2].sum())  # of the third words
+    inputs = made.inputs.clone()
+    inputs[start:] = 4 + (inputs[start:] + 1) % (len(vocabulary) - 4)
+    after = decoder(features, made._replace(inputs=inputs)).hidden_out
+    torch.testing.assert_close(before[:start], after[:start])
+    assert not torch.isclose(before[start:], after[start:]).all(1).any()
+
+
+def test_show_attend_tell_is_the_papers_equations(batch):
+    """Caption by caption and region by region, with the names of the paper."""
+    vocabulary, made, _ = batch
+    d = tiny_decoder("show_attend_tell", len(vocabulary)).eval()
+    features = features_for("show_attend_tell", 20)[made.images]
+    output = d(features, made)
+    for row in (0, 7, 31):
+        a = features[made.row_image[row]]  # (49, C)
+        h, c = torch.tanh(d.first_hidden(a.mean(0))), torch.tanh(d.first_cell(a.mean(0)))
+        for token in (made.token_row == row).nonzero().flatten():
+            y = d.embed.weight[made.inputs[token]]
+            e = torch.stack([d.score.weight[0] @ torch.tanh(d.key.weight @ a_i + d.query(h)) for a_i in a])
+            alpha = e.exp() / e.exp().sum()
+            z = torch.sigmoid(d.gate(h)) * sum(weight * a_i for weight, a_i in zip(alpha, a, strict=True))
+            h, c = (each[0] for each in d.lstm(torch.cat([y, z]).unsqueeze(0), (h.unsqueeze(0), c.unsqueeze(0))))
+            p = d.output_weight @ torch.tanh(y + d.output(h) + d.context.weight @ z) + d.output_bias
+            torch.testing.assert_close(d.logits(output.hidden_out[token]), p, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(output.alphas[token], alpha, atol=1e-5, rtol=1e-5)
+
+
+def test_the_transformer_is_pytorchs(batch):
+    """`nn.TransformerDecoderLayer` over padded captions, with the same weights; alphas are `nn.MultiheadAttention`'s."""
+    vocabulary, made, _ = batch
+    decoder = tiny_decoder("transformer", len(vocabulary)).eval()
+    features = features_for("transformer", 20)[made.images]
+    output = decoder(features, made)
+    rows, length = len(made.row_image), len(made.batch_sizes)
+    time = torch.cat([torch.full((int(n),), step) for step, n in enumerate(made.batch_sizes)])
+    words = torch.zeros(rows, length, dtype=torch.long)
+    words[made.token_row, time] = made.inputs
+    x = (decoder.embed(words) + decoder.positions.weight[:length]) * math.sqrt(24)
+    regions = (decoder.image(features) + decoder.places)[made.row_image]
+    causal = torch.nn.Transformer.generate_square_subsequent_mask(length)
+    for number, ours in enumerate(decoder.layers):
+        theirs = torch.nn.TransformerDecoderLayer(24, 3, 32, 0.0, "gelu", batch_first=True, norm_first=True)
+        weights = {}
+        for name, value in ours.state_dict().items():
+            for old, new in (
+                ("self_norm", "norm1"), ("cross_norm", "norm2"), ("inner_norm", "norm3"), ("inner_out", "linear2"),
+                ("inner", "linear1"), ("words.", "self_attn.in_proj_"), ("self_out", "self_attn.out_proj"),
+                ("cross_out", "multihead_attn.out_proj"),
+            ):  # fmt: skip
+                name = name.replace(old, new)
+            weights[name] = value
+        for kind, keys in (("weight", decoder.regions.weight), ("bias", decoder.regions.bias)):
+            parts = [weights.pop(f"query.{kind}"), keys.chunk(2)[number]]
+            weights[f"multihead_attn.in_proj_{kind}"] = torch.cat(parts)
+        theirs.load_state_dict(weights)
+        seen = []
+        theirs.multihead_attn.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given))
+        x = theirs(x, regions, tgt_mask=causal, tgt_is_causal=True)
+        alphas = theirs.multihead_attn(*seen[0])[1]
+    expected = decoder.norm(x)[made.token_row, time]
+    torch.testing.assert_close(output.hidden_out, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output.alphas, alphas[made.token_row, time], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_the_loss_in_low_precision_is_that_of_float32_within_its_rounding(kind, dtype, batch):
+    vocabulary, made, _ = batch
+    decoder, features = tiny_decoder(kind, len(vocabulary)), features_for(kind, 20)[made.images]
+    losses = []
+    for low in (False, True):
+        with torch.autocast("cpu", dtype, enabled=low):
+            losses.append(decoder.cross_entropy(decoder(features, made).hidden_out, made.targets))
+    losses[1].backward()
+    torch.testing.assert_close(*losses, rtol=5e-3, atol=0)
+    assert all(each.grad.dtype == torch.float32 and each.grad.isfinite().all() for each in decoder.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_caption_may_be_longer_than_in_training(kind):
+    """In an ensemble, `--max_length` is the first member's."""
+    decoder, features = tiny_decoder(kind), features_for(kind, 2)
+    decoder.output_bias.data[2] = -100.0  # <EOS>
+    for found in beam_search([(decoder, features)], 1, 50):
+        assert len(found[0].ids) == 50
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -196,8 +297,9 @@ def test_no_phrase_comes_twice_where_that_is_forbidden(beam):
     assert repeats(free[0].ids) and found and not any(repeats(each.ids) for each in found)
 
 
-def test_beam_attention_belongs_to_its_words():
-    decoder, features = tiny_decoder("attention"), features_for("attention", 4)
+@pytest.mark.parametrize("kind", ATTENDING)
+def test_beam_attention_belongs_to_its_words(kind):
+    decoder, features = tiny_decoder(kind), features_for(kind, 4)
     for found, feature in zip(beam_search([(decoder, features)], 3, 8, attention=True), features, strict=True):
         best = found[0]
         assert best.attention.shape == (len(best.ids), 49)
@@ -217,8 +319,10 @@ def test_dropout_layers_and_sizes_are_in_force(kind, batch):
     assert not torch.equal(dropping(features, made).hidden_out, dropping(features, made).hidden_out)
     dropping.eval()
     assert torch.equal(dropping(features, made).hidden_out, dropping(features, made).hidden_out)
-    assert tiny_decoder(kind, layers=3).lstm.num_layers == 3
-    assert tiny_decoder("attention", attention=10).query.out_features == 10
+    changed = {"num_layers": {"layers": 3}, "attention_dim": {"attention": 10}}
+    for flag in changed.keys() & registry.DECODERS[kind].flags:
+        other = tiny_decoder(kind, len(vocabulary), **changed[flag])
+        assert count_parameters(other) != count_parameters(dropping), flag
 
 
 def test_the_encoder_is_frozen_in_eval_mode_for_ever():

@@ -1,5 +1,6 @@
 """Training that was interrupted ends with the weights of training that was not, bit for bit."""
 
+import itertools
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 import training_utils
 from captioning import features as feature_cache
 from captioning.flags import SCHEDULERS
+from captioning.registry import DECODERS
 from captioning.runs import lock_run_directory
 from training_utils import Precision
 
@@ -24,8 +26,8 @@ CASES = [
     ("attention", ["--num_layers", "1", "--attention_reg", "0.5", "--early_stopping", "2"]),
     ("attention", ["--num_layers", "1", "--views", "mirror", "--feature_type", "int8", "--fine_tune", "1"]),
     *(
-        ("attention", ["--num_layers", "1", "--learning_rate", "0.01", "--use_scheduler", "--scheduler_type", kind])
-        for kind in SCHEDULERS
+        (decoder, ["--learning_rate", "0.01", "--use_scheduler", "--scheduler_type", kind])
+        for decoder, kind in zip(itertools.cycle(reversed(DECODERS)), SCHEDULERS, strict=False)
     ),
 ]
 
@@ -90,10 +92,10 @@ def test_a_signal_in_mid_epoch_loses_nothing(here, monkeypatch, capsys, decoder,
     assert_same(only_run("whole"), parts)
 
 
-@pytest.mark.parametrize("decoder", ["lstm", "attention"])
+@pytest.mark.parametrize("decoder", ["lstm", "transformer"])
 def test_self_critical_training_is_resumed_within_its_epoch(here, monkeypatch, decoder):
     """With two views and people's captions in the loss: samples, views and dropout are drawn again as they were."""
-    flags = ["--num_layers", "1", "--epochs", "2", "--scst_epochs", "1", "--scst_ce_weight", "0.2", "--views", "mirror"]
+    flags = ["--epochs", "2", "--scst_epochs", "1", "--scst_ce_weight", "0.2", "--views", "mirror"]
     assert run(here, "whole", decoder, *flags) == 0
     with monkeypatch.context() as patch:
         at_step(patch, 10, lambda: os.kill(os.getpid(), signal.SIGTERM))  # the second of the third epoch

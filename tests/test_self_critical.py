@@ -1,7 +1,6 @@
 """The reward is pycocoevalcap's CIDEr to the last digits; samples are drawn from the decoder's own distribution."""
 
 import argparse
-import math
 import sys
 from pathlib import Path
 
@@ -17,10 +16,12 @@ from captioning.batches import BatchMaker, pack_captions
 from captioning.cider import CiderReward
 from captioning.consensus import Consensus, pick_best, regression_images
 from captioning.dataset import EOS, PAD, SOS, UNK, CaptionSet, Tokens, Vocabulary, build_vocabulary
-from captioning.decoders import AttentionDecoder, LSTMDecoder
+from captioning.decoders import Decoder, build_decoder
 from captioning.decoding import Hypothesis, beam_search, next_words, sample
+from captioning.encoders import EncoderSpec
 from captioning.evaluation import EvalContext
 from captioning.modes.test import by_consensus
+from captioning.registry import DECODERS
 from captioning.scst import SelfCritic
 
 WORDS = [f"w{n}" for n in range(30)]
@@ -204,13 +205,14 @@ def test_of_very_many_images_the_regression_takes_some(data, monkeypatch):
     assert choose(consensus, found, 8.0)[0] in found[0]
 
 
-def small(kind: type, words: int) -> LSTMDecoder:
+def small(kind: str, words: int) -> Decoder:
     torch.manual_seed(0)
-    sizes = (words, 8, 12, 12, 1, 0.3)
-    return AttentionDecoder(*sizes, 12) if kind is AttentionDecoder else LSTMDecoder(*sizes)
+    sizes = {"embed_size": 12, "hidden_size": 12, "num_layers": 1, "attention_dim": 12, "num_heads": 2}
+    flags = {"decoder": kind, "drop_prob": 0.3, "max_length": 12, **sizes}
+    return build_decoder(flags, words, EncoderSpec("eight", 8, (0.0,) * 3, (1.0,) * 3))
 
 
-@pytest.mark.parametrize("kind", [LSTMDecoder, AttentionDecoder])
+@pytest.mark.parametrize("kind", DECODERS)
 def test_samples_follow_the_decoders_distribution(kind):
     decoder = small(kind, 7)
     features = torch.randn(1, *((49, 8) if decoder.uses_grid else (8,)))
@@ -225,7 +227,7 @@ def test_samples_follow_the_decoders_distribution(kind):
 
 
 def test_the_nucleus_keeps_the_likeliest_words():
-    decoder = small(LSTMDecoder, 40)
+    decoder = small("lstm", 40)
     drawn = sample(decoder, torch.randn(5, 8), 3, 6, top_p=1e-6)
     greedy = [found[0].ids for found in beam_search([(decoder, torch.zeros(1, 8))], 1, 6)]
     assert len(greedy) == 1
@@ -234,14 +236,16 @@ def test_the_nucleus_keeps_the_likeliest_words():
 
 
 def test_samples_end_and_say_so():
-    decoder = small(AttentionDecoder, 9)
+    decoder = small("attention", 9)
     drawn = sample(decoder, torch.randn(6, 49, 8), 5, 12)
     for words, length, ended, _ in zip(*drawn, strict=True):
         assert (words[length:] == EOS).all() and EOS not in words[:length] and ended == (length < 12)
 
 
-def test_samples_know_their_log_probability():
-    decoder, features = small(AttentionDecoder, 9), torch.randn(2, 49, 8)
+@pytest.mark.parametrize("kind", DECODERS)
+def test_samples_know_their_log_probability(kind):
+    decoder = small(kind, 9)
+    features = torch.randn(2, *((49, 8) if decoder.uses_grid else (8,)))
     drawn = sample(decoder, features, 2, 12, top_p=0.8)
     decoder.eval()
     for row, (words, length, ended, log_probability) in enumerate(zip(*drawn, strict=True)):
@@ -263,7 +267,7 @@ def test_a_batch_of_samples_is_packed_as_captions_are(data):
         assert torch.equal(getattr(plain, field), getattr(again, field)), field
 
 
-@pytest.mark.parametrize("kind", [LSTMDecoder, AttentionDecoder])
+@pytest.mark.parametrize("kind", DECODERS)
 def test_the_gradient_is_that_of_the_written_out_formula(data, kind):
     """Against log-probabilities of the samples, taken word by word through `step`."""
     vocabulary = build_vocabulary(data, 1)
@@ -279,7 +283,7 @@ def test_the_gradient_is_that_of_the_written_out_formula(data, kind):
     loss, reward = critic.loss(decoder, features, images, torch.autocast("cpu", enabled=False))
     assert reward == pytest.approx(rewards.mean())
     loss.backward()
-    found = decoder.output.weight.grad.clone()
+    found = torch.cat([parameter.grad.flatten() for parameter in decoder.parameters()])
     decoder.zero_grad()
 
     total, tokens = torch.zeros(()), 0
@@ -294,11 +298,12 @@ def test_the_gradient_is_that_of_the_written_out_formula(data, kind):
             word = torch.tensor([target])
         tokens += int(drawn.lengths[row]) + 1
     (total / tokens).backward()
-    assert torch.allclose(found, decoder.output.weight.grad, atol=1e-6) and found.abs().max() > 1e-5
+    expected = torch.cat([parameter.grad.flatten() for parameter in decoder.parameters()])
+    assert torch.allclose(found, expected, atol=1e-6) and found.abs().max() > 1e-5
 
 
 def test_an_ensemble_of_one_decoder_twice_is_that_decoder():
-    decoder, features = small(AttentionDecoder, 20).eval(), torch.randn(4, 49, 8)
+    decoder, features = small("attention", 20).eval(), torch.randn(4, 49, 8)
     alone = beam_search([(decoder, features)], 3, 8)
     twice = beam_search([(decoder, features), (decoder, features)], 3, 8)
     for one, two in zip(alone, twice, strict=True):
@@ -307,11 +312,15 @@ def test_an_ensemble_of_one_decoder_twice_is_that_decoder():
 
 
 def test_an_ensemble_means_probabilities():
-    first, second = small(LSTMDecoder, 9).eval(), small(AttentionDecoder, 9).eval()
-    members = [(first, torch.randn(2, 8)), (second, torch.randn(2, 49, 8))]
+    members = [(small(kind, 9).eval(), torch.randn(2, 49, 8)) for kind in DECODERS]
+    members = [(decoder, grid if decoder.uses_grid else grid.mean(1)) for decoder, grid in members]
     words = torch.full((2,), SOS)
     states = [decoder.begin(features) for decoder, features in members]
     _, together, _ = next_words(members, states, words)
     each = [next_words([member], [state], words)[1].exp() for member, state in zip(members, states, strict=True)]
-    assert torch.allclose(together.exp(), (each[0] + each[1]) / 2, atol=1e-6)
-    assert math.isclose(together.exp().sum(1)[0].item(), (each[0].sum(1) + each[1].sum(1))[0].item() / 2, abs_tol=1e-5)
+    torch.testing.assert_close(together.exp(), torch.stack(each).mean(0), atol=1e-6, rtol=1e-5)
+    assert together[0].exp().sum() < 1  # <PAD>, <SOS> and <UNK> are never written
+    found = beam_search(members, 3, 8)
+    for image in range(2):
+        (alone,) = beam_search([(decoder, features[image : image + 1]) for decoder, features in members], 3, 8)
+        assert [h.ids for h in alone] == [h.ids for h in found[image]]

@@ -76,6 +76,8 @@ def test_the_table_is_sound():
         (["--data_dir", "a\nb"], "a line break"),
         (["--length_penalty", "200"], "out of range"),
         (["--max_length", "1000000"], "out of range"),
+        (["--decoder", "transformer", "--num_heads", "7"], "--embed_size 512 cannot be divided among --num_heads 7"),
+        (["--decoder", "show_attend_tell", "--num_layers", "2"], "add --decoder lstm or attention or transformer"),
     ],
 )
 def test_what_is_refused_before_anything_is_read(capsys, argv, message):
@@ -118,6 +120,16 @@ def test_a_checkpoint_decides_and_only_explicit_flags_contradict_it(tmp_path):
     lstm = {"flags": checkpoint["flags"] | {"decoder": "lstm"}, "decoding": None}
     with pytest.raises(UserError, match="--save_attention_viz has no effect with x.pt, whose decoder is lstm"):
         parse_flags(["--model_path", "x.pt", "--save_attention_viz"]).with_checkpoint(lstm, source)
+
+
+def test_a_decoder_has_defaults_of_its_own(tmp_path):
+    file = tmp_path / "run_config.json"
+    file.write_text(json.dumps({"decoder_type": "show_attend_tell", "epochs": 4, "explicit": ["epochs"]}))
+    of_file = ["--config", str(file)]
+    assert parse_flags(of_file).attention_reg == parse_flags(["--decoder", "show_attend_tell"]).attention_reg == 1
+    assert parse_flags([*of_file, "--attention_reg", "0.5"]).attention_reg == 0.5
+    assert parse_flags([*of_file, "--decoder", "attention"]).attention_reg == 0
+    assert "attention_reg" not in parse_flags(of_file).explicit
 
 
 def test_tuned_decoding_counts_unless_flags_say_otherwise():

@@ -286,6 +286,12 @@ def test_malformed_checkpoints_are_refused_when_they_are_read(tmp_path, place, v
     refused(tmp_path, saved(checkpoint | changed), message)
 
 
+def test_heads_that_do_not_divide_the_width_are_a_malformed_checkpoint(tmp_path):
+    checkpoint = sound_checkpoint("transformer")
+    changed = {"flags": checkpoint["flags"] | {"num_heads": 2}}
+    refused(tmp_path, saved(checkpoint | changed), "--embed_size 3 cannot be divided among --num_heads 2")
+
+
 def forged(pickled: bytes) -> bytes:
     """A checkpoint's file with another pickle in it."""
     return zipped({name: pickled if name.endswith("data.pkl") else raw for name, raw in checkpoint_records().items()})

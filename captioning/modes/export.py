@@ -221,7 +221,8 @@ def onnx_card(checkpoint: dict[str, Any], networks: Sequence[OnnxNetwork]) -> li
     flags, spec = checkpoint["flags"], encoder_of(checkpoint["flags"])
     return [
         "### ONNX", "",
-        "Three networks; R is any number of rows, one image each (for a beam, repeat the image's rows).", "",
+        "Three networks; R is any number of rows, one image each (for a beam, repeat the image's rows), T the number of "
+        "words so far, 0 at first.", "",
         "| file | in | out |", "|---|---|---|",
         *(f"| `{network.file}` | {network.inputs} | {network.outputs} |" for network in networks), "",
         f"`pixels` is RGB, resized ({spec.interpolation}) to {spec.image_size} x {spec.image_size} whatever the image's shape. Start with word 1 "
@@ -306,38 +307,47 @@ def write_onnx(checkpoint: dict[str, Any], folder: Path, resnet_weights: str | N
     with torch.inference_mode(False), torch.no_grad():
         log.info("Writing encoder.onnx, decoder_begin.onnx and decoder_step.onnx (a minute) ...")
         features = encoder(pixels)
-        encode = to_onnx(encoder, {"pixels": pixels}, {"pixels": 0}, ["features"], folder / "encoder.onnx")
+        encode = to_onnx(encoder, {"pixels": pixels}, {"pixels": {0: "R"}}, ["features"], folder / "encoder.onnx")
         in_encoder = compare([features], encode.run(None, {"pixels": noise}))
 
         begin = Begin(decoder).eval()
         first = decoder.begin(features if decoder.uses_grid else features.mean(1))
         ours, fewer = tensors_of(first), begin(features[:-1])
-        # Where a tensor has its rows, its shape changes with their number.
-        axes = {
-            name: next(axis for axis in range(tensor.dim()) if tensor.shape[axis] != less.shape[axis])
-            for (name, tensor), less in zip(ours.items(), fewer, strict=True)
-        }
-        start = to_onnx(begin, {"features": features}, {"features": 0}, list(ours), folder / "decoder_begin.onnx")
+        start = to_onnx(
+            begin, {"features": features}, {"features": {0: "R"}}, list(ours), folder / "decoder_begin.onnx"
+        )
         theirs = dict(zip(ours, start.run(None, {"features": features.numpy()}), strict=True))
         in_begin = compare(list(ours.values()), list(theirs.values()))
 
         step = Step(decoder, first).eval()
         words = torch.full((CHECKED_IMAGES,), SOS)
+        # An example after some words: to the exporter an axis of length 0 or 1 is a constant.
+        later = [dict(ours)]
+        for _ in range(2):
+            later.append(later[-1] | dict(zip(step.changing, step(words, *later[-1].values())[1:], strict=False)))
+        # Where a tensor has its rows, its shape changes with their number; where it has its words, with each of them.
+        axes = {
+            name: dict.fromkeys(changed_axes(ours[name], less), "R")
+            | dict.fromkeys(changed_axes(ours[name], later[1][name]), "T")
+            for name, less in zip(ours, fewer, strict=True)
+        }
         outputs = ["log_probabilities", *(f"next_{name}" for name in step.changing)]
         outputs += ["attention"] if decoder.has_attention else []
-        advance = to_onnx(step, {"words": words, **ours}, {"words": 0, **axes}, outputs, folder / "decoder_step.onnx")
-        in_step = 0.0
+        advance = to_onnx(
+            step, {"words": words, **later[2]}, {"words": {0: "R"}, **axes}, outputs, folder / "decoder_step.onnx"
+        )
+        in_step = []
         for _ in range(CHECKED_WORDS):  # each on its own numbers, so that differences add up as in use
             here = step(words, *ours.values())
             there = advance.run(None, {"words": words.numpy(), **theirs})
-            in_step = max(in_step, compare(here, there))
+            in_step.append(compare(here, there))
             words = here[0].argmax(1)
             ours |= zip(step.changing, here[1:], strict=False)
             theirs |= zip(step.changing, there[1:], strict=False)
     networks = [
         OnnxNetwork("encoder.onnx", *signature(encode), in_encoder),
         OnnxNetwork("decoder_begin.onnx", *signature(start), in_begin),
-        OnnxNetwork("decoder_step.onnx", *signature(advance), in_step),
+        OnnxNetwork("decoder_step.onnx", *signature(advance), float(np.max(in_step))),  # NaN, if there is one
     ]
     for network in networks:
         if not network.difference <= MOST_DIFFERENCE:
@@ -352,7 +362,7 @@ def signature(session: onnxruntime.InferenceSession) -> tuple[str, str]:
     """Return the inputs and outputs of a network in words, as `hidden` (1, R, 512)."""
 
     def describe(values: Sequence[Any]) -> str:
-        shapes = (", ".join(str(size) if isinstance(size, int) else "R" for size in value.shape) for value in values)
+        shapes = (", ".join(map(str, value.shape)) for value in values)
         kinds = (value.type.removeprefix("tensor(").removesuffix(")") for value in values)
         named = zip((value.name for value in values), kinds, shapes, strict=True)
         return ", ".join(f"`{name}`{'' if kind == 'float' else f' {kind}'} ({shape})" for name, kind, shape in named)
@@ -361,21 +371,21 @@ def signature(session: onnxruntime.InferenceSession) -> tuple[str, str]:
 
 
 def to_onnx(
-    module: nn.Module, example: dict[str, torch.Tensor], axes: dict[str, int], outputs: list[str], path: Path
+    module: nn.Module, example: dict[str, torch.Tensor], axes: dict[str, dict[int, str]], outputs: list[str], path: Path
 ) -> onnxruntime.InferenceSession:
-    """Write a network whose rows can be any number, and open it with ONNX Runtime on the CPU.
+    """Write a network whose rows and words can be any number, and open it with ONNX Runtime on the CPU.
 
     Args:
         example: its inputs, by name; those after the first are the module's `*tensors`.
-        axes: which axis of each input the rows are.
+        axes: for each input the name of the number that an axis is, R for rows and T for words so far.
 
     Raises:
-        UserError: the network was written for one number of rows.
+        UserError: the network was written for one such number.
     """
     import onnxruntime
 
-    rows = torch.export.Dim("rows")
-    shapes: tuple[Any, ...] = tuple({axis: rows} for axis in axes.values())
+    sizes = {name: torch.export.Dim(name) for name in ("R", "T")}
+    shapes: tuple[Any, ...] = tuple({axis: sizes[name] for axis, name in each.items()} for each in axes.values())
     shapes = shapes if len(shapes) == 1 else (shapes[0], shapes[1:])
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
@@ -387,14 +397,18 @@ def to_onnx(
         assert program is not None
         program.save(path, external_data=False)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    if any(isinstance(entry.shape[axes[entry.name]], int) for entry in session.get_inputs()):
+    if any(isinstance(entry.shape[axis], int) for entry in session.get_inputs() for axis in axes[entry.name]):
         raise UserError(
-            f"{path.name} takes one number of rows only: a network that is exported has to read it with tensor.shape[0], "
-            "since len(tensor) is a constant to the exporter"
+            f"{path.name} takes one number of rows or words only: a network that is exported has to read it with "
+            "tensor.shape[axis], since len(tensor) is a constant to the exporter"
         )
     return session
 
 
+def changed_axes(first: torch.Tensor, second: torch.Tensor) -> list[int]:
+    return [axis for axis in range(first.dim()) if first.shape[axis] != second.shape[axis]]
+
+
 def compare(ours: Sequence[torch.Tensor], theirs: Sequence[np.ndarray]) -> float:
     """Return the largest difference of two lists of arrays."""
-    return max(float(np.abs(a.numpy() - b).max()) for a, b in zip(ours, theirs, strict=True))
+    return float(np.max(np.concatenate([np.abs(a.numpy() - b).ravel() for a, b in zip(ours, theirs, strict=True)])))
