@@ -87,7 +87,7 @@ def memory(result: dict[str, Any]) -> Picture | None:
     """Peak memory and time per image over the number of images."""
     lines: dict[str, list[tuple[int, float]]] = {}
     for figure in result["figures"]:
-        if figure["part"] == "memory":
+        if figure["part"] == "memory" and " images, " in figure["name"]:
             size, _, what = figure["name"].partition(" images, ")
             lines.setdefault(f"{what} ({figure['unit']})", []).append((int(size.replace(",", "")), figure["value"]))
     if not lines:

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from shutil import rmtree
 
 from measure import TINY, Bench, Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from captioning.io import KERNELS
 
 PART = "memory"
 INTERVAL = 0.01  # seconds between two readings of a process
@@ -27,14 +32,17 @@ def measure(bench: Bench) -> list[Figure]:
     from generated import feature_file, fill_cache_sparsely, write_data_set
 
     figures: list[Figure] = []
+    kernels: list[Figure] = []  # none on a GPU
     for images in bench.scale.memory:
         folder = bench.directory / f"memory{images}"
         write_data_set(folder / "data", images, [])
         paths = sorted((folder / "data" / "Images").iterdir())
-        fill_cache_sparsely(feature_file(folder / "cache", "resnet50", folder / "data" / "Images", "grid"), paths)
+        for kind in ("grid", "mean"):
+            fill_cache_sparsely(feature_file(folder / "cache", "resnet50", folder / "data" / "Images", kind), paths)
         os.sync()  # the first run is not to share the disk with what was just written
+        command = [sys.executable, __file__, str(folder), str(bench.scale.memory_steps), bench.device.type]
         for when in ("first", "later"):  # a later run finds its tokens in the cache and needs no spaCy
-            seen = watch([sys.executable, __file__, str(folder), str(bench.scale.memory_steps), bench.device.type])
+            seen = watch([*command, "attention", "small", "128"])
             name, note = (
                 f"{images:,} images, {when} run",
                 f"{when} run, {seen['steps']:.0f} steps of attention, 512 x 1",
@@ -44,8 +52,27 @@ def measure(bench: Bench) -> list[Figure]:
                 Figure(PART, f"{name}: building the data", 1e6 * seen["build"] / images, "us/image"),
                 Figure(PART, f"{name}: training", 1e3 * seen["train"], "ms/image"),
             ]
+        if images == min(bench.scale.memory) and bench.device.type == "cpu":
+            kernels = compare_kernels([*command, "lstm", [*bench.scale.sizes][-1], "64"], bench.scale.repeats)
         rmtree(folder)
     compare(figures, bench.scale.memory)
+    return figures + kernels
+
+
+def compare_kernels(command: list[str], repeats: int) -> list[Figure]:
+    """Train the first quick start's model with the kernels that oneDNN is told to keep, and with its own number."""
+    seen: dict[int, list[dict[str, float]]] = {KERNELS: [], 1024: []}
+    for _ in range(repeats):
+        for kept, runs in seen.items():
+            runs.append(watch(command, {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(kept)}))
+    figures = []
+    for key, name, unit, scale in (("peak", "peak anonymous memory", "MB", 1), ("train", "training", "ms/image", 1e3)):
+        ours, theirs = (scale * statistics.median(run[key] for run in runs) for runs in seen.values())
+        note = f"{seen[KERNELS][0]['steps']:.0f} steps of lstm in batches of 64, medians of {repeats}"
+        name = f"{KERNELS} kernels: {name}"
+        figures.append(Figure(PART, name, ours, unit, "1,024 kernels", theirs, ours / theirs, note=note))
+    figures[0].must("<", 2048, of_value=True)
+    figures[1].must("<", 1.05)
     return figures
 
 
@@ -61,10 +88,10 @@ def compare(figures: list[Figure], sizes: tuple[int, ...]) -> None:
             figure.must("<", 1.2)
 
 
-def watch(command: list[str]) -> dict[str, float]:
+def watch(command: list[str], environment: Mapping[str, str] = {}) -> dict[str, float]:
     """Run a process that prints JSON as its last line; return that and its peak of RssAnon in MB."""
     peak = 0
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment}) as process:
         status = Path(f"/proc/{process.pid}/status")
         while process.poll() is None:
             lines = [line for line in status.read_text().splitlines() if line.startswith("RssAnon")]
@@ -77,18 +104,20 @@ def watch(command: list[str]) -> dict[str, float]:
     return {**json.loads(output.splitlines()[-1]), "peak": peak / 1024}
 
 
-def child(folder: Path, steps: int, device: str) -> None:
+def child(folder: Path, steps: int, device: str, decoder: str, size: str, batch: str) -> None:
     """Build the data and train some steps in this process; print the seconds of each."""
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from captioning.io import limit_kernels
+
+    limit_kernels()  # as the main script does
     import torch
     import training
 
     # The vocabulary is to have one size, and with it the work of a token: more captions bring more words thrice.
     images = len(list((folder / "data" / "Images").iterdir()))
     threshold = ["--freq_threshold", str(max(1, round(3 * images / 8_000)))]
-    flags = training.flags_for(Bench(TINY, torch.device(device), folder), folder / "data", "attention", "small")
+    flags = training.flags_for(Bench(TINY, torch.device(device), folder), folder / "data", decoder, size)
     start = time.perf_counter()
-    trial = training.Trial(flags + threshold)
+    trial = training.Trial([*flags, *threshold, "--batch_size", batch])
     built = time.perf_counter()
     trial.shorten(steps)
     trial.epoch()
@@ -97,4 +126,4 @@ def child(folder: Path, steps: int, device: str) -> None:
 
 
 if __name__ == "__main__":
-    child(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    child(Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

@@ -106,7 +106,12 @@ def upgrade_from_2(checkpoint: dict[str, Any]) -> None:
 def add_later_flags(checkpoint: Any) -> None:
     """Add the flags that came within a schema, each with the value that changes nothing."""
     if isinstance(checkpoint, dict) and isinstance(checkpoint.get("flags"), dict):
-        checkpoint["flags"] = {"feature_type": "float16", "fine_tune": 0, "grid": None, "num_heads": FLAGS["num_heads"].default} | checkpoint["flags"]
+        checkpoint["flags"] = {
+            "feature_type": "float16",
+            "fine_tune": 0,
+            "grid": None,
+            "num_heads": FLAGS["num_heads"].default,
+        } | checkpoint["flags"]
 
 
 def tuned_decoding(path: Path, epoch: int) -> Any:
@@ -282,7 +287,7 @@ CHECKPOINT: dict[str, Any] = {
     "flags": {
         "decoder": DECODER, "encoder": ENCODER, "dataset_type": one_of("flickr8k", "flickr30k", "coco", "custom", "demo"),
         "fine_tune": whole(0, LIMITS["fine_tune"]), "embed_size": size("embed_size"), "hidden_size": size("hidden_size"), "num_layers": size("num_layers"),
-        "num_heads": size("num_heads"), "attention_dim": size("num_heads": size("num_heads"), "attention_dim"), "grid": OrNone(size("grid")), "freq_threshold": size("freq_threshold"), "max_length": size("max_length"),
+        "num_heads": size("num_heads"), "attention_dim": size("attention_dim"), "grid": OrNone(size("grid")), "freq_threshold": size("freq_threshold"), "max_length": size("max_length"),
         "batch_size": size("batch_size"), "seed": whole(0, LIMITS["seed"]),
         "drop_prob": real(0, 0.95), "grad_clip": real(0, 1e30), "label_smoothing": real(0, 0.9),
         "attention_reg": real(0, 1e30), "learning_rate": real(0, 1e30), "feature_cache": TEXT,

@@ -59,11 +59,11 @@ class Table(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """The same n-grams with an entry for each caption and n-gram, to be summed into a mixture of captions."""
+    """The same n-grams with an entry for each n-gram and image, to be summed into a mixture of captions."""
 
-    image: np.ndarray  # int64 (M,) in this class's numbering
-    gram: np.ndarray  # int64 (M,) place in the table's keys
-    weight: np.ndarray  # float64 (M,) in the caption's vector, which has length one
+    first: np.ndarray  # int64 (G + 1,) of each n-gram's entries
+    image: np.ndarray  # int64 (M,) in the numbering of `CiderReward`
+    weight: np.ndarray  # float64 (M,) mean over the image's captions, whose vectors have length one
 
 
 def count_grams(ids: np.ndarray, offsets: np.ndarray, words: int) -> list[Grams]:
@@ -166,12 +166,14 @@ class CiderReward:
         lengths = np.diff(offsets)
         similarity = np.zeros((len(lengths), len(lengths)))
         for _, grams, _, weights, norms in self.weigh(ids, offsets):
-            table = np.zeros((len(lengths), len(grams.keys)))
-            table[grams.text, grams.gram] = weights
-            product = np.empty_like(similarity)
-            for number, reference in enumerate(table):
-                has = np.flatnonzero(reference)
-                product[:, number] = np.minimum(table[:, has], reference[has]) @ reference[has]
+            table, product = np.zeros((len(lengths), len(grams.keys))), np.zeros_like(similarity)
+            # The lesser count of two texts is the sum over k = 1, 2, ... of whether both have the n-gram k times.
+            for k in range(1, grams.times.max(initial=0) + 1):
+                has = grams.times >= k
+                texts = grams.text[has], grams.gram[has]
+                once, reference = table.copy(), table.copy()
+                once[texts], reference[texts] = (weights / grams.times)[has], weights[has]
+                product += once @ reference.T
             norm = norms[:, None] * norms
             similarity += product / np.where(norm > 0, norm, 1)
         difference = lengths[:, None] - lengths
@@ -195,24 +197,29 @@ class CiderReward:
         """
         of_image = np.zeros(len(self.first) - 1)
         of_image[self.place[images]] = shares
-        of_image /= np.maximum(1, np.diff(self.first))  # divided evenly among an image's captions
         similarity = np.zeros(len(offsets) - 1)
         for parts, (_, grams, known, weights, norms) in zip(self.parts, self.weigh(ids, offsets), strict=True):
-            mixture = np.bincount(parts.gram, parts.weight * of_image[parts.image])
-            mixture = np.append(mixture, 0.0)  # at -1: n-grams that no reference has
-            product = np.bincount(grams.text, weights * mixture[known[grams.gram]], len(norms))
+            starts = parts.first[known]
+            counts = np.where(known >= 0, parts.first[known + 1] - starts, 0)  # none where no reference has the n-gram
+            entries, gram = concatenate_ranges(starts, starts + counts), np.repeat(np.arange(len(known)), counts)
+            mixture = np.bincount(gram, parts.weight[entries] * of_image[parts.image[entries]], len(known))
+            product = np.bincount(grams.text, weights * mixture[grams.gram], len(norms))
             similarity += product / np.where(norms > 0, norms, 1)
         return 10 * similarity / N
 
     @functools.cached_property
     def parts(self) -> list[Parts]:
         """The references' n-grams, for n from 1 to N, as `cider_to_mixture` sums them."""
-        image_of = np.repeat(np.arange(len(self.first) - 1), np.diff(self.first))
+        captions = np.diff(self.first)  # of each image
+        image_of = np.repeat(np.arange(len(captions)), captions)
         found = []
         for table in self.tables:
             caption, gram = np.divmod(table.pairs, max(1, len(table.keys)))
-            norms = table.norms[caption]
-            found.append(Parts(image_of[caption], gram, table.weights / np.where(norms > 0, norms, 1)))
+            norms = table.norms[caption] * captions[image_of[caption]]
+            pairs, entry = np.unique(gram * len(captions) + image_of[caption], return_inverse=True)
+            weight = np.bincount(entry, table.weights / np.where(norms > 0, norms, 1))
+            gram, image = np.divmod(pairs, len(captions))
+            found.append(Parts(np.searchsorted(gram, np.arange(len(table.keys) + 1)), image, weight))
         return found
 
     def weigh(

@@ -119,7 +119,8 @@ class Consensus:
         queries = torch.nn.functional.normalize(self.gather(images) - centre)  # (n, C)
         kernel = (known @ known.T).sub_(1).exp_()  # (F, F), up to 800 MB
         kernel.diagonal().add_(RIDGE)
-        shares: np.ndarray = torch.linalg.solve(kernel, torch.exp(known @ queries.T - 1)).T.numpy()
+        factor = torch.linalg.cholesky(kernel)  # half the time of solving it as any other matrix
+        shares: np.ndarray = torch.cholesky_solve(torch.exp(known @ queries.T - 1), factor).T.numpy()
         return shares
 
     def gather(self, images: np.ndarray) -> torch.Tensor:

@@ -21,7 +21,14 @@ from captioning import registry
 from captioning.batches import Batch
 from captioning.dataset import PAD
 from captioning.encoders import EncoderSpec, TrainedStages
-from captioning.kernels import Dropout, PackedLSTMLayer, projected_cross_entropy
+from captioning.kernels import (
+    TOKEN_ROWS,
+    Dropout,
+    PackedLSTMLayer,
+    matmul_dtype,
+    projected_cross_entropy,
+    round_up,
+)
 
 # --------------------------------------------------------------------------------------------------
 # What a decoder is
@@ -270,14 +277,16 @@ class LSTMDecoder(Decoder):
         """Run all layers over a packed sequence. Args: packed (N, E), hidden and cell (L, R, H). Returns (N, H)."""
         if packed.device.type != "cpu":
             return self.lstm(PackedSequence(packed, sizes), (hidden.contiguous(), cell.contiguous()))[0].data
-        layers, steps = self.lstm.num_layers, sizes.tolist()
+        layers, steps, tokens = self.lstm.num_layers, sizes.tolist(), len(packed)
+        if matmul_dtype(packed) != packed.dtype:
+            packed = F.pad(packed, (0, 0, 0, round_up(tokens, TOKEN_ROWS) - tokens))
         for layer in range(layers):
             from_input, recurrent, bias, recurrent_bias = self.lstm.all_weights[layer]
             gates = F.linear(packed, from_input, bias + recurrent_bias).to(recurrent.dtype)
             _, packed = PackedLSTMLayer.apply(gates, recurrent, hidden[layer], cell[layer], steps)
             if layer < layers - 1:
                 packed = self.dropout(packed)
-        return packed
+        return packed[:tokens]
 
     def step(self, state: LSTMState, words: torch.Tensor) -> tuple[LSTMState, DecoderOutput]:
         """See `Decoder.step`."""

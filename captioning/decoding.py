@@ -28,23 +28,60 @@ class Hypothesis(NamedTuple):
 Member = tuple[Decoder, torch.Tensor]  # a decoder and its features of the images: (I, C) or (I, 49, C)
 
 
-def next_words(
-    members: Sequence[Member], states: list[DecoderState], words: torch.Tensor
-) -> tuple[list[DecoderState], torch.Tensor, torch.Tensor | None]:
-    """Average the members' probabilities of the next word.
+class Ensemble:
+    """Members that read the same words and average their probabilities of the next one.
 
-    Returns:
-        their new states, log-probabilities (rows, V) with `<PAD>`, `<SOS>` and `<UNK>` at minus infinity, and the
-        first member's alphas (rows, 49), None without attention.
+    Members that share a decoder, such as the views of an image, run as one batch: the images of the first view, then
+    those of the second, and so on.
     """
-    steps = [decoder.step(state, words) for (decoder, _), state in zip(members, states, strict=True)]
-    each = [
-        decoder.logits(output.hidden_out).float().log_softmax(-1)
-        for (decoder, _), (_, output) in zip(members, steps, strict=True)
-    ]
-    together = each[0] if len(each) == 1 else torch.logsumexp(torch.stack(each), 0) - math.log(len(each))
-    together[:, [PAD, SOS, UNK]] = -math.inf
-    return [state for state, _ in steps], together, steps[0][1].alphas
+
+    def __init__(self, members: Sequence[Member]):
+        """Read the images, of which each has one row at first. Puts the decoders in eval mode."""
+        features_of: dict[Decoder, list[torch.Tensor]] = {}
+        for decoder, features in members:
+            features_of.setdefault(decoder.eval(), []).append(features)
+        self.decoders = list(features_of)
+        self.views = [len(views) for views in features_of.values()]
+        self.states: list[DecoderState] = [decoder.begin(torch.cat(views)) for decoder, views in features_of.items()]
+        self.images = self.rows = len(members[0][1])
+
+    def step(self, words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Read one word in every row.
+
+        Args:
+            words: int64 (rows,) the last word of each, `<SOS>` at first.
+
+        Returns:
+            log-probabilities (rows, V) of the next word, with `<PAD>`, `<SOS>` and `<UNK>` at minus infinity, and the
+            first member's alphas (rows, 49), None without attention.
+        """
+        logits, alphas = [], []
+        for number, (decoder, views) in enumerate(zip(self.decoders, self.views, strict=True)):
+            self.states[number], output = decoder.step(self.states[number], words.repeat(views))
+            logits.append(decoder.logits(output.hidden_out).float().unflatten(0, (views, self.rows)))
+            alphas.append(output.alphas)
+        members = sum(self.views)
+        if members == 1:
+            log_probabilities = logits[0][0].log_softmax(-1)
+        else:
+            probabilities = torch.stack([each.softmax(-1).sum(0) for each in logits]).sum(0)
+            log_probabilities = probabilities.div_(members).log_()
+        log_probabilities[:, [PAD, SOS, UNK]] = -math.inf
+        return log_probabilities, None if alphas[0] is None else alphas[0][: self.rows]
+
+    def select(self, rows: torch.Tensor, images: torch.Tensor | None = None) -> None:
+        """Go on with these rows, int64 (n,), as in `DecoderState`. Args: images: whose rows they are, None for all."""
+        for number, views in enumerate(self.views):
+            state = self.states[number].select_rows(in_every_view(rows, views, self.rows))
+            if images is not None:
+                state = state.select_images(in_every_view(images, views, self.images))
+            self.states[number] = state
+        self.rows, self.images = len(rows), self.images if images is None else len(images)
+
+
+def in_every_view(places: torch.Tensor, views: int, size: int) -> torch.Tensor:
+    """Return these places of the first view, and the same of every other. Args: size: places of a view."""
+    return (places + size * torch.arange(views, device=places.device).unsqueeze(1)).flatten()
 
 
 @torch.inference_mode()
@@ -76,75 +113,65 @@ def beam_search(
         for every image its hypotheses, best first and no two alike; at least one.
     """
     keeps_attention = attention and members[0][0].has_attention
-    for decoder, _ in members:
-        decoder.eval()
     device, images = members[0][1].device, len(members[0][1])
     found: list[list[Hypothesis]] = [[] for _ in range(images)]
-    alive = np.arange(images)  # which images the rows below belong to
-    states = [decoder.begin(features) for decoder, features in members]
+    alive = list(range(images))  # which images the rows below belong to
+    ensemble = Ensemble(members)
     words = torch.full((images,), SOS, device=device)
-    scores = torch.zeros(images, 1, device=device)  # (I, K) log-probabilities of the live hypotheses
+    scores = torch.zeros(images, 1, device=device)  # (I, K) log-probabilities of the live hypotheses, best first
     history = torch.zeros(images, 1, 0, dtype=torch.long, device=device)  # (I, K, t) their words
     attention_history = torch.zeros(images, 1, 0, 0, device=device)  # (I, K, t, 49) the alphas of these words
+    ended_scores = torch.full((images, num_hypotheses), -math.inf, device=device)  # the best, best first
     longest = float(max_length + 1) ** length_penalty
 
-    def hypothesis(image: int, row: int, log_probability: float, length: int) -> Hypothesis:
-        """Return a live hypothesis as it stands. Args: length: its words, and `<EOS>` where it ended."""
-        words = history[image, row].tolist()
-        alphas = attention_history[image, row, : len(words)].float().cpu().numpy() if keeps_attention else None
-        return Hypothesis(words, log_probability, log_probability / length**length_penalty, alphas)
+    def keep(image: torch.Tensor, row: torch.Tensor, log_probability: torch.Tensor, length: int) -> None:
+        """Keep live hypotheses (n,) as they stand. Args: length: their words, and `<EOS>` where they ended."""
+        ids = history[image, row].tolist()
+        alphas = attention_history[image, row].float().cpu().numpy() if keeps_attention else [None] * len(ids)
+        for i, words, value, maps in zip(image.tolist(), ids, log_probability.tolist(), alphas, strict=True):
+            own = None if maps is None else maps[: len(words)]
+            found[alive[i]].append(Hypothesis(words, value, value / length**length_penalty, own))
 
     for time in range(max_length + 1):
-        states, log_probabilities, alphas = next_words(members, states, words)
+        log_probabilities, alphas = ensemble.step(words)
         count, beams = scores.shape
         vocabulary = log_probabilities.shape[1]
-        total = scores.unsqueeze(2) + log_probabilities.view(count, beams, vocabulary)
+        total = log_probabilities.view(count, beams, vocabulary).add_(scores.unsqueeze(2))
         if 0 < no_repeat_ngram <= time:
             forbid_repeats(total, history, no_repeat_ngram)
         best, index = total.flatten(1).topk(min(2 * beam_size, beams * vocabulary))  # (I, 2B)
         parent, word = index // vocabulary, index % vocabulary
         ends = word == EOS
+        ended = best.masked_fill(~ends, -math.inf)[:, :beam_size]
         if keeps_attention and alphas is not None:
             now = alphas.view(count, beams, 1, -1)
             attention_history = now if time == 0 else torch.cat([attention_history, now], 2)
 
-        for i, k in (ends[:, :beam_size] & best[:, :beam_size].isfinite()).nonzero().tolist():
-            found[alive[i]].append(hypothesis(i, int(parent[i, k]), float(best[i, k]), time + 1))
+        image, place = ended.isfinite().nonzero(as_tuple=True)
+        keep(image, parent[image, place], ended[image, place], time + 1)
         if time == max_length:  # no caption takes another word
-            unfinished = {number for number in alive.tolist() if not found[number]}
-            for i, k in scores.isfinite().nonzero().tolist():
-                if alive[i] in unfinished:
-                    found[alive[i]].append(hypothesis(i, k, float(scores[i, k]), time))
+            unfinished = torch.tensor([not found[number] for number in alive], device=device)
+            image, row = (scores.isfinite() & unfinished.unsqueeze(1)).nonzero(as_tuple=True)
+            keep(image, row, scores[image, row], time)
             break
         # The first beam_size candidates that go on are the next live hypotheses.
         order = ends.int().argsort(dim=1, stable=True)[:, :beam_size]
-        parent, word = parent.gather(1, order), word.gather(1, order)
-        scores = best.gather(1, order).masked_fill(ends.gather(1, order), -math.inf)
-        image = torch.arange(count, device=device).unsqueeze(1)
-        history = torch.cat([history[image, parent], word.unsqueeze(2)], 2)
+        scores = best.masked_fill(ends, -math.inf).gather(1, order)
+        ended_scores = torch.cat([ended_scores, ended / (time + 1) ** length_penalty], 1).topk(num_hypotheses).values
+        can_win = scores[:, 0] / longest > ended_scores[:, -1]  # however long it grows
+        if beam_size == 1:
+            can_win &= ~ends[:, 0]  # greedy decoding ends with its first <EOS>
+        going = can_win.nonzero().squeeze(1)
+        if len(going) == 0:
+            break
+        image = going.unsqueeze(1)
+        order, scores, ended_scores = order[going], scores[going], ended_scores[going]
+        parent, words = parent[going].gather(1, order), word[going].gather(1, order)
+        history = torch.cat([history[image, parent], words.unsqueeze(2)], 2)
         if keeps_attention:
             attention_history = attention_history[image, parent]
-        states = [state.select_rows((image * beams + parent).flatten()) for state in states]
-
-        bounds = (scores.max(1).values / longest).tolist()
-        going = [
-            i
-            for i, number in enumerate(alive)
-            if not (beam_size == 1 and found[number])  # greedy decoding ends with its first <EOS>
-            and sum(ended.score >= bounds[i] for ended in found[number]) < num_hypotheses
-            and bounds[i] > -math.inf
-        ]
-        if not going:
-            break
-        if len(going) < len(alive):
-            kept = torch.tensor(going, device=device)
-            beams = scores.shape[1]
-            rows = (kept.unsqueeze(1) * beams + torch.arange(beams, device=device)).flatten()
-            states = [state.select_rows(rows).select_images(kept) for state in states]
-            scores, history, word, alive = scores[kept], history[kept], word[kept], alive[going]
-            if keeps_attention:
-                attention_history = attention_history[kept]
-        words = word.flatten()
+        ensemble.select((image * beams + parent).flatten(), going if len(going) < count else None)
+        words, alive = words.flatten(), [alive[i] for i in going.tolist()]
     return [sorted(hypotheses, key=lambda h: -h.score) for hypotheses in found]
 
 
@@ -181,16 +208,16 @@ def sample(
         top_p: keep to the likeliest words that together have this probability (nucleus sampling, Holtzman et al., 2020).
     """
     training = decoder.training
-    decoder.eval()
+    ensemble = Ensemble([(decoder, features)])
     device = features.device
     drawn = torch.full((len(features) * count, max_length), EOS, device=device)
     rows = torch.arange(len(drawn), device=device)  # which rows of `drawn` go on
-    state = decoder.begin(features).select_rows(rows // count)
+    ensemble.select(rows // count)
     words = torch.full_like(rows, SOS)
     ended = torch.zeros_like(rows, dtype=torch.bool)
     totals = torch.zeros(len(drawn), device=device)
     for time in range(max_length):
-        (state,), log_probabilities, _ = next_words([(decoder, features)], [state], words)
+        log_probabilities, _ = ensemble.step(words)
         chances = log_probabilities.exp()  # (rows, V)
         if top_p < 1:
             ranked, order = chances.sort(descending=True)
@@ -210,7 +237,7 @@ def sample(
         if left < 0.8 * len(going):
             kept = going.nonzero().squeeze(1)
             stay = (kept.unsqueeze(1) * count + torch.arange(count, device=device)).flatten()
-            state = state.select_rows(stay).select_images(kept)
+            ensemble.select(stay, kept)
             rows, words, ended = rows[stay], words[stay], ended[stay]
     decoder.train(training)
     result = drawn.cpu().numpy()

@@ -21,6 +21,7 @@ from typing import IO, Any, NoReturn
 # Not allowed in a name or a caption: each breaks a message's line, a terminal or a UTF-8 file.
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")  # names of half-written files
+KERNELS = 128  # that oneDNN keeps, each for one shape, of 1 to 3 MB: measured by benchmarks/memory.py
 STALE_SECONDS = 600  # no file takes longer to write; what a killed process left is older
 
 
@@ -122,7 +123,10 @@ class Progress:
 
 
 def prepare_process() -> None:
-    """Prepare for PyTorch's seconds of importing: Ctrl-C ends them with a line, and all standard streams are open."""
+    """Prepare for PyTorch's seconds of importing: Ctrl-C ends them with a line, and all standard streams are open.
+
+    Also limits the memory of what PyTorch keeps, which is read when it is imported.
+    """
 
     def stop(*_: object) -> None:
         print("\nStopped.", file=sys.stderr, flush=True)
@@ -130,6 +134,13 @@ def prepare_process() -> None:
 
     open_standard_streams()
     signal.signal(signal.SIGINT, stop)
+    limit_kernels()
+
+
+def limit_kernels() -> None:
+    """Have oneDNN keep fewer kernels than its 1,024, unless the user says how many. Call it before PyTorch is imported."""
+    if "DNNL_PRIMITIVE_CACHE_CAPACITY" not in os.environ:  # the older name, which oneDNN reads too
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))
 
 
 def open_standard_streams() -> None:

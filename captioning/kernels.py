@@ -13,6 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+# oneDNN, which multiplies bf16 on a CPU, compiles a kernel for each shape of a product, in 5 to 30 ms, and keeps it, in
+# 3 MB. Hence numbers of rows are rounded up, so that few shapes come.
+STEP_ROWS = 16  # of a step of the LSTM; a multiple of a tile of AMX
+TOKEN_ROWS = 64  # of all tokens
 ROWS_AT_A_TIME = 1024  # of the logits, so that they still lie in the processor's cache when they are read again
 
 
@@ -20,6 +24,10 @@ def matmul_dtype(tensor: torch.Tensor) -> torch.dtype:
     """Return the type that matrix products of this tensor run in: autocast's where it is on, else its own."""
     kind = tensor.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
+
+
+def round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 class PackedLSTMLayer(torch.autograd.Function):
@@ -34,11 +42,15 @@ class PackedLSTMLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, gates, weight, hidden, cell, sizes):  # type: ignore[no-untyped-def]
-        """Args: gates: (N, 4H) input part, overwritten; weight: (4H, H); hidden, cell: (R, H); sizes: [rows per step]."""
+        """Args: gates: (N or more, 4H) input part, overwritten; weight: (4H, H); hidden, cell: (R, H); sizes: [rows per step].
+
+        Rows of the output after the first N are zeros.
+        """
         size = weight.shape[1]
         weight = weight.to(matmul_dtype(weight))
-        outputs, cells = gates.new_empty(len(gates), size), gates.new_empty(len(gates), size)
-        previous = weight.new_empty(len(gates), size)  # the hidden state that each token started from
+        outputs, cells = gates.new_zeros(len(gates), size), gates.new_empty(len(gates), size)
+        spare = weight.new_zeros(len(gates) + STEP_ROWS, size)
+        previous = spare[: len(gates)]  # the hidden state that each token started from
         h, c, start = hidden, cell, 0
         for n in sizes:
             step = slice(start, start + n)
@@ -47,7 +59,7 @@ class PackedLSTMLayer(torch.autograd.Function):
             if weight.dtype == gates.dtype:
                 gate.addmm_(previous[step], weight.t())
             else:
-                gate.add_(previous[step] @ weight.t())
+                gate.add_((spare[start : start + round_up(n, STEP_ROWS)] @ weight.t())[:n])
             gate[:, : 2 * size].sigmoid_()  # input, forget
             gate[:, 2 * size : 3 * size].tanh_()  # candidate
             gate[:, 3 * size :].sigmoid_()  # output
@@ -63,8 +75,9 @@ class PackedLSTMLayer(torch.autograd.Function):
     @staticmethod
     def backward(ctx, _, d_outputs):  # type: ignore[no-untyped-def]
         gates, weight, cell, cells, previous = ctx.saved_tensors
-        size, end, later = weight.shape[1], len(gates), 0
-        d_gates = torch.empty_like(gates)
+        size, end, later = weight.shape[1], sum(ctx.sizes), 0
+        spare = gates.new_zeros(len(gates) + STEP_ROWS, 4 * size)
+        d_gates = spare[: len(gates)]
         d_h = d_c = gates.new_zeros(0, size)
         for t in range(len(ctx.sizes) - 1, -1, -1):
             n = ctx.sizes[t]
@@ -82,7 +95,8 @@ class PackedLSTMLayer(torch.autograd.Function):
             torch.mul(d_cell, c_before, out=d_f).mul_(f).mul_(1 - f)
             torch.mul(d_cell, i, out=d_g).mul_(1 - g.square())
             d_c = d_cell.mul_(f)
-            d_h = (d_gates[step].to(weight.dtype) @ weight).to(gates.dtype)
+            rows = round_up(n, STEP_ROWS) if weight.dtype != gates.dtype else n
+            d_h = (spare[end - n : end - n + rows].to(weight.dtype) @ weight)[:n].to(gates.dtype)
             end, later = end - n, n
         d_weight = (d_gates.to(weight.dtype).t() @ previous).to(gates.dtype)
         return d_gates, d_weight, d_h, d_c, None
@@ -103,16 +117,19 @@ class ProjectedCrossEntropy(torch.autograd.Function):
         Returns the sum over tokens of weight * loss, float32.
         """
         dtype, words = matmul_dtype(hidden_out), len(weight)
-        low_hidden, low_weight = hidden_out.detach().to(dtype), weight.detach().to(dtype)
+        tokens, low_weight = len(hidden_out), weight.detach().to(dtype)
+        low_hidden = low_weight.new_zeros(round_up(tokens, TOKEN_ROWS), hidden_out.shape[1])
+        low_hidden[:tokens] = hidden_out.detach()
         needs_gradient = any(ctx.needs_input_grad)
         total = torch.zeros((), dtype=bias.dtype, device=hidden_out.device)
         if needs_gradient:
             d_hidden = torch.empty_like(hidden_out, dtype=bias.dtype)
             d_weight, d_bias = torch.zeros_like(weight), torch.zeros_like(bias)
-        for start in range(0, len(hidden_out), ROWS_AT_A_TIME):
+        for start in range(0, tokens, ROWS_AT_A_TIME):
             rows = slice(start, start + ROWS_AT_A_TIME)
             target = targets[rows].unsqueeze(1)  # (n, 1)
-            logits = (low_hidden[rows] @ low_weight.t()).to(bias.dtype).add_(bias)  # (n, V)
+            hidden = low_hidden[rows]  # n rows, and zeros up to the next multiple of TOKEN_ROWS
+            logits = (hidden @ low_weight.t())[: len(target)].to(bias.dtype).add_(bias)  # (n, V)
             logits -= logits.max(1, keepdim=True).values
             right = logits.gather(1, target).squeeze(1)
             mean = logits.mean(1) if label_smoothing else right
@@ -126,9 +143,10 @@ class ProjectedCrossEntropy(torch.autograd.Function):
                 if token_weights is not None:
                     gradient *= token_weights[rows].unsqueeze(1)
                 d_bias += gradient.sum(0)
-                gradient = gradient.to(dtype)
-                d_hidden[rows] = gradient @ low_weight
-                d_weight += gradient.t() @ low_hidden[rows]
+                low_gradient = low_weight.new_zeros(len(hidden), words)
+                low_gradient[: len(target)] = gradient
+                d_hidden[rows] = (low_gradient @ low_weight)[: len(target)]
+                d_weight += low_gradient.t() @ hidden
         if needs_gradient:
             ctx.save_for_backward(d_hidden, d_weight, d_bias)
             ctx.hidden_dtype = hidden_out.dtype

@@ -55,8 +55,8 @@ def start(bench: measure.Bench, decoder: str, *more: str) -> training.Trial:
 def in_this_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Have the benchmarks start no process, each of which would import PyTorch again."""
 
-    def watch(command: list[str]) -> dict[str, float]:
-        memory.child(Path(command[2]), int(command[3]), command[4])
+    def watch(command: list[str], environment: Any = None) -> dict[str, float]:
+        memory.child(Path(command[2]), int(command[3]), *command[4:])
         return {**json.loads(capsys.readouterr().out.splitlines()[-1]), "peak": 1.0}
 
     def leave(code: int) -> NoReturn:

@@ -3,7 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from captioning.decoders import LSTMDecoder
 from captioning.kernels import ROWS_AT_A_TIME, Dropout, dropout, projected_cross_entropy
 
 
@@ -69,3 +71,42 @@ def test_dropout_in_eval_mode_is_nothing():
     module = Dropout(0.5)
     assert module.eval()(values) is values and not torch.equal(module.train()(values), values)
     assert Dropout(0.0)(values) is values
+
+
+class ProductShapes(TorchDispatchMode):
+    """Collects the shapes of matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            self.shapes.add(tuple(value.shape for value in args[-2:]))
+        return function(*args, **(kwargs or {}))
+
+
+def test_under_autocast_batches_share_their_shapes_and_the_lstm_is_that_of_float32_within_its_rounding():
+    """18.6: oneDNN keeps a kernel for every shape of a bf16 product: 3 GB within minutes."""
+    torch.manual_seed(0)
+    decoder = LSTMDecoder(30, 8, 32, 32, 2, 0.0)
+
+    def run(sizes):
+        tokens = sum(sizes)
+        inputs = [
+            torch.randn(shape, requires_grad=True) for shape in ((tokens, 32), (2, sizes[0], 32), (2, sizes[0], 32))
+        ]
+        targets = torch.randint(30, (tokens,))
+
+        def results():
+            out = decoder.run_lstm(inputs[0], torch.tensor(sizes), *inputs[1:])
+            loss = projected_cross_entropy(out, decoder.embed.weight, decoder.output_bias, targets)
+            return [out, *torch.autograd.grad(loss, [*inputs, *decoder.lstm.parameters(), decoder.embed.weight])]
+
+        with torch.autocast("cpu", torch.bfloat16), ProductShapes() as seen:
+            low = results()
+        for a, b in zip(low, results(), strict=True):
+            assert a.shape == b.shape and a.dtype == torch.float32 and float((a - b).norm() / b.norm()) < 0.02
+        return seen.shapes
+
+    assert run([7, 7, 5, 2, 1]) == run([9, 6, 6, 3, 2, 1])

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from captioning.io import (
+    KERNELS,
     Progress,
     SteadyStream,
     UserError,
@@ -149,3 +150,25 @@ def test_a_closed_standard_stream_can_be_written_to(monkeypatch):
     monkeypatch.setattr("sys.stderr", None)
     open_standard_streams()
     assert sys.stderr.write("x") == 1
+
+
+@pytest.mark.parametrize(
+    "own, kept",
+    [
+        ({}, (str(KERNELS), None)),
+        ({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "7"}, ("7", None)),
+        ({"DNNL_PRIMITIVE_CACHE_CAPACITY": "8"}, (None, "8")),
+    ],
+)
+def test_kernels_are_limited_before_pytorch_is_imported_unless_the_user_says_how_many(own, kept, tmp_path):
+    """18.6: oneDNN's cache grew to gigabytes."""
+    names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY")
+    (tmp_path / "torch.py").write_text(
+        f"import os\nprint([os.environ.get(name) for name in {names}])\nraise SystemExit"
+    )
+    script = Path(__file__).resolve().parent.parent / "flickr_image_caption_with_pytorch_resnet_lstm.py"
+    code = f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')"
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(script.parent)])} | own
+    run = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert run.stdout.splitlines() == [str(list(kept))], run.stderr

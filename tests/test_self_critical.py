@@ -1,6 +1,7 @@
 """The reward is pycocoevalcap's CIDEr to the last digits; samples are drawn from the decoder's own distribution."""
 
 import argparse
+import copy
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from captioning.cider import CiderReward
 from captioning.consensus import Consensus, pick_best, regression_images
 from captioning.dataset import EOS, PAD, SOS, UNK, CaptionSet, Tokens, Vocabulary, build_vocabulary
 from captioning.decoders import Decoder, build_decoder
-from captioning.decoding import Hypothesis, beam_search, next_words, sample
+from captioning.decoding import Ensemble, Hypothesis, beam_search, sample
 from captioning.encoders import EncoderSpec
 from captioning.evaluation import EvalContext
 from captioning.modes.test import by_consensus
@@ -218,8 +219,7 @@ def test_samples_follow_the_decoders_distribution(kind):
     features = torch.randn(1, *((49, 8) if decoder.uses_grid else (8,)))
     torch.manual_seed(1)
     drawn = sample(decoder, features, 4000, 3)
-    decoder.eval()
-    _, expected, _ = next_words([(decoder, features)], [decoder.begin(features)], torch.tensor([SOS]))
+    expected, _ = Ensemble([(decoder, features)]).step(torch.tensor([SOS]))
     share = np.bincount(drawn.words[:, 0], minlength=7) / 4000
     assert share[[PAD, SOS, UNK]].sum() == 0
     allowed = expected[0].detach().exp() / expected[0].detach().exp().sum()
@@ -249,9 +249,9 @@ def test_samples_know_their_log_probability(kind):
     drawn = sample(decoder, features, 2, 12, top_p=0.8)
     decoder.eval()
     for row, (words, length, ended, log_probability) in enumerate(zip(*drawn, strict=True)):
-        state, word, total = decoder.begin(features[row // 2 : row // 2 + 1]), torch.tensor([SOS]), 0.0
+        ensemble, word, total = Ensemble([(decoder, features[row // 2 : row // 2 + 1])]), torch.tensor([SOS]), 0.0
         for target in [*words[:length].tolist(), *([EOS] if ended else [])]:
-            (state,), known, _ = next_words([(decoder, features)], [state], word)
+            known, _ = ensemble.step(word)
             total, word = total + known[0, target].item(), torch.tensor([target])
         assert log_probability == pytest.approx(total, abs=1e-4)
 
@@ -311,13 +311,32 @@ def test_an_ensemble_of_one_decoder_twice_is_that_decoder():
         assert one[0].log_probability == pytest.approx(two[0].log_probability, abs=1e-5)
 
 
+def test_views_of_one_decoder_run_as_one_batch_and_change_nothing():
+    decoder, other = small("attention", 20), small("lstm", 20)
+    torch.manual_seed(1)
+    views = torch.randn(3, 9, 49, 8)
+    decoder.output_bias.data[EOS] = 1
+    decoder.embed.weight.data *= 6
+    means, rows = (other, 5 * views[0].mean(1)), []
+    counted = decoder.output.register_forward_hook(lambda _, given, __: rows.append(len(given[0])))
+    shared = beam_search([*((decoder, view) for view in views), means], 4, 12, attention=True, num_hypotheses=4)
+    counted.remove()
+    assert rows[:2] == [27, 108] and rows[-1] < 108  # 3 views of 9 images, of which some finish first
+    copies = [(copy.deepcopy(decoder), view) for view in views]
+    alone = beam_search([*copies, means], 4, 12, attention=True, num_hypotheses=4)
+    for one, two in zip(shared, alone, strict=True):
+        assert [h.ids for h in one] == [h.ids for h in two]
+        for first, second in zip(one, two, strict=True):
+            assert first.score == pytest.approx(second.score, abs=1e-5)
+            np.testing.assert_allclose(first.attention, second.attention, atol=1e-5)
+
+
 def test_an_ensemble_means_probabilities():
     members = [(small(kind, 9).eval(), torch.randn(2, 49, 8)) for kind in DECODERS]
     members = [(decoder, grid if decoder.uses_grid else grid.mean(1)) for decoder, grid in members]
     words = torch.full((2,), SOS)
-    states = [decoder.begin(features) for decoder, features in members]
-    _, together, _ = next_words(members, states, words)
-    each = [next_words([member], [state], words)[1].exp() for member, state in zip(members, states, strict=True)]
+    together, _ = Ensemble(members).step(words)
+    each = [Ensemble([member]).step(words)[0].exp() for member in members]
     torch.testing.assert_close(together.exp(), torch.stack(each).mean(0), atol=1e-6, rtol=1e-5)
     assert together[0].exp().sum() < 1  # <PAD>, <SOS> and <UNK> are never written
     found = beam_search(members, 3, 8)
