@@ -1,7 +1,10 @@
-"""Seconds until the program answers, and until it has trained its first step on cached features."""
+"""Seconds until the program answers, has trained its first step on cached features, or has captioned a photo."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import os
 import runpy
 import statistics
@@ -10,7 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-from measure import Bench, Figure
+from generated import draw_pictures, write_data_set
+from measure import Bench, Figure, compared, interleaved
 
 PART = "startup"
 PROGRAM = Path(__file__).resolve().parent.parent / "flickr_image_caption_with_pytorch_resnet_lstm.py"
@@ -28,6 +32,8 @@ def measure(bench: Bench) -> list[Figure]:
     }
     for decoder in bench.scale.sizes["small"]:
         commands[f"first step, {decoder}"] = [__file__, *training.flags_for(bench, data_dir, decoder, "small")]
+    model, photo = photo_model(bench)
+    commands["caption of a photo"] = [str(PROGRAM), "--mode", "caption", "--model_path", str(model), "--beam_size", "5", "--images", str(photo)]  # fmt: skip
     seconds: dict[str, list[float]] = {name: [] for name in commands}
     for counted in [False] * (bench.scale.starts > 1) + [True] * bench.scale.starts:  # the first fills the token cache
         for name, command in commands.items():
@@ -42,10 +48,47 @@ def measure(bench: Bench) -> list[Figure]:
     figures = []
     for name in list(commands)[2:]:
         against, bound = ("import torch", 5) if name.startswith("first step") else ("python alone", 0.5)
+        if name == "caption of a photo":
+            against, bound = "import torch", 1.5
         ratio = median[name] / median[against]
         figure = Figure(PART, name, median[name], "s", against, median[against], ratio, note=note)
         figures.append(figure.must("<", bound, of_value=True))
-    return figures
+    return [*figures, page_answer(model, photo, bench)]
+
+
+def photo_model(bench: Bench) -> tuple[Path, Path]:
+    """Return a run with six views of an attention decoder of the recipes' size, and a photo."""
+    import flickr_image_caption_with_pytorch_resnet_lstm as trainer
+
+    folder = bench.directory / "photos"
+    pictures = draw_pictures(bench.directory / "photo", 4)
+    write_data_set(folder, min(bench.scale.images, 200), pictures)
+    flags = "--dataset_type custom --encoder efficientnet_lite0 --views all --decoder attention --embed_size 300"
+    flags += " --hidden_size 512 --num_layers 1 --epochs 1 --freq_threshold 1 --learning_rate 0.002 --quiet"
+    places = ["--data_dir", folder, "--feature_cache", folder / "cache", "--model_save_dir", folder / "runs"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        if trainer.main([*flags.split(), *map(str, places)]):
+            raise RuntimeError("the model for the photo was not trained")
+    (best,) = (folder / "runs").rglob("best.pt")
+    return best, pictures[0]
+
+
+def page_answer(model: Path, photo: Path, bench: Bench) -> Figure:
+    """The page's answer to a photo, attention maps included, against that with an encoder in PyTorch."""
+    from captioning.captioner import Captioner
+    from captioning.modes.serve import caption_upload
+
+    captioners = {"compiled": Captioner(model), "plain": Captioner(model)}
+    captioners["compiled"].expect_many()
+    data = photo.read_bytes()
+    ways = {
+        name: functools.partial(caption_upload, captioner, data, 5, 0.7, 1, True)
+        for name, captioner in captioners.items()
+    }
+    seconds = interleaved(ways, 4 * bench.scale.repeats, bench.device)
+    note = "a trained decoder ends its captions sooner"
+    figure = compared(PART, "the page's answer, beam 5", seconds["compiled"], "s", "encoder in PyTorch", seconds["plain"], note)  # fmt: skip
+    return figure.must("<", 0.3, of_value=True)
 
 
 def stop_after_first_step() -> None:

@@ -433,6 +433,7 @@ def serve_page(args: Settings) -> int:
         with contextlib.closing(open_socket(args.host, args.port)) as listener:
             captioner = Captioner(args.model_path[0], args.device, args.resnet_weights)
             captioner.no_repeat_ngram = args.no_repeat_ngram
+            captioner.expect_many()
             log.info(f"Model: {captioner}. Device: {captioner.device}")
             settings = captioner.decoding(args)
             page = build_page(captioner, find_examples(captioner, args), *settings)
