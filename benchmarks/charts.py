@@ -54,8 +54,8 @@ def decoding(result: dict[str, Any]) -> Picture | None:
 
 
 def rates(result: dict[str, Any], part: str, title: str) -> Picture | None:
-    figures = [f for f in result["figures"] if f["part"] == part and f["unit"] == "images/s"]
-    return bars(figures, title, "images/s") if figures else None
+    figures = [f for f in result["figures"] if f["part"] == part and f["unit"] in ("images/s", "views/s")]
+    return bars(figures, title, "per second") if figures else None
 
 
 def epochs(result: dict[str, Any]) -> Picture | None:

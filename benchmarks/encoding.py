@@ -49,7 +49,7 @@ def measure_encoder(bench: Bench, name: str, paths: list[Path]) -> list[Figure]:
     forms: dict[str, Form | None] = {"frozen graph": before}
     if scale.compiled and device.type == "cpu":
         forms |= {"compiled": compiled(build()), "ONNX Runtime": onnx_runtime(build(), bench.directory)}
-    rounds = max(1, len(paths) * len(VIEWS) // len(pixels) // streams)
+    rounds = max(1, min(480, len(paths) * len(VIEWS)) // len(pixels) // streams)
 
     def many(run: Form, threads: int = 1) -> Callable[[], None]:
         def repeat() -> None:

@@ -37,7 +37,7 @@ class Scale:
 
 BOTH = ("lstm", "attention")
 FULL = Scale(
-    repeats=5, encoded={"efficientnet_lite0": 384, "resnet50": 48}, naive=32, compiled=True, images=7000,
+    repeats=5, encoded={"efficientnet_lite0": 256, "resnet50": 32}, naive=32, compiled=True, images=7000,
     sizes={"small": BOTH, "default": BOTH}, steps=6, captions_encoded=32, matmul=4096, training=480, decoded=1000,
     alone=40, memory=(1_000, 8_000, 32_000, 128_000), memory_steps=60, starts=5,
 )  # fmt: skip

@@ -13,7 +13,6 @@ import sys
 import time
 from pathlib import Path
 
-from generated import draw_pictures, write_data_set
 from measure import Bench, Figure, compared, interleaved
 
 PART = "startup"
@@ -58,6 +57,8 @@ def measure(bench: Bench) -> list[Figure]:
 
 def photo_model(bench: Bench) -> tuple[Path, Path]:
     """Return a run with six views of an attention decoder of the recipes' size, and a photo."""
+    from generated import draw_pictures, write_data_set
+
     import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 
     folder = bench.directory / "photos"

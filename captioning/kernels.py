@@ -118,7 +118,8 @@ class ProjectedCrossEntropy(torch.autograd.Function):
         """
         dtype, words = matmul_dtype(hidden_out), len(weight)
         tokens, low_weight = len(hidden_out), weight.detach().to(dtype)
-        low_hidden = low_weight.new_zeros(round_up(tokens, TOKEN_ROWS), hidden_out.shape[1])
+        rows_made = round_up(tokens, TOKEN_ROWS) if dtype != bias.dtype else tokens
+        low_hidden = low_weight.new_zeros(rows_made, hidden_out.shape[1])
         low_hidden[:tokens] = hidden_out.detach()
         needs_gradient = any(ctx.needs_input_grad)
         total = torch.zeros((), dtype=bias.dtype, device=hidden_out.device)
@@ -128,7 +129,7 @@ class ProjectedCrossEntropy(torch.autograd.Function):
         for start in range(0, tokens, ROWS_AT_A_TIME):
             rows = slice(start, start + ROWS_AT_A_TIME)
             target = targets[rows].unsqueeze(1)  # (n, 1)
-            hidden = low_hidden[rows]  # n rows, and zeros up to the next multiple of TOKEN_ROWS
+            hidden = low_hidden[rows]  # n rows, in bf16 and zeros up to the next multiple of TOKEN_ROWS
             logits = (hidden @ low_weight.t())[: len(target)].to(bias.dtype).add_(bias)  # (n, V)
             logits -= logits.max(1, keepdim=True).values
             right = logits.gather(1, target).squeeze(1)

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from captioning.flags import CONFIG_NAMES, DATA_MODES, FLAGS, GONE, GROUPS, NOT_CONFIGURABLE, Flag, path, text
 from captioning.io import UserError, first_line, not_installed, read_json
-from captioning.registry import DECODERS, ENCODERS, LIBRARIES, folder_name, idle_flags, size_problem
+from captioning.registry import DECODERS, ENCODERS, LIBRARIES, folder_name, idle_flags, library_of, size_problem
 
 
 class Settings(argparse.Namespace):
@@ -193,7 +193,7 @@ def parse_flags(argv: list[str]) -> Settings:
             name for name in given - set(typed) if mode not in FLAGS[name].modes and "train" in FLAGS[name].modes
         }
     for kind, entries in KINDS.items():
-        defaults |= entries[(defaults | config | typed)[kind]].defaults
+        defaults |= entries[library_of((defaults | config | typed)[kind])].defaults
     values = defaults | config | typed
     if values["quiet"] and values["verbose"] and len({"quiet", "verbose"} & set(typed)) == 1:  # it wins over a file
         values |= {"quiet": "quiet" in typed, "verbose": "verbose" in typed}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from captioning.flags import FLAGS, GROUPS, MODES, Flag
+from captioning.flags import FLAGS, GONE, GROUPS, MODES, Flag
 from captioning.runs import SCRIPT
 from captioning.settings import parse_flags, shown
 
@@ -92,7 +92,7 @@ def test_files_that_are_named_are_there(page: Path) -> None:
 def test_flags_that_are_named_exist(page: Path) -> None:
     scripts = [*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py"), ROOT / "setup.sh"]
     ours = {flag for path in scripts for flag in re.findall(r"""["' ]--([a-z][\w-]*)["')]""", path.read_text("utf-8"))}
-    known = ours.union(FLAGS, *map(str.split, FOREIGN.values()))
+    known = ours.union(FLAGS, GONE, *map(str.split, FOREIGN.values()))
     assert set(re.findall(r"(?<![\w-])--([A-Za-z][\w-]*)", page.read_text("utf-8"))) - known == set()
 
 

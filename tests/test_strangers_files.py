@@ -269,7 +269,7 @@ EXPANDED = torch.zeros(()).expand(10**6, 10**6)
         ("best.score", float("nan"), "best.score is a float where a number"),
         ("optimizer.state", {0: {}}, "does not fit its parameter"),
         ("optimizer.state", {99: {}}, "names a parameter that is not there"),
-        ("optimizer.param_groups", [], "no single group"),
+        ("optimizer.param_groups", [], "of other parameters"),
         ("optimizer.param_groups", [{"params": [0]}], "not written by this program"),
     ],
 )
