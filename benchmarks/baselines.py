@@ -93,7 +93,7 @@ def onnx_runtime(encoder: Encoder, directory: Path) -> Form | None:
         from captioning.modes.export import to_onnx
 
         example = torch.zeros(2, 3, encoder.spec.image_size, encoder.spec.image_size, dtype=torch.uint8)
-        session = to_onnx(encoder, {"pixels": example}, {"pixels": 0}, ["features"], directory / "encoder.onnx")
+        session = to_onnx(encoder, {"pixels": example}, {"pixels": {0: "R"}}, ["features"], directory / "encoder.onnx")
     except ImportError:
         return None
     return lambda pixels: torch.from_numpy(session.run(None, {"pixels": pixels.transpose(0, 3, 1, 2)})[0])

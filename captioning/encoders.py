@@ -42,9 +42,7 @@ class EncoderSpec:
     std: tuple[float, float, float]
     image_size: int = 224
     grid: int = 7  # regions along each side; comments on shapes write 49 for their number, which is 64 with Lite2
-    earlier: tuple[
-        int, ...
-    ] = ()  # channels of the stages before the last; each halves the grid, the first is a quarter
+    earlier: tuple[tuple[int, int], ...] = ()  # channels and grid of the stages before the last, for `before_last`
     cut: int = 0  # last stages that are left out, to be trained with the decoder: see `before_last`
     uncut: EncoderSpec | None = None  # with all its stages, where some are left out
     every_stage: bool = False  # the channels are those of every stage rather than of the last alone
@@ -67,6 +65,10 @@ class EncoderSpec:
         """Return an image in these views, as `images.load_views` does, resized for this encoder."""
         return load_views(source, self.image_size, views, self.interpolation)
 
+    def earlier_stages(self) -> tuple[tuple[int, int], ...]:
+        """Return `earlier`, which a subclass may find out rather than declare."""
+        return self.earlier
+
     def before_last(self, stages: int) -> EncoderSpec:
         """Return the encoder without its last `stages`, whose output is a larger grid.
 
@@ -75,16 +77,15 @@ class EncoderSpec:
         """
         if not stages:
             return self
-        kept = len(self.earlier) - stages  # number of the stage that becomes the last
-        if kept < 0 or self.every_stage:
-            way_out = (
-                f"use --encoder {self.name.removesuffix('_stages')}" if self.every_stage else "leave --fine_tune out"
-            )
-            most = 0 if self.every_stage else len(self.earlier)
+        earlier = () if self.every_stage else self.earlier_stages()
+        kept = len(earlier) - stages  # number of the stage that becomes the last
+        if kept < 0:
+            way_out = f"use --encoder {self.name[:-7]}" if self.every_stage else "leave --fine_tune out"
             raise UserError(
-                f"--fine_tune {stages}: {self.name} has {most or 'no'} last stages that can be trained: {way_out}"
+                f"--fine_tune {stages}: {self.name} has {len(earlier) or 'no'} last stages that can be trained: {way_out}"
             )
-        return replace(self, channels=self.earlier[kept], grid=self.image_size // (4 << kept), cut=stages, uncut=self)
+        channels, grid = earlier[kept]
+        return replace(self, channels=channels, grid=grid, cut=stages, uncut=self)
 
     @property
     def family(self) -> str:
@@ -403,7 +404,8 @@ def efficientnet_lite(number: int, image_size: int) -> EfficientNetLiteSpec:
 
 def both_forms(spec: Spec, *earlier: int) -> tuple[Spec, Spec]:
     """Return the encoder, and its form that gives every stage. Args: earlier: channels of the earlier stages."""
-    plain, channels = replace(spec, earlier=earlier), spec.channels + sum(earlier)
+    grids = tuple((channels, spec.image_size // (4 << stage)) for stage, channels in enumerate(earlier))
+    plain, channels = replace(spec, earlier=grids), spec.channels + sum(earlier)
     return plain, replace(plain, name=f"{spec.name}_stages", channels=channels, every_stage=True)
 
 

@@ -85,6 +85,10 @@ class TimmSpec(EncoderSpec):
             return weights_in(self.model.folder)
         return hub_file(self.model.repository, WEIGHTS_FILES, download) if self.model.repository else None
 
+    def earlier_stages(self) -> tuple[tuple[int, int], ...]:
+        """See `EncoderSpec.earlier_stages`."""
+        return stage_grids(self.name.partition(":")[2], self.grid if self.pooled else None)
+
     def load_stages(self, weights: Path | None) -> Sequence[nn.Module]:
         """See `EncoderSpec.load_stages`: a CNN has as many as resolutions, everything else one."""
         model, config, arguments, _, _ = self.model
@@ -104,6 +108,18 @@ class TimmSpec(EncoderSpec):
         pooling = [nn.AdaptiveAvgPool2d(self.grid)] if self.pooled else []
         stages[-1] = nn.Sequential(stages[-1], *norm_after_pooling(network), *pooling)
         return stages
+
+
+@functools.cache
+def stage_grids(name: str, grid: int | None) -> tuple[tuple[int, int], ...]:
+    """Return channels and side of each stage of a model of timm's but the last, by a blank image."""
+    spec, found = find_timm(name, grid), []
+    features = torch.zeros(1, 3, spec.image_size, spec.image_size)
+    with torch.no_grad():
+        for stage in spec.load_stages(None)[:-1]:
+            features = stage(features)
+            found.append((features.shape[1], features.shape[2]))
+    return tuple(found)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ import torch
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from captioning import timm_encoders
 from captioning.checkpoints import load_checkpoint
-from captioning.encoders import find_encoder
+from captioning.encoders import TrainedStages, find_encoder
 from captioning.images import peak
 from captioning.io import UserError
 from captioning.registry import folder_name, is_encoder, without_path
@@ -326,3 +326,20 @@ def test_list(folders, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         trainer.main(["--encoder", "list", "nothing_like_it"])
     assert "No encoder has a name like nothing_like_it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["resnet", "convnext"])
+def test_the_last_stages_of_a_cnn_can_be_trained(folders, name):
+    spec = find_encoder(f"timm:local-dir:{folders[name]}")
+    weights, _ = spec.find_weights()
+    before = spec.before_last(2)
+    pixels = torch.randint(0, 256, (2, 3, spec.image_size, spec.image_size), dtype=torch.uint8)
+    with torch.no_grad():
+        whole, regions = spec.build(weights)(pixels), before.build(weights)(pixels)
+        assert (TrainedStages(before, weights)(regions) - whole).norm() < 1e-4 * whole.norm()
+    assert before.grid > spec.grid and before.transform.startswith(f"squash{spec.image_size}-") and "cut2" in before.transform
+
+
+def test_a_vit_has_no_stages_to_train(folders):
+    with pytest.raises(UserError, match="has no last stages that can be trained: leave --fine_tune out"):
+        find_encoder(f"timm:local-dir:{folders['vit']}").before_last(1)
