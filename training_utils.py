@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
 import signal
 import time
@@ -28,6 +30,7 @@ from captioning.scst import SelfCritic
 from captioning.settings import Settings
 
 MAX_BAD_BATCHES = 10  # batches of an epoch whose loss or gradient may be non-finite
+TRIM_SECONDS = 20.0  # between two calls of `trim_memory`, which takes some hundredths of a second
 STEPS_PER_SYNC = 100  # of a GPU or of several processes: looking at a step makes the device wait for it
 SAME_SIGNAL = 5.0  # seconds within which a second signal may be the first one, passed on by torchrun
 
@@ -251,6 +254,12 @@ def set_rates(optimizer: torch.optim.Optimizer, rate: float, epoch: int, setting
         group["lr"] = rate * share
 
 
+def trim_memory() -> None:
+    """Give back what the C library keeps of freed memory: batches of ever other sizes leave gaps, which grow (glibc)."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # no glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 class StepMonitor:
     """Finds skipped batches, saves that are due and signals among the finished steps of an epoch.
 
@@ -265,7 +274,7 @@ class StepMonitor:
         """Args: names: of all images, for messages; directory: of the run."""
         self.loader, self.names, self.directory, self.settings, self.stop = loader, names, directory, settings, stop
         self.on_cpu, self.interval, self.bad = device.type == "cpu", STEPS_PER_SYNC, 0
-        self.last_save = self.last_sync = time.monotonic()
+        self.last_save = self.last_sync = self.last_trim = time.monotonic()
         self.finite: list[torch.Tensor] = []  # of the steps since the last sync
 
     def begin_epoch(self) -> None:
@@ -291,6 +300,9 @@ class StepMonitor:
         """
         pace = (time.monotonic() - self.last_sync) / len(self.finite)
         self.last_sync = time.monotonic()
+        if self.on_cpu and self.last_sync - self.last_trim > TRIM_SECONDS:
+            trim_memory()
+            self.last_trim = self.last_sync
         flags = (~torch.stack(self.finite)).tolist()
         asked, due, pace, *bad = distributed.largest(self.stop.signal or 0, self.save_due(), pace, *flags)
         self.interval = min(STEPS_PER_SYNC, max(1, int(5 / max(pace, 1e-3))))  # torchrun kills 30 s after a signal

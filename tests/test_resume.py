@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_files import skip_pictures
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 import training_utils
@@ -39,6 +40,7 @@ class Crash(BaseException):
 @pytest.fixture
 def here(tiny, monkeypatch):
     monkeypatch.chdir(tiny.parent)
+    skip_pictures(monkeypatch)
     return tiny
 
 
@@ -255,3 +257,12 @@ def test_when_memory_runs_out_a_smaller_batch_is_named(here, monkeypatch, capsys
     again = f"--model_path {directory / 'last.pt'} --batch_size 4"
     assert error.startswith("error: the memory of cpu ran out") and again in error and "Traceback" not in error
     assert trainer.main([*again.split(), "--epochs", "1"]) == 0
+
+
+def test_freed_memory_is_given_back_while_it_trains(here, monkeypatch):
+    calls = []
+    monkeypatch.setattr(training_utils, "TRIM_SECONDS", -1.0)
+    plain = training_utils.trim_memory
+    monkeypatch.setattr(training_utils, "trim_memory", lambda: calls.append(plain()))
+    assert run(here, "whole", "lstm", "--epochs", "1") == 0
+    assert len(calls) == 4  # one a step
