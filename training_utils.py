@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from captioning import distributed
 from captioning.batches import Batch, BatchMaker
-from captioning.decoders import Decoder, FineTuned
+from captioning.decoders import Decoder, group_sizes
 from captioning.features import DeviceFeatures, Features, gather_views
 from captioning.io import UserError, format_bytes, log
 from captioning.schedules import Schedule
@@ -238,11 +238,10 @@ FINE_TUNE_RATE = 0.3  # of the decoder's learning rate, for stages of the encode
 
 def make_optimizer(decoder: Decoder, settings: Settings) -> torch.optim.AdamW:
     """Return AdamW for a decoder; stages of the encoder that are trained with it are a group without weight decay."""
-    stages = list(decoder.stages.parameters()) if isinstance(decoder, FineTuned) else []
-    groups: list[dict[str, Any]] = [{"params": list(decoder.parameters())[: -len(stages) or None]}]
-    if stages:  # the last of the decoder's parameters
-        # Betas of its own: a checkpoint in which one object lies in two places is refused.
-        groups.append({"params": stages, "weight_decay": 0.0, "betas": (0.9, 0.999)})
+    parameters, (own, *stages) = list(decoder.parameters()), group_sizes(decoder)
+    groups: list[dict[str, Any]] = [{"params": parameters[:own]}]
+    if stages:  # Betas of its own: a checkpoint in which one object lies in two places is refused.
+        groups.append({"params": parameters[own:], "weight_decay": 0.0, "betas": (0.9, 0.999)})
     return torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
 
 
@@ -392,7 +391,8 @@ class Precision:
         Where the norm is not a finite number the weights stay as they are: the fused optimizer is told so
         on the device, without waiting for it.
         """
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        moving = [group for group in optimizer.param_groups if group["lr"]] or optimizer.param_groups
+        parameters = [p for group in moving for p in group["params"]]  # resting stages do not scale the others down
         optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self.scaler.unscale_(optimizer)

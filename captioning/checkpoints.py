@@ -16,7 +16,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from captioning import registry
-from captioning.decoders import Decoder, build_decoder
+from captioning.decoders import Decoder, build_decoder, group_sizes
 from captioning.encoders import encoder_of
 from captioning.flags import FLAGS
 from captioning.io import (
@@ -82,7 +82,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if checkpoint["decoding"] is None:
         checkpoint["decoding"] = tuned_decoding(path, checkpoint["epoch"])
     decoder = check_architecture(checkpoint, path)
-    check_optimizer(checkpoint["optimizer"], list(decoder.parameters()), path)
+    check_optimizer(checkpoint["optimizer"], decoder, path)
     return checkpoint
 
 
@@ -109,6 +109,7 @@ def add_later_flags(checkpoint: Any) -> None:
         checkpoint["flags"] = {
             "feature_type": "float16",
             "fine_tune": 0,
+            "fine_tune_learning_rate": None,
             "grid": None,
             "num_heads": FLAGS["num_heads"].default,
         } | checkpoint["flags"]
@@ -290,7 +291,7 @@ CHECKPOINT: dict[str, Any] = {
         "num_heads": size("num_heads"), "attention_dim": size("attention_dim"), "grid": OrNone(size("grid")), "freq_threshold": size("freq_threshold"), "max_length": size("max_length"),
         "batch_size": size("batch_size"), "seed": whole(0, LIMITS["seed"]),
         "drop_prob": real(0, 0.95), "grad_clip": real(0, 1e30), "label_smoothing": real(0, 0.9),
-        "attention_reg": real(0, 1e30), "learning_rate": real(0, 1e30), "feature_cache": TEXT,
+        "attention_reg": real(0, 1e30), "fine_tune_learning_rate": OrNone(real(0, 1e30)), "learning_rate": real(0, 1e30), "feature_cache": TEXT,
         "views": one_of("whole", "mirror", "all"), "feature_type": one_of("float16", "int8"), "weight_decay": real(0, 1e30),
         "best_metric": one_of("cider", "bleu4", "val_loss"), "precision": one_of("fp32", "bf16", "fp16"),
         "data_dir": OrNone(TEXT), "image_dir": OrNone(TEXT),
@@ -394,12 +395,13 @@ def check_architecture(checkpoint: dict[str, Any], path: Path) -> Decoder:
     return decoder
 
 
-def check_optimizer(optimizer: dict[str, Any], weights: list[torch.Tensor], path: Path) -> None:
+def check_optimizer(optimizer: dict[str, Any], decoder: Decoder, path: Path) -> None:
     """Make sure that AdamW can go on from a saved state.
 
     Raises:
         UserError: it belongs to other weights, or has settings that this program never uses.
     """
+    weights = list(decoder.parameters())
     state, groups = optimizer.get("state"), optimizer.get("param_groups") or []
     if not isinstance(state, dict) or not is_list(groups, lambda group: isinstance(group, dict)):
         raise malformed(path, "optimizer has no state and no groups of parameters")
@@ -422,7 +424,7 @@ def check_optimizer(optimizer: dict[str, Any], weights: list[torch.Tensor], path
         ):
             raise malformed(path, "optimizer.param_groups was not written by this program")
         numbers += group["params"]
-    if numbers != list(range(len(weights))) or len(groups) > 2:
+    if numbers != list(range(len(weights))) or [len(group["params"]) for group in groups] != group_sizes(decoder):
         raise malformed(path, "optimizer.param_groups are of other parameters")
 
 

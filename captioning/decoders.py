@@ -141,7 +141,6 @@ class FineTuned(Decoder):
         super().__init__()
         self.decoder, self.stages = decoder, stages
         self.has_attention = decoder.has_attention  # type: ignore[misc]
-        self.description = f"{decoder.description}, and the encoder's last stages, trained with it"  # type: ignore[misc]
 
     def features(self, regions: torch.Tensor) -> torch.Tensor:
         """(I, 196, C) of the frozen stages -> what the decoder reads, (I, 49, C) or (I, C)."""
@@ -172,6 +171,12 @@ class FineTuned(Decoder):
     def cross_entropy(self, *arguments: Any, **named: Any) -> torch.Tensor:
         """See `Decoder.cross_entropy`."""
         return self.decoder.cross_entropy(*arguments, **named)
+
+
+def group_sizes(decoder: Decoder) -> list[int]:
+    """Return how many of a decoder's parameters, in their order, are its own, and how many those of trained stages."""
+    stages = len(list(decoder.stages.parameters())) if isinstance(decoder, FineTuned) else 0
+    return [len(list(decoder.parameters())) - stages, *([stages] if stages else [])]
 
 
 def build_decoder(

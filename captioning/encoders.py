@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import itertools
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,7 +81,13 @@ class EncoderSpec:
         earlier = () if self.every_stage else self.earlier_stages()
         kept = len(earlier) - stages  # number of the stage that becomes the last
         if kept < 0:
-            way_out = f"use --encoder {self.name[:-7]}" if self.every_stage else "leave --fine_tune out"
+            way_out = (
+                f"use --encoder {self.name[:-7]}"
+                if self.every_stage
+                else f"give at most {len(earlier)}"
+                if earlier
+                else "leave --fine_tune out"
+            )
             raise UserError(
                 f"--fine_tune {stages}: {self.name} has {len(earlier) or 'no'} last stages that can be trained: {way_out}"
             )
@@ -152,7 +159,7 @@ class TrainedStages(nn.Module):
     def __init__(self, spec: EncoderSpec, weights: Path | None):
         """Args: spec: of the encoder before these stages; weights: of the whole encoder, None for random ones."""
         super().__init__()
-        self.stages = nn.Sequential(*spec.load_stages(weights)[-spec.cut :]).to(memory_format=torch.channels_last)
+        self.stages = nn.Sequential(*spec.load_stages(weights)[-spec.cut :])
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.track_running_stats, module.num_batches_tracked = False, None  # the statistics stay, uncounted
@@ -224,13 +231,15 @@ class Encoder(nn.Module):
         if many and device.type == "cpu" and (form := openvino_form(self, self.spec.image_size, streams)):
             return form
 
+        one_at_a_time = threading.Lock()  # PyTorch uses all threads for a batch
+
         @torch.inference_mode()
         def encode(pixels: np.ndarray) -> torch.Tensor:
             count = len(pixels)
             if many:  # PyTorch chooses its algorithms by the size of the batch, so that it is always the same
                 filler = np.zeros((-count % ENCODE_BATCH, *pixels.shape[1:]), np.uint8)
                 pixels = np.concatenate([pixels, filler])
-            with torch.autocast("cuda", torch.float16, enabled=device.type == "cuda"):
+            with one_at_a_time, torch.autocast("cuda", torch.float16, enabled=device.type == "cuda"):
                 parts = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).split(ENCODE_BATCH)
                 return torch.cat([self(part) for part in parts])[:count]
 

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from captioning import distributed
 from captioning.encoders import ENCODE_BATCH, Encoder, EncoderSpec
-from captioning.feature_store import ROWS_PER_FILE, FeatureFile, FeatureStore, Version, row_dtype, version_of
+from captioning.feature_store import ROWS_PER_FILE, Entry, FeatureFile, FeatureStore, Version, row_dtype, version_of
 from captioning.images import UnreadableImage
 from captioning.io import Progress, UserError, log, make_directory, require_free_space
 from captioning.quantization import SCALE_BYTES, dequantize, quantize
@@ -282,11 +282,10 @@ def open_features(request: FeatureRequest) -> list[Features]:
         for number, share in zip(distributed.shard(numbers), shares, strict=True):
             files = [store.part(number) for store in stores]
             mine = {image: todo[image] for image in share.tolist()}
-            if request.kind != "grid":
+            size = sum(map(len, mine.values())) * (files[0].row_bytes + 128)  # in all views
+            require_free_space(files[0].directory, size, "encoding the images")
+            if mine and request.kind != "grid":
                 mine = derive_from_grids(request, files, mine)
-            for view, file in enumerate(files):
-                rows = sum(view in views for views in mine.values())
-                require_free_space(file.directory, rows * (file.row_bytes + 128), "encoding the images")
             if mine:
                 unreadable |= encode_images(request, request.build_encoder(), files, mine)
         distributed.wait_for_all()
@@ -339,12 +338,17 @@ def derive_from_grids(
             have = [i for i in wanted if grid.holds(paths[i])]
             maps = grid.maps()
             for start in range(0, len(have), FLUSH_ROWS):
-                names = [paths[i].name for i in have[start : start + FLUSH_ROWS]]
-                entries = [grid.entries[name] for name in names]
-                places = [divmod(entry.row, ROWS_PER_FILE) for entry in entries]
-                rows = np.stack([maps[number][offset] for number, offset in places])  # (n, 49, C)
-                file.append(names, [Version(*entry[1:4]) for entry in entries], stored_form(rows, file.kind))
-            done.update((i, view) for i in have)
+                found: list[tuple[str, Entry, np.ndarray]] = []
+                for i in have[start : start + FLUSH_ROWS]:
+                    entry = grid.entries[paths[i].name]
+                    row = np.ascontiguousarray(maps[entry.row // ROWS_PER_FILE][entry.row % ROWS_PER_FILE])  # (49, C)
+                    if zlib.crc32(row.data) == entry.checksum:  # a damaged one is encoded again
+                        found.append((paths[i].name, entry, row))
+                        done.add((i, view))
+                if found:
+                    names, entries, rows = zip(*found, strict=True)
+                    versions = [Version(*entry[1:4]) for entry in entries]
+                    file.append(names, versions, stored_form(np.stack(rows), file.kind))
     left = {i: [view for view in views if (i, view) not in done] for i, views in todo.items()}
     return {i: views for i, views in left.items() if views}
 

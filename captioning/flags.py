@@ -167,7 +167,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("fine_tune", "train the encoder's last N stages with the decoder; 0 leaves all of it frozen",
             number(int, 0, LIMITS["fine_tune"]), 0, modes=DATA_MODES, checkpoint="fixed", metavar="N"),
         Flag("fine_tune_learning_rate", "of these stages at --learning_rate's peak, and in proportion elsewhere (default: "
-            "0.3 of --learning_rate); they rest in the first epoch", positive, modes=("train",), needs="fine_tune"),
+            "0.3 of --learning_rate); they rest in the first epoch", positive, modes=("train",), needs="fine_tune", checkpoint="train"),
         Flag("resnet_weights", "file of the encoder's weights, or 'random'; by default looked for, then downloaded",
             text, resume=True),
         Flag("embed_size", "size of word and image embeddings", size("embed_size"), 512, modes=DATA_MODES,

@@ -66,7 +66,7 @@ def openvino_form(encoder: nn.Module, size: int, streams: int) -> Callable[[np.n
             return torch.from_numpy(requests.own.get_output_tensor(0).data.copy())
 
         difference = float((encode(blank) - expected).norm() / expected.norm().clamp(min=1e-12))
-        if difference > AGREEMENT:
+        if not difference <= AGREEMENT:  # nor for NaN
             raise RuntimeError(f"its features differ from PyTorch's by {difference:.1g}")
     except Exception as error:  # an operator without a counterpart, a processor without support: each raises its own
         log.warning(f"OpenVINO cannot run this encoder ({first_line(error)[:200]}); PyTorch does, more slowly")

@@ -93,6 +93,8 @@ class Settings(argparse.Namespace):
         for kind, entries in KINDS.items():
             for name in sorted(self.explicit & idle_flags(entries, getattr(settings, kind))):
                 raise UserError(f"--{name} has no effect with {source}, whose {kind} is {getattr(settings, kind)}")
+        if "fine_tune_learning_rate" in self.explicit and not settings.fine_tune:
+            raise UserError(f"--fine_tune_learning_rate has no effect with {source}, whose encoder is all frozen")
         return settings
 
 
@@ -227,6 +229,8 @@ def answer_flags(argv: list[str]) -> Settings:
             streams.enter_context(contextlib.redirect_stdout(nowhere))
             streams.enter_context(contextlib.redirect_stderr(nowhere))
         try:
+            if list_pattern(argv) is not None and not importlib.util.find_spec("torch"):
+                raise not_installed("torch")
             settings = parse_flags(argv)
             if not importlib.util.find_spec("torch"):
                 raise not_installed("torch")
@@ -281,9 +285,9 @@ def config_flags(parser: argparse.ArgumentParser, file: Path) -> tuple[dict[str,
         if name in NOT_CONFIGURABLE or value is None:
             continue
         if name in GONE:
-            if name in recorded if isinstance(recorded, list) else "timestamp" not in content:
-                parser.error(f"{file}: {name} is gone: {GONE[name]}")
-            continue  # this program wrote it as one of its defaults
+            if "timestamp" not in content:  # written by hand
+                parser.error(f"{file}: {name} is gone: {GONE[name]}. Remove the line")
+            continue
         if name not in FLAGS:
             parser.error(f"{file}: unknown flag {name!r}{suggestion(str(name), FLAGS)}")
         flags[name] = config_value(parser, file, FLAGS[name], value)
@@ -370,7 +374,13 @@ def check_flags(settings: Settings, error: Callable[[str], Any]) -> None:
         flag = FLAGS[name]
         if mode not in flag.modes:
             error(f"--{name} has no effect with --mode {mode}, only with {' or '.join(flag.modes)}")
-        if flag.needs and not getattr(args, flag.needs) and not (flag.needs == "use_scheduler" and from_checkpoint):
+        if (
+            flag.needs
+            and not getattr(args, flag.needs)
+            and not (
+                from_checkpoint and flag.needs in ("use_scheduler", "fine_tune")  # the checkpoint says
+            )
+        ):
             error(f"--{name} has no effect without --{flag.needs}")
     for kind, entries in KINDS.items():
         if from_checkpoint and kind not in explicit:
@@ -382,6 +392,8 @@ def check_flags(settings: Settings, error: Callable[[str], Any]) -> None:
         error("--attention_viz_samples has no effect with --attention_viz_images, which says which")
     if args.feature_cache == "off" and "features_on_device" in explicit and args.features_on_device == "on":
         error("--features_on_device has no effect with --feature_cache off")
+    if args.feature_cache == "off" and "feature_type" in explicit and args.feature_type == "int8":
+        error("--feature_type int8 has no effect with --feature_cache off")
     check_modes(args, error)
     if not from_checkpoint and (problem := size_problem(args.values())):
         error(problem)

@@ -38,6 +38,10 @@ WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safe
 SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load")  # of weights
 
 
+# By the encoder's name: what `find_cuts` found on a real network, for one on the meta device (`earlier_stages` comes first).
+CUTS: dict[str, list[int]] = {}
+
+
 class Model(NamedTuple):
     """What timm builds, and where its weights may be."""
 
@@ -102,9 +106,14 @@ class TimmSpec(EncoderSpec):
                 filled: dict[str, Any] = {} if weights is None else {"pretrained_cfg_overlay": {"file": str(weights)}}
                 network = build(model, config, arguments, pretrained=weights is not None, **filled)
             except Exception as error:  # of safetensors, pickle, torch and timm
-                raise UserError(f"{weights} cannot be read as weights of {self.name}: {first_line(error)}") from error
+                what = f"{weights} cannot be read as weights of" if weights else "timm cannot build"
+                raise UserError(f"{what} {self.name}: {first_line(error)}") from error
             pixels = torch.randn(1, 3, self.image_size, self.image_size)
-        stages = ([] if self.tokens else split(network, pixels)) or [Grid(network, self.tokens)]
+        if not self.tokens and not next(network.parameters()).is_meta:
+            CUTS[self.name] = find_cuts(network, pixels)
+        parts, cuts = parts_of(network), [] if self.tokens else CUTS[self.name]
+        stages: list[nn.Module] = [nn.Sequential(*parts[first:last]) for first, last in itertools.pairwise(cuts)]
+        stages = stages or [Grid(network, self.tokens)]
         pooling = [nn.AdaptiveAvgPool2d(self.grid)] if self.pooled else []
         stages[-1] = nn.Sequential(stages[-1], *norm_after_pooling(network), *pooling)
         return stages
@@ -339,9 +348,15 @@ def norm_after_pooling(model: Any) -> list[nn.Module]:
     return [] if norm is None or isinstance(norm, nn.Identity) else [OverChannels(norm)]
 
 
+def parts_of(model: Any) -> list[nn.Module]:
+    """Return a model's children in their order, and in the place of a sequence what it consists of."""
+    children = (list(child) if isinstance(child, nn.Sequential) else [child] for child in model.children())
+    return list(itertools.chain.from_iterable(children))
+
+
 @torch.no_grad()
-def split(model: Any, pixels: torch.Tensor) -> list[nn.Module]:
-    """Cut a CNN where its resolution falls.
+def find_cuts(model: Any, pixels: torch.Tensor) -> list[int]:
+    """Find where a CNN's resolution falls.
 
     A model's children in their order are its stages if they give, to the bit, what `forward_features` gives.
 
@@ -349,23 +364,19 @@ def split(model: Any, pixels: torch.Tensor) -> list[nn.Module]:
         pixels: (1, 3, size, size), on which that is tried.
 
     Returns:
-        the stages; none where the children do not follow each other.
+        the first of `parts_of(model)` in each stage, and the end of the last; none where they do not follow each other.
     """
     target, grid = model.forward_features(pixels), pixels
-    children = (list(child) if isinstance(child, nn.Sequential) else [child] for child in model.children())
-    parts: list[nn.Module] = []
     sides = [0]
     whole = 0  # parts up to the last place where everything is there: untrained blocks may change nothing
-    for part in itertools.chain.from_iterable(children):
+    for number, part in enumerate(parts_of(model), 1):
         try:
             grid = part(grid)
         except Exception:  # the head's, on something that is no grid any more
             break
         if not isinstance(grid, torch.Tensor) or not is_grid(grid):
             break
-        parts.append(part)
         sides.append(grid.shape[2])
         if torch.equal(grid, target):
-            whole = len(parts)
-    cuts = [0, *(n for n in range(1, whole) if sides[n + 1] < sides[n]), whole]
-    return [nn.Sequential(*parts[first:last]) for first, last in itertools.pairwise(cuts)] if whole else []
+            whole = number
+    return [0, *(n for n in range(1, whole) if sides[n + 1] < sides[n]), whole] if whole else []

@@ -93,6 +93,14 @@ def test_int8_takes_half_the_bytes_and_is_derived_from_float16(tmp_path, paths):
     assert build.built == 1
     alone = features(tmp_path, paths, build, cache="other", feature_type="int8")
     assert torch.equal(alone.gather(np.arange(6)), derived) and not list((tmp_path / "other").rglob("*.f16"))
+    (data,) = (tmp_path / "cache").rglob("grid.000.f16")
+    damaged = bytearray(data.read_bytes())
+    damaged[4] ^= 64
+    data.write_bytes(damaged)
+    for index in (tmp_path / "cache").rglob("grid8.jsonl"):
+        index.unlink()
+    assert torch.equal(features(tmp_path, paths, build, feature_type="int8").gather(np.arange(6)), derived)
+    data.write_bytes(bytes(damaged[:4]) + bytes([damaged[4] ^ 64]) + bytes(damaged[5:]))
     span = exact.amax(-1, keepdim=True) - exact.amin(-1, keepdim=True)
     assert ((derived - exact).abs() <= span / 255 * 0.51 + 2e-3).all() and not torch.equal(derived, exact)
     copy = DeviceFeatures(alone, np.array([5, 0, 3]), torch.device("cpu"))

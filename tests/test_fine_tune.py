@@ -30,7 +30,10 @@ def test_frozen_and_trained_stages_together_are_the_encoder(name, stages):
 
 @pytest.mark.parametrize("name, stages", [("efficientnet_lite0", 5), ("resnet50", 4), ("efficientnet_lite0_stages", 1)])
 def test_encoders_that_cannot_be_cut_there(name, stages):
-    with pytest.raises(UserError, match=f"--fine_tune {stages}: {name} has (3|4|no) last stages that can be trained"):
+    with pytest.raises(
+        UserError,
+        match=f"--fine_tune {stages}: {name} has (3|4|no) last stages that can be trained: (give at most|use --encoder)",
+    ):
         find_encoder(name).before_last(stages)
 
 
@@ -66,7 +69,17 @@ def test_the_stages_learn_from_the_second_epoch_on(tiny, monkeypatch, capsys, de
         assert trainer.main(["--mode", "caption", "--model_path", str(model), "--images", "tiny/Images"]) == 0
         captions.append(capsys.readouterr().out)
     assert captions[0] == captions[1] and len(captions[0].splitlines()) == 20
-    more = ["--model_path", str(folder), "--epochs", "1", "--fine_tune", "1", "--fine_tune_learning_rate", "0.001"]
-    assert trainer.main([*more, "--model_save_dir", "more"]) == 0
+    card = Path("shared/README.md").read_text()
+    assert "Trained copies of a part of them" in card and "frozen but for its last 1 stages" in card
+    more = ["--model_path", str(folder), "--epochs", "1"]
+    assert trainer.main([*more, "--fine_tune_learning_rate", "0.001", "--model_save_dir", "more"]) == 0
+    (last,) = Path("more").rglob("last.pt")
+    assert load_checkpoint(last)["flags"]["fine_tune_learning_rate"] == 0.001
     assert trainer.main([*more, "--fine_tune", "2"]) == 2
     assert "--fine_tune 2 contradicts" in capsys.readouterr().err
+    checkpoint = torch.load(last, weights_only=True)
+    first, second = checkpoint["optimizer"]["param_groups"]
+    checkpoint["optimizer"]["param_groups"] = [first | {"params": first["params"] + second["params"]}]
+    torch.save(checkpoint, last)
+    with pytest.raises(UserError, match="of other parameters"):
+        load_checkpoint(last)

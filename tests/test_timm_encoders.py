@@ -339,7 +339,24 @@ def test_the_last_stages_of_a_cnn_can_be_trained(folders, name):
     with torch.no_grad():
         whole, regions = spec.build(weights)(pixels), before.build(weights)(pixels)
         assert (TrainedStages(before, weights)(regions) - whole).norm() < 1e-4 * whole.norm()
-    assert before.grid > spec.grid and before.transform.startswith(f"squash{spec.image_size}-") and "cut2" in before.transform
+    assert (
+        before.grid > spec.grid
+        and before.transform.startswith(f"squash{spec.image_size}-")
+        and "cut2" in before.transform
+    )
+
+
+def test_a_cnn_of_timm_is_fine_tuned_resumed_and_captions(folders, tiny, monkeypatch):
+    monkeypatch.chdir(tiny.parent)
+    skip_pictures(monkeypatch)
+    flags = "--dataset_type custom --data_dir tiny --decoder attention --embed_size 16 --hidden_size 16 --num_layers 1"
+    flags += " --attention_dim 16 --freq_threshold 1 --batch_size 16 --epochs 2 --max_length 8 --fine_tune 1"
+    run(*flags.split(), "--encoder", f"timm:local-dir:{folders['resnet']}")
+    (folder,) = Path("saved_models/custom").glob("*/*")
+    timm_encoders.CUTS.clear()  # as in another process
+    timm_encoders.stage_grids.cache_clear()
+    run("--resume", folder)
+    run("--mode", "caption", "--model_path", folder, "--images", "tiny/Images/p00.jpg")
 
 
 def test_a_vit_has_no_stages_to_train(folders):

@@ -159,12 +159,13 @@ def model_card(checkpoint: dict[str, Any], scores: Sequence[Mapping[str, Any]], 
     spec = encoder_of(flags)
     parameters = sum(tensor.numel() for tensor in checkpoint["decoder"].values())
     data = flags["dataset_type"]
+    trained = f"its last {spec.cut} stages, trained with the decoder, and " if spec.cut else ""
     lines = [
         "---", "pipeline_tag: image-to-text", "library_name: pytorch", "language: en", "license: other",
         "license_name: see-below", "tags: [image-captioning]", "---", "",
         f"# Image captioner: {flags['decoder']} decoder on {code(without_path(encoder['name']))}, trained on {data}", "",
         "Writes one English sentence about an image. A frozen encoder gives "
-        f"{spec.grid} x {spec.grid} regions of {spec.channels} numbers; {find_decoder(flags['decoder']).description} "
+        f"{spec.grid} x {spec.grid} regions of {spec.channels} numbers; {trained}{find_decoder(flags['decoder']).description} "
         f"({parameters:,} parameters, {len(checkpoint['vocabulary']):,} words) writes the caption.", "",
         "## Use", "", "With the program that trained it, from this folder alone:", "", "```bash",
         f"python {SCRIPT} --mode test --model_path THIS_FOLDER --data_dir DATA", "```", "",
@@ -191,14 +192,16 @@ def model_card(checkpoint: dict[str, Any], scores: Sequence[Mapping[str, Any]], 
         lines.append("Not tested yet.")
     lines += [
         "", "## Training", "",
-        f"{checkpoint['epoch']} epochs on `{data}`, word embeddings and decoder from scratch, the encoder frozen. "
+        f"{checkpoint['epoch']} epochs on `{data}`, word embeddings and decoder from scratch, "
+        f"the encoder {f'frozen but for its last {spec.cut} stages' if spec.cut else 'frozen'}. "
         "All settings are in `config.json`.", "",
         "## Limits and licences", "",
         "It repeats what its training captions say, with their biases (about gender, age, origin), and is often wrong "
         "with high confidence. Not for decisions about people.", "",
         f"- Data: {DATA_NOTES[data]}",
         f"- Encoder: {spec.terms}"
-        + ("; they are inside of `encoder.onnx`." if networks else "."),
+        + ("; they are inside of `encoder.onnx`." if networks else ".")
+        + (f" Trained copies of a part of them are in `{EXPORTED_WEIGHTS}`." if spec.cut else ""),
         "- Code: Apache-2.0.", "",
     ]  # fmt: skip
     return "\n".join(lines)

@@ -121,7 +121,7 @@ def caption_upload(
     except UnreadableImage as error:
         raise UnreadableImage("This image is damaged and cannot be opened.") from error
     (captions,) = captioner.decode(
-        [pixels], max(beam_size, num_captions), length_penalty, num_captions, captioner.decoder.uses_grid, None
+        [pixels], max(beam_size, num_captions), length_penalty, num_captions, captioner.decoder.has_attention, None
     )
     answer = json.loads(next(json_lines([Captioned(Path(), captions, None)], num_captions)))
     del answer["path"]

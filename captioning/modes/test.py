@@ -81,7 +81,9 @@ def run(context: EvalContext, images: np.ndarray, checkpoints: Mapping[Path, Map
         "no_repeat_ngram": args.no_repeat_ngram or None,
         "images_hash": images_hash(data, images, context.members[0][1].versions),
     }  # fmt: skip
-    pointing = args.dataset_type == "demo" and context.members[0][0].uses_grid  # there the place of each shape is known
+    pointing = (
+        args.dataset_type == "demo" and context.members[0][0].has_attention
+    )  # there the place of each shape is known
 
     results = []
     for way in ways_to_decode(context, images, attention=pointing):
