@@ -159,7 +159,8 @@ def model_card(checkpoint: dict[str, Any], scores: Sequence[Mapping[str, Any]], 
     spec = encoder_of(flags)
     parameters = sum(tensor.numel() for tensor in checkpoint["decoder"].values())
     data = flags["dataset_type"]
-    trained = f"its last {spec.cut} stages, trained with the decoder, and " if spec.cut else ""
+    last = "its last stage" if spec.cut == 1 else f"its last {spec.cut} stages"
+    trained = f"{last}, trained with the decoder, and " if spec.cut else ""
     lines = [
         "---", "pipeline_tag: image-to-text", "library_name: pytorch", "language: en", "license: other",
         "license_name: see-below", "tags: [image-captioning]", "---", "",
@@ -193,7 +194,7 @@ def model_card(checkpoint: dict[str, Any], scores: Sequence[Mapping[str, Any]], 
     lines += [
         "", "## Training", "",
         f"{checkpoint['epoch']} epochs on `{data}`, word embeddings and decoder from scratch, "
-        f"the encoder {f'frozen but for its last {spec.cut} stages' if spec.cut else 'frozen'}. "
+        f"the encoder {f'frozen but for {last}' if spec.cut else 'frozen'}. "
         "All settings are in `config.json`.", "",
         "## Limits and licences", "",
         "It repeats what its training captions say, with their biases (about gender, age, origin), and is often wrong "
