@@ -164,7 +164,7 @@ class TrainedStages(nn.Module):
             if isinstance(module, nn.BatchNorm2d):
                 module.track_running_stats, module.num_batches_tracked = False, None  # the statistics stay, uncounted
             if isinstance(module, nn.Conv2d) and module.groups == module.in_channels:
-                module.forward = in_float32(module.forward)  # type: ignore[method-assign]
+                module.forward = in_float32(module.forward)  # type: ignore[method-assign, assignment]
         self.train(False)
 
     def train(self, mode: bool = True) -> TrainedStages:
