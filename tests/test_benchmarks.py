@@ -82,8 +82,8 @@ def test_every_part_gives_figures_and_charts(
 ) -> None:
     in_this_process(monkeypatch, capsys)
     monkeypatch.setattr(run, "TemporaryDirectory", lambda **_: contextlib.nullcontext(str(bench.directory)))
-    monkeypatch.setattr(training, "large_product", lambda *_: lambda: 1e-9)  # seconds: no rate here is above it
     for module in (encoding, training):
+        monkeypatch.setattr(module, "large_product", lambda *_: lambda: 1e-9)  # seconds: no rate here is above it
         monkeypatch.setattr(module, "find_encoder", lambda name: replace(find_encoder(name), image_size=64, grid=2))
     output = run.main(["--only", part, "--output", str(tmp_path / "result.json")], measure.TINY)
     figures = json.loads(output.read_text())["figures"]
