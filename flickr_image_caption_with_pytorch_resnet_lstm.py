@@ -117,6 +117,7 @@ def resolve(settings: Settings, checkpoint: dict[str, Any] | None, source: Path 
     settings = settings.with_values(precision=Precision(settings.precision, device).name)
     log.info(f"Device: {device}, matmul dtype in training: {settings.precision}")
     note_unused_gpu(device)
+    encoder_of(settings.values())  # refuses --fine_tune where it cannot be, before anything is read
     check_settings(settings, checkpoint)
     return settings
 
@@ -180,9 +181,8 @@ def new_run(settings: Settings, argv: list[str]) -> tuple[Run, TrainState]:
     run, state = build_run(settings, checkpoint, source)
     settings = run.settings
     state.schedule = choose_schedule(settings, checkpoint, run.loader.steps)
-    directory = distributed.from_first(
-        lambda: create_run_directory(settings.model_save_dir, settings.values(), encoder_of(settings.values()).family)
-    )
+    family = encoder_of(settings.values()).family
+    directory = distributed.from_first(lambda: create_run_directory(settings.model_save_dir, settings.values(), family))
     run.saver = CheckpointSaver(directory, settings.keep_checkpoints, state.first_epoch)
     run.constants["flags"] = settings.stored() | {"model_path": str(source) if source else None}
     if state.schedule and not settings.use_scheduler:  # the checkpoint's, which goes on

@@ -54,8 +54,7 @@ def measure_encoder(bench: Bench, name: str, paths: list[Path]) -> list[Figure]:
     def many(run: Form, threads: int = 1) -> Callable[[], None]:
         def repeat() -> None:
             with ThreadPoolExecutor(threads) as pool:
-                for _ in pool.map(lambda _: run(pixels).cpu(), range(rounds * threads)):
-                    pass
+                list(pool.map(lambda _: run(pixels).cpu(), range(rounds * threads)))
 
         return repeat
 

@@ -26,8 +26,8 @@ from captioning.kernels import (
     Dropout,
     PackedLSTMLayer,
     matmul_dtype,
+    pad_rows,
     projected_cross_entropy,
-    round_up,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -65,7 +65,7 @@ class Decoder(nn.Module):
     Its state dict has float32 tensors only.
 
     The output layer is tied to the word embeddings (Press and Wolf, 2017): a subclass makes `embed` and `output_bias`,
-    or overrides `set_word_frequencies`, `logits` and `cross_entropy`.
+    or overrides `output_vectors`, or `set_word_frequencies`, `logits` and `cross_entropy`.
     """
 
     uses_grid: ClassVar[bool] = False  # whether it takes the regions (I, 49, C) rather than their mean (I, C)
@@ -109,9 +109,13 @@ class Decoder(nn.Module):
         with torch.no_grad():
             self.output_bias.copy_(torch.log((counts.float() + 1) / (counts.sum() + len(counts))))
 
+    def output_vectors(self) -> torch.Tensor:
+        """Return the weights (V, E) of the output layer."""
+        return self.embed.weight
+
     def logits(self, hidden_out: torch.Tensor) -> torch.Tensor:
         """(N, E) -> (N, V)."""
-        return F.linear(hidden_out, self.embed.weight, self.output_bias)
+        return F.linear(hidden_out, self.output_vectors(), self.output_bias)
 
     def cross_entropy(
         self,
@@ -122,7 +126,7 @@ class Decoder(nn.Module):
     ) -> torch.Tensor:
         """Return the loss of `logits(hidden_out)` against `targets` (N,), summed over tokens: see `projected_cross_entropy`."""
         return projected_cross_entropy(
-            hidden_out, self.embed.weight, self.output_bias, targets, label_smoothing, token_weights
+            hidden_out, self.output_vectors(), self.output_bias, targets, label_smoothing, token_weights
         )
 
 
@@ -284,7 +288,7 @@ class LSTMDecoder(Decoder):
             return self.lstm(PackedSequence(packed, sizes), (hidden.contiguous(), cell.contiguous()))[0].data
         layers, steps, tokens = self.lstm.num_layers, sizes.tolist(), len(packed)
         if matmul_dtype(packed) != packed.dtype:
-            packed = F.pad(packed, (0, 0, 0, round_up(tokens, TOKEN_ROWS) - tokens))
+            packed = pad_rows(packed, TOKEN_ROWS)
         for layer in range(layers):
             from_input, recurrent, bias, recurrent_bias = self.lstm.all_weights[layer]
             gates = F.linear(packed, from_input, bias + recurrent_bias).to(recurrent.dtype)

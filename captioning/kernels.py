@@ -30,6 +30,12 @@ def round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
+def pad_rows(values: torch.Tensor, multiple: int) -> torch.Tensor:
+    """Return (N, D) with rows of zeros up to a multiple of so many."""
+    missing = round_up(len(values), multiple) - len(values)
+    return F.pad(values, (0, 0, 0, missing)) if missing else values
+
+
 class PackedLSTMLayer(torch.autograd.Function):
     """One LSTM layer over a packed sequence, for the CPU.
 
@@ -48,10 +54,11 @@ class PackedLSTMLayer(torch.autograd.Function):
         """
         size = weight.shape[1]
         weight = weight.to(matmul_dtype(weight))
-        outputs, cells = gates.new_zeros(len(gates), size), gates.new_empty(len(gates), size)
-        spare = weight.new_zeros(len(gates) + STEP_ROWS, size)
+        outputs, cells = gates.new_empty(len(gates), size), gates.new_empty(len(gates), size)
+        spare = weight.new_empty(len(gates) + STEP_ROWS, size)
         previous = spare[: len(gates)]  # the hidden state that each token started from
-        h, c, start = hidden, cell, 0
+        h, c, start, tokens = hidden, cell, 0, sum(sizes)
+        outputs[tokens:] = previous[tokens:] = 0
         for n in sizes:
             step = slice(start, start + n)
             previous[step] = h[:n]
@@ -76,7 +83,8 @@ class PackedLSTMLayer(torch.autograd.Function):
     def backward(ctx, _, d_outputs):  # type: ignore[no-untyped-def]
         gates, weight, cell, cells, previous = ctx.saved_tensors
         size, end, later = weight.shape[1], sum(ctx.sizes), 0
-        spare = gates.new_zeros(len(gates) + STEP_ROWS, 4 * size)
+        spare = gates.new_empty(len(gates) + STEP_ROWS, 4 * size)
+        spare[end:] = 0
         d_gates = spare[: len(gates)]
         d_h = d_c = gates.new_zeros(0, size)
         for t in range(len(ctx.sizes) - 1, -1, -1):
@@ -117,19 +125,17 @@ class ProjectedCrossEntropy(torch.autograd.Function):
         Returns the sum over tokens of weight * loss, float32.
         """
         dtype, words = matmul_dtype(hidden_out), len(weight)
-        tokens, low_weight = len(hidden_out), weight.detach().to(dtype)
-        rows_made = round_up(tokens, TOKEN_ROWS) if dtype != bias.dtype else tokens
-        low_hidden = low_weight.new_zeros(rows_made, hidden_out.shape[1])
-        low_hidden[:tokens] = hidden_out.detach()
+        multiple = TOKEN_ROWS if dtype != bias.dtype else 1
+        low_weight, low_hidden = weight.detach().to(dtype), pad_rows(hidden_out.detach().to(dtype), multiple)
         needs_gradient = any(ctx.needs_input_grad)
         total = torch.zeros((), dtype=bias.dtype, device=hidden_out.device)
         if needs_gradient:
             d_hidden = torch.empty_like(hidden_out, dtype=bias.dtype)
             d_weight, d_bias = torch.zeros_like(weight), torch.zeros_like(bias)
-        for start in range(0, tokens, ROWS_AT_A_TIME):
+        for start in range(0, len(hidden_out), ROWS_AT_A_TIME):
             rows = slice(start, start + ROWS_AT_A_TIME)
             target = targets[rows].unsqueeze(1)  # (n, 1)
-            hidden = low_hidden[rows]  # n rows, in bf16 and zeros up to the next multiple of TOKEN_ROWS
+            hidden = low_hidden[rows]  # (n, E), in the last round with the rows of zeros
             logits = (hidden @ low_weight.t())[: len(target)].to(bias.dtype).add_(bias)  # (n, V)
             logits -= logits.max(1, keepdim=True).values
             right = logits.gather(1, target).squeeze(1)
@@ -144,8 +150,7 @@ class ProjectedCrossEntropy(torch.autograd.Function):
                 if token_weights is not None:
                     gradient *= token_weights[rows].unsqueeze(1)
                 d_bias += gradient.sum(0)
-                low_gradient = low_weight.new_zeros(len(hidden), words)
-                low_gradient[: len(target)] = gradient
+                low_gradient = pad_rows(gradient.to(dtype), multiple)
                 d_hidden[rows] = (low_gradient @ low_weight)[: len(target)]
                 d_weight += low_gradient.t() @ hidden
         if needs_gradient:

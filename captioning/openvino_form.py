@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import threading
+import queue
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,13 +58,17 @@ def openvino_form(encoder: nn.Module, size: int, streams: int) -> Callable[[np.n
             "ENABLE_CPU_PINNING": False,  # threads that decode images, and other processes, use the same cores
         }  # fmt: skip
         compiled = ov.Core().compile_model(model, "CPU", options)
-        requests = threading.local()
+        idle: queue.SimpleQueue[Any] = queue.SimpleQueue()  # each request has memory of its own
+        for _ in range(streams):
+            idle.put(compiled.create_infer_request())
 
         def encode(pixels: np.ndarray) -> torch.Tensor:
-            if not hasattr(requests, "own"):
-                requests.own = compiled.create_infer_request()
-            requests.own.infer([np.ascontiguousarray(pixels)])
-            return torch.from_numpy(requests.own.get_output_tensor(0).data.copy())
+            request = idle.get()
+            try:
+                request.infer([np.ascontiguousarray(pixels)])
+                return torch.from_numpy(request.get_output_tensor(0).data.copy())
+            finally:
+                idle.put(request)
 
         difference = float((encode(blank) - expected).norm() / expected.norm().clamp(min=1e-12))
         if not difference <= AGREEMENT:  # nor for NaN

@@ -374,13 +374,8 @@ def check_flags(settings: Settings, error: Callable[[str], Any]) -> None:
         flag = FLAGS[name]
         if mode not in flag.modes:
             error(f"--{name} has no effect with --mode {mode}, only with {' or '.join(flag.modes)}")
-        if (
-            flag.needs
-            and not getattr(args, flag.needs)
-            and not (
-                from_checkpoint and flag.needs in ("use_scheduler", "fine_tune")  # the checkpoint says
-            )
-        ):
+        left_open = from_checkpoint and flag.needs in ("use_scheduler", "fine_tune")  # the checkpoint says
+        if flag.needs and not getattr(args, flag.needs) and not left_open:
             error(f"--{name} has no effect without --{flag.needs}")
     for kind, entries in KINDS.items():
         if from_checkpoint and kind not in explicit:

@@ -10,13 +10,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from captioning.batches import Batch
 from captioning.dataset import PAD
 from captioning.decoders import Decoder, DecoderOutput, LSTMState
-from captioning.kernels import Dropout, projected_cross_entropy
+from captioning.kernels import Dropout
 
 if TYPE_CHECKING:
     from captioning.encoders import EncoderSpec
@@ -128,18 +127,6 @@ class ShowAttendTellDecoder(Decoder):
         """Return the deep output (n, E)."""
         return self.dropout(torch.tanh(self.output(self.dropout(hidden)) + self.context(context) + words))
 
-    def logits(self, hidden_out: torch.Tensor) -> torch.Tensor:
-        """See `Decoder.logits`; the paper ties no weights."""
-        return F.linear(hidden_out, self.output_weight, self.output_bias)
-
-    def cross_entropy(
-        self,
-        hidden_out: torch.Tensor,
-        targets: torch.Tensor,
-        label_smoothing: float = 0.0,
-        token_weights: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """See `Decoder.cross_entropy`."""
-        return projected_cross_entropy(
-            hidden_out, self.output_weight, self.output_bias, targets, label_smoothing, token_weights
-        )
+    def output_vectors(self) -> torch.Tensor:
+        """See `Decoder.output_vectors`; the paper ties no weights."""
+        return self.output_weight

@@ -294,7 +294,7 @@ def test_mistakes_are_one_line_with_exit_code_2(tiny, monkeypatch, capsys):
 
 
 def test_names():
-    path = "timm:local-dir:/home/me/my models/vit"
+    path = "timm:local-dir:/models of mine/vit"
     assert all(map(is_encoder, ("resnet50", "timm:resnet18.a1_in1k", "timm:hf-hub:me/vit@main", path)))
     assert not any(map(is_encoder, ("timm:", "timm:a/b", "timm:hf-hub:a/b/c", "timm:local-dir:a\nb", "other:resnet50")))
     assert without_path(path) == without_path("timm:local-dir:C:\\my models\\vit\\") == "timm:local-dir:vit"
