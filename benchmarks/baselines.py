@@ -68,8 +68,8 @@ def frozen_graph(encoder: Encoder) -> Form:
     return torch.inference_mode()(lambda pixels: run(torch.from_numpy(pixels).permute(0, 3, 1, 2)))
 
 
-def compiled(encoder: Encoder) -> Form | None:
-    """The encoder through `torch.compile` with frozen weights; None without a C++ compiler."""
+def compiled(encoder: Encoder, pixels: np.ndarray) -> Form | None:
+    """The encoder through `torch.compile` with frozen weights, for batches like this; None without a C++ compiler."""
     import torch._inductor.config as inductor
 
     encoder.to(memory_format=torch.channels_last)
@@ -80,7 +80,7 @@ def compiled(encoder: Encoder) -> Form | None:
             return run(torch.from_numpy(pixels).permute(0, 3, 1, 2))
 
     try:
-        encode(np.zeros((ENCODE_BATCH, encoder.spec.image_size, encoder.spec.image_size, 3), np.uint8))
+        encode(pixels)
     except Exception as error:
         print(f"Not compiled: {str(error).splitlines()[-1][:120]}")
         return None

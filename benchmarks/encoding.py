@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from captioning.dataset import load_caption_set
 from captioning.encoders import ENCODE_BATCH, Encoder, find_encoder
 from captioning.feature_store import FeatureFile
-from captioning.features import FeatureRequest, encode_images
+from captioning.features import MOST_STREAMS, FeatureRequest, encode_images
 from captioning.images import VIEW_SETS, load_views
 
 PART = "encoding"
@@ -40,15 +42,16 @@ def measure_encoder(bench: Bench, name: str, paths: list[Path]) -> list[Figure]:
     paths = paths[: scale.encoded[name]]
     spec = find_encoder(name)
     weights, _ = spec.find_weights("random" if name == "resnet50" else None)
-    build = lambda: spec.build(weights)  # noqa: E731
-    fast, streams = build(), torch.get_num_threads() if device.type == "cpu" else 1
+    build = partial(spec.build, weights)
+    eager, fast = build().to(device), build()
+    streams = min(torch.get_num_threads(), MOST_STREAMS) if device.type == "cpu" else 1
     few = paths[: max(1, ENCODE_BATCH // len(VIEWS))]
     pixels = np.concatenate([load_views(path, spec.image_size, VIEWS) for path in few])  # (B, size, size, 3)
     best = fast.fast_form(device, streams=streams)
     before = frozen_graph(build()) if device.type == "cpu" else best
     forms: dict[str, Form | None] = {"frozen graph": before}
     if scale.compiled and device.type == "cpu":
-        forms |= {"compiled": compiled(build()), "ONNX Runtime": onnx_runtime(build(), bench.directory)}
+        forms |= {"compiled": compiled(build(), pixels), "ONNX Runtime": onnx_runtime(build(), bench.directory)}
     rounds = max(1, min(480, len(paths) * len(VIEWS)) // len(pixels) // streams)
 
     def many(run: Form, threads: int = 1) -> Callable[[], None]:
@@ -58,11 +61,11 @@ def measure_encoder(bench: Bench, name: str, paths: list[Path]) -> list[Figure]:
 
         return repeat
 
-    eager, plain = build().to(device), torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).contiguous()
+    plain = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).contiguous()
     ways: dict[str, Callable[[], object]] = {
-        "pass": lambda: encoding_pass(bench, fast, best, paths, VIEWS),
-        "before": lambda: pass_before(before, spec.image_size, paths, fast),
-        "naive": lambda: naive_pass(build(), paths[: scale.naive], 1, device),
+        "pass": lambda: encoding_pass(bench, fast, best, paths),
+        "before": lambda: pass_before(before, fast, paths),
+        "naive": lambda: naive_pass(eager, paths[: scale.naive], 1, device),
         "eager": torch.inference_mode()(lambda: eager(plain).cpu()),
         "bare": many(best, streams),
         **{form: many(run) for form, run in forms.items() if run},
@@ -82,7 +85,7 @@ def measure_encoder(bench: Bench, name: str, paths: list[Path]) -> list[Figure]:
         rate = rounds * len(pixels) / seconds[form]
         figures.append(compared(PART, f"{name}: bare forward, {form}", rate, "views/s", "eager, contiguous", len(pixels) / seconds["eager"]))  # fmt: skip
     if device.type == "cpu":
-        limit = product_rate(scale.matmul, device) / operations(build(), plain)
+        limit = product_rate(scale.matmul, device) / operations(eager, plain)
         figures.append(compared(PART, f"{name}: bare forward / float32 product", bare, "views/s", "the product's rate by the encoder's operations", limit))  # fmt: skip
         figures[-1].limit = 1.0
     return figures
@@ -101,31 +104,30 @@ def product_rate(size: int, device: torch.device) -> float:
     return 2 * size**3 / interleaved({"product": product}, 3, device)["product"]
 
 
-def stores(directory: str, encoder: Encoder) -> list[FeatureFile]:
+@contextmanager
+def stores(encoder: Encoder) -> Iterator[list[FeatureFile]]:
+    """A file of features for each view, which are thrown away."""
     shape = (encoder.spec.regions, encoder.spec.channels)
-    return [FeatureFile(Path(directory) / view, "grid", shape) for view in VIEWS]
+    with TemporaryDirectory() as directory:
+        for view in VIEWS:
+            Path(directory, view).mkdir()
+        yield [FeatureFile(Path(directory, view), "grid", shape) for view in VIEWS]
 
 
-def encoding_pass(bench: Bench, encoder: Encoder, form: Form, paths: list[Path], views: tuple[str, ...]) -> None:
-    """The project's pass over these images, into a store that is thrown away.
+def encoding_pass(bench: Bench, encoder: Encoder, form: Form, paths: list[Path]) -> None:
+    """The project's pass over these images.
 
     The encoder's fast form is made beforehand: compiling comes once, whatever the number of images.
     """
     encoder.fast_form = lambda *_, **__: form  # type: ignore[method-assign]
-    with TemporaryDirectory() as directory:
-        files = stores(directory, encoder)
-        for file in files:
-            file.directory.mkdir()
-        request = FeatureRequest(
-            [], encoder.spec, "", lambda: encoder, paths, paths[0].parent, np.arange(len(paths)), bench.device, False,
-            os.cpu_count() or 1, views,
-        )  # fmt: skip
-        encode_images(request, encoder, files, {image: list(range(len(views))) for image in range(len(paths))})
+    request = FeatureRequest(
+        [], encoder.spec, "", lambda: encoder, paths, paths[0].parent, np.arange(len(paths)), bench.device, False,
+        os.cpu_count() or 1, VIEWS,
+    )  # fmt: skip
+    with stores(encoder) as files:
+        encode_images(request, encoder, files, {image: [*range(len(VIEWS))] for image in range(len(paths))})
 
 
-def pass_before(form: Form, size: int, paths: list[Path], encoder: Encoder) -> None:
-    with TemporaryDirectory() as directory:
-        files = stores(directory, encoder)
-        for file in files:
-            file.directory.mkdir()
-        view_by_view(form, paths, size, VIEWS, files)
+def pass_before(form: Form, encoder: Encoder, paths: list[Path]) -> None:
+    with stores(encoder) as files:
+        view_by_view(form, paths, encoder.spec.image_size, VIEWS, files)
