@@ -293,18 +293,19 @@ def open_features(request: FeatureRequest) -> list[Features]:
         unreadable |= theirs
     check_unreadable(unreadable, len(needed))
     opened: list[Features] = []
-    for view, (store, holders) in enumerate(look() if todo or not seen else seen):
+    found = look() if todo or not seen else seen
+    size = sum(len(holders) * store.row_bytes for store, holders in found)  # of all views, or none
+    on_device = request.keep_on_device == "on" or (request.keep_on_device == "auto" and fits_on(device, size))
+    for view, (store, holders) in zip(request.views, found, strict=True):
         lost = [i for i in needed.tolist() if i not in holders and i not in unreadable]
         if lost:
             raise UserError(
                 f"rank {distributed.rank()} does not see the features of {paths[lost[0]].name} in "
-                f"{request.directories(request.views[view])[0]}, which another process encoded (or the image changed "
+                f"{request.directories(view)[0]}, which another process encoded (or the image changed "
                 f"meanwhile): {SHARED_CACHE}"
             )
         cached = CachedFeatures(store, paths, unreadable, holders)
         good = np.array(list(holders), dtype=np.int64)
-        size = len(request.views) * len(good) * store.row_bytes
-        on_device = request.keep_on_device == "on" or (request.keep_on_device == "auto" and fits_on(device, size))
         opened.append(DeviceFeatures(cached, good, device) if on_device else cached)
     return opened
 
