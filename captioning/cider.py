@@ -6,7 +6,6 @@ searches; the figures are the same (tested to 1e-9). `cider_of_each` is pycocoev
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -48,22 +47,12 @@ class Grams(NamedTuple):
     times: np.ndarray  # int64 (M,)
 
 
-class Table(NamedTuple):
+class References(NamedTuple):
     """The n-grams, of one length, of the reference captions, with their weights."""
 
-    keys: np.ndarray  # int64 (G,) as in Grams
-    idf: np.ndarray  # float64 (G,)
     pairs: np.ndarray  # int64 (M,) sorted: caption x G + n-gram
     weights: np.ndarray  # float64 (M,) tf-idf of each pair
     norms: np.ndarray  # float64 (captions,)
-
-
-class Parts(NamedTuple):
-    """The same n-grams with an entry for each n-gram and image, to be summed into a mixture of captions."""
-
-    first: np.ndarray  # int64 (G + 1,) of each n-gram's entries
-    image: np.ndarray  # int64 (M,) in the numbering of `CiderReward`
-    weight: np.ndarray  # float64 (M,) mean over the image's captions, whose vectors have length one
 
 
 def count_grams(ids: np.ndarray, offsets: np.ndarray, words: int) -> list[Grams]:
@@ -87,7 +76,89 @@ def count_grams(ids: np.ndarray, offsets: np.ndarray, words: int) -> list[Grams]
     return found
 
 
-class CiderReward:
+class NgramTable:
+    """N-grams of one to four words with their inverse document frequencies, by which captions are weighed.
+
+    An n-gram that is not in the table weighs as if one image had it; to the references it is unknown.
+    """
+
+    def __init__(self, keys: list[np.ndarray], idf: list[np.ndarray], words: int, log_images: float):
+        """Args:
+        keys: for n from 1 to N, int64 (G,), as in `Grams`, of n-grams whose first n - 1 words are in the table too.
+        idf: for n from 1 to N, float64 (G,).
+        words: how many there are, and the end token.
+        log_images: the natural logarithm of the number of images, which is the largest idf.
+        """
+        self.keys, self.idf, self.words, self.log_images = keys, idf, words, log_images
+
+    def weigh(self, ids: np.ndarray, offsets: np.ndarray) -> Iterator[tuple[Grams, np.ndarray, np.ndarray, np.ndarray]]:
+        """Yield the n-grams of captions with their weights, for n from 1 to N.
+
+        Args:
+            ids: int (tokens,) words, by their numbers in the table.
+            offsets: int (R + 1,) where each caption begins.
+
+        Yields:
+            the captions' n-grams, the place of each in the table (-1 where it is absent), the tf-idf of each entry and
+            the norm of each caption.
+        """
+        known = np.zeros(1, dtype=np.int64)  # places of the 0-grams
+        for keys, idf, grams in zip(self.keys, self.idf, count_grams(ids, offsets, self.words), strict=True):
+            before = known[grams.keys // self.words]
+            at = find(keys, before * self.words + grams.keys % self.words)
+            known = np.where(before >= 0, at, -1)
+            weights = grams.times * np.where(known >= 0, idf[known] if len(idf) else 0.0, self.log_images)[grams.gram]
+            yield grams, known, weights, np.sqrt(np.bincount(grams.text, weights**2, len(offsets) - 1))
+
+    def pairwise_cider(self, ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+        """Compare captions with each other, each as the only reference.
+
+        Args:
+            ids, offsets: as for `weigh`.
+
+        Returns:
+            (R, R) CIDEr-D, float64, times 10, of the row's caption against the column's.
+        """
+        lengths = np.diff(offsets)
+        similarity = np.zeros((len(lengths), len(lengths)))
+        for grams, _, weights, norms in self.weigh(ids, offsets):
+            table, product = np.zeros((len(lengths), len(grams.keys))), np.zeros_like(similarity)
+            # The lesser count of two texts is the sum over k = 1, 2, ... of whether both have the n-gram k times.
+            for k in range(1, grams.times.max(initial=0) + 1):
+                has = grams.times >= k
+                texts = grams.text[has], grams.gram[has]
+                once, reference = table.copy(), table.copy()
+                once[texts], reference[texts] = (weights / grams.times)[has], weights[has]
+                product += once @ reference.T
+            norm = norms[:, None] * norms
+            similarity += product / np.where(norm > 0, norm, 1)
+        difference = lengths[:, None] - lengths
+        return 10 * similarity * np.exp(-(difference**2) / (2 * SIGMA**2)) / N
+
+    def cider_to_vector(self, ids: np.ndarray, offsets: np.ndarray, vector: np.ndarray) -> np.ndarray:
+        """Compare captions with the tf-idf weights that are expected of an image's captions.
+
+        It is CIDEr rather than CIDEr-D (Vedantam et al., 2015, section 4), since an expectation has neither counts to
+        clip at nor a length.
+
+        Args:
+            ids, offsets: as for `weigh`.
+            vector: (G,) of the table's n-grams, one length after another; of each length the mean of vectors of
+                length one.
+
+        Returns:
+            (R,) float64, times 10.
+        """
+        similarity, first = np.zeros(len(offsets) - 1), 0
+        for keys, (grams, known, weights, norms) in zip(self.keys, self.weigh(ids, offsets), strict=True):
+            expected = np.append(vector[first : first + len(keys)], 0.0)[known]  # -1 is the 0 at the end
+            product = np.bincount(grams.text, weights * expected[grams.gram], len(norms))
+            similarity += product / np.where(norms > 0, norms, 1)
+            first += len(keys)
+        return 10 * similarity / N
+
+
+class CiderReward(NgramTable):
     """CIDEr-D against the captions of some images, with the document frequencies of these captions.
 
     Every caption has an end token as its last word, so that a caption without its end earns less.
@@ -96,25 +167,19 @@ class CiderReward:
     def __init__(self, data: CaptionSet, images: np.ndarray):
         """Args: images: int64 (I,) positions of the images whose captions are the references."""
         self.data_words = data.tokens.words
-        self.words = len(self.data_words) + 2  # one for all words that the data lacks, and the end token
-        captions = captions_of(data, images)
-        starts, ends = data.tokens.offsets[captions], data.tokens.offsets[captions + 1]
-        ids = data.tokens.ids[concatenate_ranges(starts, ends)]
-        self.lengths = ends - starts
-        counts = data.caption_counts(images)
         self.place = np.full(len(data.names), -1, dtype=np.int64)
         self.place[images] = np.arange(len(images))
+        counts = data.caption_counts(images)
         self.first = np.concatenate([[0], np.cumsum(counts)])  # of each image's captions, in this class's numbering
-        image = np.repeat(np.arange(len(images)), counts)
-        self.log_images = float(np.log(len(images)))
-        self.tables: list[Table] = []
-        for grams in count_grams(ids, np.concatenate([[0], np.cumsum(self.lengths)]), self.words):
-            size = len(grams.keys)
-            documents = np.bincount(np.unique(image[grams.text] * size + grams.gram) % size, minlength=size)
-            idf = self.log_images - np.log(documents)
-            weights = grams.times * idf[grams.gram]
-            norms = np.sqrt(np.bincount(grams.text, weights**2, len(captions)))
-            self.tables.append(Table(grams.keys, idf, grams.text * size + grams.gram, weights, norms))
+        words = len(self.data_words) + 2  # one for all words that the data lacks, and the end token
+        super().__init__([], [], words, float(np.log(len(images))))
+        ids, offsets = caption_words(data, images)
+        self.lengths = np.diff(offsets)
+        self.references: list[References] = []
+        for grams, idf, weights, norms in weigh_references(ids, offsets, counts, words):
+            self.keys.append(grams.keys)
+            self.idf.append(idf)
+            self.references.append(References(grams.text * len(idf) + grams.gram, weights, norms))
 
     def words_of(self, vocabulary: Vocabulary) -> np.ndarray:
         """Return the place in the data of each word of a vocabulary: int64 (V,)."""
@@ -138,109 +203,55 @@ class CiderReward:
         pair_row = np.repeat(np.arange(len(images)), references)
         first_pair = np.cumsum(references) - references
         similarity = np.zeros(len(pair_row))
-        for table, grams, known, weights, norms in self.weigh(ids, offsets):
+        for size, reference, (grams, known, weights, norms) in zip(
+            map(len, self.keys), self.references, self.weigh(ids, offsets), strict=True
+        ):
             # Every n-gram of a caption that the references have, against every reference of its image.
             entry = np.flatnonzero(known[grams.gram] >= 0)
             row = grams.text[entry]
             pair = concatenate_ranges(first_pair[row], first_pair[row] + references[row])
             entry = np.repeat(entry, references[row])
-            at = find(table.pairs, pair_reference[pair] * len(table.keys) + known[grams.gram[entry]])
+            at = find(reference.pairs, pair_reference[pair] * size + known[grams.gram[entry]])
             hit = at >= 0
-            reference = table.weights[at[hit]]
-            product = np.minimum(weights[entry[hit]], reference) * reference
-            norm = norms[pair_row] * table.norms[pair_reference]
+            its_weight = reference.weights[at[hit]]
+            product = np.minimum(weights[entry[hit]], its_weight) * its_weight
+            norm = norms[pair_row] * reference.norms[pair_reference]
             similarity += np.bincount(pair[hit], product, len(pair_row)) / np.where(norm > 0, norm, 1)
         difference = np.diff(offsets)[pair_row] - self.lengths[pair_reference]
         similarity *= np.exp(-(difference**2) / (2 * SIGMA**2)) / N
         return 10 * np.bincount(pair_row, similarity, len(images)) / references
 
-    def pairwise_cider(self, ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-        """Compare captions with each other, each as the only reference.
 
-        Args:
-            ids, offsets: as for `score`.
+def caption_words(data: CaptionSet, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the words of all captions of some images, by their places in `data.tokens.words`, and where each begins."""
+    captions = captions_of(data, images)
+    starts, ends = data.tokens.offsets[captions], data.tokens.offsets[captions + 1]
+    return data.tokens.ids[concatenate_ranges(starts, ends)], np.concatenate([[0], np.cumsum(ends - starts)])
 
-        Returns:
-            (R, R) CIDEr-D, float64, times 10, of the row's caption against the column's.
-        """
-        lengths = np.diff(offsets)
-        similarity = np.zeros((len(lengths), len(lengths)))
-        for _, grams, _, weights, norms in self.weigh(ids, offsets):
-            table, product = np.zeros((len(lengths), len(grams.keys))), np.zeros_like(similarity)
-            # The lesser count of two texts is the sum over k = 1, 2, ... of whether both have the n-gram k times.
-            for k in range(1, grams.times.max(initial=0) + 1):
-                has = grams.times >= k
-                texts = grams.text[has], grams.gram[has]
-                once, reference = table.copy(), table.copy()
-                once[texts], reference[texts] = (weights / grams.times)[has], weights[has]
-                product += once @ reference.T
-            norm = norms[:, None] * norms
-            similarity += product / np.where(norm > 0, norm, 1)
-        difference = lengths[:, None] - lengths
-        return 10 * similarity * np.exp(-(difference**2) / (2 * SIGMA**2)) / N
 
-    def cider_to_mixture(
-        self, ids: np.ndarray, offsets: np.ndarray, images: np.ndarray, shares: np.ndarray
-    ) -> np.ndarray:
-        """Compare captions with a mixture of images' captions.
+def weigh_references(
+    ids: np.ndarray, offsets: np.ndarray, counts: np.ndarray, words: int
+) -> Iterator[tuple[Grams, np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield the n-grams of reference captions with their weights, for n from 1 to N.
 
-        It is CIDEr rather than CIDEr-D (Vedantam et al., 2015, section 4), since a mixture has neither counts to clip
-        at nor a length.
+    Args:
+        ids, offsets: as for `count_grams`.
+        counts: int (I,) captions of each image.
 
-        Args:
-            ids, offsets: as for `score`.
-            images: int64 (F,) positions of images whose captions are among the references.
-            shares: (F,) weight of each in the mixture.
-
-        Returns:
-            (R,) float64, times 10.
-        """
-        of_image = np.zeros(len(self.first) - 1)
-        of_image[self.place[images]] = shares
-        similarity = np.zeros(len(offsets) - 1)
-        for parts, (_, grams, known, weights, norms) in zip(self.parts, self.weigh(ids, offsets), strict=True):
-            starts = parts.first[known]
-            counts = np.where(known >= 0, parts.first[known + 1] - starts, 0)  # none where no reference has the n-gram
-            entries, gram = concatenate_ranges(starts, starts + counts), np.repeat(np.arange(len(known)), counts)
-            mixture = np.bincount(gram, parts.weight[entries] * of_image[parts.image[entries]], len(known))
-            product = np.bincount(grams.text, weights * mixture[grams.gram], len(norms))
-            similarity += product / np.where(norms > 0, norms, 1)
-        return 10 * similarity / N
-
-    @functools.cached_property
-    def parts(self) -> list[Parts]:
-        """The references' n-grams, for n from 1 to N, as `cider_to_mixture` sums them."""
-        captions = np.diff(self.first)  # of each image
-        image_of = np.repeat(np.arange(len(captions)), captions)
-        found = []
-        for table in self.tables:
-            caption, gram = np.divmod(table.pairs, max(1, len(table.keys)))
-            norms = table.norms[caption] * captions[image_of[caption]]
-            pairs, entry = np.unique(gram * len(captions) + image_of[caption], return_inverse=True)
-            weight = np.bincount(entry, table.weights / np.where(norms > 0, norms, 1))
-            gram, image = np.divmod(pairs, len(captions))
-            found.append(Parts(np.searchsorted(gram, np.arange(len(table.keys) + 1)), image, weight))
-        return found
-
-    def weigh(
-        self, ids: np.ndarray, offsets: np.ndarray
-    ) -> Iterator[tuple[Table, Grams, np.ndarray, np.ndarray, np.ndarray]]:
-        """Yield the n-grams of captions with their weights, for n from 1 to N.
-
-        Yields:
-            the references' table, the captions' n-grams, the place of each n-gram in the table (-1 where it is absent),
-            the tf-idf of each entry and the norm of each caption.
-        """
-        known = np.zeros(1, dtype=np.int64)  # places of the 0-grams
-        for table, grams in zip(self.tables, count_grams(ids, offsets, self.words), strict=True):
-            before = known[grams.keys // self.words]
-            at = find(table.keys, before * self.words + grams.keys % self.words)
-            known = np.where(before >= 0, at, -1)
-            weights = grams.times * np.where(known >= 0, table.idf[known], self.log_images)[grams.gram]
-            yield table, grams, known, weights, np.sqrt(np.bincount(grams.text, weights**2, len(offsets) - 1))
+    Yields:
+        the n-grams, the idf of each by the number of images that have it, the tf-idf of each entry, and the norm of
+        each caption.
+    """
+    image = np.repeat(np.arange(len(counts)), counts)
+    for grams in count_grams(ids, offsets, words):
+        size = len(grams.keys)
+        images = np.bincount(np.unique(image[grams.text] * size + grams.gram) % max(1, size), minlength=size)
+        idf = np.log(len(counts)) - np.log(images)
+        weights = grams.times * idf[grams.gram]
+        yield grams, idf, weights, np.sqrt(np.bincount(grams.text, weights**2, len(offsets) - 1))
 
 
 def find(values: np.ndarray, keys: np.ndarray) -> np.ndarray:
     """Return the place of each key in the sorted `values`, -1 where it is absent."""
-    at = np.searchsorted(values, keys).clip(max=len(values) - 1)
-    return np.where(values[at] == keys, at, -1)
+    at = np.searchsorted(values, keys)
+    return np.where(np.append(values, -1)[at] == keys, at, -1)

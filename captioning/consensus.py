@@ -2,137 +2,118 @@
 
 The most probable caption is not the one that scores best, since CIDEr-D rewards what a caption shares with the
 references. The references are unknown, but two estimates of them are not: the beam's own captions, weighted by their
-probability (minimum Bayes risk decoding, Kumar and Byrne, 2004), and a regression from image features to captions,
-fitted to the training images. The regression refines the captions of similar images (consensus re-ranking, Devlin et
-al., 2015). Of the scored images only the features are used.
+probability (minimum Bayes risk decoding, Kumar and Byrne, 2004), and the n-grams that a regression expects of an image,
+fitted to the training images and captions (compare consensus re-ranking, Devlin et al., 2015). The regression is a part
+of the checkpoint: a table of frequent n-grams and two matrices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from captioning.cider import CiderReward, cider_of_each
-from captioning.dataset import CaptionSet, Vocabulary
+from captioning.cider import NgramTable, caption_words, cider_of_each, weigh_references
+from captioning.dataset import UNK, CaptionSet, Vocabulary
 from captioning.decoding import Hypothesis
-from captioning.encoders import ENCODE_BATCH
-from captioning.features import Features
-from captioning.io import bars_off, log
 
 BEAM_SIZE = 20  # the default: consensus needs many captions to choose from
 CANDIDATES = 100  # captions of an image at most, best first; a beam of 20 ends with about as many
 # Tuned on the validation images of Flickr8k (docs/experiments.md).
 TEMPERATURE = 3.0  # divides the beam's log-probabilities: a beam is overconfident of its first captions
-RIDGE = 0.1  # of the regression
-REGRESSION_WEIGHTS = (0.0, 2.0, 4.0, 8.0, 12.0)  # of the regression, against 1 for all the beam's captions together
-REGRESSION_IMAGES = 10_000  # training images at most, drawn at random: time grows with the cube
+RIDGE = 0.3  # of the regression
+RANK = 96  # of the regression
+FEWEST_IMAGES = 10  # training images whose captions have an n-gram of the table
+MOST_NGRAMS = 20_000  # the most frequent
+FIT_BATCH = 256  # images
+MOST_VALIDATION_IMAGES = 1000
 
 Evidence = tuple[np.ndarray, np.ndarray]  # CIDEr of an image's candidates expected by the beam and by the regression
 
 
-def regression_images(train: np.ndarray) -> np.ndarray:
-    """Return the training images, out of all (T,), that the regression is fitted to: the same at each call."""
-    if len(train) <= REGRESSION_IMAGES:
-        return train
-    return np.sort(np.random.default_rng(0).choice(train, REGRESSION_IMAGES, replace=False))
+class NgramHead:
+    """What the captions of an image say, as a regression expects it from the encoder's features.
 
+    A ridge regression of reduced rank from the direction of an image's pooled features, seen from their mean, to the
+    mean tf-idf vector of its captions.
+    """
 
-class Consensus:
-    """Ranks captions by expected CIDEr-D, with the document frequencies of the training captions."""
+    def __init__(self, vocabulary_size: int, tensors: Mapping[str, torch.Tensor], log_images: float, weight: float):
+        """Args:
+        tensors: `keys` int64 (G,) and `idf` (G,) of the n-grams, those of one word first; `sizes` int64 (4,) how many
+            there are of each length; `centre` (C,) of the features, `project` (C + 1, R), `expect` (R, G).
+        log_images: of `NgramTable`.
+        weight: of the regression, against 1 for all the beam's captions together.
+        """
+        self.tensors, self.log_images, self.weight = dict(tensors), log_images, weight
+        ends = self.tensors["sizes"].cumsum(0)[:-1].tolist()
+        keys, idf = (np.split(self.tensors[name].numpy(), ends) for name in ("keys", "idf"))
+        self.table = NgramTable(keys, [each.astype(np.float64) for each in idf], vocabulary_size + 1, log_images)
+        self.project, self.expect = self.tensors["project"].float(), self.tensors["expect"].float()
 
-    def __init__(self, data: CaptionSet, vocabulary: Vocabulary, views: Sequence[Features]):
-        """Args: views: views of the images, (I, C) each, for the regression; none for the beam's captions alone."""
-        self.data = data
-        self.vocabulary = vocabulary
-        self.views = views
-        self.cider = CiderReward(data, data.splits["train"])
-        self.fitted = regression_images(data.splits["train"])
-        self.word_of = self.cider.words_of(vocabulary)
+    def expected(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Return the weights (I, G) that the captions of images are expected to have. Args: pooled: features (I, C)."""
+        return direction(pooled.float().cpu(), self.tensors["centre"].float()) @ self.project @ self.expect
 
-    def evidence(
-        self, images: np.ndarray, found: Sequence[list[Hypothesis]], temperature: float = TEMPERATURE
-    ) -> list[Evidence]:
+    def evidence(self, found: Sequence[list[Hypothesis]], pooled: torch.Tensor) -> list[Evidence]:
         """Score the candidates of each image, which are its first H = CANDIDATES hypotheses at most.
 
         Args:
-            images: positions (n,) in the caption set.
-            found: the hypotheses of each, best first.
+            found: the hypotheses of each image, best first.
+            pooled: features (I, C) of the images.
 
         Returns:
             for each image the CIDEr-D (H,) of its candidates expected by the beam, and the CIDEr (H,) expected by the
-            regression, which is 0 without one.
+            regression.
         """
         evidence = []
-        bar = tqdm(found, "Comparing captions", unit="image", disable=bars_off(), leave=False)
-        for hypotheses, shares in zip(bar, self.regress(images), strict=True):
+        for hypotheses, vector in zip(found, self.expected(pooled).numpy().astype(np.float64), strict=True):
             candidates = hypotheses[:CANDIDATES]
-            words = [self.word_of[each.ids] for each in candidates]
-            ids, offsets = np.concatenate(words), np.cumsum([0, *map(len, words)])
+            ids = np.concatenate([np.array(each.ids, dtype=np.int64) for each in candidates])
+            offsets = np.cumsum([0, *(len(each.ids) for each in candidates)])
             log_probabilities = np.array([each.log_probability for each in candidates])
-            chances = np.exp((log_probabilities - log_probabilities.max()) / temperature)
-            by_beam = self.cider.pairwise_cider(ids, offsets) @ (chances / chances.sum())
-            by_regression = np.zeros(len(candidates))
-            if self.views:
-                by_regression = self.cider.cider_to_mixture(ids, offsets, self.fitted, shares)
-            evidence.append((by_beam, by_regression))
+            chances = np.exp((log_probabilities - log_probabilities.max()) / TEMPERATURE)
+            by_beam = self.table.pairwise_cider(ids, offsets) @ (chances / chances.sum())
+            evidence.append((by_beam, self.table.cider_to_vector(ids, offsets, vector)))
         return evidence
 
-    def tune_weight(self, found: Sequence[list[Hypothesis]], evidence: Sequence[Evidence], images: np.ndarray) -> float:
-        """Return the regression's weight with the best CIDEr, the smaller where two are equal.
+    def rank(self, found: Sequence[list[Hypothesis]], pooled: torch.Tensor) -> list[list[Hypothesis]]:
+        """Sort each image's candidates by their evidence, best first. Args: as for `evidence`."""
+        return [
+            [hypotheses[n] for n in np.argsort(-(by_beam + self.weight * by_regression), kind="stable")]
+            for hypotheses, (by_beam, by_regression) in zip(found, self.evidence(found, pooled), strict=True)
+        ]
 
-        A regression fitted to few images, or to features that tell little, deserves little weight.
-
-        Args:
-            found: the hypotheses of the validation images.
-            evidence: what `evidence` returns for them.
-            images: their positions (n,).
-        """
-        references = [self.data.references(image) for image in images]
-
-        def cider(weight: float) -> float:
-            captions = [" ".join(self.vocabulary.decode(best.ids)) for best in pick_best(found, evidence, weight)]
-            return float(cider_of_each(captions, references).mean())
-
-        scores = {weight: cider(weight) for weight in REGRESSION_WEIGHTS}
-        best = max(scores, key=lambda weight: (scores[weight], -weight))
-        tried = ", ".join(f"{weight:g}: {100 * value:.1f}" for weight, value in scores.items())
-        log.info(f"Weight of the regression: {best:g}, by CIDEr on {len(images)} validation images ({tried})")
-        return best
-
-    def regress(self, images: np.ndarray) -> np.ndarray:
-        """Return the weight of each fitted image's captions in the prediction for each of `images`.
-
-        Kernel ridge regression (Saunders et al., 1998) with the exponential of the cosine of two images' centred
-        features as its kernel. Its prediction is linear in the captions, so that these weights determine it.
-
-        Returns:
-            (n, F), which may be negative; (n, 0) without views.
-        """
-        if not self.views or not len(images):  # one of several processes may have no images
-            return np.zeros((len(images), 0))
-        known = self.gather(self.fitted)  # (F, C)
-        centre = known.mean(0)
-        known = torch.nn.functional.normalize(known - centre)
-        queries = torch.nn.functional.normalize(self.gather(images) - centre)  # (n, C)
-        kernel = (known @ known.T).sub_(1).exp_()  # (F, F), up to 800 MB
-        kernel.diagonal().add_(RIDGE)
-        factor = torch.linalg.cholesky(kernel)  # half the time of solving it as any other matrix
-        shares: np.ndarray = torch.cholesky_solve(torch.exp(known @ queries.T - 1), factor).T.numpy()
-        return shares
-
-    def gather(self, images: np.ndarray) -> torch.Tensor:
-        """Return features (n, C), float64, averaged over the views; in batches, since `Features` may encode now."""
-        batches = [images[start : start + ENCODE_BATCH] for start in range(0, len(images), ENCODE_BATCH)]
-        means = [torch.stack([view.gather(batch).cpu() for view in self.views]).double().mean(0) for batch in batches]
-        return torch.cat(means)
+    def stored(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        return {"tensors": self.tensors, "log_images": self.log_images, "weight": self.weight}
 
 
-def pick_best(found: Sequence[list[Hypothesis]], evidence: Sequence[Evidence], weight: float = 0.0) -> list[Hypothesis]:
-    """Return the best hypothesis of each image by its evidence, with this weight of the regression."""
-    return [
-        hypotheses[int((by_beam + weight * by_regression).argmax())]
-        for hypotheses, (by_beam, by_regression) in zip(found, evidence, strict=True)
-    ]
+def direction(pooled: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
+    """Return what the regression reads, (I, C + 1): the direction of features (I, C) from the centre (C,), and a one."""
+    directions = torch.nn.functional.normalize(pooled - centre)
+    return torch.cat([directions, directions.new_ones(len(directions), 1)], 1)
+
+
+def fit_head(data: CaptionSet, vocabulary: Vocabulary, pooled: Callable[[np.ndarray], torch.Tensor]) -> NgramHead:
+    """Fit the regression to the training images, in closed form.
+
+    Reduced-rank ridge regression (Izenman, 1975): of the ridge regression's predictions for the training images the RANK
+    principal directions are kept.
+
+    Args:
+        pooled: returns the features (n, C) of images at these positions (n,).
+
+    Returns:
+        a head whose weight is 0 still.
+    """
+    train = data.splits["train"]
+    batches = [train[start : start + FIT_BATCH] for start in range(0, len(train), FIT_BATCH)]
+    table, owners, places, weights = training_ngrams(data, vocabulary)
+    centre = sum(pooled(batch).double().sum(0) for batch in batches) / len(train)
+    squares, products = 0, 0  # X'X and X'Y of directions X (T, C + 1) and tf-idf vectors Y (T, G)
+    first = np.searchsorted(owners, np.arange(len(train) + 1))
+    for number, batch in enumerate(batches):
+        x = direction(pooled(batch).double(), centre)
