@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from captioning.analysis import leave_one_out, unsupported_share
 from captioning.cider import cider_of_each
 from captioning.io import printable
 from captioning.scores import ImageScores, corpus_bleu
@@ -129,12 +130,10 @@ def person_scores(references: Sequence[Sequence[str]]) -> dict[str, float]:
     The references are one fewer than a model has, which costs a person some points. Empty where no image has
     two captions.
     """
-    known = [captions for captions in references if len(captions) > 1]
-    turns = []
-    for turn in range(max(map(len, known), default=0)):
-        hypotheses = [captions[turn % len(captions)] for captions in known]
-        others = [[text for n, text in enumerate(captions) if n != turn % len(captions)] for captions in known]
-        turns.append(score_captions(hypotheses, others))
+    turns = [
+        score_captions(captions, others) | {"unsupported": unsupported_share(captions, others)}
+        for captions, others in leave_one_out(references)
+    ]
     return {name: statistics.fmean(scores[name] for scores in turns) for name in turns[0]} if turns else {}
 
 

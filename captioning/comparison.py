@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from captioning.analysis import SHARES, word_shares
 from captioning.io import UserError, csv_cell
 from captioning.runs import (
     ByImage,
@@ -26,13 +27,22 @@ from captioning.runs import (
     plain,
     read_run,
     read_scores,
+    read_test_captions,
+    read_test_references,
     run_directories,
     score_text,
 )
-from captioning.scores import METRIC_NAMES, Difference, ImageScores, paired_bleu4, paired_bootstrap
+from captioning.scores import (
+    METRIC_NAMES,
+    Difference,
+    ImageScores,
+    paired_bleu4,
+    paired_bootstrap,
+    paired_shares,
+)
 
-LOW_IS_GOOD = ("wer", "val_loss")
-SHOWN_SCORES = ("cider", "bleu4", "rouge_l", "meteor", "spice", "wer", "val_cider", "val_loss")
+LOW_IS_GOOD = ("wer", "unsupported", "val_loss")
+SHOWN_SCORES = ("cider", "bleu4", "rouge_l", "meteor", "spice", "wer", "unsupported", "val_cider", "val_loss")
 UNLIMITED = 100_000  # columns, of an output that is not a terminal
 
 
@@ -284,14 +294,67 @@ def compare_tests(first: Run, a: Mapping[str, Any], second: Run, b: Mapping[str,
     way = ways[0] if ways[0] == ways[1] else f"A {ways[0]}; B {ways[1]}"
     scores = side_by_side(*({key: row[key] for key in METRIC_NAMES if is_number(row.get(key))} for row in (a, b)))
     table = score_rows(scores.dropna())
+    differences: dict[str, Difference | None] = {}
+    notes = []
     try:
-        differences = bootstrap(read_scores(first, a), read_scores(second, b))
-        note = "B - A: mean and 95 % interval over the choice of images (paired bootstrap), not over training seeds."
-        table["B - A"], table[""] = zip(*(judged(key, differences.get(key)) for key in table.index), strict=True)
+        differences |= bootstrap(read_scores(first, a), read_scores(second, b))
     except UserError as error:
-        note = f"No intervals of the difference: {error}"
+        notes.append(f"No intervals of the scores' differences: {error}")
+    words = table[:0]
+    try:
+        words, by_group = compare_words(first, a, second, b)
+        differences |= by_group
+    except UserError as error:
+        notes.append(f"No precision and recall by groups of words: {error}")
+    if differences:
+        notes.insert(
+            0, "B - A: mean and 95 % interval over the choice of images (paired bootstrap), not over training seeds."
+        )
+        table, words = (with_differences(each, differences) for each in (table, words))
     heading = f"Test on {plain(a.get('images'))} {plain(a.get('split'))} images, {way}"
-    return [heading, *indented(table), f"  {note}"]
+    lines = [heading, *indented(table)]
+    if len(words):
+        lines += ["", "  Words, by group", *indented(words)]
+    return [*lines, *(f"  {note}" for note in notes)]
+
+
+def compare_words(
+    first: Run, a: Mapping[str, Any], second: Run, b: Mapping[str, Any]
+) -> tuple[pd.DataFrame, dict[str, Difference | None]]:
+    """Compare precision and recall by groups of words, and the share of unsupported words, of two tests.
+
+    Returns:
+        both tests' precision and recall of each group as text, and the differences, under `unsupported` the share's.
+
+    Raises:
+        UserError: captions or references are not stored, damaged, or of different images.
+    """
+    captions = [read_test_captions(run, row) for run, row in ((first, a), (second, b))]
+    for run, own in zip((first, second), captions, strict=True):
+        if not own:
+            raise UserError(f"{run.directory} does not have its captions: {command_to_test(run.directory)}")
+    names = list(captions[0])
+    if set(names) != set(captions[1]):
+        both = len(set(names) & set(captions[1]))
+        raise UserError(f"A captioned {len(names)} images, B {len(captions[1])}, and {both} are the same")
+    known = read_test_references(first, a) or read_test_references(second, b)
+    if unknown := [name for name in names if name not in known]:
+        command = command_to_test(first.directory)
+        raise UserError(f"the references of {len(unknown)} images are not stored, which a test does: {command}")
+    references = [known[name] for name in names]
+    ours, theirs = (word_shares([own[name] for name in names], references) for own in captions)
+    values = [
+        {key: part / whole for key, (part, whole) in zip(SHARES, each.sum(0).tolist(), strict=True) if whole}
+        for each in (ours, theirs)
+    ]
+    table = score_rows(side_by_side(*values).dropna().drop("unsupported", errors="ignore"))
+    return table, dict(zip(SHARES, paired_shares(ours, theirs), strict=True))
+
+
+def with_differences(table: pd.DataFrame, differences: Mapping[str, Difference | None]) -> pd.DataFrame:
+    """Return the table with a column of the differences of its rows, and one of which test they show to be better."""
+    cells = [judged(key, differences.get(key)) for key in table.index]
+    return table.assign(**{"B - A": [text for text, _ in cells], "": [better for _, better in cells]})
 
 
 def judged(key: str, difference: Difference | None) -> tuple[str, str]:

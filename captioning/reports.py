@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import io
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from captioning.analysis import find_errors, nearest_texts, unsupported_words
 from captioning.images import UnreadableImage, check_weights, open_image
 from captioning.io import CONTROL_CHARACTERS, UserError, read_json, write_atomic
 from captioning.plots import new_figure
@@ -32,6 +32,8 @@ from captioning.runs import (
     is_number,
     read_run,
     read_scores,
+    read_test_captions,
+    read_test_references,
     score_text,
 )
 from captioning.scores import METRIC_NAMES, by_rank
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 
 MAX_PICTURES = 3_300_000  # bytes of pictures; as base64 they are a third more, and the file stays below 5 MB
 GROUP = 4  # captions in each group of the gallery, and attention pictures
+FREQUENT = 12  # words in each list of words
 SHOWN_TESTS = 6
 LARGEST = 1e100  # beyond it matplotlib's scales overflow
 CHARTS = (
@@ -91,7 +94,7 @@ def write_report(directory: Path, data: CaptionSet | None = None, data_dir: Path
         try:
             data = load_data(run, data_dir)
         except (UserError, ValueError, OSError) as error:  # the last two: a path that no file can have
-            problem = f"The data set is not available, so the report has no photos and no references: {error}"
+            problem = f"The data set is not available, so the report has no photos: {error}"
     text = TEMPLATES.get_template("report.html").render(page(run, data, problem))
     path = directory / "report.html"
     write_atomic(path, lambda file: file.write(text.encode("utf-8", "replace")))
@@ -126,6 +129,7 @@ def page(run: Run, data: CaptionSet | None, problem: str) -> dict[str, Any]:
     except UserError as error:
         predictions = None
         run.damage.append(str(error))
+    known = known_references(run, data)
     command = run.flags.get("command")
     hidden = {"command", "mode", "resume", "config"}
     return {
@@ -138,8 +142,9 @@ def page(run: Run, data: CaptionSet | None, problem: str) -> dict[str, Any]:
         "ensembles": ensembles(run),
         "training": training(run),
         "gallery": gallery(run, predictions, data, problem, pictures),
+        "errors": errors(run, predictions, known),
         "attention": attention(run, data, pictures),
-        "words": words(run, predictions, data),
+        "words": words(run, predictions, known),
         "parameters": [(k, v) for k, v in run.flags.items() if k not in hidden and v not in (None, "", [])],
         "command": command if isinstance(command, str) else "",
         "damage": run.damage,
@@ -350,18 +355,20 @@ def latest_captions(run: Run) -> Predictions | None:
         UserError: the file has another form.
     """
     row = run.tests[-1] if run.tests else {}
-    name = row.get("captions_file")
-    path = run.directory / Path(name).name if isinstance(name, str) and Path(name).name else None
-    if path is None or not os.path.isfile(path):  # where Path raises over a name that no file can have
-        return None
-    content = read_json(path)
-    if not isinstance(content, list) or not content:
-        raise UserError(f"{path} is not a list of captions: test the run again")
-    for number, entry in enumerate(content, 1):
-        known = isinstance(entry, dict) and type(entry.get("image_id")) in (str, int)
-        if not known or not isinstance(entry.get("caption"), str):
-            raise UserError(f"{path}: entry {number} has no image_id and caption: test the run again")
-    return Predictions(row, {str(entry["image_id"]): entry["caption"] for entry in content})
+    captions = read_test_captions(run, row)
+    return Predictions(row, captions) if captions else None
+
+
+def known_references(run: Run, data: CaptionSet | None) -> dict[str, list[str]]:
+    """Return the references by image id, of the latest test or else of the data set; none without either."""
+    try:
+        found = read_test_references(run, run.tests[-1] if run.tests else {})
+    except UserError as error:
+        found = {}
+        run.damage.append(str(error))
+    if not found and data is not None:
+        found = {str(data.image_id(n)): data.references(n) for n in range(len(data.names))}
+    return found
 
 
 def gallery(
@@ -395,15 +402,65 @@ def gallery(
     except (UserError, KeyError) as error:
         reason = str(error) if isinstance(error, UserError) else f"no score of {error}"
         found["notes"].append(f"Not ranked, since the CIDEr of each image is missing: {reason}")
+    texts = training_texts(run, data)
+    if not len(texts):
+        found["notes"].append("The closest training captions are not known: no image of the run's split.json is here.")
     for title, places in groups.items():
-        cards = [
-            {"picture": pictures.uri(data.image_dir / data.names[position[names[number]]], 480), "name": names[number],
-             "caption": predictions.captions[names[number]], "people": data.references(position[names[number]])[:5],
-             "scores": [f"{label} {100 * each[number]:.0f}" for label, each in scores.items()]}
-            for number in places.tolist()
-        ]  # fmt: skip
+        captions = [predictions.captions[names[number]] for number in places.tolist()]
+        cards = []
+        for number, caption, nearest in zip(
+            places.tolist(), captions, nearest_training(data, texts, captions), strict=True
+        ):
+            image = position[names[number]]
+            cards.append({
+                "picture": pictures.uri(data.image_dir / data.names[image], 480), "name": names[number],
+                "caption": caption, "people": data.references(image)[:5], "nearest": nearest,
+                "unsupported": unsupported_words(caption, data.references(image)),
+                "scores": [f"{label} {100 * each[number]:.0f}" for label, each in scores.items()],
+            })  # fmt: skip
         found["groups"].append((title, cards))
     return found
+
+
+def training_texts(run: Run, data: CaptionSet) -> np.ndarray:
+    """Return the numbers of the run's training captions (T,); none where its `split.json` does not tell."""
+    from captioning.dataset import captions_of
+
+    try:
+        names = {name for name in read_json(run.directory / "split.json")["train"] if isinstance(name, str)}
+    except (UserError, KeyError, TypeError):
+        names = set()
+    return captions_of(data, np.array([n for n, name in enumerate(data.names) if name in names], np.int64))
+
+
+def nearest_training(data: CaptionSet, texts: np.ndarray, captions: Sequence[str]) -> list[dict[str, Any] | None]:
+    """Return for each caption the closest of some captions of the data set, its image and the similarity."""
+    words, ids, offsets = data.tokens
+    return [
+        {"text": " ".join(words[i] for i in ids[offsets[text] : offsets[text + 1]]), "similarity": similarity,
+         "name": data.names[np.searchsorted(data.first_caption, text, "right") - 1]}
+        for text, similarity in nearest_texts(captions, data.tokens, texts)
+    ] if len(texts) else [None] * len(captions)  # fmt: skip
+
+
+def errors(run: Run, predictions: Predictions | None, known: Mapping[str, list[str]]) -> dict[str, Any] | None:
+    """Return what the captions of the latest test get wrong, None before a test.
+
+    Args:
+        known: the references by image id.
+    """
+    if not run.tests:
+        return None
+    said = predictions.captions if predictions else {}
+    scored = [name for name in said if known.get(name)]
+    captions, references = [said[name] for name in scored], [known[name] for name in scored]
+    what = "captions of people for these images" if said else "captions of the latest test"
+    often = Counter(said.values()).most_common(2 * GROUP)
+    return {
+        "found": find_errors(captions, references, FREQUENT) if scored else None,
+        "note": f"The {what} are not known, which a test stores: {command_to_test(run.directory)}",
+        "scored": len(scored), "images": len(said), "repeated": [(text, times) for text, times in often if times > 1],
+    }  # fmt: skip
 
 
 def attention(run: Run, data: CaptionSet | None, pictures: Pictures) -> dict[str, Any]:
@@ -465,12 +522,11 @@ def glow(weights: np.ndarray) -> bytes:
     return encoded(Image.fromarray(rgba.astype(np.uint8), "RGBA"), "PNG", optimize=True)
 
 
-def words(run: Run, predictions: Predictions | None, data: CaptionSet | None) -> dict[str, Any]:
+def words(run: Run, predictions: Predictions | None, known: Mapping[str, list[str]]) -> dict[str, Any]:
     """Return how the model's words and lengths differ from people's on the same images."""
     found: dict[str, Any] = {"facts": [(k, run.facts[k]) for k in ("Vocabulary", "Images") if k in run.facts]}
     if predictions is None:
         return found | {"rows": []}
-    known = {str(data.image_id(n)): data.references(n) for n in range(len(data.names))} if data is not None else {}
     people = [text.split() for name in predictions.captions for text in known.get(name, ())]
     model = [caption.split() for caption in predictions.captions.values()]
     both = [model, people] if people else [model]
@@ -493,8 +549,5 @@ def words(run: Run, predictions: Predictions | None, data: CaptionSet | None) ->
     title = "Captions of each length, in %"
     found["people"] = bool(people)
     found["chart"] = (title, chart(title, "words", x, shares))
-    found["lists"] = [("The model's most frequent words", counts[0].most_common(20))]
-    if people:
-        missing = [(word, count) for word, count in counts[1].most_common() if word not in counts[0]][:20]
-        found["lists"].append(("Frequent with people, never used by the model", missing))
+    found["frequent"] = counts[0].most_common(20)
     return found

@@ -250,6 +250,42 @@ def read_scores(run: Run, row: Mapping[str, Any]) -> ByImage:
     return ByImage(list(names), ImageScores(**values))
 
 
+def read_test_captions(run: Run, row: Mapping[str, Any]) -> dict[str, str]:
+    """Read the captions of a row of `test_metrics.json`, by image id; empty where none are stored.
+
+    Raises:
+        UserError: the file has another form.
+    """
+    return {name: texts[0] for name, texts in read_texts(run, row.get("captions_file"), "").items()}
+
+
+def read_test_references(run: Run, row: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Read the references of the images of a row of `test_metrics.json`, by image id; empty where none are stored.
+
+    Raises:
+        UserError: the file has another form.
+    """
+    return read_texts(run, f"{str(row.get('split')).replace('+', '_')}_references.json", "annotations")
+
+
+def read_texts(run: Run, name: Any, field: str) -> dict[str, list[str]]:
+    """Return the captions by image id, COCO's number or the file name, of a list in `field` of a file, or the file."""
+    path = run.directory / Path(name).name if isinstance(name, str) else run.directory
+    if not os.path.isfile(path):  # where Path raises over a name that no file can have
+        return {}
+    content = read_json(path)
+    entries = content.get(field) if field and isinstance(content, dict) else content
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{path} is not a list of captions: test the run again")
+    texts: dict[str, list[str]] = {}
+    for number, entry in enumerate(entries, 1):
+        known = isinstance(entry, dict) and type(entry.get("image_id")) in (str, int)
+        if not known or not isinstance(entry.get("caption"), str):
+            raise UserError(f"{path}: entry {number} has no image_id and caption: test the run again")
+        texts.setdefault(str(entry["image_id"]), []).append(entry["caption"])
+    return texts
+
+
 # --------------------------------------------------------------------------------------------------
 # Finding runs and checkpoints
 

@@ -18,6 +18,7 @@ METRIC_NAMES = {
     "spice": "SPICE",
     "rouge": "rouge-score F1",
     "wer": "WER (min. over references)",
+    "unsupported": "unsupported words",
 }
 MEANS = ("cider", "rouge_l", "wer")  # scores with an interval that are means over images; BLEU-4 is not
 BLOCK = 1_000_000  # elements of a block of resampled images: 8 MB, a few such arrays at a time
@@ -124,6 +125,29 @@ def paired_bootstrap(first: np.ndarray, second: np.ndarray, samples: int = 10_00
     differences = second - first
     means = resampled_sums(differences[:, None], samples, seed)[:, 0] / len(differences)
     return Difference(float(differences.mean()), *interval(means))
+
+
+def paired_shares(
+    first: np.ndarray, second: np.ndarray, samples: int = 10_000, seed: int = 0
+) -> list[Difference | None]:
+    """Do as `paired_bootstrap` for shares: a sum over images of parts, over that of wholes.
+
+    Args:
+        first, second: (n, k, 2) part and whole of each image, for k shares.
+
+    Returns:
+        k differences; None where a whole is 0 in all images.
+    """
+    sums = resampled_sums(np.concatenate([first, second], 1).reshape(len(first), -1), samples, seed)
+    parts, wholes = np.moveaxis(sums.reshape(samples, 2, -1, 2), -1, 0)  # each (samples, 2, k)
+    with np.errstate(invalid="ignore"):
+        drawn = np.diff(parts / wholes, axis=1)[:, 0]
+        whole = np.diff([table.sum(0)[:, 0] / table.sum(0)[:, 1] for table in (first, second)], axis=0)[0]
+    # A sample of images may lack a rare whole.
+    return [
+        None if np.isnan(mean) else Difference(float(mean), *interval(values[np.isfinite(values)]))
+        for mean, values in zip(whole, drawn.T, strict=True)
+    ]
 
 
 def paired_bleu4(first: ImageScores, second: ImageScores, samples: int = 10_000, seed: int = 0) -> Difference:

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 import experiment_utils
+from captioning.analysis import unsupported_share
 from metrics_utils import score_images, summarize
 
 HUGE = 10**400  # a number of JSON that no float holds
@@ -57,7 +58,14 @@ def write_run(directory: Path, captions: list[str] | None = CAPTIONS, order=rang
         row = {
             "split": "test", "images": 6, "beam_size": 3, "length_penalty": 0.7, "captions_file": "test_captions.json",
             "scores_file": "test_scores.json", **summarize(each), "cider_interval": [0.25, 1.75],
+            "unsupported": unsupported_share(captions, REFERENCES),
         }  # fmt: skip
+        known = [
+            {"id": 0, "image_id": name, "caption": text}
+            for name, texts in zip(NAMES, REFERENCES, strict=True)
+            for text in texts
+        ]
+        (directory / "test_references.json").write_text(json.dumps({"annotations": known}))
         (directory / "test_metrics.json").write_text(json.dumps([row]))
     return directory
 

@@ -78,6 +78,7 @@ def test_scores_by_image_are_in_files_that_say_what_they_are(trained):
             captions = json.loads((lstm / row["captions_file"]).read_text())
             assert [entry["image_id"] for entry in captions] == scores["image_id"]
             assert np.mean(scores["cider"]) == pytest.approx(row["cider"])
+            assert 0 <= row["unsupported"] <= 1 and 0 <= row["person_unsupported"] <= 1
             assert len(scores["sentence_bleu4"]) == row["images"] and 0 < max(scores["sentence_bleu4"]) <= 1
             low, high = row["cider_interval"]
             assert low <= row["cider"] <= high

@@ -39,7 +39,7 @@ def listed(capsys) -> list[str]:
 def test_the_table_shows_scores_and_only_the_parameters_that_differ(runs, capsys):
     assert command("list", runs) == 0
     head, *lines = capsys.readouterr().out.splitlines()
-    columns = "run cider bleu4 rouge_l wer val_cider val_loss tested on best epoch decoder learning_rate"
+    columns = "run cider bleu4 rouge_l wer unsupported val_cider val_loss tested on best epoch decoder learning_rate"
     assert head.split() == columns.split()
     assert [line.split()[0] for line in lines[:3]] == ["one", "two", "three"] and lines[3] == ""
     assert lines[0].split()[1].endswith("*") and not lines[1].split()[1].endswith("*")
@@ -219,6 +219,7 @@ def test_diff_shows_what_differs_and_whether_the_scores_do(runs, capsys):
     assert re.search(r"decoder +attention +lstm", out) and "num_workers" not in out
     assert re.search(r"CIDEr .*B is better", out) and re.search(r"WER .* -\d.*B is better", out)
     assert "Test on 6 test images, beam 3, length penalty 0.7" in out
+    assert re.search(r"unsupported words +66\.7 +12\.5 +-54\.2 \[", out)
     assert command("diff", runs / "one", runs / "three") == 0
     assert "no test on the same split: python" in capsys.readouterr().out
 
@@ -264,6 +265,26 @@ def test_the_difference_of_bleu_is_that_of_the_corpora():
     found = comparison.paired_bleu4(worse, better, samples=500)
     assert found.mean == pytest.approx(summarize(better)["bleu4"] - summarize(worse)["bleu4"])
     assert found.low <= found.mean <= found.high and found == comparison.paired_bleu4(worse, better, samples=500)
+
+
+def test_diff_compares_groups_of_words_where_both_runs_have_captions_of_the_same_images(runs, capsys):
+    (runs / "two" / "test_references.json").unlink()  # one of the runs has them
+    assert command("diff", runs / "two", runs / "one") == 0
+    assert re.search(r"animals: recall +28\.6 +71\.4 +\+42\.9 \[", capsys.readouterr().out)
+    path = runs / "one" / "test_captions.json"
+    captions = path.read_text()
+    for content, message in (
+        (captions.replace("p3.jpg", "q.jpg"), "A captioned 6 images, B 6, and 5 are the same"),
+        ("{", r"cannot read .*test_captions\.json"),
+        (None, "one does not have its captions: python"),
+        (captions, "the references of 6 images are not stored, which a test does: python"),
+    ):
+        path.write_text(content) if content is not None else path.unlink()
+        if content == captions:
+            (runs / "one" / "test_references.json").unlink()
+        assert command("diff", runs / "two", runs / "one") == 0
+        out = capsys.readouterr().out
+        assert re.search(f"No precision and recall by groups of words: .*{message}", out) and "CIDEr" in out
 
 
 def test_without_scores_by_image_it_says_what_to_do(runs, capsys):

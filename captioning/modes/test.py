@@ -15,6 +15,7 @@ from filelock import FileLock
 
 from attention_visualization import save_attention_pictures
 from captioning import demo_set, distributed, plots
+from captioning.analysis import unsupported_share
 from captioning.consensus import pick_best
 from captioning.dataset import CaptionSet, captions_of, tokenize
 from captioning.decoding import Hypothesis
@@ -193,8 +194,10 @@ def score_way(context: EvalContext, images: np.ndarray, way: Way, header: Mappin
 
 def score_test(data: CaptionSet, images: np.ndarray, captions: Sequence[str]) -> tuple[dict[str, Any], ImageScores]:
     """Return scores, intervals of 95 % and variety of a set of captions; and the scores by image."""
-    by_image = score_images(captions, [data.references(image) for image in images])
-    scores: dict[str, Any] = {**summarize(by_image), **variety(captions, training_captions(data))}
+    references = [data.references(image) for image in images]
+    by_image = score_images(captions, references)
+    scores: dict[str, Any] = {**summarize(by_image), "unsupported": unsupported_share(captions, references)}
+    scores |= variety(captions, training_captions(data))
     scores |= {f"{name}_interval": list(bounds) for name, bounds in bootstrap_intervals(by_image).items()}
     return scores, by_image
 
@@ -314,7 +317,8 @@ def print_scores(
         return f"  {name:<26}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=False))
 
     print(f"\nScores on {images} {split} images (x100; lower case, no punctuation; CIDEr's word weights from")
-    print("these images; a person: one caption against the image's others, which are one fewer):")
+    print("these images; a person: one caption against the image's others, which are one fewer; unsupported")
+    print("words: the share of content words that no reference of the image has):")
     print(line("", [name for name, _ in shown]))
     for key, name in METRIC_NAMES.items():
         if key in columns[0][1]:
