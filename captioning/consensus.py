@@ -9,7 +9,7 @@ of the checkpoint: a table of frequent n-grams and two matrices.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,17 +18,16 @@ import torch
 from captioning.cider import NgramTable, caption_words, cider_of_each, weigh_references
 from captioning.dataset import UNK, CaptionSet, Vocabulary
 from captioning.decoding import Hypothesis
+from captioning.io import log
 
 BEAM_SIZE = 20  # the default: consensus needs many captions to choose from
 CANDIDATES = 100  # captions of an image at most, best first; a beam of 20 ends with about as many
 # Tuned on the validation images of Flickr8k (docs/experiments.md).
 TEMPERATURE = 3.0  # divides the beam's log-probabilities: a beam is overconfident of its first captions
-RIDGE = 0.3  # of the regression
-RANK = 96  # of the regression
-FEWEST_IMAGES = 10  # training images whose captions have an n-gram of the table
-MOST_NGRAMS = 20_000  # the most frequent
+RIDGE, RANK = 6.0, 128  # of the regression
+FEWEST_IMAGES = 10  # training images that have an n-gram of the table
+LARGEST_WEIGHT = 128.0
 FIT_BATCH = 256  # images
-MOST_VALIDATION_IMAGES = 1000
 
 Evidence = tuple[np.ndarray, np.ndarray]  # CIDEr of an image's candidates expected by the beam and by the regression
 
@@ -100,20 +99,103 @@ def direction(pooled: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
 def fit_head(data: CaptionSet, vocabulary: Vocabulary, pooled: Callable[[np.ndarray], torch.Tensor]) -> NgramHead:
     """Fit the regression to the training images, in closed form.
 
-    Reduced-rank ridge regression (Izenman, 1975): of the ridge regression's predictions for the training images the RANK
-    principal directions are kept.
+    It is a reduced-rank ridge regression (Izenman, 1975; Mukherjee and Zhu, 2011): of a ridge regression's predictions
+    the RANK principal directions are kept. Time grows with the number of images, memory does not.
 
     Args:
-        pooled: returns the features (n, C) of images at these positions (n,).
+        pooled: returns the features (n, C) of the images at these positions (n,).
 
     Returns:
-        a head whose weight is 0 still.
+        a head, whose weight is 0 still.
     """
     train = data.splits["train"]
-    batches = [train[start : start + FIT_BATCH] for start in range(0, len(train), FIT_BATCH)]
-    table, owners, places, weights = training_ngrams(data, vocabulary)
-    centre = sum(pooled(batch).double().sum(0) for batch in batches) / len(train)
-    squares, products = 0, 0  # X'X and X'Y of directions X (T, C + 1) and tf-idf vectors Y (T, G)
-    first = np.searchsorted(owners, np.arange(len(train) + 1))
-    for number, batch in enumerate(batches):
-        x = direction(pooled(batch).double(), centre)
+    keys, idf, entries, weights = frequent_ngrams(data, vocabulary)
+    batches = [np.arange(start, min(start + FIT_BATCH, len(train))) for start in range(0, len(train), FIT_BATCH)]
+    features = torch.cat([pooled(train[batch]).float().cpu() for batch in batches])  # (T, C)
+    centre = features.double().mean(0).float()
+    ngrams = sum(map(len, keys))
+    squares = torch.eye(len(centre) + 1, dtype=torch.float64) * RIDGE  # X'X + ridge, X (T, C + 1)
+    products = torch.zeros(len(centre) + 1, ngrams, dtype=torch.float64)  # X'Y, Y (T, G)
+    for batch in batches:
+        x = direction(features[batch], centre).double()  # (n, C + 1)
+        low, high = np.searchsorted(entries, [batch[0] * ngrams, (batch[-1] + 1) * ngrams])
+        y = np.bincount(entries[low:high] - batch[0] * ngrams, weights[low:high], len(batch) * ngrams)
+        squares += x.T @ x
+        products += x.T @ torch.from_numpy(y).view(len(batch), ngrams)
+    factor = torch.linalg.cholesky(squares)
+    scaled = torch.linalg.solve_triangular(factor, products, upper=False)  # (C + 1, G)
+    directions = torch.linalg.eigh(scaled @ scaled.T).eigenvectors[:, -RANK:]  # (C + 1, R)
+    tensors = {
+        "keys": torch.from_numpy(np.concatenate(keys)),
+        "idf": torch.from_numpy(np.concatenate(idf)).float(),
+        "sizes": torch.tensor(list(map(len, keys))),
+        "centre": centre,
+        "project": torch.linalg.solve_triangular(factor.T, directions, upper=True).float(),
+        "expect": (directions.T @ scaled).float(),
+    }
+    return NgramHead(len(vocabulary), tensors, float(np.log(max(1, len(train)))), 0.0)
+
+
+def frequent_ngrams(
+    data: CaptionSet, vocabulary: Vocabulary
+) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray, np.ndarray]:
+    """Return the n-grams that at least FEWEST_IMAGES training images have, without those with unknown words.
+
+    Returns:
+        keys and idf, as `NgramTable` takes them, with the vocabulary's numbers as words; and the mean tf-idf vectors of
+        the T training images: int64 (M,) sorted places in a table (T, G), and the weight at each.
+    """
+    train = data.splits["train"]
+    ids, offsets = caption_words(data, train)
+    ids = np.array([vocabulary.id_of.get(word, UNK) for word in data.tokens.words])[ids]
+    counts, words = data.caption_counts(train), len(vocabulary) + 1
+    image = np.repeat(np.arange(len(train)), counts)
+    keys, idf, images, places, weights = [], [], [], [], []
+    place, first = np.zeros(1, dtype=np.int64), 0  # of each (n - 1)-gram in the table
+    for grams, each, entry_weights, norms in weigh_references(ids, offsets, counts, words):
+        before, word = np.divmod(grams.keys, words)
+        frequent = np.log(len(train)) - each >= np.log(FEWEST_IMAGES) - 1e-9
+        kept = frequent & (word != UNK) & (place[before] >= 0)
+        keys.append(place[before[kept]] * words + word[kept])
+        idf.append(each[kept])
+        place = np.where(kept, np.cumsum(kept) - 1, -1)
+        entry = np.flatnonzero(kept[grams.gram])
+        text = grams.text[entry]
+        images.append(image[text])
+        places.append(first + place[grams.gram[entry]])
+        weights.append(entry_weights[entry] / np.where(norms > 0, norms, 1)[text] / counts[image[text]])
+        first += len(keys[-1])
+    pairs, entry = np.unique(np.concatenate(images) * first + np.concatenate(places), return_inverse=True)
+    return keys, idf, pairs, np.bincount(entry, np.concatenate(weights), len(pairs))
+
+
+def settle_weight(
+    head: NgramHead, found: Sequence[list[Hypothesis]], pooled: torch.Tensor, texts: Callable[[Hypothesis], str],
+    references: Sequence[Sequence[str]],
+) -> NgramHead:  # fmt: skip
+    """Return the head with the weight of the best CIDEr on validation images, the smaller where two are equal.
+
+    A regression fitted to few images, or to features that tell little, deserves little weight, or none. Weights are
+    doubled until the best is not the largest.
+
+    Args:
+        found, pooled: as for `NgramHead.evidence`.
+        texts: returns the text of a hypothesis.
+        references: of each image.
+    """
+    evidence = head.evidence(found, pooled)
+
+    def cider(weight: float) -> float:
+        best = [
+            texts(hypotheses[int((by_beam + weight * by_regression).argmax())])
+            for hypotheses, (by_beam, by_regression) in zip(found, evidence, strict=True)
+        ]
+        return float(cider_of_each(best, references).mean())
+
+    scores = {weight: cider(weight) for weight in (0.0, 1.0, 2.0)}
+    while max(scores, key=scores.__getitem__) == (largest := max(scores)) and largest < LARGEST_WEIGHT:
+        scores[2 * largest] = cider(2 * largest)
+    best = max(scores, key=lambda weight: (scores[weight], -weight))
+    tried = ", ".join(f"{weight:g}: {100 * value:.1f}" for weight, value in scores.items())
+    log.info(f"Weight of the regression: {best:g}, by CIDEr on {len(found)} validation images ({tried})")
+    return NgramHead(head.table.words - 1, head.tensors, head.log_images, best)
