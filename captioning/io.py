@@ -39,6 +39,35 @@ def csv_cell(value: Any) -> Any:
 
 
 # --------------------------------------------------------------------------------------------------
+# Commands, as messages print them
+
+SCRIPT, DATA_SCRIPT = "flickr_image_caption_with_pytorch_resnet_lstm.py", "download_datasets.py"
+# How each is started: where it lies, as a module, and by the command that pip installs.
+STARTS = {
+    SCRIPT: (f"python {SCRIPT}", "python -m captioning", "flickr-caption"),
+    DATA_SCRIPT: (f"python {DATA_SCRIPT}", "python -m download_datasets", "flickr-caption-data"),
+}
+
+
+def program(script: str = SCRIPT) -> str:
+    """Return how a script is started, in the way in which this process was."""
+    started = Path(sys.argv[0]).name.removesuffix(".exe") if sys.argv else ""
+    ways = [way for names in STARTS.values() for way, name in enumerate(names) if name == started]
+    return STARTS[script][ways[0] if ways else 0]
+
+
+def install_command(extra: str = "") -> str:
+    """Return the command that installs what requirements.txt names, or with an extra requirements-EXTRA.txt.
+
+    A checkout has these files; a package that pip installed has extras of the same names.
+    """
+    file = f"requirements-{extra}.txt" if extra else "requirements.txt"
+    if Path(__file__).parent.with_name(file).is_file():
+        return f"python -m pip install -r {file}"
+    return f'python -m pip install "image-captioning-trainer[{extra}]"'.replace("[]", "")
+
+
+# --------------------------------------------------------------------------------------------------
 # Messages
 
 
@@ -219,8 +248,8 @@ def run_command(command: Callable[[], int], stopped: str) -> int:
 def not_installed(package: str | None) -> UserError:
     """Return the complaint over a package that requirements.txt names and this Python has not."""
     return UserError(
-        f"{sys.executable} has no package {package}. Install what is needed (python -m pip install -r requirements.txt, "
-        "or ./setup.sh, which puts it into .venv), or run the Python that has it (.venv/bin/python)"
+        f"{sys.executable} has no package {package}. Install what is needed ({install_command()}; in a checkout "
+        "./setup.sh puts it into .venv), or run the Python that has it (.venv/bin/python)"
     )
 
 

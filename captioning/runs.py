@@ -21,13 +21,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 import numpy as np
 
 from captioning.flags import CONFIG_NAMES, FLAGS, NOT_CONFIGURABLE
-from captioning.io import UserError, check_tensor_zip, first_line, log, printable, read_json, remove_stale_files
+from captioning.io import (
+    UserError,
+    check_tensor_zip,
+    first_line,
+    log,
+    printable,
+    program,
+    read_json,
+    remove_stale_files,
+)
 from captioning.scores import METRIC_NAMES, ImageScores
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
-SCRIPT = "flickr_image_caption_with_pytorch_resnet_lstm.py"
 DRY_RUN = "dry_run_"  # begins the names of runs that are not results
 EXPORTED_WEIGHTS = "model.safetensors"  # what `--mode export` writes, beside config.json and vocabulary.json
 EPOCH_FILE = re.compile(r"model_epoch_([1-9][0-9]{0,8})\.pt")
@@ -39,7 +47,7 @@ CURVE["learning_rates"] = "learning_rate"
 
 def reproducing_command(words: list[str]) -> str:
     """Return the main script's command line with these arguments, quoted for a shell."""
-    return shlex.join(["python", SCRIPT, *words])
+    return f"{program()} {shlex.join(words)}".rstrip()
 
 
 def command_to_test(directory: Path) -> str:
@@ -316,6 +324,14 @@ def find_checkpoint(model_path: Path) -> Path:
     newest = max(runs, key=lambda path: run_start_key(path.parent))
     log.info(printable(f"Using {newest} (the newest run below {folder} that has {name})"))
     return newest
+
+
+def results_directory(checkpoint: Path) -> Path:
+    """Return where the results of a test go: beside the checkpoint, but to `saved_models/` for one in the hub's cache."""
+    *_, model, folder, commit, _ = ("", "", *checkpoint.absolute().parts)
+    if folder == "snapshots" and model.startswith("models--"):  # into which nothing of ours is written
+        return Path("saved_models", "hub", model.removeprefix("models--"), commit)
+    return checkpoint.parent
 
 
 def start_command(directory: Path) -> str:
