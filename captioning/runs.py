@@ -301,12 +301,16 @@ def find_run(path: Path) -> Path:
 def find_checkpoint(model_path: Path) -> Path:
     """Return the file that `--model_path` names: a checkpoint, or that of a run directory or an exported folder.
 
-    Where the file is not there itself, the newest run below its folder that has it is used, so that the paths of the
-    original README work.
+    `hf-hub:OWNER/NAME` is an exported folder on the Hugging Face hub, see `captioning.hub`. Where the file is not there
+    itself, the newest run below its folder that has it is used, so that the paths of the original README work.
 
     Raises:
         UserError: nothing fits.
     """
+    if (name := model_path.as_posix()).startswith("hf-hub:"):  # as_posix: Windows' Path has turned the slash round
+        from captioning.hub import fetch_model
+
+        return fetch_model(name)
     # os.path rather than Path, which raises over a name that no file can have.
     if os.path.isfile(model_path):
         return model_path
