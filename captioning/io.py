@@ -50,21 +50,22 @@ STARTS = {
 
 
 def program(script: str = SCRIPT) -> str:
-    """Return how a script is started, in the way in which this process was."""
+    """Return how a script is started, in the way in which this process was; by default as it can be from here."""
     started = Path(sys.argv[0]).name.removesuffix(".exe") if sys.argv else ""
     ways = [way for names in STARTS.values() for way, name in enumerate(names) if name == started]
-    return STARTS[script][ways[0] if ways else 0]
+    return STARTS[script][ways[0] if ways else 0 if in_checkout() else 2]
 
 
 def install_command(extra: str = "") -> str:
-    """Return the command that installs what requirements.txt names, or with an extra requirements-EXTRA.txt.
+    """Return the command that installs what requirements.txt names, or with an extra requirements-EXTRA.txt."""
+    if in_checkout():
+        return f"python -m pip install -r requirements{extra and '-'}{extra}.txt"
+    return f'python -m pip install "image-captioning-trainer{extra and f"[{extra}]"}"'
 
-    A checkout has these files; a package that pip installed has extras of the same names.
-    """
-    file = f"requirements-{extra}.txt" if extra else "requirements.txt"
-    if Path(__file__).parent.with_name(file).is_file():
-        return f"python -m pip install -r {file}"
-    return f'python -m pip install "image-captioning-trainer[{extra}]"'.replace("[]", "")
+
+def in_checkout() -> bool:
+    """Return whether this is the repository, which has scripts and requirements files, or a package that pip installed."""
+    return Path(__file__).parent.with_name("requirements.txt").is_file()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -83,5 +83,6 @@ def test_messages_print_what_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sys, "argv", [started])
         assert reproducing_command(words) == f"{train} --resume 'a run'" and program(DATA_SCRIPT) == data
     monkeypatch.setattr("captioning.io.__file__", "/site-packages/captioning/io.py")
+    assert program() == "flickr-caption"
     assert install_command("hub") == 'python -m pip install "image-captioning-trainer[hub]"'
     assert install_command() == 'python -m pip install "image-captioning-trainer"'
