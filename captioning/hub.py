@@ -39,11 +39,11 @@ def fetch_model(name: str) -> Path:
         raise UserError(f"--model_path {name}: expected hf-hub:OWNER/NAME or hf-hub:OWNER/NAME@REVISION")
     repository, revision = found[1], found[2] or "main"
     try:
-        import huggingface_hub
+        from huggingface_hub.utils import disable_progress_bars
     except ModuleNotFoundError as error:
         raise UserError(f"--model_path {name}: huggingface_hub is not installed: {install_command('hub')}") from error
     if bars_off():
-        huggingface_hub.utils.disable_progress_bars()
+        disable_progress_bars()
     weights = cached(repository, revision) if re.fullmatch("[0-9a-f]{40}", revision) else None
     weights = weights or download(name, repository, revision)
     with open(weights, "rb") as file:
@@ -83,7 +83,8 @@ def download(name: str, repository: str, revision: str) -> Path:
     if large := [file for file in files if sizes[file] > LARGEST[file]]:
         sizes_text = f"{format_bytes(sizes[large[0]])}, more than {format_bytes(LARGEST[large[0]])}"
         raise UserError(f"--model_path {name}: not fetched, since its {large[0]} has {sizes_text}")
-    log.info(f"Fetching {format_bytes(sum(sizes[file] for file in files))} from the hub, as far as they are not here")
+    if cached(repository, str(about.sha)) is None:
+        log.info(f"Fetching {format_bytes(sum(sizes[file] for file in files))} from the hub")
     try:
         # By the revision, so that the cache keeps which commit it was; the others by that commit.
         folder = Path(hf_hub_download(repository, first, revision=revision)).parent
