@@ -53,10 +53,13 @@ def fetch_model(name: str) -> Path:
 
 
 def cached(repository: str, revision: str) -> Path | None:
-    """Return the weights in the cache, None where a revision was never fetched."""
-    from huggingface_hub import try_to_load_from_cache
+    """Return the weights in the cache, None where a revision was never fetched, or cannot be."""
+    from huggingface_hub import errors, try_to_load_from_cache
 
-    found = try_to_load_from_cache(repository, EXPORTED_WEIGHTS, revision=revision)
+    try:
+        found = try_to_load_from_cache(repository, EXPORTED_WEIGHTS, revision=revision)
+    except errors.HFValidationError:
+        return None
     return Path(found) if isinstance(found, str) else None
 
 

@@ -19,7 +19,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with the installed package, and below it `bin` with the commands."""
     folder = tmp_path_factory.mktemp("package")
     # Built from a copy, as `pip wheel` leaves its work in the folder that it builds.
-    source = Path(shutil.copytree(ROOT / "captioning", folder / "source" / "captioning", ignore=ignored)).parent
+    source, ignore = folder / "source", shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "captioning", source / "captioning", ignore=ignore)
     for pattern in ("*.py", "requirements*.txt", "pyproject.toml", "README.md", "LICENSE"):
         for file in ROOT.glob(pattern):
             shutil.copy(file, source)
@@ -31,16 +32,13 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "target"
 
 
-ignored = shutil.ignore_patterns("__pycache__")
-
-
 def run(installed: Path, place: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run an installed command, or a module with -m, in a folder."""
-    command = [shutil.which(words[0], path=installed / "bin") or words[0]]
-    return subprocess.run(
-        [*([sys.executable, "-m"] if words[0] == "-m" else command), *words[1:]], cwd=place, env=os.environ | {"PYTHONPATH": str(installed)} | environment,
-        capture_output=True, encoding="utf-8",
-    )  # fmt: skip
+    command = [shutil.which(words[0], path=installed / "bin") or words[0], *words[1:]]
+    if words[0] == "-m":
+        command = [sys.executable, *words]
+    environment = os.environ | {"PYTHONPATH": str(installed)} | environment
+    return subprocess.run(command, cwd=place, env=environment, capture_output=True, encoding="utf-8")
 
 
 def test_every_file_of_the_package_is_in_the_wheel(installed: Path) -> None:
@@ -65,10 +63,11 @@ def test_commands_answer_before_pytorch_is_imported(installed: Path, tmp_path: P
 
 def test_training_and_its_report(installed: Path, tmp_path: Path, tiny: Path) -> None:
     flags = "--dataset_type custom --encoder efficientnet_lite0 --decoder lstm --embed_size 8 --hidden_size 8 --dry_run"
-    words = [*flags.split(), "--device", "cpu", "--data_dir", str(tiny)]
+    words = [*flags.split(), "--feature_cache", "off", "--device", "cpu", "--data_dir", str(tiny)]
     done = run(installed, tmp_path, "flickr-caption", *words, PATH="")  # without Java, which takes seconds
     assert done.returncode == 0, done.stderr
     assert "report.html" in done.stdout and "The files of the dry run are deleted" in done.stdout
+    assert not list(tmp_path.rglob("*.pt")) and not (tmp_path / "feature_cache").exists()
 
 
 def test_messages_print_what_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
