@@ -24,13 +24,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from captioning.fetch import BadArchive, DownloadError, download_file, extract_archive
-from captioning.io import UserError, make_directory, require_free_space, run_command
+from captioning.io import DATA_SCRIPT, UserError, make_directory, program, require_free_space, run_command
 
 if TYPE_CHECKING:
     from filelock import AcquireReturnProxy
 
 LICENCE_NOTE = "note: Flickr's images are for non-commercial research and education only"
-TRAINING_SCRIPT = "flickr_image_caption_with_pytorch_resnet_lstm.py"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -429,7 +428,7 @@ def get_datasets(names: Sequence[str], data_dir: Path, force: bool) -> int:
         for name in names:
             fetch(name, data_dir, force)
     elsewhere = "" if data_dir == Path("data") else f" --data_dir {data_dir / names[0]}"
-    print(f"Next: python {TRAINING_SCRIPT} --dataset_type {names[0]}{elsewhere}")
+    print(f"Next: {program()} --dataset_type {names[0]}{elsewhere}")
     return 0
 
 
@@ -438,7 +437,7 @@ def verify(names: Sequence[str], data_dir: Path) -> int:
     for name in names:
         problems = find_problems(data_dir / name, SOURCES[name].images if name in SOURCES else 800)
         reasons = "; ".join(dict.fromkeys(problems.values()))
-        fix = f" (`python download_datasets.py --dataset {name} --data_dir {data_dir}` gets what is missing)"
+        fix = f" (`{program(DATA_SCRIPT)} --dataset {name} --data_dir {data_dir}` gets what is missing)"
         print(f"{name}: {'incomplete: ' + reasons + fix if problems else 'complete'}")
         complete = complete and not problems
     return 0 if complete else 1

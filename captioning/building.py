@@ -127,7 +127,7 @@ def warn_of_small_data(data: CaptionSet, batches: BatchMaker, steps: int, parame
     if problems:
         log.warning(
             f"Warning: {', '.join(problems)}: the captions will be poor. --config configs/own_photos.yaml suits small "
-            "data sets; docs/data.md says which of its flags does what"
+            "data sets; docs/data.md says which of its flags does what (both are in the repository)"
         )
 
 
@@ -135,8 +135,8 @@ def note_unused_gpu(device: torch.device) -> None:
     """Tell that the machine has a GPU that this PyTorch cannot use."""
     if device.type == "cpu" and shutil.which("nvidia-smi") and not torch.cuda.is_available():
         log.warning(
-            "Note: nvidia-smi is here, but this PyTorch sees no GPU and trains on the CPU. docs/troubleshooting.md says "
-            "which PyTorch to install"
+            "Note: nvidia-smi is here, but this PyTorch sees no GPU and trains on the CPU. The repository's "
+            "docs/troubleshooting.md says which PyTorch to install"
         )
 
 

@@ -24,7 +24,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from captioning.images import cell_middles, peak
-from captioning.io import UserError, make_directory, read_json, require_free_space, temporary_name, write_json
+from captioning.io import (
+    DATA_SCRIPT,
+    UserError,
+    make_directory,
+    program,
+    read_json,
+    require_free_space,
+    temporary_name,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw
@@ -197,7 +206,7 @@ def require_own(directory: Path) -> None:
         foreign = sorted(found - OWN_ENTRIES) or sorted(found)
         raise UserError(
             f"{directory} holds files that are not a demo set ({', '.join(foreign[:3])}): move them away, or choose "
-            "another place, e.g. `python download_datasets.py --dataset demo --data_dir other_data`"
+            f"another place, e.g. `{program(DATA_SCRIPT)} --dataset demo --data_dir other_data`"
         )
 
 
@@ -364,7 +373,7 @@ def read_boxes(path: Path) -> dict[str, Boxes]:
     scenes = read_json(path)
     if not isinstance(scenes, dict) or not all(isinstance(s, list) and all(map(is_shape, s)) for s in scenes.values()):
         raise UserError(
-            f"{path} is not a table of drawn shapes: draw the set again with download_datasets.py --dataset demo --force"
+            f"{path} is not a table of drawn shapes: draw the set again: {program(DATA_SCRIPT)} --dataset demo --force"
         )
     return {name: {shape["shape"]: tuple(shape["box"]) for shape in scene} for name, scene in scenes.items()}
 

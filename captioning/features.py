@@ -22,7 +22,7 @@ from captioning import distributed
 from captioning.encoders import ENCODE_BATCH, Encoder, EncoderSpec
 from captioning.feature_store import ROWS_PER_FILE, Entry, FeatureFile, FeatureStore, Version, row_dtype, version_of
 from captioning.images import UnreadableImage
-from captioning.io import Progress, UserError, log, make_directory, require_free_space
+from captioning.io import DATA_SCRIPT, Progress, UserError, log, make_directory, program, require_free_space
 from captioning.quantization import SCALE_BYTES, dequantize, quantize
 from captioning.registry import folder_name
 
@@ -467,6 +467,6 @@ def check_unreadable(unreadable: dict[int, str], total: int) -> None:
     if len(unreadable) > 0.01 * total:
         raise UserError(
             f"{len(unreadable)} of {total} images cannot be read (more than 1 %): download the data set again "
-            "(`python download_datasets.py --force`), or remove these images' rows from the captions file"
+            f"(`{program(DATA_SCRIPT)} --force`), or remove these images' rows from the captions file"
         )
     log.warning(f"{len(unreadable)} unreadable image(s) left out.")

@@ -39,6 +39,36 @@ def csv_cell(value: Any) -> Any:
 
 
 # --------------------------------------------------------------------------------------------------
+# Commands, as messages print them
+
+SCRIPT, DATA_SCRIPT = "flickr_image_caption_with_pytorch_resnet_lstm.py", "download_datasets.py"
+# How each is started: where it lies, as a module, and by the command that pip installs.
+STARTS = {
+    SCRIPT: (f"python {SCRIPT}", "python -m captioning", "flickr-caption"),
+    DATA_SCRIPT: (f"python {DATA_SCRIPT}", "python -m download_datasets", "flickr-caption-data"),
+}
+
+
+def program(script: str = SCRIPT) -> str:
+    """Return how a script is started, in the way in which this process was; by default as it can be from here."""
+    started = Path(sys.argv[0]).name.removesuffix(".exe") if sys.argv else ""
+    ways = [way for names in STARTS.values() for way, name in enumerate(names) if name == started]
+    return STARTS[script][ways[0] if ways else 0 if in_checkout() else 2]
+
+
+def install_command(extra: str = "") -> str:
+    """Return the command that installs what requirements.txt names, or with an extra requirements-EXTRA.txt."""
+    if in_checkout():
+        return f"python -m pip install -r requirements{extra and '-'}{extra}.txt"
+    return f'python -m pip install "image-captioning-trainer{extra and f"[{extra}]"}"'
+
+
+def in_checkout() -> bool:
+    """Return whether this is the repository, which has scripts and requirements files, or a package that pip installed."""
+    return Path(__file__).parent.with_name("requirements.txt").is_file()
+
+
+# --------------------------------------------------------------------------------------------------
 # Messages
 
 
@@ -219,8 +249,8 @@ def run_command(command: Callable[[], int], stopped: str) -> int:
 def not_installed(package: str | None) -> UserError:
     """Return the complaint over a package that requirements.txt names and this Python has not."""
     return UserError(
-        f"{sys.executable} has no package {package}. Install what is needed (python -m pip install -r requirements.txt, "
-        "or ./setup.sh, which puts it into .venv), or run the Python that has it (.venv/bin/python)"
+        f"{sys.executable} has no package {package}. Install what is needed ({install_command()}; in a checkout "
+        "./setup.sh puts it into .venv), or run the Python that has it (.venv/bin/python)"
     )
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from captioning.io import CONTROL_CHARACTERS, UserError, read_json
+from captioning.io import CONTROL_CHARACTERS, DATA_SCRIPT, UserError, program, read_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,7 +63,7 @@ def find_captions_file(data_dir: Path | None) -> Path:
     """
     if data_dir is None or not data_dir.is_dir():
         raise UserError(
-            f"data directory {data_dir} is not there: `python download_datasets.py` fetches Flickr8k and Flickr30k, "
+            f"data directory {data_dir} is not there: `{program(DATA_SCRIPT)}` fetches Flickr8k and Flickr30k, "
             "--data_dir DIR names a folder you have, --dataset_type demo draws a small set"
         )
     for name in CAPTION_FILES:

@@ -21,13 +21,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 import numpy as np
 
 from captioning.flags import CONFIG_NAMES, FLAGS, NOT_CONFIGURABLE
-from captioning.io import UserError, check_tensor_zip, first_line, log, printable, read_json, remove_stale_files
+from captioning.io import (
+    UserError,
+    check_tensor_zip,
+    first_line,
+    log,
+    printable,
+    program,
+    read_json,
+    remove_stale_files,
+)
 from captioning.scores import METRIC_NAMES, ImageScores
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
-SCRIPT = "flickr_image_caption_with_pytorch_resnet_lstm.py"
 DRY_RUN = "dry_run_"  # begins the names of runs that are not results
 EXPORTED_WEIGHTS = "model.safetensors"  # what `--mode export` writes, beside config.json and vocabulary.json
 PRETRAINED = Path(__file__).parent / "pretrained"  # models that come with the package, each an exported folder
@@ -40,7 +48,7 @@ CURVE["learning_rates"] = "learning_rate"
 
 def reproducing_command(words: list[str]) -> str:
     """Return the main script's command line with these arguments, quoted for a shell."""
-    return shlex.join(["python", SCRIPT, *words])
+    return f"{program()} {shlex.join(words)}".rstrip()
 
 
 def command_to_test(directory: Path) -> str:
@@ -330,12 +338,17 @@ def find_run(path: Path) -> Path:
 def find_checkpoint(model_path: Path) -> Path:
     """Return the file that `--model_path` names: a checkpoint, or that of a run directory or an exported folder.
 
-    What is not there may be the name of a model that comes with the package. Else the newest run below the folder that
-    has the named file is used, so that the paths of the original README work.
+    `hf-hub:OWNER/NAME` is an exported folder on the Hugging Face hub, see `captioning.hub`. What is not there may be the
+    name of a model that comes with the package. Else the newest run below the folder that has the named file is used, so
+    that the paths of the original README work.
 
     Raises:
         UserError: nothing fits.
     """
+    if (name := model_path.as_posix()).startswith("hf-hub:"):  # as_posix: Windows' Path has turned the slash round
+        from captioning.hub import fetch_model
+
+        return fetch_model(name)
     # os.path rather than Path, which raises over a name that no file can have.
     if os.path.isfile(model_path):
         return model_path
@@ -363,6 +376,14 @@ def find_checkpoint(model_path: Path) -> Path:
 def pretrained() -> dict[str, Path]:
     """Return the weights of the models that come with the package, by name."""
     return {path.parent.name: path for path in sorted(PRETRAINED.glob(f"*/{EXPORTED_WEIGHTS}"))}
+
+
+def results_directory(checkpoint: Path) -> Path:
+    """Return where the results of a test go: beside the checkpoint, but to `saved_models/` for one in the hub's cache."""
+    *_, model, folder, commit, _ = ("", "", *checkpoint.absolute().parts)
+    if folder == "snapshots" and model.startswith("models--"):  # into which nothing of ours is written
+        return Path("saved_models", "hub", model.removeprefix("models--"), commit)
+    return checkpoint.parent
 
 
 def start_command(directory: Path) -> str:

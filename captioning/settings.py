@@ -350,7 +350,9 @@ def read_config(file: Path) -> dict[Any, Any]:
                 raise ValueError(f"larger than {LARGEST_CONFIG} bytes")
             values = yaml.load(file.read_text(encoding="utf-8-sig"), PlainLoader)
         except OSError as error:
-            raise UserError(f"cannot read --config {file}: {error.strerror}") from error
+            raise UserError(
+                f"cannot read --config {file}: {error.strerror}. Give a file of flags; recipes are in the repository's configs/"
+            ) from error
         except Exception as error:  # yaml's constructors raise what they meet: `!!bool x` is a KeyError
             raise UserError(f"cannot read --config {file} as YAML: {first_line(error)}") from error
     if not isinstance(values, dict):

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from captioning.encoders import RANDOM, RANDOM_HASH, WEIGHTS_PLACES, EncoderSpec, sha256
-from captioning.io import UserError, first_line, log, read_json
+from captioning.io import UserError, first_line, install_command, log, read_json
 from captioning.tensor_files import read_tensors
 
 CONFIG = "config.json"
@@ -182,9 +182,7 @@ def import_timm() -> Any:
     try:
         import timm
     except ModuleNotFoundError as error:
-        raise UserError(
-            "timm is not installed: python -m pip install -r requirements-timm.txt, or use an encoder without timm:"
-        ) from error
+        raise UserError(f"timm is not installed: {install_command('timm')}, or use an encoder without timm:") from error
     return timm
 
 

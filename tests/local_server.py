@@ -28,6 +28,7 @@ class Server:
                 outer.requests.append((self.path, self.headers.get("Range")))
                 outer.routes.get(self.path, lambda handler: handler.send_error(404))(self)
 
+            do_HEAD = do_GET
             do_CONNECT = do_GET  # what an https request through a proxy begins with
 
             def log_message(self, format: str, *args: object) -> None:
@@ -56,7 +57,8 @@ def answer(handler: BaseHTTPRequestHandler, body: bytes, status: int = 200, **he
     for name, value in {"Content_Length": str(len(body)), **headers}.items():
         handler.send_header(name.replace("_", "-"), value)
     handler.end_headers()
-    handler.wfile.write(body)
+    if handler.command != "HEAD":
+        handler.wfile.write(body)
 
 
 def serve(body: bytes, break_at: int | None = None, ranges: bool = True) -> Callable[[BaseHTTPRequestHandler], None]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from captioning.flags import FLAGS, GONE, GROUPS, MODES, Flag
-from captioning.runs import SCRIPT
+from captioning.io import SCRIPT
 from captioning.settings import parse_flags, shown
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -26,7 +26,7 @@ FILES = {module_of(path): path for path in [*ROOT.glob("*.py"), *ROOT.glob("capt
 
 def rank(module: str) -> int:
     """The layer of a module; it may import from its own and from lower ones."""
-    if module == MAIN:
+    if module in (MAIN, "captioning.__main__"):  # which runs it
         return 3
     if module.startswith("captioning.modes"):
         return 2

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+import yaml
 from torch import nn
 
 from captioning.checkpoints import EXPORT_SCHEMA, EXPORTED, load_weights
@@ -37,6 +38,7 @@ from captioning.encoders import encoder_of
 from captioning.io import (
     UserError,
     format_bytes,
+    install_command,
     log,
     make_directory,
     printable,
@@ -47,7 +49,7 @@ from captioning.io import (
     write_json,
 )
 from captioning.registry import without_path
-from captioning.runs import EXPORTED_WEIGHTS, SCRIPT, decoding
+from captioning.runs import EXPORTED_WEIGHTS, decoding, results_directory
 from captioning.scores import METRIC_NAMES
 
 if TYPE_CHECKING:
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
 MOST_DIFFERENCE = 1e-3  # between PyTorch and ONNX Runtime, of numbers of the size of one to ten
 CHECKED_IMAGES, CHECKED_WORDS = 3, 4
 
+DATA_NAMES = {"flickr8k": "Flickr8k", "flickr30k": "Flickr30k", "coco": "COCO captions", "demo": "drawn scenes"}
 DATA_NOTES = {
     "flickr8k": "Flickr8k (Hodosh et al., 2013): images and captions were released for non-commercial research and "
     "education. The careful reading is that this goes for a model trained on them too.",
@@ -73,7 +76,7 @@ def export(checkpoint: dict[str, Any], path: Path, output: Path, onnx: bool, res
 
     Args:
         checkpoint: what `checkpoints.load_checkpoint` returned.
-        path: its file; the scores of the card are those of the `test_metrics.json` beside it.
+        path: its file; the scores of the card are those of its `test_metrics.json`.
         output: the folder, which must not exist, or be empty.
         onnx: write encoder and decoder as ONNX too.
         resnet_weights: as `EncoderSpec.find_weights` takes it; used with `onnx` only.
@@ -137,12 +140,12 @@ def write_model(checkpoint: dict[str, Any], folder: Path) -> None:
 
 
 def read_scores(path: Path, checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the entries of the `test_metrics.json` beside a checkpoint that are of it; none where it was not tested.
+    """Return the entries of a checkpoint's `test_metrics.json` that are of it; none where it was not tested.
 
     Raises:
         UserError: the file is not a list of scores.
     """
-    file = path.with_name("test_metrics.json")
+    file = results_directory(path) / "test_metrics.json"
     if not file.is_file():
         return []
     entries = read_json(file)
@@ -154,7 +157,7 @@ def read_scores(path: Path, checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def model_card(checkpoint: dict[str, Any], scores: Sequence[Mapping[str, Any]], networks: Sequence[OnnxNetwork]) -> str:
-    """Return `README.md` in the form of model cards (Mitchell et al., 2019), Markdown with the usual YAML at its head."""
+    """Return `README.md` in the form of model cards (Mitchell et al., 2019), with the Hugging Face hub's metadata."""
     flags, encoder = checkpoint["flags"], checkpoint["encoder"]
     spec = encoder_of(flags)
     parameters = sum(tensor.numel() for tensor in checkpoint["decoder"].values())
@@ -162,14 +165,15 @@ def model_card(checkpoint: dict[str, Any], scores: Sequence[Mapping[str, Any]], 
     last = "its last stage" if spec.cut == 1 else f"its last {spec.cut} stages"
     trained = f"{last}, trained with the decoder, and " if spec.cut else ""
     lines = [
-        "---", "pipeline_tag: image-to-text", "library_name: pytorch", "language: en", "license: other",
-        "license_name: see-below", "tags: [image-captioning]", "---", "",
+        "---", card_metadata(checkpoint, scores) + "---", "",
         f"# Image captioner: {flags['decoder']} decoder on {code(without_path(encoder['name']))}, trained on {data}", "",
         "Writes one English sentence about an image. A frozen encoder gives "
         f"{spec.grid} x {spec.grid} regions of {spec.channels} numbers; {trained}{find_decoder(flags['decoder']).description} "
         f"({parameters:,} parameters, {len(checkpoint['vocabulary']):,} words) writes the caption.", "",
-        "## Use", "", "With the program that trained it, from this folder alone:", "", "```bash",
-        f"python {SCRIPT} --mode test --model_path THIS_FOLDER --data_dir DATA", "```", "",
+        "## Use", "", "With the program that trained it, image-captioning-trainer, from this folder or from the hub:", "",
+        "```bash", "flickr-caption --mode caption --model_path THIS_FOLDER --images photo.jpg",
+        "flickr-caption --mode caption --model_path hf-hub:OWNER/NAME --images photo.jpg",
+        "flickr-caption --mode test --model_path THIS_FOLDER --data_dir DATA", "```", "",
         f"It needs the encoder's weights, which are not in `{EXPORTED_WEIGHTS}`: {spec.terms}; SHA-256 begins `{code(encoder['weights_hash'])}`. "
         "Other weights are refused.", "",
     ]  # fmt: skip
@@ -206,6 +210,36 @@ def model_card(checkpoint: dict[str, Any], scores: Sequence[Mapping[str, Any]], 
         "- Code: Apache-2.0.", "",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def card_metadata(checkpoint: Mapping[str, Any], scores: Sequence[Mapping[str, Any]]) -> str:
+    """Return the YAML at a card's head, by which the hub lists and searches models; scores in hundredths."""
+    data, encoder = checkpoint["flags"]["dataset_type"], without_path(checkpoint["encoder"]["name"])
+    results: list[dict[str, Any]] = []
+    for entry in scores:
+        metrics = [
+            {"type": hub_metric(key), "value": round(100 * entry[key], 2), "name": f"{name}, {decoding(entry)}"}
+            for key, name in METRIC_NAMES.items()
+            if is_number(entry.get(key))
+        ]
+        task = {"type": "image-to-text", "name": "Image captioning"}
+        split = printable(str(entry.get("split")))
+        dataset = {"type": data, "name": DATA_NAMES.get(data, "own photos"), "split": split}
+        results.append({"task": task, "dataset": dataset, "metrics": metrics})
+    found = {
+        "pipeline_tag": "image-to-text", "library_name": "pytorch", "language": "en",
+        "license": "other", "license_name": "see-below",
+        "datasets": [data] if data in ("flickr8k", "flickr30k", "coco") else [],
+        "metrics": sorted({metric["type"] for result in results for metric in result["metrics"]}),
+        "tags": ["image-captioning"],
+        "model-index": [{"name": f"{checkpoint['flags']['decoder']} on {encoder}, {data}", "results": results}] if results else [],
+    }  # fmt: skip
+    return yaml.safe_dump({name: value for name, value in found.items() if value}, sort_keys=False, allow_unicode=True)
+
+
+def hub_metric(key: str) -> str:
+    """Return the hub's name of a metric, which is of its kind: bleu for `bleu4`, rouge for `rouge_l`."""
+    return key.rstrip("1234").removesuffix("_l")
 
 
 def is_number(value: Any) -> bool:
@@ -289,9 +323,7 @@ def tensors_of(state: Any) -> dict[str, torch.Tensor]:
 def require_onnx() -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if importlib.util.find_spec(package) is None:
-            raise UserError(
-                f"--onnx needs {package}, which is not installed: python -m pip install -r requirements-export.txt"
-            )
+            raise UserError(f"--onnx needs {package}, which is not installed: {install_command('export')}")
 
 
 def write_onnx(checkpoint: dict[str, Any], folder: Path, resnet_weights: str | None) -> list[OnnxNetwork]:

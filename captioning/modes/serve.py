@@ -32,7 +32,7 @@ from captioning import __version__
 from captioning.captioner import Captioner, Decoding, DecodingOptions
 from captioning.dataset import load_caption_set
 from captioning.images import IMAGE_FORMATS, UnreadableImage, open_image
-from captioning.io import UserError, format_bytes, log
+from captioning.io import UserError, format_bytes, install_command, log
 from captioning.modes.caption import given_options, json_lines, word_dict
 from captioning.plots import shrunk
 from captioning.settings import Settings
@@ -50,8 +50,7 @@ try:
     from starlette.requests import ClientDisconnect
 except ModuleNotFoundError as problem:
     raise UserError(
-        f"--mode serve needs a package that is not installed ({problem.name}): "
-        "python -m pip install -r requirements-serve.txt"
+        f"--mode serve needs a package that is not installed ({problem.name}): {install_command('serve')}"
     ) from problem
 
 PAGE = Path(__file__).parent.parent / "page" / "index.html"

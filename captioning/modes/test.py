@@ -23,6 +23,7 @@ from captioning.evaluation import EvalContext, caption, images_to_draw, search
 from captioning.images import UnreadableImage, open_image
 from captioning.io import UserError, make_directory, printable, read_json, write_json
 from captioning.reports import write_report
+from captioning.runs import results_directory
 from captioning.scores import METRIC_NAMES, ImageScores, bootstrap_intervals, by_rank
 from experiment_utils import save_numbered
 from metrics_utils import (
@@ -63,7 +64,7 @@ def run(context: EvalContext, images: np.ndarray, checkpoints: Mapping[Path, Map
 
     Args:
         images: positions (n,) of the images to score.
-        checkpoints: by path. Several are an ensemble; the files go into the directory of the first.
+        checkpoints: by path. Several are an ensemble; the files go where `results_directory` says of the first.
 
     Raises:
         UserError: the directory cannot be written, or its table of earlier tests is damaged.
@@ -71,7 +72,7 @@ def run(context: EvalContext, images: np.ndarray, checkpoints: Mapping[Path, Map
     args, data = context.settings, context.data
     path, *others = checkpoints
     ensemble = "ensemble_" if others else ""
-    directory = make_directory(path.parent, "the results of a test")
+    directory = make_directory(results_directory(path), "the results of a test")
     rows_file = directory / f"{ensemble or 'test_'}metrics.json"
     read_rows(rows_file)  # before anything is decoded
     epochs = [checkpoint["epoch"] for checkpoint in checkpoints.values()]

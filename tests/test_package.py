@@ -1,0 +1,87 @@
+"""The project as pip installs it: a wheel, built and unpacked without a network, and run from an empty folder."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from captioning.io import DATA_SCRIPT, install_command, program
+from captioning.runs import reproducing_command
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the installed package, and below it `bin` with the commands."""
+    folder = tmp_path_factory.mktemp("package")
+    # Built from a copy, as `pip wheel` leaves its work in the folder that it builds.
+    source, ignore = folder / "source", shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "captioning", source / "captioning", ignore=ignore)
+    for pattern in ("*.py", "requirements*.txt", "pyproject.toml", "README.md", "LICENSE"):
+        for file in ROOT.glob(pattern):
+            shutil.copy(file, source)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    alone = ["--no-index", "--no-deps"]
+    subprocess.run([*pip, "wheel", *alone, "--no-build-isolation", "--wheel-dir", folder, source], check=True)
+    (wheel,) = folder.glob("*.whl")
+    subprocess.run([*pip, "install", *alone, "--no-compile", "--target", folder / "target", wheel], check=True)
+    return folder / "target"
+
+
+def run(installed: Path, place: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run an installed command, or a module with -m, in a folder."""
+    command = [shutil.which(words[0], path=installed / "bin") or words[0], *words[1:]]
+    if words[0] == "-m":
+        command = [sys.executable, *words]
+    environment = os.environ | {"PYTHONPATH": str(installed)} | environment
+    return subprocess.run(command, cwd=place, env=environment, capture_output=True, encoding="utf-8")
+
+
+def test_every_file_of_the_package_is_in_the_wheel(installed: Path) -> None:
+    ours = {path.relative_to(ROOT) for path in (ROOT / "captioning").rglob("*") if path.is_file()}
+    there = {path.relative_to(installed) for path in (installed / "captioning").rglob("*")}
+    assert {path for path in ours if path.suffix != ".pyc"} - there == set()
+
+
+def test_commands_answer_before_pytorch_is_imported(installed: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "torch.py").write_text("raise SystemError('PyTorch was imported')")
+    broken = os.pathsep.join([str(tmp_path / "broken"), str(installed)])
+    for words in (["flickr-caption"], ["flickr-caption-data"], ["-m", "captioning"]):
+        name = "python -m captioning" if words[0] == "-m" else words[0]
+        done = run(installed, tmp_path, *words, "--help", PYTHONPATH=broken)
+        assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(f"usage: {name} [")
+        done = run(installed, tmp_path, *words, "--decodr", "lstm", PYTHONPATH=broken)
+        assert done.returncode == 2 and f"{name}: error: " in done.stderr and "Traceback" not in done.stderr
+    done = run(installed, tmp_path, "flickr-caption-data", "--dataset", "demo", "--verify-only", PYTHONPATH=broken)
+    assert done.returncode == 1 and "`flickr-caption-data --dataset demo --data_dir data` gets" in done.stdout
+
+
+def test_training_and_its_report(installed: Path, tmp_path: Path, tiny: Path) -> None:
+    flags = "--dataset_type custom --encoder efficientnet_lite0 --decoder lstm --embed_size 8 --hidden_size 8 --dry_run"
+    words = [*flags.split(), "--feature_cache", "off", "--device", "cpu", "--data_dir", str(tiny)]
+    done = run(installed, tmp_path, "flickr-caption", *words, PATH="")  # without Java, which takes seconds
+    assert done.returncode == 0, done.stderr
+    assert "report.html" in done.stdout and "The files of the dry run are deleted" in done.stdout
+    assert not list(tmp_path.rglob("*.pt")) and not (tmp_path / "feature_cache").exists()
+
+
+def test_messages_print_what_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--resume", "a run"]
+    for started, train, data in (
+        ("/usr/bin/flickr-caption", "flickr-caption", "flickr-caption-data"),
+        ("flickr-caption.exe", "flickr-caption", "flickr-caption-data"),
+        ("bin/flickr-caption-data", "flickr-caption", "flickr-caption-data"),
+        ("python -m captioning", "python -m captioning", "python -m download_datasets"),
+        ("-c", "python flickr_image_caption_with_pytorch_resnet_lstm.py", "python download_datasets.py"),
+    ):
+        monkeypatch.setattr(sys, "argv", [started])
+        assert reproducing_command(words) == f"{train} --resume 'a run'" and program(DATA_SCRIPT) == data
+    monkeypatch.setattr("captioning.io.__file__", "/site-packages/captioning/io.py")
+    assert program() == "flickr-caption"
+    assert install_command("hub") == 'python -m pip install "image-captioning-trainer[hub]"'
+    assert install_command() == 'python -m pip install "image-captioning-trainer"'
