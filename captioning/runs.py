@@ -290,8 +290,8 @@ def find_run(path: Path) -> Path:
     return found
 
 
-def find_checkpoint(model_path: Path) -> Path:
-    """Return the file that `--model_path` names: a checkpoint, or that of a run directory or an exported folder.
+def find_checkpoint(model_path: Path, flag: str = "model_path") -> Path:
+    """Return the file that `--model_path` (or `--init_from`) names: a checkpoint, or that of a run directory or an exported folder.
 
     Where the file is not there itself, the newest run below its folder that has it is used, so that the paths of the
     original README work.
@@ -310,7 +310,7 @@ def find_checkpoint(model_path: Path) -> Path:
     runs = [p for p in below if p.name == name and p.is_file() and not p.parent.name.startswith(DRY_RUN)]
     if not runs:
         raise UserError(
-            f"--model_path {model_path} is not there, and no run below {folder} has a {name}: "
+            f"--{flag} {model_path} is not there, and no run below {folder} has a {name}: "
             "give a checkpoint (.pt), a run directory, a folder of runs, or an exported folder"
         )
     newest = max(runs, key=lambda path: run_start_key(path.parent))
