@@ -114,6 +114,8 @@ class Settings(argparse.Namespace):
                 raise UserError(f"--{name} has no effect with {source}, whose {kind} is {getattr(settings, kind)}")
         if "fine_tune_learning_rate" in self.explicit and not settings.fine_tune:
             raise UserError(f"--fine_tune_learning_rate has no effect with {source}, whose encoder is all frozen")
+        if "replay_data_dir" in self.explicit and not settings.replay:
+            raise UserError(f"--replay_data_dir has no effect with {source}, which was trained without --replay")
         return settings
 
 
@@ -217,6 +219,8 @@ def parse_flags(argv: list[str]) -> Settings:
         defaults |= entries[library_of((defaults | config | typed)[kind])].defaults
     if (config | typed).get("init_from") is not None:
         defaults |= ADAPTATION
+        if (config | typed).get("scst_epochs"):
+            defaults["early_stopping"] = 0
     values = defaults | config | typed
     if values["quiet"] and values["verbose"] and len({"quiet", "verbose"} & set(typed)) == 1:  # it wins over a file
         values |= {"quiet": "quiet" in typed, "verbose": "verbose" in typed}
@@ -396,7 +400,7 @@ def check_flags(settings: Settings, error: Callable[[str], Any]) -> None:
         if mode not in flag.modes:
             error(f"--{name} has no effect with --mode {mode}, only with {' or '.join(flag.modes)}")
         left_open = from_checkpoint and flag.needs == "fine_tune"  # the checkpoint says
-        left_open |= args.model_path is not None and flag.needs in ("use_scheduler", "init_from", "replay")
+        left_open |= args.model_path is not None and flag.needs in ("use_scheduler", "replay")
         if flag.needs and not getattr(args, flag.needs) and not left_open:
             error(f"--{name} has no effect without --{flag.needs}")
     for kind, entries in KINDS.items():

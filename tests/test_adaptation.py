@@ -141,6 +141,7 @@ def test_an_exported_folder_and_what_is_not_there(photos, tiny_runs, capsys):
         (["--init_from", "a", "--model_path", "b"], "--init_from starts a new run"),
         (["--init_from", "a", "--mode", "test", "--model_path", "b"], "no effect with --mode test"),
         (["--replay", "0.2"], "no effect without --init_from"),
+        (["--replay", "0.2", "--model_path", "a"], "no effect without --init_from"),
         (["--init_from", "a", "--replay_data_dir", "b"], "no effect without --replay"),
         (["--init_from", "a", "--replay", "1"], "at most 0.9"),
         (["--resume", "a", "--init_from", "b"], "no effect with --resume"),
@@ -157,6 +158,7 @@ def test_settings_for_few_photos_unless_given(tmp_path):
     (tmp_path / "flags.yaml").write_text("init_from: a\nbatch_size: 7\n")
     settings = parse_flags(["--config", str(tmp_path / "flags.yaml"), "--freq_threshold", "5"])
     assert {name: getattr(settings, name) for name in ADAPTATION} == ADAPTATION | {"batch_size": 7, "freq_threshold": 5}
+    assert parse_flags(["--init_from", "a", "--scst_epochs", "1"]).early_stopping == 0  # the two exclude each other
     assert parse_flags([]).dataset_type != ADAPTATION["dataset_type"]
 
 
