@@ -52,11 +52,7 @@ def load_source(init_from: Path) -> tuple[dict[str, Any], Path]:
 
 
 def settle(settings: Settings, checkpoint: Mapping[str, Any], source: Path) -> Settings:
-    """Find the data set that is repeated, and say what the new run starts from.
-
-    Raises:
-        UserError: there is no data set in `--replay_data_dir`.
-    """
+    """Say what a new run starts from, and find the data that it repeats; where they are not there it does without."""
     flags = checkpoint["flags"]
     unless_given = [f"{name} {shown(getattr(settings, name))}" for name in ADAPTATION if name not in settings.explicit]
     log.info(f"Starting from {source}: {settings.decoder} on {settings.encoder}")
@@ -114,9 +110,8 @@ def grow_vocabulary(known: Vocabulary, data: CaptionSet, threshold: int) -> Voca
         threshold: how often a new word is there at least.
     """
     new = [word for word in frequent_words(data, threshold).words if word not in known.id_of]
-    log.info(
-        f"New words, seen at least {threshold} time(s): {len(new)}" + (f" ({', '.join(new[:5])}, ...)" if new else "")
-    )
+    shown_words = ", ".join(new[:5]) + (", ..." if len(new) > 5 else "") or "none"
+    log.info(f"New words, seen at least {threshold} time(s): {len(new)} ({shown_words})")
     return Vocabulary(known.words + new)
 
 

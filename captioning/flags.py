@@ -112,15 +112,9 @@ ADAPTATION: dict[str, Any] = {
 }  # fmt: skip
 # What --init_from does not take from the other model, although a checkpoint decides it elsewhere.
 NOT_INHERITED = {
-    *ADAPTATION,
-    "data_dir",
-    "image_dir",
-    "captions_file",
-    "seed",
-    "precision",
-    "replay",
+    *ADAPTATION, "data_dir", "image_dir", "captions_file", "seed", "precision", "fine_tune_learning_rate", "replay",
     "replay_data_dir",
-}
+}  # fmt: skip
 count, positive, whole = number(int, 1, 10**9), number(float, 0, 1e30, above=True), number(int, 0, 10**9)
 weight = number(float, 0, 1e30)
 GROUPS: dict[str, tuple[Flag, ...]] = {

@@ -52,7 +52,7 @@ class Settings(argparse.Namespace):
     @property
     def adapts(self) -> bool:
         """Whether a new run starts on other data from a model's weights; a resumed one just goes on."""
-        return self.init_from is not None and self.resume is None
+        return self.mode == "train" and self.init_from is not None and self.resume is None
 
     def values(self) -> dict[str, Any]:
         """Every flag by name."""
