@@ -4,12 +4,14 @@
     python flickr_image_caption_with_pytorch_resnet_lstm.py --dataset_type flickr8k --decoder lstm
 
     # attention, without a network: an encoder that pip has installed already
-    python flickr_image_caption_with_pytorch_resnet_lstm.py --dataset_type flickr8k --decoder attention \\
-        --encoder efficientnet_lite0 --save_attention_viz
+    python flickr_image_caption_with_pytorch_resnet_lstm.py --config configs/flickr8k_attention_cpu.yaml
 
     # train five epochs more, in a new run directory; then score the test images
     python flickr_image_caption_with_pytorch_resnet_lstm.py --model_path saved_models/flickr8k/... --epochs 5
     python flickr_image_caption_with_pytorch_resnet_lstm.py --mode test --model_path saved_models/flickr8k/...
+
+    # start from that model's weights on your own photos with captions
+    python flickr_image_caption_with_pytorch_resnet_lstm.py --init_from saved_models/flickr8k/... --data_dir my_photos
 
     # caption your own photos; the same on a page in the browser
     python flickr_image_caption_with_pytorch_resnet_lstm.py --mode caption --model_path saved_models/... --images *.jpg
@@ -23,7 +25,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 import shutil
 import signal
 import sys
@@ -46,7 +47,7 @@ import torch
 from tqdm import tqdm
 
 from attention_visualization import epoch_figures, save_attention_pictures
-from captioning import distributed, plots, reports, tensorboard
+from captioning import adaptation, distributed, plots, reports, tensorboard
 from captioning.batches import BatchMaker
 from captioning.building import (
     build_data,
@@ -64,7 +65,7 @@ from captioning.encoders import encoder_of
 from captioning.evaluation import EvalContext, caption_texts, images_to_draw
 from captioning.features import Features
 from captioning.runs import find_checkpoint, lock_run_directory, reproducing_command, start_command
-from captioning.schedules import choose_schedule, cosine
+from captioning.schedules import choose_schedule
 from captioning.scst import SelfCritic
 from captioning.splits import checkpoint_split, refuse_trained_images, same_split, store_split, stored_split
 from experiment_utils import create_run_directory, require_room, write_epoch_files, write_run_files, write_summary
@@ -79,7 +80,6 @@ from training_utils import (
     TrainLoader,
     TrainState,
     advise_on_memory,
-    make_optimizer,
     seed_step,
     set_rates,
     validation_loss,
@@ -110,6 +110,8 @@ def resolve(settings: Settings, checkpoint: dict[str, Any] | None, source: Path 
     """Resolve what the flags leave open: a checkpoint's values, a dry run's sizes, the matmul dtype."""
     if checkpoint and source:
         settings = settings.with_checkpoint(checkpoint, source)
+        if settings.adapts:
+            settings = adaptation.settle(settings, checkpoint, source)
     if settings.dry_run:
         few = {name: min(getattr(settings, name), 1) for name in ("epochs", "scst_epochs")}
         settings = settings.with_values(**few, warmup_epochs=0)
@@ -129,37 +131,40 @@ def build_run(
     settings = resolve(settings, checkpoint, source)
     device = distributed.pick_device(settings.device)
     stored = checkpoint_split(checkpoint, source) if checkpoint and source else None
-    data = build_data(settings, stored)
+    data = build_data(settings, None if settings.adapts else stored)
     images = np.unique(np.concatenate([*data.splits.values(), images_to_draw(settings, data, data.splits["test"])]))
-    views, weights_hash = build_features(
-        settings, data, images, checkpoint["encoder"]["weights_hash"] if checkpoint else None
-    )
+    known_hash = checkpoint["encoder"]["weights_hash"] if checkpoint else None
+    views, weights_hash = build_features(settings, data, images, known_hash)
     if stored and source:
+        if settings.adapts:
+            adaptation.train_on_seen_images(stored, data, views[0].versions, source)
         held_out = np.concatenate([data.splits["val"], data.splits["test"]])
         refuse_trained_images(stored, held_out, data.names, views[0].versions, source)
     split = store_split(data.splits, data.names, views[0].versions, parent=stored)
     vocabulary = Vocabulary(checkpoint["vocabulary"]) if checkpoint else build_vocabulary(data, settings.freq_threshold)
-    batches = BatchMaker(data, vocabulary, settings.max_length)
+    if settings.adapts:
+        vocabulary = adaptation.grow_vocabulary(vocabulary, data, settings.freq_threshold)
+    replay = adaptation.add_replay(settings, data, views, split, weights_hash)
+    batches = BatchMaker(replay.data, vocabulary, settings.max_length)
     decoder = build_decoder(settings, vocabulary, pretrained=checkpoint is None)
-    if checkpoint and source:
-        load_weights(decoder, checkpoint["decoder"], source)
-    else:
+    if not checkpoint or settings.adapts:
         decoder.set_word_frequencies(batches.word_counts(data.splits["train"]))
+    if checkpoint and source:
+        load_weights(decoder, adaptation.grow_weights(checkpoint["decoder"], decoder), source)
     decoder.to(device)
     log.info(
         f"Vocabulary: {len(vocabulary)} words. Decoder: {settings.decoder}, {count_parameters(decoder):,} parameters"
     )
-    precision = Precision(settings.precision, device)
-    optimizer = make_optimizer(decoder, settings)
-    loss_sum = torch.zeros((), device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
-    best = {"score": -math.inf, "epoch": 0, "metric": settings.best_metric}
-    state = TrainState(decoder, optimizer, precision, None, loss_sum, best)
+    state = TrainState.begin(decoder, settings, device)
     if checkpoint:
-        state.restore(checkpoint)
-        optimizer.param_groups[0]["weight_decay"] = settings.weight_decay
-    critic = SelfCritic(data, vocabulary, settings.scst_samples, settings.max_length) if settings.scst_epochs else None
-    step_loss = wrap_ddp(StepLoss(decoder, views, critic, precision, settings))
-    loader = TrainLoader(batches, data.splits["train"], len(views), settings.batch_size, settings.seed)
+        state.restore(checkpoint, settings)
+    critic = None
+    if settings.scst_epochs:
+        critic = SelfCritic(replay.data, vocabulary, settings.scst_samples, settings.max_length)
+    step_loss = wrap_ddp(StepLoss(decoder, replay.views, critic, state.precision, settings))
+    loader = TrainLoader(
+        batches, data.splits["train"], len(views), settings.batch_size, settings.seed, replay.images, replay.per_epoch
+    )
     if not checkpoint and not settings.dry_run:
         warn_of_small_data(data, batches, loader.steps, count_parameters(decoder))
     spec = encoder_of(settings.values())
@@ -172,9 +177,11 @@ def build_run(
 
 
 def new_run(settings: Settings, argv: list[str]) -> tuple[Run, TrainState]:
-    """Start a run in a directory of its own, from nothing or from `--model_path`."""
+    """Start a run in a directory of its own, from nothing, from `--model_path` or from `--init_from`."""
     checkpoint, source = None, None
-    if settings.model_path is not None:
+    if settings.init_from is not None:
+        checkpoint, source = adaptation.load_source(settings.init_from)
+    elif settings.model_path is not None:
         source = find_checkpoint(settings.model_path[0])
         checkpoint = load_checkpoint(source)
         require_trainable(checkpoint, source)
@@ -184,7 +191,8 @@ def new_run(settings: Settings, argv: list[str]) -> tuple[Run, TrainState]:
     family = encoder_of(settings.values()).family
     directory = distributed.from_first(lambda: create_run_directory(settings.model_save_dir, settings.values(), family))
     run.saver = CheckpointSaver(directory, settings.keep_checkpoints, state.first_epoch)
-    run.constants["flags"] = settings.stored() | {"model_path": str(source) if source else None}
+    given = "init_from" if settings.adapts else "model_path"  # which may be a folder that was searched
+    run.constants["flags"] = settings.stored() | {given: str(source) if source else None}
     if state.schedule and not settings.use_scheduler:  # the checkpoint's, which goes on
         run.constants["flags"] |= state.schedule.flags()
     same_bar = checkpoint and checkpoint["best"]["metric"] == settings.best_metric
@@ -227,14 +235,6 @@ def resume_run(settings: Settings) -> tuple[Run, TrainState]:
 # Training
 
 
-def learning_rate(state: TrainState, settings: Settings, step: int, steps: int) -> float:
-    """Return the rate of a step of the current epoch, which has `steps`."""
-    if state.is_self_critical(settings):  # half a cosine to zero over all self-critical epochs
-        done = state.epoch - state.first_epoch - settings.epochs + step / steps
-        return cosine(settings.scst_learning_rate, 0.0, min(1.0, done / settings.scst_epochs))
-    return state.schedule.rate(state.epoch, step) if state.schedule else float(settings.learning_rate)
-
-
 def train_one_epoch(
     state: TrainState, loader: TrainLoader, step_loss: torch.nn.Module, settings: Settings, monitor: StepMonitor,
     save_last: Callable[[], None], clock: Stopwatch,
@@ -258,7 +258,7 @@ def train_one_epoch(
     bar = tqdm(plan, f"Epoch {state.epoch + 1}", initial=state.step, unit="batch", disable=bars_off(), leave=False)
     for captions in plan[state.step :]:
         seed_step(settings.seed, state.epoch, state.step)
-        rate = learning_rate(state, settings, state.step, loader.steps)
+        rate = state.learning_rate(settings, state.step, loader.steps)
         set_rates(state.optimizer, rate, state.epoch, settings)
         batch = loader.rank_batch(captions, state.epoch, state.step)
         clock.lap("making batches")
@@ -364,9 +364,9 @@ def train(settings: Settings, argv: list[str]) -> Path:
     log.debug(f"Reading data, encoding images and building the model: {time.time() - started:.1f} s")
     training_started, first, save = time.time(), state.epoch, functools.partial(save_last, run, state)
     with StopRequest() as stop:
-        monitor = StepMonitor(run.loader, context.data.names, directory, settings, stop, context.device)
+        monitor = StepMonitor(run.loader, directory, settings, stop, context.device)
         while state.epoch < state.last_epoch(settings) and not state.stopped_early(settings):
-            rate = learning_rate(state, settings, 0, run.loader.steps)
+            rate = state.learning_rate(settings, 0, run.loader.steps)
             monitor.begin_epoch()
             try:
                 training = train_one_epoch(state, run.loader, run.step_loss, settings, monitor, save, run.clock)

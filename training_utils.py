@@ -25,13 +25,14 @@ from captioning.batches import Batch, BatchMaker
 from captioning.decoders import Decoder, group_sizes
 from captioning.features import DeviceFeatures, Features, gather_views
 from captioning.io import UserError, format_bytes, log
-from captioning.schedules import Schedule
+from captioning.schedules import Schedule, cosine
 from captioning.scst import SelfCritic
 from captioning.settings import Settings
 
 MAX_BAD_BATCHES = 10  # batches of an epoch whose loss or gradient may be non-finite
 TRIM_SECONDS = 20.0  # between two calls of `trim_memory`, which takes some hundredths of a second
 STEPS_PER_SYNC = 100  # of a GPU or of several processes: looking at a step makes the device wait for it
+NOBODY = np.zeros(0, dtype=np.int64)
 SAME_SIGNAL = 5.0  # seconds within which a second signal may be the first one, passed on by torchrun
 
 
@@ -57,14 +58,29 @@ class RankBatch(NamedTuple):
 class TrainLoader:
     """The training captions of each epoch, cut into steps."""
 
-    def __init__(self, batches: BatchMaker, images: np.ndarray, views: int, batch_size: int, seed: int):
-        """Args: images: positions (n,) of the training images; views: how many each image has."""
+    def __init__(
+        self, batches: BatchMaker, images: np.ndarray, views: int, batch_size: int, seed: int,
+        old_images: np.ndarray = NOBODY, old_per_epoch: int = 0,
+    ):  # fmt: skip
+        """Prepare the epochs of a training set.
+
+        Args:
+            images: positions (n,) of the training images.
+            views: how many each image has.
+            old_images: positions of images of which every epoch has the next `old_per_epoch` beside these.
+        """
         self.batches, self.images, self.views, self.batch_size, self.seed = batches, images, views, batch_size, seed
-        self.steps = len(batches.plan(images, batch_size))
+        self.old_images, self.old_per_epoch = old_images, old_per_epoch
+        self.steps = len(batches.plan(self.epoch_images(0), batch_size))
+
+    def epoch_images(self, epoch: int) -> np.ndarray:
+        """Return the positions of the images of an epoch."""
+        turn = np.arange(epoch * self.old_per_epoch, (epoch + 1) * self.old_per_epoch)
+        return np.concatenate([self.images, np.take(self.old_images, turn, mode="wrap")])
 
     def plan(self, epoch: int) -> list[np.ndarray]:
         """Return the caption numbers (R,) of each step, in an order that depends on (seed, epoch) alone."""
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.images)
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.epoch_images(epoch))
         return self.batches.plan(order, self.batch_size)
 
     def rank_batch(self, captions: np.ndarray, epoch: int, step: int) -> RankBatch:
@@ -164,12 +180,27 @@ class TrainState:
         default_factory=lambda: {"epochs": [], "training_losses": [], "validation_losses": [], "learning_rates": []}
     )
 
+    @classmethod
+    def begin(cls, decoder: Decoder, settings: Settings, device: torch.device) -> TrainState:
+        """Return the state before the first step."""
+        precision, optimizer = Precision(settings.precision, device), make_optimizer(decoder, settings)
+        loss_sum = torch.zeros((), device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+        best = {"score": -math.inf, "epoch": 0, "metric": settings.best_metric}
+        return cls(decoder, optimizer, precision, None, loss_sum, best)
+
     def last_epoch(self, settings: Settings) -> int:
         return self.first_epoch + int(settings.epochs + settings.scst_epochs)
 
     def is_self_critical(self, settings: Settings) -> bool:
         """Return whether the current epoch is one of self-critical training, which come last."""
         return bool(self.epoch >= self.first_epoch + settings.epochs)
+
+    def learning_rate(self, settings: Settings, step: int, steps: int) -> float:
+        """Return the rate of a step of the current epoch, which has `steps`."""
+        if self.is_self_critical(settings):  # half a cosine to zero over all self-critical epochs
+            done = self.epoch - self.first_epoch - settings.epochs + step / steps
+            return cosine(settings.scst_learning_rate, 0.0, min(1.0, done / settings.scst_epochs))
+        return self.schedule.rate(self.epoch, step) if self.schedule else float(settings.learning_rate)
 
     def stopped_early(self, settings: Settings) -> bool:
         since = self.epoch - max(self.best["epoch"], self.first_epoch)
@@ -193,11 +224,13 @@ class TrainState:
             self.best = {"score": score, "epoch": self.epoch, "metric": settings.best_metric}
         return bool(self.best["epoch"] == self.epoch)
 
-    def restore(self, checkpoint: Mapping[str, Any]) -> None:
+    def restore(self, checkpoint: Mapping[str, Any], settings: Settings) -> None:
         """Go on from an epoch's end: the optimizer, the loss scaler and the histories."""
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        if self.precision.scaler.is_enabled():
-            self.precision.scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["optimizer"] is not None:  # of a model whose weights alone are taken
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.optimizer.param_groups[0]["weight_decay"] = settings.weight_decay
+            if self.precision.scaler.is_enabled():
+                self.precision.scaler.load_state_dict(checkpoint["scaler"])
         self.epoch = self.first_epoch = checkpoint["epoch"]
         self.curve, self.history = checkpoint["loss_curve"], checkpoint["metrics_history"]
 
@@ -267,11 +300,10 @@ class StepMonitor:
     """
 
     def __init__(
-        self, loader: TrainLoader, names: Sequence[str], directory: Path, settings: Settings, stop: StopRequest,
-        device: torch.device,
-    ):  # fmt: skip
-        """Args: names: of all images, for messages; directory: of the run."""
-        self.loader, self.names, self.directory, self.settings, self.stop = loader, names, directory, settings, stop
+        self, loader: TrainLoader, directory: Path, settings: Settings, stop: StopRequest, device: torch.device
+    ):
+        """Args: directory: of the run."""
+        self.loader, self.directory, self.settings, self.stop = loader, directory, settings, stop
         self.on_cpu, self.interval, self.bad = device.type == "cpu", STEPS_PER_SYNC, 0
         self.last_save = self.last_sync = self.last_trim = time.monotonic()
         self.finite: list[torch.Tensor] = []  # of the steps since the last sync
@@ -311,7 +343,7 @@ class StepMonitor:
             self.bad += 1
             skipped = self.loader.batches.make(plan[step])
             state.tokens -= len(skipped.targets)
-            images = ", ".join(self.names[image] for image in skipped.images[:3])
+            images = ", ".join(self.loader.batches.names[image] for image in skipped.images[:3])
             self.report_bad_batch(f"batch {step + 1} of epoch {state.epoch + 1} ({images}, ...)")
         if due:
             self.last_save = time.monotonic()

@@ -62,9 +62,7 @@ class Trial:
         state, settings = self.state, self.run.settings
         state.epoch, state.step, state.tokens = number, 0, 0
         state.loss_sum.zero_()
-        monitor = StepMonitor(
-            self.loader, self.context.data.names, Path(), settings, StopRequest(), self.context.device
-        )
+        monitor = StepMonitor(self.loader, Path(), settings, StopRequest(), self.context.device)
         trainer.train_one_epoch(state, self.loader, self.run.step_loss, settings, monitor, lambda: None, self.run.clock)
 
 

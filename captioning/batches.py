@@ -44,6 +44,7 @@ class BatchMaker:
     """
 
     def __init__(self, data: CaptionSet, vocabulary: Vocabulary, max_length: int):
+        self.names = data.names
         self.first_caption = data.first_caption
         self.words = len(vocabulary)
         self.lookup = np.array([vocabulary.id_of.get(word, UNK) for word in data.tokens.words], dtype=np.int32)

@@ -112,6 +112,8 @@ def add_later_flags(checkpoint: Any) -> None:
             "fine_tune_learning_rate": None,
             "grid": None,
             "num_heads": FLAGS["num_heads"].default,
+            "replay": 0.0,
+            "replay_data_dir": None,
         } | checkpoint["flags"]
 
 
@@ -295,7 +297,7 @@ CHECKPOINT: dict[str, Any] = {
         "views": one_of("whole", "mirror", "all"), "feature_type": one_of("float16", "int8"), "weight_decay": real(0, 1e30),
         "best_metric": one_of("cider", "bleu4", "val_loss"), "precision": one_of("fp32", "bf16", "fp16"),
         "data_dir": OrNone(TEXT), "image_dir": OrNone(TEXT),
-        "captions_file": OrNone(TEXT), "resnet_weights": OrNone(TEXT),
+        "captions_file": OrNone(TEXT), "resnet_weights": OrNone(TEXT), "replay": real(0, 0.9), "replay_data_dir": OrNone(TEXT),
     },
     "optimizer": Rule(lambda value: isinstance(value, dict), "the state of an optimizer"),
     "scaler": Rule(lambda value: is_table(value, is_scalar), "the state of a loss scaler"),
@@ -321,7 +323,7 @@ EXPORTED: dict[str, Any] = {
     "flags": {
         name: form
         for name, form in CHECKPOINT["flags"].items()
-        if name not in ("data_dir", "image_dir", "captions_file", "resnet_weights", "feature_cache")
+        if name not in ("data_dir", "image_dir", "captions_file", "resnet_weights", "feature_cache", "replay_data_dir")
     },
     "sha256": {"model.safetensors": TEXT, "vocabulary.json": TEXT},
 }

@@ -14,7 +14,7 @@ import re
 import struct
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -117,7 +117,10 @@ def unpack_tokens(raw: bytes, texts: int) -> Tokens | None:
 
 
 class Vocabulary:
-    """Words and their ids: the four special tokens, then words by descending frequency (ties alphabetically)."""
+    """Words and their ids: the four special tokens, then words by descending frequency (ties alphabetically).
+
+    With `--init_from` the other model's words come first, then the new ones.
+    """
 
     def __init__(self, words: Sequence[str]):
         if list(words[:4]) != SPECIAL_TOKENS or len(set(words)) != len(words):
@@ -228,16 +231,42 @@ class CaptionSet:
         require_splits(self.splits, self.split_source)
 
 
+def join_sets(first: CaptionSet, second: CaptionSet) -> CaptionSet:
+    """Return the images of both sets, with the split of the first.
+
+    The second's images come after the first's, and their names are whole paths.
+    """
+    number = {word: place for place, word in enumerate([*dict.fromkeys(first.tokens.words + second.tokens.words)])}
+    ids = np.array([number[word] for word in second.tokens.words], dtype=np.int32)[second.tokens.ids]
+
+    def appended(ends: np.ndarray, more: np.ndarray) -> np.ndarray:
+        return np.concatenate([ends, more[1:] + ends[-1]])
+
+    return replace(
+        first,
+        names=first.names + [str(path.absolute()) for path in second.paths()],
+        first_caption=appended(first.first_caption, second.first_caption),
+        tokens=Tokens(
+            list(number), np.concatenate([first.tokens.ids, ids]), appended(first.tokens.offsets, second.tokens.offsets)
+        ),
+    )
+
+
+def frequent_words(data: CaptionSet, threshold: int) -> Vocabulary:
+    """Return the words that the training captions have at least `threshold` times."""
+    captions = captions_of(data, data.splits["train"])
+    ids = data.tokens.ids[concatenate_ranges(data.tokens.offsets[captions], data.tokens.offsets[captions + 1])]
+    counts = np.bincount(ids, minlength=len(data.tokens.words))
+    return Vocabulary.from_counts(data.tokens.words, counts, threshold)
+
+
 def build_vocabulary(data: CaptionSet, threshold: int) -> Vocabulary:
     """Return the vocabulary of the training captions; a word of validation or test images only is `<UNK>`.
 
     Raises:
         UserError: no word reaches the threshold.
     """
-    captions = captions_of(data, data.splits["train"])
-    ids = data.tokens.ids[concatenate_ranges(data.tokens.offsets[captions], data.tokens.offsets[captions + 1])]
-    counts = np.bincount(ids, minlength=len(data.tokens.words))
-    vocabulary = Vocabulary.from_counts(data.tokens.words, counts, threshold)
+    vocabulary = frequent_words(data, threshold)
     if len(vocabulary) == len(SPECIAL_TOKENS):
         raise UserError(
             f"no word appears {threshold} times in the training captions of {data.captions_file}: "

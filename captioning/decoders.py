@@ -62,7 +62,8 @@ class DecoderState(Protocol):
 class Decoder(nn.Module):
     """The interface of every decoder: a subclass writes the methods that raise NotImplementedError here.
 
-    Its state dict has float32 tensors only.
+    Its state dict has float32 tensors only. One with an entry for each word has words on its first axis, where
+    `--init_from` adds new ones.
 
     The output layer is tied to the word embeddings (Press and Wolf, 2017): a subclass makes `embed` and `output_bias`,
     or overrides `output_vectors`, or `set_word_frequencies`, `logits` and `cross_entropy`.

@@ -133,6 +133,22 @@ def gather_views(
     return torch.cat(parts)[torch.from_numpy(np.argsort(order)).to(parts[0].device)]
 
 
+class JoinedFeatures:
+    """The features of two data sets as those of one, where the second's images come after the first's.
+
+    Implements `Features`; see `dataset.join_sets`.
+    """
+
+    def __init__(self, first: Features, second: Features):
+        self.parts, self.size = (first, second), len(first.versions)
+        self.unreadable = first.unreadable | {i + self.size: problem for i, problem in second.unreadable.items()}
+        self.versions = np.concatenate([first.versions, second.versions])
+
+    def gather(self, images: np.ndarray, device: torch.device = CPU) -> torch.Tensor:
+        second = (images >= self.size).astype(np.int64)
+        return gather_views(self.parts, images - self.size * second, second, device)
+
+
 def fits_on(device: torch.device, size: int) -> bool:
     """Whether `size` bytes are at most half of a GPU's free memory."""
     return device.type == "cuda" and size <= torch.cuda.mem_get_info(device)[0] // 2

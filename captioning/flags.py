@@ -105,6 +105,16 @@ class Flag:
         return self.parse is None
 
 
+# What a run with --init_from has unless it is given: for some tens to a thousand images (benchmarks/adaptation.py).
+ADAPTATION: dict[str, Any] = {
+    "dataset_type": "custom", "epochs": 20, "early_stopping": 4, "batch_size": 32, "learning_rate": 0.0003,
+    "best_metric": "cider", "freq_threshold": 2,
+}  # fmt: skip
+# What --init_from does not take from the other model, although a checkpoint decides it elsewhere.
+NOT_INHERITED = {
+    *ADAPTATION, "data_dir", "image_dir", "captions_file", "seed", "precision", "fine_tune_learning_rate", "replay",
+    "replay_data_dir",
+}  # fmt: skip
 count, positive, whole = number(int, 1, 10**9), number(float, 0, 1e30, above=True), number(int, 0, 10**9)
 weight = number(float, 0, 1e30)
 GROUPS: dict[str, tuple[Flag, ...]] = {
@@ -112,8 +122,16 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("mode", "train a decoder; score a trained one; find its best beam size and length penalty on the validation "
             "images; caption images with it; open a page in the browser that does; write it as a folder to share",
             str, "train", MODES, parameter=False),
+<<<<<<< HEAD
         Flag("model_path", "checkpoint, run directory, folder of runs, exported folder, or hf-hub:OWNER/NAME, perhaps with "
             "@REVISION, for one on the Hugging Face hub: to test (several are an ensemble), or to train on from", path, many=True, metavar="PATH"),
+=======
+        Flag("model_path", "checkpoint, run directory, folder of runs or exported folder: to test (several are an "
+            "ensemble), or to train on from", path, many=True, metavar="PATH"),
+        Flag("init_from", "start a new run on other data from this model's weights: what --model_path takes. Unless given, "
+            + ", ".join(f"{name} is {value:g}" if isinstance(value, float) else f"{name} is {value}" for name, value in ADAPTATION.items()),
+            path, modes=("train",), metavar="PATH"),
+>>>>>>> initfrom
         Flag("predictions", "score the captions in this file (COCO results or CSV) instead of a model's", path,
             modes=("test",), parameter=False),
         Flag("output", "--mode export: a new folder; --mode caption: a new .csv or .jsonl, instead of printing", path,
@@ -201,6 +219,10 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             modes=("train",), checkpoint="train"),
         Flag("best_metric", "what picks best.pt: CIDEr keeps rising after the loss has turned", str, "cider",
             ("cider", "bleu4", "val_loss"), modes=("train",), checkpoint="train"),
+        Flag("replay", "share of each epoch's captions that are of images which the model of --init_from was trained on, so "
+            "that it forgets less", number(float, 0, 0.9), 0.0, modes=("train",), needs="init_from", checkpoint="train"),
+        Flag("replay_data_dir", "data set folder of these images (default: where that model's data were)", path,
+            modes=("train",), needs="replay", resume=True, checkpoint="train", parameter=False),
         Flag("early_stopping", "stop after so many epochs without a new best; 0 never", whole, 0, modes=("train",)),
     ),
     "self-critical training": (

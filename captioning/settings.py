@@ -17,7 +17,19 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from captioning.flags import CONFIG_NAMES, DATA_MODES, FLAGS, GONE, GROUPS, NOT_CONFIGURABLE, Flag, path, text
+from captioning.flags import (
+    ADAPTATION,
+    CONFIG_NAMES,
+    DATA_MODES,
+    FLAGS,
+    GONE,
+    GROUPS,
+    NOT_CONFIGURABLE,
+    NOT_INHERITED,
+    Flag,
+    path,
+    text,
+)
 from captioning.io import UserError, first_line, not_installed, read_json
 from captioning.registry import DECODERS, ENCODERS, LIBRARIES, folder_name, idle_flags, library_of, size_problem
 
@@ -36,6 +48,11 @@ class Settings(argparse.Namespace):
 
     def __setattr__(self, name: str, value: Any) -> NoReturn:
         raise AttributeError(f"settings are not written to: captioning/settings.py resolves --{name}")
+
+    @property
+    def adapts(self) -> bool:
+        """Whether a new run starts on other data from a model's weights; a resumed one just goes on."""
+        return self.mode == "train" and self.init_from is not None and self.resume is None
 
     def values(self) -> dict[str, Any]:
         """Every flag by name."""
@@ -68,21 +85,23 @@ class Settings(argparse.Namespace):
         found: dict[str, Any] = {}
         for flag in FLAGS.values():
             name = flag.name
+            if self.adapts and name in NOT_INHERITED:
+                continue
             if flag.checkpoint == "fixed" and name in self.explicit and getattr(self, name) != saved[name]:
                 raise UserError(
                     f"--{name} {getattr(self, name)} contradicts {source}, which was trained with {saved[name]}: "
-                    "leave the flag out, or train a new model without --model_path"
+                    f"leave the flag out, or train a new model without --{'init_from' if self.adapts else 'model_path'}"
                 )
             kept = flag.checkpoint == "kept" or (flag.checkpoint == "train" and self.mode == "train")
             if name in PLACES and self.explicit & PLACES:  # one place of a data set says where all of it is
                 continue
             if flag.checkpoint == "fixed" or (kept and name not in self.explicit):
                 found[name] = Path(saved[name]) if flag.parse is path and saved[name] else saved[name]
-        if self.mode == "train" and "learning_rate" not in self.explicit:
+        if self.mode == "train" and not self.adapts and "learning_rate" not in self.explicit:
             found["learning_rate"] = saved["learning_rate"]
         # Whoever wrote the checkpoint makes no cache elsewhere: only a folder that is a cache already is used.
         caches = cache_folders(saved["feature_cache"])
-        if "feature_cache" not in self.explicit and (
+        if not (self.adapts or "feature_cache" in self.explicit) and (
             not caches or any(any(cache.glob(f"{folder_name(saved['encoder'])}-*")) for cache in caches)
         ):
             found["feature_cache"] = saved["feature_cache"]
@@ -95,6 +114,8 @@ class Settings(argparse.Namespace):
                 raise UserError(f"--{name} has no effect with {source}, whose {kind} is {getattr(settings, kind)}")
         if "fine_tune_learning_rate" in self.explicit and not settings.fine_tune:
             raise UserError(f"--fine_tune_learning_rate has no effect with {source}, whose encoder is all frozen")
+        if "replay_data_dir" in self.explicit and not settings.replay:
+            raise UserError(f"--replay_data_dir has no effect with {source}, which was trained without --replay")
         return settings
 
 
@@ -196,6 +217,10 @@ def parse_flags(argv: list[str]) -> Settings:
         }
     for kind, entries in KINDS.items():
         defaults |= entries[library_of((defaults | config | typed)[kind])].defaults
+    if (config | typed).get("init_from") is not None:
+        defaults |= ADAPTATION
+        if (config | typed).get("scst_epochs"):
+            defaults["early_stopping"] = 0
     values = defaults | config | typed
     if values["quiet"] and values["verbose"] and len({"quiet", "verbose"} & set(typed)) == 1:  # it wins over a file
         values |= {"quiet": "quiet" in typed, "verbose": "verbose" in typed}
@@ -371,12 +396,13 @@ def check_flags(settings: Settings, error: Callable[[str], Any]) -> None:
         error: is called with the first mistake, e.g. `parser.error`.
     """
     args, explicit, mode = settings, settings.explicit, settings.mode
-    from_checkpoint = args.model_path is not None
+    from_checkpoint = args.model_path is not None or args.init_from is not None
     for name in sorted(explicit):
         flag = FLAGS[name]
         if mode not in flag.modes:
             error(f"--{name} has no effect with --mode {mode}, only with {' or '.join(flag.modes)}")
-        left_open = from_checkpoint and flag.needs in ("use_scheduler", "fine_tune")  # the checkpoint says
+        left_open = from_checkpoint and flag.needs == "fine_tune"  # the checkpoint says
+        left_open |= args.model_path is not None and flag.needs in ("use_scheduler", "replay")
         if flag.needs and not getattr(args, flag.needs) and not left_open:
             error(f"--{name} has no effect without --{flag.needs}")
     for kind, entries in KINDS.items():
@@ -421,6 +447,8 @@ def check_modes(args: Settings, error: Callable[[str], Any]) -> None:
 
 def check_training(args: Settings, error: Callable[[str], Any]) -> None:
     """Cross-flag validation of training."""
+    if args.init_from is not None and args.model_path is not None:
+        error("--init_from starts a new run on other data, --model_path trains a run further: leave one of them out")
     if args.use_scheduler and args.scheduler_type == "one_cycle" and args.warmup_epochs >= args.epochs > 0:
         error(f"--warmup_epochs {args.warmup_epochs} leaves nothing of the {args.epochs} epochs to come down in")
     if not args.epochs + args.scst_epochs:

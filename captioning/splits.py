@@ -209,6 +209,21 @@ def trained_on(stored: StoredSplit) -> list[tuple[str, int, int]]:
     return [key for part in ("train", "inherited") for key in keys(stored.get(part, NOBODY))]
 
 
+def seen_in_training(
+    stored: StoredSplit, images: np.ndarray, names: Sequence[str], versions: np.ndarray
+) -> tuple[list[int], list[int]]:
+    """Return which of the images (n,) a model was trained on, and which are copies of such under other names.
+
+    Args:
+        versions: int64 (all images, 2), as `Features.versions`.
+    """
+    trained = set(trained_on(stored))
+    contents = {key[1:] for key in trained} - {(-1, -1)}
+    found = {i: (names[i], *version) for i, version in zip(images.tolist(), versions[images].tolist(), strict=True)}
+    seen = [i for i, key in found.items() if key in trained or (key[0], -1, -1) in trained]
+    return seen, [i for i, key in found.items() if key[1:] in contents and i not in seen]
+
+
 def refuse_trained_images(
     stored: StoredSplit, images: np.ndarray, names: Sequence[str], versions: np.ndarray, source: object
 ) -> None:
@@ -222,18 +237,16 @@ def refuse_trained_images(
     Raises:
         UserError: it was trained on some of them, or on more than a few copies under other names.
     """
-    trained = set(trained_on(stored))
-    contents = {key[1:] for key in trained} - {(-1, -1)}
-    found = [(names[i], *version) for i, version in zip(images.tolist(), versions[images].tolist(), strict=True)]
-    seen = [key[0] for key in found if key in trained or (key[0], -1, -1) in trained]
-    copies = [key[0] for key in found if key[1:] in contents and key[0] not in seen]
-    if copies and len(copies) <= MOST_COPIES * len(found):  # data sets have a few pictures twice
-        log.warning(f"Note: {len(copies)} image(s) to score are copies of training images: {few(copies)}")
+    seen, copies = seen_in_training(stored, images, names, versions)
+    if copies and len(copies) <= MOST_COPIES * len(images):  # data sets have a few pictures twice
+        log.warning(
+            f"Note: {len(copies)} image(s) to score are copies of training images: {few(names[i] for i in copies)}"
+        )
     else:
         seen += copies
     if seen:
         raise UserError(
-            f"{source} was trained on {len(seen)} of the {len(images)} images to score ({few(seen)}): a score on them "
+            f"{source} was trained on {len(seen)} of the {len(images)} images to score ({few(names[i] for i in seen)}): a score on them "
             "says nothing. Score images that it has not seen, e.g. with split lists that leave these out"
         )
 

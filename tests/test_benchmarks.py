@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+import adaptation
 import baselines
 import charts
 import encoding
@@ -26,6 +27,7 @@ import scale
 import startup
 import training
 
+from captioning.dataset import load_caption_set
 from captioning.encoders import find_encoder
 from training_utils import Precision
 
@@ -140,6 +142,19 @@ def test_a_rate_above_the_matrix_products_fails_the_run(tmp_path: Path, monkeypa
 def test_generated_captions_are_like_flickr8k() -> None:
     lengths = [len(caption.split()) for caption in generated.Grammar(0).captions(5000)]
     assert 10 < np.mean(lengths) < 12 and 30 < max(lengths) <= 40
+
+
+def test_a_withheld_theme_is_nowhere_but_among_the_own_photos(tiny: Path, tmp_path: Path) -> None:
+    data = load_caption_set(tiny)
+    themed = {data.names[i] for i in adaptation.themed_images(data, "red")}
+    assert themed == {f"p{number:02d}.jpg" for number in range(0, 20, 4)}
+    others, own = adaptation.write_sets(tmp_path / "sets", data, "red", [2, 90])
+    written = {size: load_caption_set(folder) for size, folder in {0: others, **own}.items()}
+    assert set(written) == {0, 2, 4} and set(written[0].names) == set(data.names) - themed
+    for size in (2, 4):
+        names = {split: {written[size].names[i] for i in images} for split, images in written[size].splits.items()}
+        assert len(names["train"] | names["val"]) == size and len(names["test"]) == 1
+        assert len(set.union(*names.values())) == size + 1 and set.union(*names.values()) <= themed
 
 
 def test_an_unknown_part_is_refused() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
+from captioning.flags import ADAPTATION
 from captioning.registry import DECODERS
 
 CONFIGS = Path(trainer.__file__).parent / "configs"
@@ -36,11 +37,16 @@ def test_a_recipe_is_what_its_name_says(path):
 def test_the_recipe_for_own_photos_trains_captions_and_needs_no_more_flags(tiny, monkeypatch, capsys):
     """16.23."""
     monkeypatch.chdir(tiny.parent)
-    recipe = ["--config", str(CONFIGS / "own_photos.yaml"), "--data_dir", str(tiny)]
+    recipe = ["--config", str(CONFIGS / "own_photos_from_nothing.yaml"), "--data_dir", str(tiny)]
     assert trainer.main([*recipe, "--epochs", "3"]) == 0
     out = capsys.readouterr().out
     assert "of the training words are <UNK>" not in out and "weights" not in out
     assert len(list(Path("saved_models").rglob("model_epoch_*.pt"))) == 2
+
+
+def test_the_recipe_that_starts_from_a_trained_captioner_leaves_its_settings_to_the_program():
+    settings = trainer.parse_flags(["--config", str(CONFIGS / "own_photos.yaml")])
+    assert settings.adapts and {name: getattr(settings, name) for name in ADAPTATION} == ADAPTATION
 
 
 def test_a_recipe_trains(tiny, monkeypatch, capsys):

@@ -1,0 +1,210 @@
+"""`--init_from`: a new run on other data from a model's weights, with new words, and replay of what it knew."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import draw_tiny
+from PIL import Image
+from run_files import skip_pictures
+from test_resume import assert_same, at_step
+
+import flickr_image_caption_with_pytorch_resnet_lstm as trainer
+from captioning.adaptation import grow_weights, load_source
+from captioning.batches import BatchMaker
+from captioning.checkpoints import load_checkpoint
+from captioning.dataset import Vocabulary, frequent_words, join_sets, load_caption_set
+from captioning.decoders import build_decoder
+from captioning.encoders import encoder_of
+from captioning.flags import ADAPTATION
+from captioning.registry import DECODERS
+from captioning.settings import parse_flags
+from training_utils import TrainLoader
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch) -> Path:
+    """Own photos: other pictures, names and words than those that the models of `tiny_runs` know."""
+    monkeypatch.chdir(tmp_path)
+    skip_pictures(monkeypatch)
+    folder = draw_tiny(tmp_path / "photos")
+    for path in (folder / "Images").iterdir():
+        Image.open(path).rotate(90, expand=True).save(path.with_name("my_" + path.name))
+        path.unlink()
+    captions = (folder / "captions.txt").read_text()
+    (folder / "captions.txt").write_text(captions.replace("\np", "\nmy_p").replace("picture", "painting"))
+    return folder
+
+
+def adapt(source: Path, photos: Path, place: str, *flags: str) -> int:
+    where = ["--init_from", str(source), "--data_dir", str(photos), "--model_save_dir", place]
+    return trainer.main([*where, "--epochs", "3", "--batch_size", "8", *flags])
+
+
+def only_run(place: str) -> Path:
+    (run,) = (path.parent for path in Path(place).rglob("best.pt"))
+    return run
+
+
+@pytest.mark.parametrize("name, fine_tune", [*((name, 0) for name in DECODERS), ("attention", 1)])
+def test_a_decoder_with_more_words_says_of_the_known_ones_what_it_said(name, fine_tune):
+    flags = parse_flags(["--decoder", name, "--encoder", "efficientnet_lite0", "--hidden_size", "32"]).values()
+    flags |= {"embed_size": 16, "fine_tune": fine_tune, "max_length": 12}
+    spec, known = encoder_of(flags), 9
+    decoder, larger = build_decoder(flags, known, spec), build_decoder(flags, known + 3, spec)
+    counts = torch.arange(1.0, 13.0)
+    larger.set_word_frequencies(counts)
+    fresh_bias = larger.logits(torch.zeros(1, 16))[0].detach().clone()
+    larger.load_state_dict(grow_weights(decoder.state_dict(), larger))
+    regions = torch.randn(1, spec.regions, spec.channels)
+    features = regions if decoder.uses_grid else regions.mean(1)
+    for model in (decoder, larger):
+        model.eval()
+    with torch.no_grad():
+        (_, before), (_, after) = (model.step(model.begin(features), torch.tensor([7])) for model in (decoder, larger))
+        assert torch.equal(before.hidden_out, after.hidden_out)
+        logits = larger.logits(after.hidden_out)
+        assert torch.allclose(decoder.logits(before.hidden_out), logits[:, :known], atol=1e-6)
+        assert logits.isfinite().all() and len(set(logits[0, known:].tolist())) == 3  # new words are not all alike
+        assert torch.equal(larger.logits(torch.zeros(1, 16))[0, known:], fresh_bias[known:])  # their log frequency
+
+
+def test_a_run_on_own_photos_and_resumed(photos, tiny_runs, monkeypatch, capsys):
+    """From a run directory; with replay from where the source's data are; the same after a signal in mid-epoch."""
+    source = load_checkpoint(tiny_runs["attention"] / "best.pt")
+    assert adapt(tiny_runs["attention"], photos, "whole", "--replay", "0.4") == 0
+    run, out = only_run("whole"), capsys.readouterr().out
+    assert "Replay: 11 images an epoch of 16 that the model was trained on" in out  # of 2 captions, for 32 new ones
+    assert (
+        f"New words, seen at least {ADAPTATION['freq_threshold']} time(s): 1 (painting)" in out
+        and "batch_size" not in out.split("given:")[1]
+    )
+    saved = load_checkpoint(run / "best.pt")
+    assert saved["vocabulary"] == [*source["vocabulary"], "painting"]
+    kept = ("decoder", "hidden_size", "encoder", "views", "max_length", "drop_prob")
+    assert [saved["flags"][name] for name in kept] == [source["flags"][name] for name in kept]
+    assert saved["flags"]["learning_rate"] == ADAPTATION["learning_rate"]
+    assert load_checkpoint(run / "model_epoch_1.pt")["loss_curve"]["epochs"] == [1]
+    assert saved["split"]["inherited"] == source["split"]["train"]
+    assert all(name.startswith("my_") for name in saved["split"]["val"]["names"] + saved["split"]["test"]["names"])
+    config = json.loads((run / "run_config.json").read_text())
+    assert config["init_from"] == str(tiny_runs["attention"] / "best.pt") and config["replay"] == 0.4
+    assert f"--init_from {tiny_runs['attention']}" in config["command"]
+
+    with monkeypatch.context() as patch:
+        at_step(patch, 10, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert adapt(tiny_runs["attention"], photos, "parts", "--replay", "0.4") == 143
+    (parts,) = (path.parent for path in Path("parts").rglob("last.pt"))
+    assert load_checkpoint(parts / "last.pt")["progress"]["step"] > 0
+    assert trainer.main(["--resume", str(parts)]) == 0
+    assert_same(run, parts)
+
+    assert trainer.main(["--mode", "test", "--model_path", str(run), "--beam_size", "2"]) == 0
+    more = ["--model_path", str(run), "--epochs", "1", "--model_save_dir", "more", "--scst_epochs", "1"]
+    assert trainer.main(more) == 0
+    assert "Replay: 11 images" in capsys.readouterr().out
+
+
+def test_an_exported_folder_and_what_is_not_there(photos, tiny_runs, capsys):
+    export = ["--mode", "export", "--model_path", str(tiny_runs["lstm"]), "--output", "shared"]
+    assert trainer.main(export) == 0
+    assert adapt(Path("shared"), photos, "one", "--replay", "0.2", "--epochs", "1") == 0
+    out = capsys.readouterr().out
+    assert "Warning: --replay is 0: the data that shared" in out and "not in data" in out and "Replay:" not in out
+    flags = load_checkpoint(only_run("one") / "best.pt")["flags"]
+    assert (flags["replay"], flags["replay_data_dir"], flags["init_from"]) == (
+        0.0,
+        None,
+        str(Path("shared/model.safetensors")),
+    )
+    wrong = {
+        ("--replay", "0.2", "--replay_data_dir", "nowhere"): "nowhere",
+        ("--replay", "0.2", "--replay_data_dir", str(photos)): "none of the 16 images that the model was trained on is in",
+        ("--hidden_size", "32"): "leave the flag out, or train a new model without --init_from",
+        ("--attention_reg", "0.5"): "whose decoder is lstm",
+    }  # fmt: skip
+    for words, message in wrong.items():
+        assert adapt(Path("shared"), photos, "none", *words) == 2
+        assert message in capsys.readouterr().err
+    assert adapt(Path("nobody"), photos, "none") == 2
+    assert "--init_from nobody is not there" in capsys.readouterr().err
+    assert not Path("none").exists()
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--init_from", "a", "--model_path", "b"], "--init_from starts a new run"),
+        (["--init_from", "a", "--mode", "test", "--model_path", "b"], "no effect with --mode test"),
+        (["--replay", "0.2"], "no effect without --init_from"),
+        (["--replay", "0.2", "--model_path", "a"], "no effect without --init_from"),
+        (["--init_from", "a", "--replay_data_dir", "b"], "no effect without --replay"),
+        (["--init_from", "a", "--replay", "1"], "at most 0.9"),
+        (["--resume", "a", "--init_from", "b"], "no effect with --resume"),
+    ],
+)
+def test_flags_that_do_not_go_together(words, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_flags(words)
+    assert message in capsys.readouterr().err
+
+
+def test_settings_for_few_photos_unless_given(tmp_path):
+    """On the command line and in a file alike."""
+    (tmp_path / "flags.yaml").write_text("init_from: a\nbatch_size: 7\n")
+    settings = parse_flags(["--config", str(tmp_path / "flags.yaml"), "--freq_threshold", "5"])
+    assert {name: getattr(settings, name) for name in ADAPTATION} == ADAPTATION | {"batch_size": 7, "freq_threshold": 5}
+    assert parse_flags(["--init_from", "a", "--scst_epochs", "1"]).early_stopping == 0  # the two exclude each other
+    assert settings.adapts
+    assert not parse_flags(["--config", str(tmp_path / "flags.yaml"), "--mode", "test", "--model_path", "b"]).adapts
+    assert parse_flags([]).dataset_type != ADAPTATION["dataset_type"]
+
+
+def test_images_that_the_source_was_trained_on_are_never_held_out(photos, tiny_runs, capsys):
+    """Some under their names, one a copy under another: they train, whatever the draw says."""
+    known = load_checkpoint(tiny_runs["attention"] / "best.pt")["split"]["train"]["names"]
+    rows = ""
+    for number, name in enumerate(known[:10]):
+        new = name if number else "my_copy.jpg"
+        (photos / "Images" / new).write_bytes((tiny_runs["data"] / "Images" / name).read_bytes())
+        rows += f"{new},a picture that it knows\n"
+    with open(photos / "captions.txt", "a") as file:
+        file.write(rows)
+    for seed in range(3):
+        assert adapt(tiny_runs["attention"], photos, f"seed{seed}", "--epochs", "1", "--seed", str(seed)) == 0
+        split = load_checkpoint(only_run(f"seed{seed}") / "best.pt")["split"]
+        held_out = split["val"]["names"] + split["test"]["names"]
+        assert held_out and all(name.startswith("my_p") for name in held_out)
+        assert {*known[1:10], "my_copy.jpg"} <= set(split["train"]["names"])
+    assert "are training images instead" in capsys.readouterr().out
+    for split, names in {"train": ["my_p01.jpg"], "val": ["my_p02.jpg"], "test": known[1:10]}.items():
+        (photos / f"{split}.txt").write_text("\n".join(names))
+    assert adapt(tiny_runs["attention"], photos, "lists") == 2
+    assert "the test split has no images (without 9 images that" in capsys.readouterr().err
+
+
+def test_a_joined_set_has_the_captions_of_both(photos, tiny_runs):
+    new, old = load_caption_set(photos), load_caption_set(tiny_runs["data"])
+    both, first = join_sets(new, old), len(new.names)
+    assert [both.references(i) for i in range(len(both.names))] == [
+        each.references(i) for each in (new, old) for i in range(len(each.names))
+    ]
+    assert list(both.paths())[:first] == list(new.paths())
+    assert [path.samefile(other) for path, other in zip(both.paths()[first:], old.paths(), strict=True)] == [True] * 20
+    batches = BatchMaker(both, Vocabulary(frequent_words(both, 1).words), 12)
+    loader = TrainLoader(batches, np.arange(5), 1, 8, 0, first + np.arange(7), 3)
+    turns = [set(loader.epoch_images(epoch).tolist()) - set(range(5)) for epoch in range(7)]
+    assert all(len(turn) == 3 for turn in turns)
+    assert turns[0] | turns[1] | turns[2] == set(range(first, first + 7))  # all of them in turn
+    planned = np.concatenate(loader.plan(1))
+    assert set(batches.owner(planned).tolist()) == set(range(5)) | turns[1]
+
+
+def test_a_source_is_a_model_of_no_epochs(tiny_runs):
+    checkpoint, path = load_source(tiny_runs["attention"])
+    assert path == tiny_runs["attention"] / "best.pt"
+    assert (checkpoint["epoch"], checkpoint["optimizer"], checkpoint["metrics_history"]) == (0, None, [])
