@@ -126,14 +126,9 @@ def warn_of_small_data(data: CaptionSet, batches: BatchMaker, steps: int, parame
     problems += [f"{100 * unknown:.0f} % of the training words are <UNK>"] if unknown > MOST_UNKNOWN else []
     if problems:
         log.warning(
-<<<<<<< HEAD
-            f"Warning: {', '.join(problems)}: the captions will be poor. --config configs/own_photos.yaml suits small "
-            "data sets; docs/data.md says which of its flags does what (both are in the repository)"
-=======
             f"Warning: {', '.join(problems)}: the captions will be poor. A trained captioner that learns these photos "
             "too (--init_from) gives better ones; without any, --config configs/own_photos_from_nothing.yaml suits small data "
-            "sets. See docs/data.md"
->>>>>>> initfrom
+            "sets. See docs/data.md, in the repository"
         )
 
 

@@ -122,16 +122,11 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("mode", "train a decoder; score a trained one; find its best beam size and length penalty on the validation "
             "images; caption images with it; open a page in the browser that does; write it as a folder to share",
             str, "train", MODES, parameter=False),
-<<<<<<< HEAD
         Flag("model_path", "checkpoint, run directory, folder of runs, exported folder, or hf-hub:OWNER/NAME, perhaps with "
             "@REVISION, for one on the Hugging Face hub: to test (several are an ensemble), or to train on from", path, many=True, metavar="PATH"),
-=======
-        Flag("model_path", "checkpoint, run directory, folder of runs or exported folder: to test (several are an "
-            "ensemble), or to train on from", path, many=True, metavar="PATH"),
         Flag("init_from", "start a new run on other data from this model's weights: what --model_path takes. Unless given, "
             + ", ".join(f"{name} is {value:g}" if isinstance(value, float) else f"{name} is {value}" for name, value in ADAPTATION.items()),
             path, modes=("train",), metavar="PATH"),
->>>>>>> initfrom
         Flag("predictions", "score the captions in this file (COCO results or CSV) instead of a model's", path,
             modes=("test",), parameter=False),
         Flag("output", "--mode export: a new folder; --mode caption: a new .csv or .jsonl, instead of printing", path,

@@ -335,7 +335,7 @@ def find_run(path: Path) -> Path:
     return found
 
 
-def find_checkpoint(model_path: Path, flag: str = "model_path") -> Path:
+def find_checkpoint(model_path: Path) -> Path:
     """Return the file that `--model_path` (or `--init_from`) names: a checkpoint, or that of a run directory or an exported folder.
 
     `hf-hub:OWNER/NAME` is an exported folder on the Hugging Face hub, see `captioning.hub`. What is not there may be the
@@ -365,13 +365,8 @@ def find_checkpoint(model_path: Path, flag: str = "model_path") -> Path:
         names = f"the name of a model that comes with the package ({', '.join(pretrained()) or 'there is none'})"
         tried = f", and no run below {folder} has a {name}" if Path(name).suffix else ""
         raise UserError(
-<<<<<<< HEAD
             f"the model {model_path} is not there{tried}: "
             f"give a checkpoint (.pt), a run directory, a folder of runs, an exported folder, or {names}"
-=======
-            f"--{flag} {model_path} is not there, and no run below {folder} has a {name}: "
-            "give a checkpoint (.pt), a run directory, a folder of runs, or an exported folder"
->>>>>>> initfrom
         )
     newest = max(runs, key=lambda path: run_start_key(path.parent))
     log.info(printable(f"Using {newest} (the newest run below {folder} that has {name})"))
