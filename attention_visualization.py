@@ -453,8 +453,6 @@ def save_attention_pictures(context: EvalContext, images: np.ndarray, directory:
     unreadable = [image for _, features in context.members for image in features.unreadable]
     images = images[~np.isin(images, unreadable)]
     hypotheses = caption(context, images, settings.beam_size, attention=True)
-    if context.consensus is not None:
-        log.info("The attention pictures show the beam's most probable captions, not those that consensus chose")
     if not distributed.is_first():
         return
     drawn = 0

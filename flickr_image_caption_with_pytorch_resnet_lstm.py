@@ -62,7 +62,7 @@ from captioning.checkpoints import CheckpointSaver, carry_best, load_checkpoint,
 from captioning.dataset import Vocabulary, build_vocabulary
 from captioning.decoders import count_parameters
 from captioning.encoders import encoder_of
-from captioning.evaluation import EvalContext, caption_texts, images_to_draw
+from captioning.evaluation import EvalContext, add_consensus, caption_texts, images_to_draw
 from captioning.features import Features
 from captioning.runs import find_checkpoint, lock_run_directory, reproducing_command, start_command
 from captioning.schedules import choose_schedule
@@ -152,25 +152,23 @@ def build_run(
     if checkpoint and source:
         load_weights(decoder, adaptation.grow_weights(checkpoint["decoder"], decoder), source)
     decoder.to(device)
-    log.info(
-        f"Vocabulary: {len(vocabulary)} words. Decoder: {settings.decoder}, {count_parameters(decoder):,} parameters"
-    )
+    size = count_parameters(decoder)
+    log.info(f"Vocabulary: {len(vocabulary)} words. Decoder: {settings.decoder}, {size:,} parameters")
     state = TrainState.begin(decoder, settings, device)
     if checkpoint:
         state.restore(checkpoint, settings)
-    critic = None
-    if settings.scst_epochs:
-        critic = SelfCritic(replay.data, vocabulary, settings.scst_samples, settings.max_length)
+    critic = SelfCritic(replay.data, vocabulary, settings) if settings.scst_epochs else None
     step_loss = wrap_ddp(StepLoss(decoder, replay.views, critic, state.precision, settings))
     loader = TrainLoader(
         batches, data.splits["train"], len(views), settings.batch_size, settings.seed, replay.images, replay.per_epoch
     )
     if not checkpoint and not settings.dry_run:
-        warn_of_small_data(data, batches, loader.steps, count_parameters(decoder))
+        warn_of_small_data(data, batches, loader.steps, size)
     spec = encoder_of(settings.values())
     constants = {
         "decoder_type": settings.decoder, "vocabulary": vocabulary.words, "split": split,
-        "encoder": {"name": spec.name, "weights_hash": weights_hash, "transform": spec.transform}, "decoding": None,
+        "encoder": {"name": spec.name, "weights_hash": weights_hash, "transform": spec.transform},
+        "decoding": None, "consensus": None,
     }  # fmt: skip
     context = EvalContext(settings, device, data, vocabulary, [(decoder, views[0])])
     return Run(settings, context, loader, views, step_loss, constants), state
@@ -381,7 +379,10 @@ def train(settings: Settings, argv: list[str]) -> Path:
     if state.stopped_early(settings):
         log.info(f"Stopped early: no better {settings.best_metric} in {settings.early_stopping} epochs")
     distributed.wait_for_all()  # until the first has written all
-    load_weights(state.decoder, load_checkpoint(directory / "best.pt")["decoder"], directory / "best.pt")
+    best = directory / "best.pt"
+    checkpoint = load_checkpoint(best)
+    load_weights(state.decoder, checkpoint["decoder"], best)
+    add_consensus(context, run.views, checkpoint, best)
     if settings.save_attention_viz:
         images = images_to_draw(settings, context.data, context.data.splits["test"])
         save_attention_pictures(context, images, directory)

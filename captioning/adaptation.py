@@ -38,7 +38,7 @@ def load_source(init_from: Path) -> tuple[dict[str, Any], Path]:
         UserError: it is not there, or cannot be read.
     """
     try:
-        path = find_checkpoint(init_from, "init_from")
+        path = find_checkpoint(init_from)
     except UserError as error:
         raise UserError(
             f"{error}. Without any, train from nothing: --config configs/own_photos_from_nothing.yaml"

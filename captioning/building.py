@@ -14,7 +14,7 @@ import torch
 from captioning import decoders, distributed
 from captioning.batches import BatchMaker
 from captioning.checkpoints import load_checkpoint, load_weights
-from captioning.consensus import BEAM_SIZE, Consensus, regression_images
+from captioning.consensus import NgramHead
 from captioning.dataset import EOS, UNK, CaptionSet, Vocabulary, load_caption_set
 from captioning.decoders import Decoder
 from captioning.encoders import encoder_of
@@ -22,7 +22,7 @@ from captioning.evaluation import EvalContext, images_to_draw
 from captioning.features import FeatureRequest, Features, open_features
 from captioning.images import VIEW_SETS
 from captioning.io import UserError, log
-from captioning.runs import find_checkpoint
+from captioning.runs import find_checkpoint, reproducing_command
 from captioning.settings import Settings, cache_folders
 from captioning.splits import StoredSplit, checkpoint_split, refuse_trained_images, same_split
 
@@ -182,15 +182,13 @@ def load_context(settings: Settings, splits: list[str]) -> tuple[EvalContext, np
             what = next(name for name, equal in same.items() if not equal)
             raise UserError(f"{path} has another {what} than {first_path}: an ensemble is trained on the same data set")
     resolved = settings.with_checkpoint(first, first_path)
-    if settings.consensus != "off" and "beam_size" not in settings.explicit:
-        resolved = resolved.with_values(beam_size=BEAM_SIZE)
     stored = checkpoint_split(first, first_path)
     data = build_data(resolved, stored)
     context = EvalContext(resolved, device, data, Vocabulary(first["vocabulary"]), [])
     images = images_of(data, splits)
     needed = np.union1d(images, images_to_draw(resolved, data, images))
-    if settings.consensus == "regression":  # its weight is chosen on these
-        needed = np.union1d(needed, data.splits["val"])
+    if settings.mode == "tune":  # consensus learns from these
+        needed = np.union1d(needed, data.splits["train"])
     for path, checkpoint in checkpoints.items():
         own = settings.with_checkpoint(checkpoint, path)
         log.info(f"Model: {path} (epoch {checkpoint['epoch']}, {own.decoder} on {own.encoder}, {own.dataset_type})")
@@ -198,16 +196,17 @@ def load_context(settings: Settings, splits: list[str]) -> tuple[EvalContext, np
         decoder = build_decoder(own, context.vocabulary)
         load_weights(decoder, checkpoint["decoder"], path)
         context.members += [(decoder.to(device), view) for view in views]
+        if resolved.by_consensus and checkpoint["consensus"]:
+            context.heads += [NgramHead(len(context.vocabulary), checkpoint["consensus"])] * len(views)
         own_split = stored if checkpoint is first else checkpoint["split"]
         if own_split:
             refuse_trained_images(own_split, images_of(data, splits), data.names, views[0].versions, path)
-    if settings.consensus != "off":
-        views = []
-        if settings.consensus == "regression":
-            known = np.union1d(regression_images(data.splits["train"]), needed)
-            frozen = resolved.with_values(fine_tune=0)  # all of the encoder, as it was pretrained
-            views, _ = build_features(frozen, data, known, first["encoder"]["weights_hash"], means=True)
-        context.consensus = Consensus(data, context.vocabulary, views)
+    if len(context.heads) < len(context.members):
+        context.heads.clear()
+        if "consensus" in settings.explicit and settings.consensus == "on":
+            raise UserError(
+                f"{first_path} has nothing for --consensus: {reproducing_command(['--mode', 'tune', '--model_path', str(first_path)])} adds it"
+            )
     return context, images_of(data, splits), checkpoints  # without those that cannot be read
 
 

@@ -24,13 +24,14 @@ from PIL import Image
 
 from captioning import plots
 from captioning.checkpoints import load_checkpoint, load_weights
+from captioning.consensus import NgramHead, search_by_consensus
 from captioning.dataset import Vocabulary
 from captioning.decoders import build_decoder
 from captioning.decoding import Member, beam_search, sample
 from captioning.distributed import pick_device
 from captioning.encoders import ENCODE_BATCH, MANY, encoder_of
 from captioning.features import decoded, stored_form, stored_kind
-from captioning.flags import FLAGS
+from captioning.flags import CONSENSUS_BEAM, FLAGS
 from captioning.images import VIEW_SETS, ImageSource, UnreadableImage, grid_side, images_below, open_image
 from captioning.io import UserError
 from captioning.runs import find_checkpoint
@@ -149,6 +150,7 @@ class Decoding(NamedTuple):
     num_captions: int
     no_repeat_ngram: int
     top_p: float | None
+    consensus: str
 
 
 class DecodingOptions(TypedDict, total=False):
@@ -158,6 +160,9 @@ class DecodingOptions(TypedDict, total=False):
     length_penalty: float | None  # more makes captions longer
     num_captions: int | None  # different captions of each image; the beam may find fewer
     no_repeat_ngram: int | None  # no caption has the same N words twice; 0 for no such rule
+    consensus: (
+        str | None
+    )  # "on" takes the caption that agrees best with the evidence, where the model has any; or "off"
     top_p: float | None  # draw captions from the likeliest words that together have this probability
 
 
@@ -181,6 +186,7 @@ class Captioner:
         self.device, self.workers = pick_device(device), workers or os.cpu_count() or 1
         self.flags, self.split, self.epoch = checkpoint["flags"], checkpoint["split"], checkpoint["epoch"]
         self.tuned = checkpoint["decoding"]
+        self.head = checkpoint["consensus"] and NgramHead(len(checkpoint["vocabulary"]), checkpoint["consensus"])
         flags = self.flags
         self.views = VIEW_SETS[flags["views"]]
         self.spec = encoder_of(flags)
@@ -232,13 +238,15 @@ class Captioner:
         if unknown := options.keys() - set(Decoding._fields):
             raise TypeError(f"unknown option {min(unknown)}: captions are found by {', '.join(Decoding._fields)}")
         given = {name: checked(name, value) for name, value in options.items() if value is not None}
-        searching = [name for name in ("beam_size", "length_penalty", "no_repeat_ngram") if name in given]
+        searching = [name for name in ("beam_size", "length_penalty", "no_repeat_ngram", "consensus") if name in given]
         if searching and "top_p" in given:
             raise UserError(f"{searching[0]} has no effect with top_p, which samples captions: leave one of them out")
         values = {name: FLAGS[name].default for name in Decoding._fields}
         if self.tuned and not given.keys() & {"beam_size", "length_penalty"}:
             values |= {name: self.tuned[name] for name in ("beam_size", "length_penalty")}
         values |= given
+        if self.head and values["consensus"] == "on" and "beam_size" not in given:
+            values["beam_size"] = CONSENSUS_BEAM
         return Decoding(**values | {"beam_size": max(values["beam_size"], values["num_captions"])})
 
     # Paths, files and arrays are iterable too: the first overload that fits decides. A path may be a folder's.
@@ -339,10 +347,11 @@ class Captioner:
             members = [(self.decoder, self.features(view)) for view in np.stack(pixels, 1)]
             if how.top_p is not None:
                 return self.drawn(members[0], how.num_captions, how.top_p)
-            found = beam_search(
-                members, how.beam_size, self.flags["max_length"], how.length_penalty, True, how.num_captions,
-                how.no_repeat_ngram,
-            )  # fmt: skip
+            search = (how.beam_size, self.flags["max_length"], how.length_penalty, True)
+            if self.head and how.consensus == "on" and how.beam_size > 1:
+                found = search_by_consensus(members, [self.head] * len(members), *search, how.no_repeat_ngram)
+            else:
+                found = beam_search(members, *search, how.num_captions, how.no_repeat_ngram)
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"the memory of {self.device} is too small: use a smaller beam size than {how.beam_size}, or the device cpu"

@@ -34,6 +34,7 @@ from captioning.tensor_files import read_tensors
 
 SCHEMA = 4  # of the checkpoint; a reader refuses what it does not know
 EXPORT_SCHEMA = 1  # of config.json in an exported folder
+HEAD = "consensus."  # begins the names of consensus decoding's tensors in an exported folder
 LARGEST_JSON = 64_000_000  # bytes of a file in an exported folder; the vocabulary of Flickr30k has 0.2 million
 
 
@@ -78,6 +79,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         checkpoint["split"] = upgrade_split(checkpoint.get("split"))
     checkpoint["schema"] = SCHEMA
     add_later_flags(checkpoint)
+    checkpoint.setdefault("consensus", None)
     require_form(checkpoint, CHECKPOINT, path)
     if checkpoint["decoding"] is None:
         checkpoint["decoding"] = tuned_decoding(path, checkpoint["epoch"])
@@ -150,6 +152,8 @@ def load_exported(path: Path) -> dict[str, Any]:
     place = path.with_name("config.json")
     config = read_exported_json(place)
     add_later_flags(config)
+    if isinstance(config, dict):
+        config.setdefault("consensus", None)
     require_form(config, EXPORTED, place)
     if config["schema"] != EXPORT_SCHEMA:
         raise UserError(f"{place} has schema {config['schema']}, this program reads {EXPORT_SCHEMA}")
@@ -165,9 +169,11 @@ def load_exported(path: Path) -> dict[str, Any]:
             if file != path:
                 contents[name] = read_exported_json(file)
     try:
-        weights = load_file(path)
+        tensors = {name: each.float() if each.is_floating_point() else each for name, each in load_file(path).items()}
     except Exception as error:  # safetensors and torch each raise their own
         raise UserError(f"{path} cannot be read as safetensors: {first_line(error)}. Export it again") from error
+    weights = {name: each for name, each in tensors.items() if not name.startswith(HEAD)}
+    head = {name.removeprefix(HEAD): each for name, each in tensors.items() if name.startswith(HEAD)}
     places = {name: None for name in CHECKPOINT["flags"] if name not in EXPORTED["flags"]}
     flags = {name: config["flags"][name] for name in EXPORTED["flags"]}
     checkpoint = {
@@ -175,7 +181,7 @@ def load_exported(path: Path) -> dict[str, Any]:
         "encoder": config["encoder"], "vocabulary": contents["vocabulary.json"],
         "flags": {**flags, **places, "feature_cache": "feature_cache"}, "optimizer": None, "scaler": {},
         "progress": {"first_epoch": config["epoch"], "step": 0, "loss_sum": 0.0, "reward_sum": 0.0, "tokens": 0},
-        "schedule": None, "decoding": config["decoding"], "split": upgrade_split(contents["split.json"]), "loss_curve": {name: [] for name in CHECKPOINT["loss_curve"]},
+        "schedule": None, "decoding": config["decoding"], "consensus": config["consensus"] and config["consensus"] | head, "split": upgrade_split(contents["split.json"]), "loss_curve": {name: [] for name in CHECKPOINT["loss_curve"]},
         "metrics_history": [], "best": {"score": 0.0, "epoch": config["epoch"], "metric": flags["best_metric"]},
     }  # fmt: skip
     require_form(checkpoint, {name: form for name, form in CHECKPOINT.items() if name != "optimizer"}, path)
@@ -250,14 +256,18 @@ def is_scalar(value: Any) -> bool:
     return value is None or type(value) in (bool, int, float) or is_text(value)
 
 
-def is_tensor(value: Any) -> bool:
-    """A plain float32 tensor of finite numbers, as large as it says (an expanded one is not contiguous)."""
+def is_plain(value: Any, dtype: torch.dtype) -> bool:
+    """A tensor of this type that is as large as it says (an expanded one is not contiguous)."""
     return (
         type(value) is torch.Tensor
-        and (value.layout, value.device.type, value.dtype) == (torch.strided, "cpu", torch.float32)
+        and (value.layout, value.device.type, value.dtype) == (torch.strided, "cpu", dtype)
         and value.is_contiguous()
-        and bool(value.isfinite().all())
     )
+
+
+def is_tensor(value: Any) -> bool:
+    """A plain float32 tensor of finite numbers."""
+    return is_plain(value, torch.float32) and bool(value.isfinite().all())
 
 
 def is_vocabulary(value: Any) -> bool:
@@ -279,6 +289,12 @@ SCHEDULE = {
     },
     "plateau": {"rate": real(0), "best": real(), "bad_epochs": whole()},
 }  # fmt: skip
+CONSENSUS: dict[str, Any] = {  # what `consensus.NgramHead` takes; `check_consensus` looks further
+    **dict.fromkeys(("keys", "sizes"), Rule(lambda value: is_plain(value, torch.int64), "a tensor of whole numbers")),
+    **dict.fromkeys(("idf", "centre", "project", "expect"), Rule(is_tensor, "a float32 tensor of finite numbers")),
+    "log_images": real(0, 100),
+    "weight": real(0, 1e6),
+}
 # The fields that the program reads, each with its form: a rule, or a table of forms, or either or None. Other fields are
 # ignored.
 CHECKPOINT: dict[str, Any] = {
@@ -303,6 +319,7 @@ CHECKPOINT: dict[str, Any] = {
     "scaler": Rule(lambda value: is_table(value, is_scalar), "the state of a loss scaler"),
     "progress": {"first_epoch": whole(), "step": whole(), "loss_sum": real(-1e300, 1e300), "reward_sum": real(0, 1e300),
                  "tokens": whole()},
+    "consensus": OrNone(CONSENSUS),
     "decoding": OrNone({"beam_size": size("beam_size"), "length_penalty": real(0, LIMITS["length_penalty"]), "cider": real(), "images": whole()}),
     "schedule": OrNone(SCHEDULE),
     "split": OrNone(Rule(is_stored, "a split by image name, size and hash")),
@@ -320,6 +337,7 @@ EXPORTED: dict[str, Any] = {
     "epoch": whole(),
     "encoder": CHECKPOINT["encoder"],
     "decoding": CHECKPOINT["decoding"],
+    "consensus": OrNone({name: CONSENSUS[name] for name in ("log_images", "weight")}),
     "flags": {
         name: form
         for name, form in CHECKPOINT["flags"].items()
@@ -392,9 +410,34 @@ def check_architecture(checkpoint: dict[str, Any], path: Path) -> Decoder:
             )
     if checkpoint["schedule"] and len(checkpoint["schedule"]["settings"]) != len(SCHEDULE["settings"]):
         raise malformed(path, "schedule.settings has unknown fields")
+    if checkpoint["consensus"]:
+        check_consensus(checkpoint["consensus"], len(checkpoint["vocabulary"]) + 1, (spec.uncut or spec).channels, path)
     if len(set(map(len, (checkpoint["loss_curve"][name] for name in CHECKPOINT["loss_curve"])))) != 1:
         raise malformed(path, "the lists of loss_curve are not equally long")
     return decoder
+
+
+def check_consensus(stored: dict[str, Any], words: int, channels: int, path: Path) -> None:
+    """Make sure that the table and the matrices of consensus decoding belong together.
+
+    Args:
+        words: of the vocabulary, and the end token.
+        channels: of the encoder's features.
+
+    Raises:
+        UserError: they do not.
+    """
+    sizes, keys, rank = stored["sizes"].tolist(), stored["keys"], stored["expect"].shape[0]
+    ngrams = len(keys)
+    shapes = {"keys": (ngrams,), "sizes": (4,), "idf": (ngrams,), "centre": (channels,), "project": (channels + 1, rank),
+              "expect": (rank, ngrams)}  # fmt: skip
+    if any(stored[name].shape != shape for name, shape in shapes.items()) or min(sizes) < 0 or sum(sizes) != ngrams:
+        raise malformed(path, "the tensors of consensus have sizes that do not belong together")
+    shorter = 1  # n-grams that are a word shorter
+    for part in keys.split(sizes):
+        if len(part) and (bool((part.diff() < 1).any()) or part[0] < 0 or part[-1] >= shorter * words):
+            raise malformed(path, "consensus.keys are not sorted numbers of n-grams")
+        shorter = len(part)
 
 
 def check_optimizer(optimizer: dict[str, Any], decoder: Decoder, path: Path) -> None:

@@ -17,16 +17,16 @@ import torch
 
 from captioning.cider import NgramTable, caption_words, cider_of_each, weigh_references
 from captioning.dataset import UNK, CaptionSet, Vocabulary
-from captioning.decoding import Hypothesis
+from captioning.decoding import Hypothesis, Member, beam_search
 from captioning.io import log
 
-BEAM_SIZE = 20  # the default: consensus needs many captions to choose from
 CANDIDATES = 100  # captions of an image at most, best first; a beam of 20 ends with about as many
 # Tuned on the validation images of Flickr8k (docs/experiments.md).
 TEMPERATURE = 3.0  # divides the beam's log-probabilities: a beam is overconfident of its first captions
 RIDGE, RANK = 6.0, 128  # of the regression
 FEWEST_IMAGES = 10  # training images that have an n-gram of the table
 LARGEST_WEIGHT = 128.0
+MOST_IMAGES = 40_000  # training images that the regression is fitted to
 FIT_BATCH = 256  # images
 
 Evidence = tuple[np.ndarray, np.ndarray]  # CIDEr of an image's candidates expected by the beam and by the regression
@@ -39,22 +39,23 @@ class NgramHead:
     mean tf-idf vector of its captions.
     """
 
-    def __init__(self, vocabulary_size: int, tensors: Mapping[str, torch.Tensor], log_images: float, weight: float):
+    def __init__(self, vocabulary_size: int, stored: Mapping[str, Any]):
         """Args:
-        tensors: `keys` int64 (G,) and `idf` (G,) of the n-grams, those of one word first; `sizes` int64 (4,) how many
-            there are of each length; `centre` (C,) of the features, `project` (C + 1, R), `expect` (R, G).
-        log_images: of `NgramTable`.
-        weight: of the regression, against 1 for all the beam's captions together.
+        stored: what a checkpoint keeps: `keys` int64 (G,) and `idf` (G,) of the n-grams, those of one word first;
+            `sizes` int64 (4,), how many there are of each length; `centre` (C,) of the features, `project` (C + 1, R),
+            `expect` (R, G); `log_images`, as in `NgramTable`; `weight` of the regression, against 1 for all the beam's
+            captions together.
         """
-        self.tensors, self.log_images, self.weight = dict(tensors), log_images, weight
-        ends = self.tensors["sizes"].cumsum(0)[:-1].tolist()
-        keys, idf = (np.split(self.tensors[name].numpy(), ends) for name in ("keys", "idf"))
-        self.table = NgramTable(keys, [each.astype(np.float64) for each in idf], vocabulary_size + 1, log_images)
-        self.project, self.expect = self.tensors["project"].float(), self.tensors["expect"].float()
+        self.stored, self.weight = stored, float(stored["weight"])
+        ends = stored["sizes"].cumsum(0)[:-1].tolist()
+        keys, idf = (np.split(stored[name].numpy(), ends) for name in ("keys", "idf"))
+        idf = [each.astype(np.float64) for each in idf]
+        self.table = NgramTable(keys, idf, vocabulary_size + 1, stored["log_images"])
 
     def expected(self, pooled: torch.Tensor) -> torch.Tensor:
         """Return the weights (I, G) that the captions of images are expected to have. Args: pooled: features (I, C)."""
-        return direction(pooled.float().cpu(), self.tensors["centre"].float()) @ self.project @ self.expect
+        stored = self.stored
+        return direction(pooled.float().cpu(), stored["centre"]) @ stored["project"] @ stored["expect"]
 
     def evidence(self, found: Sequence[list[Hypothesis]], pooled: torch.Tensor) -> list[Evidence]:
         """Score the candidates of each image, which are its first H = CANDIDATES hypotheses at most.
@@ -78,16 +79,40 @@ class NgramHead:
             evidence.append((by_beam, self.table.cider_to_vector(ids, offsets, vector)))
         return evidence
 
-    def rank(self, found: Sequence[list[Hypothesis]], pooled: torch.Tensor) -> list[list[Hypothesis]]:
-        """Sort each image's candidates by their evidence, best first. Args: as for `evidence`."""
-        return [
-            [hypotheses[n] for n in np.argsort(-(by_beam + self.weight * by_regression), kind="stable")]
-            for hypotheses, (by_beam, by_regression) in zip(found, self.evidence(found, pooled), strict=True)
-        ]
 
-    def stored(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps."""
-        return {"tensors": self.tensors, "log_images": self.log_images, "weight": self.weight}
+def pool(features: torch.Tensor) -> torch.Tensor:
+    """(I, 49, C) or (I, C) -> (I, C)."""
+    return features.mean(1) if features.dim() == 3 else features
+
+
+def search_by_consensus(
+    members: Sequence[Member], heads: Sequence[NgramHead], beam_size: int, max_length: int, length_penalty: float,
+    attention: bool, no_repeat_ngram: int,
+) -> list[list[Hypothesis]]:  # fmt: skip
+    """Caption images, and sort what the beam ends with by its evidence.
+
+    Args:
+        members, ...: as for `beam_search`.
+        heads: of each member. Those of an ensemble each add their evidence.
+
+    Returns:
+        for every image its first CANDIDATES hypotheses at most, the one with the best evidence first.
+    """
+    with torch.inference_mode():
+        members = [decoder.after_stages(features) for decoder, features in members]
+        found = beam_search(members, beam_size, max_length, length_penalty, attention, beam_size, no_repeat_ngram)
+        values: list[np.ndarray] = [np.zeros(1)] * len(found)
+        for head in dict.fromkeys(heads):
+            views = [pool(features) for (_, features), its in zip(members, heads, strict=True) if its is head]
+            evidence = head.evidence(found, torch.stack(views).mean(0))
+            values = [
+                value + by_beam + head.weight * by_regression
+                for value, (by_beam, by_regression) in zip(values, evidence, strict=True)
+            ]
+    return [
+        [hypotheses[n] for n in np.argsort(-value, kind="stable")]
+        for hypotheses, value in zip(found, values, strict=True)
+    ]
 
 
 def direction(pooled: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
@@ -100,7 +125,7 @@ def fit_head(data: CaptionSet, vocabulary: Vocabulary, pooled: Callable[[np.ndar
     """Fit the regression to the training images, in closed form.
 
     It is a reduced-rank ridge regression (Izenman, 1975; Mukherjee and Zhu, 2011): of a ridge regression's predictions
-    the RANK principal directions are kept. Time grows with the number of images, memory does not.
+    the RANK principal directions are kept.
 
     Args:
         pooled: returns the features (n, C) of the images at these positions (n,).
@@ -109,7 +134,9 @@ def fit_head(data: CaptionSet, vocabulary: Vocabulary, pooled: Callable[[np.ndar
         a head, whose weight is 0 still.
     """
     train = data.splits["train"]
-    keys, idf, entries, weights = frequent_ngrams(data, vocabulary)
+    if len(train) > MOST_IMAGES:
+        train = np.sort(np.random.default_rng(0).choice(train, MOST_IMAGES, replace=False))
+    keys, idf, entries, weights = frequent_ngrams(data, vocabulary, train)
     batches = [np.arange(start, min(start + FIT_BATCH, len(train))) for start in range(0, len(train), FIT_BATCH)]
     features = torch.cat([pooled(train[batch]).float().cpu() for batch in batches])  # (T, C)
     centre = features.double().mean(0).float()
@@ -125,36 +152,41 @@ def fit_head(data: CaptionSet, vocabulary: Vocabulary, pooled: Callable[[np.ndar
     factor = torch.linalg.cholesky(squares)
     scaled = torch.linalg.solve_triangular(factor, products, upper=False)  # (C + 1, G)
     directions = torch.linalg.eigh(scaled @ scaled.T).eigenvectors[:, -RANK:]  # (C + 1, R)
-    tensors = {
+    stored = {
         "keys": torch.from_numpy(np.concatenate(keys)),
         "idf": torch.from_numpy(np.concatenate(idf)).float(),
         "sizes": torch.tensor(list(map(len, keys))),
         "centre": centre,
         "project": torch.linalg.solve_triangular(factor.T, directions, upper=True).float(),
         "expect": (directions.T @ scaled).float(),
+        "log_images": float(np.log(len(train))),
+        "weight": 0.0,
     }
-    return NgramHead(len(vocabulary), tensors, float(np.log(max(1, len(train)))), 0.0)
+    return NgramHead(len(vocabulary), stored)
 
 
 def frequent_ngrams(
-    data: CaptionSet, vocabulary: Vocabulary
+    data: CaptionSet, vocabulary: Vocabulary, train: np.ndarray
 ) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray, np.ndarray]:
-    """Return the n-grams that at least FEWEST_IMAGES training images have, without those with unknown words.
+    """Return the n-grams that at least FEWEST_IMAGES images, or one of 600, have, without those with unknown words.
+
+    Args:
+        train: positions (T,) of the images.
 
     Returns:
         keys and idf, as `NgramTable` takes them, with the vocabulary's numbers as words; and the mean tf-idf vectors of
-        the T training images: int64 (M,) sorted places in a table (T, G), and the weight at each.
+        the images: int64 (M,) sorted places in a table (T, G), and the weight at each.
     """
-    train = data.splits["train"]
     ids, offsets = caption_words(data, train)
     ids = np.array([vocabulary.id_of.get(word, UNK) for word in data.tokens.words])[ids]
     counts, words = data.caption_counts(train), len(vocabulary) + 1
     image = np.repeat(np.arange(len(train)), counts)
     keys, idf, images, places, weights = [], [], [], [], []
     place, first = np.zeros(1, dtype=np.int64), 0  # of each (n - 1)-gram in the table
+    fewest = np.log(max(FEWEST_IMAGES, len(train) / 600)) - 1e-9
     for grams, each, entry_weights, norms in weigh_references(ids, offsets, counts, words):
         before, word = np.divmod(grams.keys, words)
-        frequent = np.log(len(train)) - each >= np.log(FEWEST_IMAGES) - 1e-9
+        frequent = np.log(len(train)) - each >= fewest
         kept = frequent & (word != UNK) & (place[before] >= 0)
         keys.append(place[before[kept]] * words + word[kept])
         idf.append(each[kept])
@@ -198,4 +230,4 @@ def settle_weight(
     best = max(scores, key=lambda weight: (scores[weight], -weight))
     tried = ", ".join(f"{weight:g}: {100 * value:.1f}" for weight, value in scores.items())
     log.info(f"Weight of the regression: {best:g}, by CIDEr on {len(found)} validation images ({tried})")
-    return NgramHead(head.table.words - 1, head.tensors, head.log_images, best)
+    return NgramHead(head.table.words - 1, {**head.stored, "weight": best})

@@ -102,6 +102,10 @@ class Decoder(nn.Module):
         """
         raise NotImplementedError
 
+    def after_stages(self, features: torch.Tensor) -> tuple[Decoder, torch.Tensor]:
+        """Return the decoder that comes after trained stages, and the features that these make of the frozen ones'."""
+        return self, features
+
     def set_word_frequencies(self, counts: torch.Tensor) -> None:
         """Start the output bias at the log frequency of each word, which saves the first hundred steps.
 
@@ -151,6 +155,10 @@ class FineTuned(Decoder):
         """(I, 196, C) of the frozen stages -> what the decoder reads, (I, 49, C) or (I, C)."""
         grid = self.stages(regions)
         return grid if self.decoder.uses_grid else grid.mean(1)
+
+    def after_stages(self, features: torch.Tensor) -> tuple[Decoder, torch.Tensor]:
+        """See `Decoder.after_stages`."""
+        return self.decoder, self.features(features)
 
     def begin(self, features: torch.Tensor) -> DecoderState:
         """See `Decoder.begin`."""

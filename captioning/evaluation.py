@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import difflib
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from captioning import distributed
-from captioning.consensus import Consensus
+from captioning.checkpoints import save_checkpoint
+from captioning.consensus import NgramHead, fit_head, pool, search_by_consensus, settle_weight
 from captioning.dataset import CaptionSet, Vocabulary
 from captioning.decoders import Decoder
 from captioning.decoding import Hypothesis, beam_search
+from captioning.encoders import ENCODE_BATCH
 from captioning.features import Features
-from captioning.io import UserError, bars_off
+from captioning.flags import CONSENSUS_BEAM
+from captioning.io import UserError, bars_off, duration, log
 from captioning.settings import Settings
 
 ROWS = 384  # images x beams x members that are decoded together
+MOST_VALIDATION = 1000  # validation images at most on which consensus is settled
 
 
 @dataclass
@@ -31,7 +38,7 @@ class EvalContext:
     data: CaptionSet
     vocabulary: Vocabulary
     members: list[tuple[Decoder, Features]]  # a decoder with a view of the images, or an ensemble of several
-    consensus: Consensus | None = field(default=None, kw_only=True)  # picks among the beam's captions
+    heads: list[NgramHead] = field(default_factory=list)  # of each member, for consensus; none for the beam alone
 
     def text(self, hypothesis: Hypothesis) -> str:
         return " ".join(self.vocabulary.decode(hypothesis.ids))
@@ -39,17 +46,17 @@ class EvalContext:
 
 def search(
     context: EvalContext, images: np.ndarray, beam: int, attention: bool = False, length_penalty: float | None = None,
-    wanted: int = 1,
+    consensus: bool = False,
 ) -> list[list[Hypothesis]]:  # fmt: skip
     """Decode captions freely, many images at a time; of several processes each takes its shard.
 
     Args:
         images: positions (n,) in the caption set.
         length_penalty: another than the settings'.
-        wanted: keep all that the beam ends with, mostly at least so many; 1 keeps the best alone.
+        consensus: sort what the beam ends with by the evidence of `context.heads`, rather than by probability.
 
     Returns:
-        for each image its hypotheses, best first.
+        for each image its best hypothesis, and with consensus the others.
     """
     settings = context.settings
     penalty = settings.length_penalty if length_penalty is None else length_penalty
@@ -60,16 +67,21 @@ def search(
     for start in tqdm(starts, "Captioning", unit="batch", disable=bars_off(), leave=False):
         part = mine[start : start + chunk]
         members = [(decoder, features.gather(part, context.device)) for decoder, features in context.members]
-        found = beam_search(members, beam, settings.max_length, penalty, attention, wanted, settings.no_repeat_ngram)
-        captions += found if wanted > 1 else [hypotheses[:1] for hypotheses in found]
+        how = (beam, settings.max_length, penalty, attention)
+        if consensus:
+            captions += search_by_consensus(members, context.heads, *how, settings.no_repeat_ngram)
+        else:
+            found = beam_search(members, *how, no_repeat_ngram=settings.no_repeat_ngram)
+            captions += [hypotheses[:1] for hypotheses in found]
     return distributed.gather(captions)
 
 
 def caption(
     context: EvalContext, images: np.ndarray, beam: int, attention: bool = False, length_penalty: float | None = None
 ) -> list[Hypothesis]:
-    """Return the best caption of each image, as `search` finds it."""
-    return [hypotheses[0] for hypotheses in search(context, images, beam, attention, length_penalty)]
+    """Return the best caption of each image, as `search` finds it, by consensus where the context has heads."""
+    by_consensus = bool(context.heads) and beam > 1
+    return [found[0] for found in search(context, images, beam, attention, length_penalty, by_consensus)]
 
 
 def caption_texts(
@@ -77,6 +89,52 @@ def caption_texts(
 ) -> list[str]:
     """Return the captions of `caption` as texts."""
     return [context.text(found) for found in caption(context, images, beam, length_penalty=length_penalty)]
+
+
+def learn_consensus(context: EvalContext) -> NgramHead | None:
+    """Fit the regression of consensus decoding to the training images, and settle its weight on validation images.
+
+    Args:
+        context: whose members are views of the images for one decoder, trained already.
+
+    Returns:
+        None where the regression does not raise the CIDEr of the validation images.
+    """
+    started = time.perf_counter()
+    val = context.data.splits["val"][:MOST_VALIDATION]
+
+    def pooled(images: np.ndarray) -> torch.Tensor:
+        features = (decoder.after_stages(view.gather(images, context.device))[1] for decoder, view in context.members)
+        return torch.stack([pool(each) for each in features]).mean(0).cpu()
+
+    with torch.inference_mode():
+        head = fit_head(context.data, context.vocabulary, pooled)
+        each = torch.cat([pooled(batch) for batch in np.array_split(val, len(val) // ENCODE_BATCH + 1)])
+    context = replace(context, heads=[head] * len(context.members))
+    head = settle_weight(
+        head,
+        search(context, val, CONSENSUS_BEAM, consensus=True),
+        each,
+        context.text,
+        list(map(context.data.references, val)),
+    )
+    log.info(f"Consensus: {head.table.size:,} n-grams, in {duration(time.perf_counter() - started)}")
+    return head if head.weight else None
+
+
+def add_consensus(context: EvalContext, views: list[Features], checkpoint: dict[str, Any], path: Path) -> None:
+    """Write what `learn_consensus` finds into the checkpoint of a finished run, unless it is there already.
+
+    Args:
+        context: whose decoder has the checkpoint's weights.
+        views: of the images, all that are averaged in testing.
+    """
+    if checkpoint["consensus"] or context.settings.dry_run:
+        return
+    (decoder, _), *_ = context.members
+    head = learn_consensus(replace(context, members=[(decoder, view) for view in views]))
+    if head and distributed.is_first():
+        save_checkpoint(path, checkpoint | {"consensus": head.stored})
 
 
 def images_to_draw(settings: Settings, data: CaptionSet, images: np.ndarray) -> np.ndarray:

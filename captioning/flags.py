@@ -252,9 +252,9 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("length_penalty", "exponent of the length; more makes captions longer", number(float, 0, LIMITS["length_penalty"]), 0.7),
         Flag("no_repeat_ngram", "no caption has the same N words twice; 0 for no such rule", number(int, 0, 10), 0,
             modes=("test", "tune", "caption", "serve")),
-        Flag("consensus", "take the beam's caption that agrees best with all of them (beam), or also with what a "
-            "regression on the training captions expects of the image (regression); the beam is 20 wide unless given",
-            str, "off", ("off", "beam", "regression"), modes=("test",)),
+        Flag("consensus", "take, of a beam of 20 unless --beam_size is given, the caption that agrees best with the others and with "
+            "what the checkpoint expects of the image; has no effect where it expects nothing (--mode tune adds it to older runs)",
+            str, "on", ("on", "off"), modes=("test", "caption", "serve")),
         Flag("spice", "SPICE too (Java; downloads CoreNLP; minutes)", modes=("test",), parameter=False),
         Flag("split", "which images are scored", str, "test", ("test", "val", "val+test"), modes=("test",),
             parameter=False),
@@ -301,10 +301,14 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
     ),
 }  # fmt: skip
 FLAGS: dict[str, Flag] = {flag.name: flag for flags in GROUPS.values() for flag in flags}
+CONSENSUS_BEAM = 20  # hypotheses, unless --beam_size is given: consensus needs many captions to choose from
 # Keys of run_config.json that are facts of a run, and flags that say which run it is: `--config` passes over them.
 NOT_CONFIGURABLE = ("timestamp", "command", "explicit", "mode", "model_path", "config", "resume", "output")
 CONFIG_NAMES = {"decoder": "decoder_type"}  # flags under the names that the original's run_config.json has
 GONE: dict[str, str] = {  # flags and values of earlier versions, and what took their place
     "compile": "on a CPU, OpenVINO runs the encoder (requirements.txt), faster than compiled PyTorch",
-    "consensus=neighbours": "--consensus regression took its place",
+    **{
+        f"consensus={old}": "--consensus is on or off: what it needs is in the checkpoint, and --mode tune adds it to older runs"
+        for old in ("beam", "regression", "neighbours")
+    },
 }

@@ -11,6 +11,7 @@ from captioning.cider import CiderReward
 from captioning.dataset import EOS, CaptionSet, Vocabulary
 from captioning.decoders import Decoder, DecoderOutput
 from captioning.decoding import sample
+from captioning.settings import Settings
 
 
 class SelfCritic:
@@ -20,9 +21,9 @@ class SelfCritic:
     pass. Document frequencies are those of the training captions, whatever is scored later.
     """
 
-    def __init__(self, data: CaptionSet, vocabulary: Vocabulary, samples: int, max_length: int):
-        """Args: samples: captions sampled for an image, at least 2."""
-        self.samples, self.max_length = samples, max_length
+    def __init__(self, data: CaptionSet, vocabulary: Vocabulary, settings: Settings):
+        """Args: settings: of which `scst_samples`, at least 2 for an image, and `max_length` count."""
+        self.samples, self.max_length = settings.scst_samples, settings.max_length
         self.reward = CiderReward(data, data.splits["train"])
         self.word_of = self.reward.words_of(vocabulary)
 

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from captioning.flags import (
     ADAPTATION,
     CONFIG_NAMES,
+    CONSENSUS_BEAM,
     DATA_MODES,
     FLAGS,
     GONE,
@@ -57,6 +58,11 @@ class Settings(argparse.Namespace):
     def values(self) -> dict[str, Any]:
         """Every flag by name."""
         return {name: getattr(self, name) for name in FLAGS}
+
+    @property
+    def by_consensus(self) -> bool:
+        """Whether captions are chosen by consensus, where the checkpoint has what that needs."""
+        return self.consensus == "on" and self.mode != "tune"
 
     def with_values(self, **changes: Any) -> Settings:
         return Settings(self.values() | changes, self.explicit)
@@ -108,6 +114,8 @@ class Settings(argparse.Namespace):
         tuned = checkpoint["decoding"]
         if tuned and not self.explicit & {"beam_size", "length_penalty"}:
             found |= {"beam_size": tuned["beam_size"], "length_penalty": tuned["length_penalty"]}
+        if checkpoint["consensus"] and self.by_consensus and "beam_size" not in self.explicit:
+            found["beam_size"] = CONSENSUS_BEAM
         settings = self.with_values(**found)
         for kind, entries in KINDS.items():
             for name in sorted(self.explicit & idle_flags(entries, getattr(settings, kind))):
@@ -469,8 +477,10 @@ def check_decoding(args: Settings, error: Callable[[str], Any]) -> None:
         error("--seed has no effect with --mode caption without --top_p")
     if "beam_size" in explicit and args.num_captions > args.beam_size:
         error(f"--num_captions {args.num_captions} needs a --beam_size of at least as many")
-    if args.consensus != "off" and ("beam_size" in explicit and args.beam_size == 1):
+    if args.consensus == "on" and {"consensus", "beam_size"} <= explicit and args.beam_size == 1:
         error("--consensus chooses among a beam's captions: it needs a --beam_size above 1, best 20 or more")
+    if "consensus" in explicit and args.top_p is not None:
+        error("--consensus has no effect with --top_p, which samples captions")
     for name in ("consensus", "beam_size", "length_penalty", "no_repeat_ngram"):
         if name in explicit and args.predictions is not None:
             error(f"--{name} has no effect with --predictions, which are captions already")

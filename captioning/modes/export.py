@@ -1,6 +1,6 @@
 """`--mode export`: write a trained decoder as a folder to share.
 
-    model.safetensors   the decoder's weights, float32
+    model.safetensors   the decoder's weights, and what consensus decoding needs, in float16
     config.json         the decoder's flags, its encoder, its training, and the files' SHA-256
     vocabulary.json     its words, by number
     split.json          which images it was trained, validated and tested on, by name, size and hash
@@ -31,7 +31,7 @@ import torch
 import yaml
 from torch import nn
 
-from captioning.checkpoints import EXPORT_SCHEMA, EXPORTED, load_weights
+from captioning.checkpoints import EXPORT_SCHEMA, EXPORTED, HEAD, load_weights
 from captioning.dataset import SOS
 from captioning.decoders import Decoder, build_decoder, find_decoder
 from captioning.encoders import encoder_of
@@ -118,7 +118,9 @@ def write_model(checkpoint: dict[str, Any], folder: Path) -> None:
     """Write weights, vocabulary, split and config into a folder."""
     from safetensors.torch import save
 
-    content = save(checkpoint["decoder"], metadata={"format": "pt"})
+    head = checkpoint["consensus"] or {}
+    tensors = checkpoint["decoder"] | {f"{HEAD}{name}": each for name, each in head.items() if torch.is_tensor(each)}
+    content = save({name: shortened(each) for name, each in tensors.items()}, metadata={"format": "pt"})
     write_atomic(folder / EXPORTED_WEIGHTS, lambda file: file.write(content))
     write_json(folder / "vocabulary.json", checkpoint["vocabulary"])
     if checkpoint["split"] is not None:
@@ -129,10 +131,17 @@ def write_model(checkpoint: dict[str, Any], folder: Path) -> None:
         "epoch": checkpoint["epoch"],
         "encoder": {key: checkpoint["encoder"][key] for key in EXPORTED["encoder"]} | {"name": name},
         "decoding": checkpoint["decoding"],  # tuned beam size and length penalty, or null
+        "consensus": (head and {key: head[key] for key in ("log_images", "weight")}) or None,
         "flags": {key: checkpoint["flags"][key] for key in EXPORTED["flags"]} | {"encoder": name},
         "sha256": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())},
     }
     write_json(folder / "config.json", config)
+
+
+def shortened(tensor: torch.Tensor) -> torch.Tensor:
+    """Return floats in float16, unless one is too large for it; other tensors as they are."""
+    half = tensor.half() if tensor.is_floating_point() else tensor
+    return half if bool(half.isfinite().all()) else tensor
 
 
 # --------------------------------------------------------------------------------------------------
@@ -191,8 +200,6 @@ def model_card(checkpoint: dict[str, Any], scores: Sequence[Mapping[str, Any]], 
             cells += [f"{100 * entry[name]:.1f}" if is_number(entry.get(name)) else "" for name in names]
             lines.append(f"| {' | '.join(cells)} |")
         lines += ["", "x100, on lower-cased tokens without punctuation; CIDEr depends on how many images are scored."]
-        if any(entry.get("consensus") for entry in scores):
-            lines.append("Consensus needs the training captions beside the model: `--mode caption` does without.")
     else:
         lines.append("Not tested yet.")
     lines += [

@@ -16,7 +16,6 @@ from filelock import FileLock
 from attention_visualization import save_attention_pictures
 from captioning import demo_set, distributed, plots
 from captioning.analysis import unsupported_share
-from captioning.consensus import pick_best
 from captioning.dataset import CaptionSet, captions_of, tokenize
 from captioning.decoding import Hypothesis
 from captioning.evaluation import EvalContext, caption, images_to_draw, search
@@ -145,40 +144,17 @@ class Way(NamedTuple):
 def ways_to_decode(context: EvalContext, images: np.ndarray, attention: bool) -> Iterator[Way]:
     """Caption images greedily, with the beam, and by consensus of the beam's captions, where the flags ask for it."""
     beam, penalty = context.settings.beam_size, context.settings.length_penalty
-    settings = {"beam_size": 1, "length_penalty": None, "consensus": None}
+    settings: dict[str, Any] = {"beam_size": 1, "length_penalty": None, "consensus": None}
     yield Way("greedy", settings, caption(context, images, 1, attention), {})
     if beam > 1:
-        found = search(context, images, beam, attention, wanted=beam if context.consensus else 1)
+        found = search(context, images, beam, attention, consensus=bool(context.heads))
         settings = {"beam_size": beam, "length_penalty": penalty, "consensus": None}
-        yield Way(f"beam {beam}", settings, [hypotheses[0] for hypotheses in found], {})
-        if context.consensus is not None:
-            best, weight = by_consensus(context, images, found)
-            settings = settings | {"consensus": context.settings.consensus}
-            yield Way("consensus", settings, best, {"consensus_weight": weight})
-
-
-def by_consensus(
-    context: EvalContext, images: np.ndarray, found: list[list[Hypothesis]]
-) -> tuple[list[Hypothesis], float | None]:
-    """Pick of the beam's captions `found` of each image the one that agrees best with the evidence.
-
-    Returns:
-        a caption of each image, and the weight of the regression, tuned on the validation images; None without one.
-    """
-    consensus, beam = context.consensus, context.settings.beam_size
-    assert consensus is not None
-    val = context.data.splits["val"] if consensus.views else images[:0]
-    more = np.setdiff1d(val, images)
-    every = np.concatenate([images, more])
-    found = found + search(context, more, beam, wanted=beam)
-    mine = distributed.shard(np.arange(len(every)))
-    evidence = distributed.gather(consensus.evidence(every[mine], [found[n] for n in mine]))
-    weight = None
-    if consensus.views:
-        place = {image: n for n, image in enumerate(every.tolist())}
-        at = [place[image] for image in val.tolist()]
-        weight = consensus.tune_weight([found[n] for n in at], [evidence[n] for n in at], val)
-    return pick_best(found[: len(images)], evidence[: len(images)], weight or 0.0), weight
+        yield Way(f"beam {beam}", settings, [max(each, key=lambda h: h.score) for each in found], {})
+        if context.heads:
+            weights = [head.weight for head in dict.fromkeys(context.heads)]
+            settings = settings | {"consensus": "regression"}
+            more = {"consensus_weight": sum(weights) / len(weights)}
+            yield Way("consensus", settings, [hypotheses[0] for hypotheses in found], more)
 
 
 # --------------------------------------------------------------------------------------------------
