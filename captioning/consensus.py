@@ -24,8 +24,9 @@ CANDIDATES = 100  # captions of an image at most, best first; a beam of 20 ends 
 # Tuned on the validation images of Flickr8k (docs/experiments.md).
 TEMPERATURE = 3.0  # divides the beam's log-probabilities: a beam is overconfident of its first captions
 RIDGE, RANK = 6.0, 128  # of the regression
-FEWEST_IMAGES = 10  # training images that have an n-gram of the table
-LARGEST_WEIGHT = 128.0
+FEWEST_TRAINING_IMAGES = 100  # of which a regression can learn
+FEWEST_IMAGES = 10  # of them that have an n-gram of the table
+WEIGHTS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)  # of the regression: the last leaves the beam no say
 MOST_IMAGES = 40_000  # training images that the regression is fitted to
 FIT_BATCH = 256  # images
 
@@ -157,8 +158,8 @@ def fit_head(data: CaptionSet, vocabulary: Vocabulary, pooled: Callable[[np.ndar
         "idf": torch.from_numpy(np.concatenate(idf)).float(),
         "sizes": torch.tensor(list(map(len, keys))),
         "centre": centre,
-        "project": torch.linalg.solve_triangular(factor.T, directions, upper=True).float(),
-        "expect": (directions.T @ scaled).float(),
+        "project": torch.linalg.solve_triangular(factor.T, directions, upper=True).float().contiguous(),
+        "expect": (directions.T @ scaled).float().contiguous(),
         "log_images": float(np.log(len(train))),
         "weight": 0.0,
     }
@@ -207,8 +208,7 @@ def settle_weight(
 ) -> NgramHead:  # fmt: skip
     """Return the head with the weight of the best CIDEr on validation images, the smaller where two are equal.
 
-    A regression fitted to few images, or to features that tell little, deserves little weight, or none. Weights are
-    doubled until the best is not the largest.
+    A regression fitted to few images, or to features that tell little, deserves little weight, or none.
 
     Args:
         found, pooled: as for `NgramHead.evidence`.
@@ -224,9 +224,7 @@ def settle_weight(
         ]
         return float(cider_of_each(best, references).mean())
 
-    scores = {weight: cider(weight) for weight in (0.0, 1.0, 2.0)}
-    while max(scores, key=scores.__getitem__) == (largest := max(scores)) and largest < LARGEST_WEIGHT:
-        scores[2 * largest] = cider(2 * largest)
+    scores = {weight: cider(weight) for weight in WEIGHTS}
     best = max(scores, key=lambda weight: (scores[weight], -weight))
     tried = ", ".join(f"{weight:g}: {100 * value:.1f}" for weight, value in scores.items())
     log.info(f"Weight of the regression: {best:g}, by CIDEr on {len(found)} validation images ({tried})")

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from captioning import distributed
 from captioning.checkpoints import save_checkpoint
-from captioning.consensus import NgramHead, fit_head, pool, search_by_consensus, settle_weight
+from captioning.consensus import FEWEST_TRAINING_IMAGES, NgramHead, fit_head, pool, search_by_consensus, settle_weight
 from captioning.dataset import CaptionSet, Vocabulary
 from captioning.decoders import Decoder
 from captioning.decoding import Hypothesis, beam_search
@@ -98,8 +98,10 @@ def learn_consensus(context: EvalContext) -> NgramHead | None:
         context: whose members are views of the images for one decoder, trained already.
 
     Returns:
-        None where the regression does not raise the CIDEr of the validation images.
+        None where the regression does not raise the CIDEr of the validation images, or has too few to learn from.
     """
+    if len(context.data.splits["train"]) < FEWEST_TRAINING_IMAGES:
+        return None
     started = time.perf_counter()
     val = context.data.splits["val"][:MOST_VALIDATION]
 

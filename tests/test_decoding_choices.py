@@ -12,7 +12,6 @@ import pytest
 import torch
 from run_files import skip_pictures
 
-import experiment_utils
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from captioning.checkpoints import load_checkpoint
 from captioning.images import VIEWS, load_views
@@ -170,35 +169,6 @@ def test_a_damaged_table_of_tests_is_named_before_anything_is_decoded(trained, c
     assert "test_metrics.json" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("evidence", ["beam", "regression"])
-def test_consensus_is_a_third_way_beside_greedy_and_beam(trained, capsys, evidence):
-    _, _, lstm, attention = trained
-    for run_directory in (lstm, attention):
-        flags = ["--mode", "test", "--model_path", str(run_directory), "--consensus", evidence]
-        assert trainer.main(flags) == 0
-        printed = capsys.readouterr().out
-        greedy, beam, picked = rows(run_directory)[-3:]
-        assert [row["beam_size"] for row in (greedy, beam, picked)] == [1, 20, 20]
-        assert [row["consensus"] for row in (greedy, beam, picked)] == [None, None, evidence]
-        assert ("by CIDEr on 2 validation images" in printed) == (evidence == "regression")
-        assert (picked["consensus_weight"] is None) == (evidence == "beam") and "consensus_weight" not in beam
-        assert "consensus" in picked["captions_file"] and "which are among these" not in printed
-        assert "consensus" in printed and f"{100 * picked['cider']:.2f}" in printed
-        assert trainer.main(flags) == 0  # the same again: nothing is drawn at random, and no row is added
-        assert rows(run_directory)[-1] == picked and rows(run_directory).count(picked) == 1
-    capsys.readouterr()
-    assert experiment_utils.main(["diff", str(lstm), str(lstm)]) == 0
-    printed = capsys.readouterr().out
-    assert "B beam 20, consensus" in printed and "B - A" in printed and "A beam 20, length penalty" in printed
-
-
-def test_consensus_on_images_that_its_weight_was_chosen_by_says_so(trained, capsys):
-    for split in ("val", "val+test"):
-        assert score("--consensus", "regression", "--split", split, model=[trained[2]]) == 0
-        weight = rows(trained[2])[-1]["consensus_weight"]
-        assert f"regression's weight, {weight:g}, was chosen by the CIDEr of the" in capsys.readouterr().out
-
-
 def test_tests_that_end_at_once_keep_each_others_rows(tmp_path, monkeypatch):
     data = SimpleNamespace(image_id=int)
     scores = ImageScores(*[np.zeros((2, 4))] * len(ImageScores._fields))
@@ -295,9 +265,9 @@ def test_the_official_coco_scorer_reads_what_a_test_writes(trained):
         (["--scst_epochs", "1", "--early_stopping", "2"], "no effect with --scst_epochs"),
         (["--predictions", "x.json"], "no effect with --mode train, only with test"),
         (["--mode", "tune"], "needs --model_path"),
-        (["--consensus", "beam"], "no effect with --mode train, only with test"),
-        (["--mode", "test", "--model_path", "a.pt", "--consensus", "beam", "--beam_size", "1"], "above 1"),
-        (["--mode", "test", "--predictions", "a.csv", "--consensus", "beam"], "captions already"),
+        (["--consensus", "on"], "no effect with --mode train, only with test"),
+        (["--mode", "test", "--model_path", "a.pt", "--consensus", "on", "--beam_size", "1"], "above 1"),
+        (["--mode", "test", "--predictions", "a.csv", "--consensus", "on"], "captions already"),
         (["--model_path", "a.pt", "b.pt"], "takes one --model_path"),
     ],
 )

@@ -58,10 +58,7 @@ def test_the_stages_learn_from_the_second_epoch_on(tiny, monkeypatch, capsys, de
     for before, after in ((first, second), (second, third)):
         moved = {name for name in before if not torch.equal(before[name], after[name])}
         assert moved and moved == {name for name in before if "running" not in name}
-    assert (
-        trainer.main(["--mode", "test", "--model_path", str(folder), "--beam_size", "2", "--consensus", "regression"])
-        == 0
-    )
+    assert trainer.main(["--mode", "test", "--model_path", str(folder), "--beam_size", "2"]) == 0
     assert trainer.main(["--mode", "export", "--model_path", str(folder), "--output", "shared"]) == 0
     capsys.readouterr()
     captions = []

@@ -15,13 +15,10 @@ from reward import CocoReward
 
 from captioning.batches import BatchMaker, pack_captions
 from captioning.cider import CiderReward
-from captioning.consensus import Consensus, pick_best, regression_images
 from captioning.dataset import EOS, PAD, SOS, UNK, CaptionSet, Tokens, Vocabulary, build_vocabulary
 from captioning.decoders import Decoder, build_decoder
-from captioning.decoding import Ensemble, Hypothesis, beam_search, sample
+from captioning.decoding import Ensemble, beam_search, sample
 from captioning.encoders import EncoderSpec
-from captioning.evaluation import EvalContext
-from captioning.modes.test import by_consensus
 from captioning.registry import DECODERS
 from captioning.scst import SelfCritic
 
@@ -71,23 +68,6 @@ def test_pairwise_cider_is_the_reward_with_one_reference(data):
     assert np.abs(together[:4, 4:].mean(1) - alone).max() < 1e-9 and alone[0] > 1
 
 
-def test_cider_to_a_mixture_is_linear_and_of_one_caption_its_ciderd(data):
-    reward = CiderReward(data, data.splits["train"])
-    lone = int(np.flatnonzero(np.diff(data.first_caption[:11]) == 1)[0])  # an image with one caption
-    (own,) = ([WORDS.index(word) for word in text.split()] for text in data.references(lone))
-    assert len(own) > 2
-    texts = [own, own[::-1], [*own[1:], own[0]]]  # as long, and no word more often: CIDEr-D clips and fines nothing
-    ids, offsets = np.concatenate(texts), np.arange(4) * len(own)
-    alone = reward.cider_to_mixture(ids, offsets, np.array([lone]), np.ones(1))
-    assert np.abs(alone - reward.score(ids, offsets, np.full(3, lone))).max() < 1e-9 and alone[0] == pytest.approx(10)
-    several = np.array([7, lone, 2])
-    parts = [reward.cider_to_mixture(ids, offsets, several[[n]], np.ones(1)) for n in range(3)]
-    mixed = reward.cider_to_mixture(ids, offsets, several, np.array([0.5, 2.0, -0.25]))
-    assert np.abs(mixed - (0.5 * parts[0] + 2 * parts[1] - 0.25 * parts[2])).max() < 1e-9
-    nowhere = reward.cider_to_mixture(np.array([len(WORDS)]), np.array([0, 1]), np.array([lone]), np.ones(1))
-    assert nowhere == 0  # a word that no caption has, and an end that all have
-
-
 def test_a_word_that_the_data_lacks_is_no_end_of_the_caption(data):
     reward = CiderReward(data, data.splits["train"])
     words = reward.words_of(Vocabulary([*build_vocabulary(data, 1).words, "unheard", "of"]))
@@ -100,110 +80,6 @@ def test_a_word_that_the_data_lacks_is_no_end_of_the_caption(data):
 
     assert [score(*own, last) for last in rare] == pytest.approx([score(*own, len(WORDS))] * len(rare))
     assert score(*own, len(WORDS)) < score(*own)
-
-
-def hypothesis(data: CaptionSet, text: str, log_probability: float) -> Hypothesis:
-    known = build_vocabulary(data, 1).id_of
-    return Hypothesis([known[word] for word in text.split()], log_probability, log_probability, None, [])
-
-
-def choose(consensus: Consensus, found: list[list[Hypothesis]], weight: float = 0.0) -> list[Hypothesis]:
-    return pick_best(found, consensus.evidence(np.array([10]), found), weight)
-
-
-def test_consensus_weighs_the_beam_by_its_probability(data):
-    consensus = Consensus(data, build_vocabulary(data, 1), None)
-    likely, lone = "w9 w3 w4", "w1 w2 w5"
-    found = [[hypothesis(data, lone, -4.0), hypothesis(data, likely, -4.5), hypothesis(data, likely + " w6", -4.6)]]
-    assert choose(consensus, found) == [found[0][1]]  # two that agree outweigh the likeliest
-    found[0][0] = found[0][0]._replace(log_probability=0.0)
-    assert choose(consensus, found) == [found[0][0]]  # but not one that has nearly all
-
-
-class Means:
-    """Features of twelve images: the nearer two numbers, the more alike."""
-
-    def gather(self, images: np.ndarray, device: torch.device | None = None) -> torch.Tensor:
-        angles = torch.from_numpy(np.asarray(images)).float() * 0.4
-        return torch.stack([angles.cos(), angles.sin()], 1) + 5  # the offset is what centring takes away
-
-
-class Mirrored(Means):
-    def gather(self, images: np.ndarray, device: torch.device | None = None) -> torch.Tensor:
-        return super().gather(images) * torch.tensor([1.0, -1.0])
-
-
-def test_consensus_uses_what_the_regression_expects(data):
-    consensus = Consensus(data, build_vocabulary(data, 1), [Means()])
-    expected_caption = " ".join(data.references(9)[0].split()[:40])
-    assert len(expected_caption.split()) > 1
-    found = [[hypothesis(data, "w1 w2 w5", -4.0), hypothesis(data, expected_caption, -4.2)]]
-    assert choose(consensus, found) == [found[0][0]]
-    assert choose(consensus, found, 8.0) == [found[0][1]]
-    consensus.views = []
-    assert choose(consensus, found, 8.0) == [found[0][0]]
-
-
-@pytest.mark.parametrize("known", [True, False])
-def test_the_regressions_weight_is_what_helps_on_the_validation_images(data, monkeypatch, known):
-    vocabulary = build_vocabulary(data, 1)
-    consensus = Consensus(data, vocabulary, [Means()])
-    expected_caption = " ".join(data.references(9)[0].split()[:40])
-    found = [hypothesis(data, "w1 w2 w5", -4.0), hypothesis(data, expected_caption, -4.2)]
-    asked: list[int] = []
-    task = EvalContext(argparse.Namespace(beam_size=7), torch.device("cpu"), data, vocabulary, [], consensus=consensus)
-
-    def search(_, images: np.ndarray, beam: int, wanted: int) -> list[list[Hypothesis]]:
-        asked.extend(images.tolist())
-        assert beam == wanted == 7
-        return [found for _ in images]
-
-    monkeypatch.setattr("captioning.modes.test.search", search)
-    images = np.array([10] if known else [11])
-    for good, weighty in zip(found, (False, True), strict=True):  # without the regression the first is picked
-        right = [task.text(good)]
-        monkeypatch.setattr(
-            "captioning.consensus.cider_of_each", lambda captions, _, right=right: np.array([captions == right])
-        )
-        picked, weight = by_consensus(task, images, [found])
-        assert picked == [good] and (weight > 0) == weighty  # the smaller weight where two are equal
-    assert asked == ([] if known else [10, 10])
-
-
-def test_the_regression_is_ridge_regression(data, monkeypatch):
-    consensus = Consensus(data, build_vocabulary(data, 1), [Means()])
-    assert consensus.regress(np.array([10, 11])).shape == (2, 10)
-    assert consensus.regress(np.array([10]))[0].argmax() == 9  # the nearest training image
-    features = Means().gather(np.arange(12)).double()
-    known = torch.nn.functional.normalize(features - features[:10].mean(0))
-    kernel = (known @ known.T - 1).exp().numpy()
-    targets = np.random.default_rng(0).normal(size=(10, 3))
-    weights = np.linalg.inv(kernel[:10, :10] + 0.1 * np.eye(10)) @ targets
-    assert np.abs(consensus.regress(np.arange(12)) @ targets - kernel[:, :10] @ weights).max() < 1e-9
-    monkeypatch.setattr("captioning.consensus.RIDGE", 1e-12)
-    assert np.abs(consensus.regress(np.arange(10)) - np.eye(10)).max() < 0.01  # what it was fitted to, it repeats
-
-
-def test_the_regression_sees_the_mean_of_the_views(data):
-    class Both(Means):
-        def gather(self, images: np.ndarray, device: torch.device | None = None) -> torch.Tensor:
-            return (Means().gather(images) + Mirrored().gather(images)) / 2
-
-    vocabulary = build_vocabulary(data, 1)
-    two, one = Consensus(data, vocabulary, [Means(), Mirrored()]), Consensus(data, vocabulary, [Both()])
-    expected, whole = one.regress(np.array([10])), Consensus(data, vocabulary, [Means()]).regress(np.array([10]))
-    found = two.regress(np.array([10]))
-    assert np.abs(found - expected).max() < 1e-6 and np.abs(found - whole).max() > 0.01
-
-
-def test_of_very_many_images_the_regression_takes_some(data, monkeypatch):
-    monkeypatch.setattr("captioning.consensus.REGRESSION_IMAGES", 4)
-    consensus = Consensus(data, build_vocabulary(data, 1), [Means()])
-    assert len(set(consensus.fitted)) == 4 and set(consensus.fitted) <= set(range(10))
-    assert (consensus.fitted == regression_images(data.splits["train"])).all()
-    assert consensus.regress(np.array([10])).shape == (1, 4)
-    found = [[hypothesis(data, "w1 w2 w5", -4.0), hypothesis(data, "w9 w3", -4.2)]]
-    assert choose(consensus, found, 8.0)[0] in found[0]
 
 
 def small(kind: str, words: int) -> Decoder:
@@ -276,7 +152,7 @@ def test_the_gradient_is_that_of_the_written_out_formula(data, kind):
     decoder.dropout.probability = 0.0
     images = np.array([2, 5, 7])
     features = torch.randn(3, *((49, 8) if decoder.uses_grid else (8,)))
-    critic = SelfCritic(data, vocabulary, 4, 10)
+    critic = SelfCritic(data, vocabulary, argparse.Namespace(scst_samples=4, max_length=10))
     torch.manual_seed(3)
     drawn = sample(decoder, features, 4, 10)
     rewards = critic.rewards(drawn.words, drawn.lengths, drawn.ended, images)

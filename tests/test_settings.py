@@ -102,7 +102,7 @@ def test_a_hand_written_config_counts_as_typed(tmp_path, capsys):
     file.write_text("batch_sise: 32\n")
     assert "did you mean batch_size?" in refused(capsys, "--config", str(file))
     file.write_text("consensus: neighbours\n")
-    assert "--consensus regression took its place" in refused(capsys, "--config", str(file))
+    assert "what it needs is in the checkpoint" in refused(capsys, "--config", str(file))
 
 
 def test_a_run_config_records_what_was_explicit(tmp_path):
@@ -117,13 +117,13 @@ def test_a_run_config_records_what_was_explicit(tmp_path):
 
 def test_a_checkpoint_decides_and_only_explicit_flags_contradict_it(tmp_path):
     first = parse_flags(["--decoder", "attention", "--batch_size", "64", "--weight_decay", "0.05"])
-    checkpoint = {"flags": first.stored() | {"precision": "fp32"}, "decoding": None}
+    checkpoint = {"flags": first.stored() | {"precision": "fp32"}, "consensus": None, "decoding": None}
     source = Path("x.pt")
     later = parse_flags(["--model_path", "x.pt", "--batch_size", "32"]).with_checkpoint(checkpoint, source)
     assert (later.decoder, later.batch_size, later.weight_decay) == ("attention", 32, 0.05)
     with pytest.raises(UserError, match="--hidden_size 99 contradicts x.pt"):
         parse_flags(["--model_path", "x.pt", "--hidden_size", "99"]).with_checkpoint(checkpoint, source)
-    lstm = {"flags": checkpoint["flags"] | {"decoder": "lstm"}, "decoding": None}
+    lstm = {"flags": checkpoint["flags"] | {"decoder": "lstm"}, "consensus": None, "decoding": None}
     with pytest.raises(UserError, match="--save_attention_viz has no effect with x.pt, whose decoder is lstm"):
         parse_flags(["--model_path", "x.pt", "--save_attention_viz"]).with_checkpoint(lstm, source)
 
@@ -140,7 +140,7 @@ def test_a_decoder_has_defaults_of_its_own(tmp_path):
 
 def test_tuned_decoding_counts_unless_flags_say_otherwise():
     tuned = {"beam_size": 5, "length_penalty": 1.0}
-    checkpoint = {"flags": parse_flags([]).stored(), "decoding": tuned}
+    checkpoint = {"flags": parse_flags([]).stored(), "consensus": None, "decoding": tuned}
 
     def beam(*argv: str) -> int:
         settings = parse_flags(["--mode", "test", "--model_path", "x.pt", *argv])

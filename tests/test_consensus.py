@@ -1,0 +1,221 @@
+"""Consensus decoding: what the regression learns, how captions are chosen, and that it comes with the checkpoint."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from run_files import skip_pictures
+
+import flickr_image_caption_with_pytorch_resnet_lstm as trainer
+from captioning import consensus, evaluation
+from captioning.checkpoints import load_checkpoint, save_checkpoint
+from captioning.cider import CiderReward
+from captioning.consensus import NgramHead, direction, fit_head, frequent_ngrams, settle_weight
+from captioning.dataset import CaptionSet, Tokens, Vocabulary, build_vocabulary
+from captioning.decoding import Hypothesis
+from captioning.io import UserError
+
+WORDS = [f"w{n}" for n in range(30)]
+
+
+@pytest.fixture(scope="module")
+def data() -> CaptionSet:
+    """Sixty images with one to five captions of words that are common and rare."""
+    random = np.random.default_rng(0)
+    counts = random.integers(1, 6, 60)
+    texts = [(30 * random.random(random.integers(1, 12)) ** 2).astype(np.int32) for _ in range(counts.sum())]
+    tokens = Tokens(WORDS, np.concatenate(texts), np.concatenate([[0], np.cumsum([len(text) for text in texts])]))
+    splits = {"train": np.arange(50), "val": np.arange(50, 55), "test": np.arange(55, 60)}
+    first = np.concatenate([[0], np.cumsum(counts)])
+    return CaptionSet(Path(), [f"{n}.jpg" for n in range(60)], first, tokens, splits, "lists", Path("captions.txt"))
+
+
+def pooled(images: np.ndarray) -> torch.Tensor:
+    return torch.randn(60, 7, generator=torch.Generator().manual_seed(1))[images] + 5  # which centring takes away
+
+
+def tfidf(table, text: list[int]) -> np.ndarray:
+    """The vector (G,) of a caption of numbers, for each length of n-grams of length one."""
+    vector, first = np.zeros(table.size), 0
+    for keys, (grams, known, weights, norms) in zip(
+        table.keys, table.weigh(np.array(text), np.array([0, len(text)])), strict=True
+    ):
+        has = known[grams.gram] >= 0
+        np.add.at(vector, first + known[grams.gram[has]], weights[has] / max(norms[0], 1e-12))
+        first += len(keys)
+    return vector
+
+
+def test_cider_to_a_vector_is_linear_and_of_one_caption_its_ciderd(data):
+    reward = CiderReward(data, data.splits["train"])
+    lone = int(
+        np.flatnonzero((np.diff(data.first_caption) == 1) & (np.diff(data.tokens.offsets[data.first_caption]) > 2))[0]
+    )
+    (own,) = ([WORDS.index(word) for word in text.split()] for text in data.references(lone))
+    texts = [own, own[::-1], [*own[1:], own[0]]]  # as long, and no word more often: CIDEr-D clips and fines nothing
+    ids, offsets = np.concatenate(texts), np.arange(4) * len(own)
+    alone = reward.cider_to_vector(ids, offsets, tfidf(reward, own))
+    assert np.abs(alone - reward.score(ids, offsets, np.full(3, lone))).max() < 1e-9 and alone[0] == pytest.approx(10)
+    vectors = [tfidf(reward, own), tfidf(reward, own[:2]), tfidf(reward, own[1:])]
+    parts = [reward.cider_to_vector(ids, offsets, vector) for vector in vectors]
+    mixed = reward.cider_to_vector(ids, offsets, 0.5 * vectors[0] + 2 * vectors[1] - 0.25 * vectors[2])
+    assert np.abs(mixed - (0.5 * parts[0] + 2 * parts[1] - 0.25 * parts[2])).max() < 1e-9
+    unknown = reward.cider_to_vector(np.array([len(WORDS)]), np.array([0, 1]), vectors[0])
+    assert unknown == 0  # a word that no caption has, and an end that all have
+
+
+def test_the_table_has_the_frequent_ngrams_with_the_rewards_weights(data, monkeypatch):
+    """With every n-gram in it the targets are the captions' own vectors; else the rare ones are left out."""
+    monkeypatch.setattr(consensus, "FEWEST_IMAGES", 1)
+    train, vocabulary = data.splits["train"], build_vocabulary(data, 1)
+    keys, idf, pairs, weights = frequent_ngrams(data, vocabulary, train)
+    reward = CiderReward(data, train)
+    assert [len(each) for each in keys] == [len(each) for each in reward.keys]
+    assert all(np.allclose(np.sort(ours), np.sort(its)) for ours, its in zip(idf, reward.idf, strict=True))
+    ngrams = sum(map(len, keys))
+    targets = np.bincount(pairs, weights, len(train) * ngrams).reshape(len(train), ngrams)
+    head = NgramHead(len(vocabulary), tensors(keys, idf, np.log(len(train))))
+    for image in (0, 7, 31):
+        texts = [[vocabulary.id_of[word] for word in text.split()] for text in data.references(image)]
+        assert np.allclose(targets[image], np.mean([tfidf(head.table, text) for text in texts], 0), atol=1e-6)
+    monkeypatch.setattr(consensus, "FEWEST_IMAGES", 5)
+    small = Vocabulary(vocabulary.words[:20])
+    fewer = frequent_ngrams(data, small, train)[0]
+    said = {word for image in train for text in data.references(image) for word in text.split()}
+    images_with = {word: sum(word in " ".join(data.references(i)).split() for i in train) for word in said}
+    expected = sorted(small.id_of[word] for word in said if word in small.id_of and images_with[word] >= 5)
+    assert fewer[0].tolist() == [*expected, len(small)]  # the end of a caption is a word too
+
+
+def tensors(keys, idf, log_images: float, channels: int = 7, rank: int = 2) -> dict:
+    ngrams = sum(map(len, keys))
+    return {
+        "keys": torch.from_numpy(np.concatenate(keys)), "idf": torch.from_numpy(np.concatenate(idf)).float(),
+        "sizes": torch.tensor([len(each) for each in keys]), "centre": torch.zeros(channels),
+        "project": torch.zeros(channels + 1, rank), "expect": torch.zeros(rank, ngrams),
+        "log_images": float(log_images), "weight": 0.0,
+    }  # fmt: skip
+
+
+def test_the_regression_is_reduced_rank_ridge_regression(data, monkeypatch):
+    """Against the textbook: ridge regression, then the principal directions of what it predicts."""
+    monkeypatch.setattr(consensus, "FEWEST_IMAGES", 2)
+    monkeypatch.setattr(consensus, "FIT_BATCH", 16)
+    train, vocabulary = data.splits["train"], build_vocabulary(data, 1)
+    keys, _, pairs, weights = frequent_ngrams(data, vocabulary, train)
+    ngrams = sum(map(len, keys))
+    targets = np.bincount(pairs, weights, len(train) * ngrams).reshape(len(train), ngrams)
+    x = direction(pooled(train), pooled(train).double().mean(0).float()).double().numpy()
+    queries = direction(pooled(np.arange(50, 60)), pooled(train).double().mean(0).float()).double().numpy()
+    ridge = np.linalg.solve(x.T @ x + 6 * np.eye(8), x.T @ targets)
+    full = fit_head(data, vocabulary, pooled).expected(pooled(np.arange(50, 60)))
+    assert np.abs(full.numpy() - queries @ ridge).max() < 1e-5
+    monkeypatch.setattr(consensus, "RANK", 3)
+    head = fit_head(data, vocabulary, pooled)
+    assert head.stored["expect"].shape == (3, ngrams)
+    predicted = np.vstack([x, np.sqrt(6) * np.eye(8)]) @ ridge  # the ridge as eight more images
+    _, _, directions = np.linalg.svd(predicted, full_matrices=False)
+    expected = queries @ ridge @ directions[:3].T @ directions[:3]
+    assert np.abs(head.expected(pooled(np.arange(50, 60))).numpy() - expected).max() < 1e-5
+
+
+def hypothesis(vocabulary: Vocabulary, text: str, log_probability: float) -> Hypothesis:
+    return Hypothesis([vocabulary.id_of[word] for word in text.split()], log_probability, log_probability, None, [])
+
+
+def test_the_evidence_is_the_beams_agreement_and_what_is_expected(data, monkeypatch):
+    monkeypatch.setattr(consensus, "FEWEST_IMAGES", 1)
+    vocabulary = build_vocabulary(data, 1)
+    head = fit_head(data, vocabulary, pooled)
+    likely, lone = "w9 w3 w4", "w1 w2 w5"
+    found = [[hypothesis(vocabulary, *each) for each in ((lone, -4.0), (likely, -4.5), (f"{likely} w6", -4.6))]]
+    (by_beam, by_regression), *_ = head.evidence(found, pooled(np.array([50])))
+    assert by_beam.argmax() == 1  # two that agree outweigh the likeliest
+    certain = [[found[0][0]._replace(log_probability=0.0), *found[0][1:]]]
+    assert head.evidence(certain, pooled(np.array([50])))[0][0].argmax() == 0  # but not one that has nearly all
+    vector = head.expected(pooled(np.array([50])))[0].double().numpy()
+    for each, value in zip(found[0], by_regression, strict=True):
+        assert value == pytest.approx(10 / 4 * vector @ tfidf(head.table, each.ids), abs=1e-5)
+
+
+@pytest.mark.parametrize("right, expected", [("first", 0.0), ("second", 4.0), ("never", 0.0)])
+def test_the_weight_is_what_helps_on_the_validation_images(data, monkeypatch, right, expected):
+    """The smaller where two are equal."""
+    vocabulary = build_vocabulary(data, 1)
+    head = fit_head(data, vocabulary, pooled)
+    found = [[hypothesis(vocabulary, "w1", -4.0), hypothesis(vocabulary, "w2", -4.2)]]
+    monkeypatch.setattr(NgramHead, "evidence", lambda *_: [(np.array([3.0, 0.0]), np.array([0.0, 1.0]))])
+    chosen = {"first": "w1", "second": "w2", "never": "w3"}[right]
+    monkeypatch.setattr(consensus, "cider_of_each", lambda captions, _: np.array([captions == [chosen]], dtype=float))
+    text = lambda each: " ".join(vocabulary.decode(each.ids))  # noqa: E731
+    assert settle_weight(head, found, pooled(np.array([50])), text, [["w1"]]).weight == expected
+
+
+@pytest.fixture(scope="module")
+def run(tiny_runs, tmp_path_factory) -> Path:
+    """A run with attention whose checkpoint has learned consensus by `--mode tune`, as one of an earlier version would."""
+    folder = shutil.copytree(tiny_runs["attention"], tmp_path_factory.mktemp("consensus") / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder.parent)
+        patch.setattr(evaluation, "FEWEST_TRAINING_IMAGES", 1)
+        patch.setattr(consensus, "FEWEST_IMAGES", 2)
+        patch.setattr(
+            evaluation,
+            "settle_weight",
+            lambda head, *_: NgramHead(head.table.words - 1, {**head.stored, "weight": 4.0}),
+        )
+        patch.setattr("captioning.modes.tune.BEAMS", (1, 2))
+        assert load_checkpoint(folder / "best.pt")["consensus"] is None
+        assert trainer.main(["--mode", "tune", "--model_path", str(folder)]) == 0
+    assert load_checkpoint(folder / "best.pt")["consensus"]["weight"] == 4.0
+    return folder
+
+
+def test_test_caption_and_export_choose_the_same_captions(run, tiny_runs, monkeypatch, capsys):
+    monkeypatch.chdir(run.parent)
+    skip_pictures(monkeypatch)
+    assert trainer.main(["--mode", "test", "--model_path", str(run)]) == 0
+    printed = capsys.readouterr().out
+    greedy, beam, chosen = json.loads((run / "test_metrics.json").read_text())[-3:]
+    assert [row["beam_size"] for row in (greedy, beam, chosen)] == [1, 20, 20]
+    assert [row["consensus"] for row in (greedy, beam, chosen)] == [None, None, "regression"]
+    assert chosen["consensus_weight"] == 4.0 and "consensus" in printed
+    known = {row["image_id"]: row["caption"] for row in json.loads((run / chosen["captions_file"]).read_text())}
+    plain = {row["image_id"]: row["caption"] for row in json.loads((run / beam["captions_file"]).read_text())}
+    assert known != plain
+    assert trainer.main(["--mode", "export", "--model_path", str(run), "--output", "shared"]) == 0
+    capsys.readouterr()
+    folder = tiny_runs["data"] / "Images"
+    likeliest = ["--consensus", "off", "--beam_size", "20", "--length_penalty", str(beam["length_penalty"])]
+    for flags, expected in (([], known), (likeliest, plain)):
+        for model in (run, Path("shared")):
+            images = [str(folder / name) for name in known]
+            assert trainer.main(["--mode", "caption", "--model_path", str(model), "--images", *images, *flags]) == 0
+            lines = dict(line.split("\t") for line in capsys.readouterr().out.splitlines())
+            assert {Path(path).name: text for path, text in lines.items()} == expected, (model, flags)
+
+
+def test_consensus_that_is_asked_for_and_not_there_is_an_error(run, tiny_runs, monkeypatch, capsys):
+    monkeypatch.chdir(run.parent)
+    assert trainer.main(["--mode", "test", "--model_path", str(tiny_runs["attention"]), "--consensus", "on"]) == 2
+    assert "--mode tune" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"sizes": torch.tensor([1, 1, 1, 1])}, {"sizes": torch.tensor([-1, 1, 1, 1])}, {"weight": float("nan")},
+        {"keys": None}, {"centre": torch.zeros(3)}, {"expect": torch.full((2, 2), float("inf"))}, {"log_images": "x"},
+    ],
+)  # fmt: skip
+def test_a_damaged_table_is_refused(run, tmp_path, damage):
+    checkpoint = load_checkpoint(run / "best.pt")
+    stored = dict(checkpoint["consensus"])
+    if damage == {"keys": None}:
+        damage = {"keys": stored["keys"].flip(0)}
+    save_checkpoint(tmp_path / "best.pt", checkpoint | {"consensus": stored | damage})
+    with pytest.raises(UserError, match="consensus"):
+        load_checkpoint(tmp_path / "best.pt")
