@@ -79,11 +79,11 @@ def page_answer(model: Path, photo: Path, bench: Bench) -> Figure:
     from captioning.captioner import Captioner
     from captioning.modes.serve import caption_upload
 
-    captioners = {"compiled": Captioner(model), "plain": Captioner(model)}
+    captioners = {"compiled": Captioner.load(model), "plain": Captioner.load(model)}
     captioners["compiled"].expect_many()
     data = photo.read_bytes()
     ways = {
-        name: functools.partial(caption_upload, captioner, data, 5, 0.7, 1, True)
+        name: functools.partial(caption_upload, captioner, data, True, {"beam_size": 5, "length_penalty": 0.7})
         for name, captioner in captioners.items()
     }
     seconds = interleaved(ways, 4 * bench.scale.repeats, bench.device)

@@ -1,23 +1,37 @@
 """Caption images with a trained model, or build an image captioner from its parts.
 
-    from pathlib import Path
     from captioning import Captioner
 
-    captioner = Captioner(Path("saved_models/flickr8k"))
-    for image in captioner.caption([Path("dog.jpg")], beam_size=3, length_penalty=0.7):
-        print(image.path, image.captions[0].text)
+    captioner = Captioner.load("saved_models/flickr8k")
+    print(captioner("dog.jpg").text)
 
 A name is imported when it is first used (PEP 562), so that the package and its small modules load no PyTorch.
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what type checkers and editors know of the names below
+    from captioning.captioner import Caption as Caption
+    from captioning.captioner import Captioned as Captioned
+    from captioning.captioner import Captioner as Captioner
+    from captioning.captioner import Word as Word
+    from captioning.dataset import CaptionSet as CaptionSet
+    from captioning.dataset import Vocabulary as Vocabulary
+    from captioning.dataset import load_caption_set as load_caption_set
+    from captioning.decoders import build_decoder as build_decoder
+    from captioning.decoding import beam_search as beam_search
+    from captioning.decoding import sample as sample
+    from captioning.encoders import find_encoder as find_encoder
+    from captioning.images import UnreadableImage as UnreadableImage
+    from captioning.io import UserError as UserError
 
 __version__ = "0.2.0"
 _MODULE_OF = {
     "Caption": "captioner", "Captioned": "captioner", "Captioner": "captioner", "CaptionSet": "dataset",
-    "UserError": "io", "Vocabulary": "dataset", "beam_search": "decoding", "build_decoder": "decoders",
-    "find_encoder": "encoders", "load_caption_set": "dataset", "sample": "decoding",
+    "UnreadableImage": "images", "UserError": "io", "Vocabulary": "dataset", "Word": "captioner",
+    "beam_search": "decoding", "build_decoder": "decoders", "find_encoder": "encoders", "load_caption_set": "dataset",
+    "sample": "decoding",
 }  # fmt: skip
 __all__ = list(_MODULE_OF)
 

@@ -1,83 +1,216 @@
-"""Caption images from a checkpoint alone, without a data set or a feature cache."""
+"""Caption images from a checkpoint alone, without a data set or a feature cache.
+
+`Captioner.load` reads a model, a `Captioner` is called with images, and a `Captioned` is what it says of one. The
+command line and the page use the same. docs/python.md tells it with examples.
+"""
 
 from __future__ import annotations
 
+import argparse
+import math
+import os
+import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeGuard, Unpack, cast, overload
 
 import numpy as np
 import torch
+from PIL import Image
 
+from captioning import plots
 from captioning.checkpoints import load_checkpoint, load_weights
 from captioning.dataset import Vocabulary
 from captioning.decoders import build_decoder
-from captioning.decoding import beam_search, sample
+from captioning.decoding import Member, beam_search, sample
 from captioning.distributed import pick_device
 from captioning.encoders import ENCODE_BATCH, MANY, encoder_of
 from captioning.features import decoded, stored_form, stored_kind
-from captioning.images import VIEW_SETS, UnreadableImage
+from captioning.flags import FLAGS
+from captioning.images import VIEW_SETS, ImageSource, UnreadableImage, grid_side, images_below, open_image
 from captioning.io import UserError
 from captioning.runs import find_checkpoint
-from captioning.settings import Settings
+from captioning.settings import parse_value
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
-class Caption(NamedTuple):
-    """One caption of an image."""
+# --------------------------------------------------------------------------------------------------
+# Results
 
-    words: list[str]
+
+@dataclass(frozen=True, eq=False)
+class Word:
+    """A word of a caption."""
+
+    text: str
+    probability: float  # given the image and the words before it
+    attention: np.ndarray | None  # (7, 7) where the model looked for it, row by row from the top; sums to one
+
+    def __repr__(self) -> str:
+        return f"Word({self.text!r}, {self.probability:.3f})"
+
+
+@dataclass(frozen=True, eq=False)
+class Caption:
+    """One caption of an image. Its probability is the product of its words' and of `end_probability`."""
+
+    words: list[Word]
     log_probability: float  # natural logarithm, of all words and of ending there
-    attention: np.ndarray | None  # (words, 49), each row sums to one
+    end_probability: float  # of ending after these words; 1 where the longest length of a caption ended it
 
     @property
     def text(self) -> str:
-        return " ".join(self.words)
+        return " ".join(word.text for word in self.words)
+
+    @property
+    def attention(self) -> np.ndarray | None:
+        """The words' maps as `attention_visualization` takes them, (words, 49); None without words or attention."""
+        maps = [word.attention.ravel() for word in self.words if word.attention is not None]
+        return np.stack(maps) if maps else None
+
+    def __repr__(self) -> str:
+        return f"Caption({self.text!r}, log_probability={self.log_probability:.2f})"
 
 
-class Captioned(NamedTuple):
-    """An image with its captions, best first, or with the reason why it has none."""
+@dataclass(frozen=True, eq=False)
+class Captioned:
+    """An image with its captions, best first, or with the reason why it has none.
 
-    path: Path
+    `text`, `words` and `log_probability` are those of the best caption. Of an image with a `problem` they raise
+    UnreadableImage.
+    """
+
+    source: ImageSource  # as it was given
     captions: list[Caption]
-    problem: str | None
+    problem: str | None = None
+
+    @property
+    def path(self) -> Path | None:
+        """The image's file, None of an image that was given as pixels."""
+        return self.source if isinstance(self.source, Path) else None
+
+    @property
+    def best(self) -> Caption:
+        if self.problem is not None:
+            raise UnreadableImage(self.problem)
+        return self.captions[0]
+
+    @property
+    def text(self) -> str:
+        return self.best.text
+
+    @property
+    def words(self) -> list[Word]:
+        return self.best.words
+
+    @property
+    def log_probability(self) -> float:
+        return self.best.log_probability
+
+    @property
+    def alternatives(self) -> list[Caption]:
+        """The other captions, best first; there are some with `num_captions` above 1."""
+        return self.captions[1:]
+
+    def plot(self) -> Figure:
+        """Draw the photo with its best caption and, if the model has attention, where it looked for each word.
+
+        Raises:
+            UnreadableImage: the image has a `problem`, or its file can no longer be read.
+        """
+        from attention_visualization import attention_figure
+
+        best, name = self.best, "" if self.path is None else self.path.name
+        photo = open_image(self.source, at_least=900)
+        if best.attention is not None:
+            return attention_figure(photo, [word.text for word in best.words], best.attention, name)
+        return plots.captions_figure([{"image": photo, "name": name, "caption": best.text, "references": []}])
+
+    def __repr__(self) -> str:
+        name = "" if self.path is None else f"{str(self.path)!r}: "
+        return f"Captioned({name}{self.text!r})" if self.problem is None else f"Captioned(problem={self.problem!r})"
+
+
+# --------------------------------------------------------------------------------------------------
+# How captions are found
+
+
+class Decoding(NamedTuple):
+    """How captions are found: the flags of these names, resolved."""
+
+    beam_size: int
+    length_penalty: float
+    num_captions: int
+    no_repeat_ngram: int
+    top_p: float | None
+
+
+class DecodingOptions(TypedDict, total=False):
+    """The same as keyword arguments; what is not given, or None, has the value that `--mode caption` takes."""
+
+    beam_size: int | None  # hypotheses kept; at least num_captions
+    length_penalty: float | None  # more makes captions longer
+    num_captions: int | None  # different captions of each image; the beam may find fewer
+    no_repeat_ngram: int | None  # no caption has the same N words twice; 0 for no such rule
+    top_p: float | None  # draw captions from the likeliest words that together have this probability
+
+
+OneImage = ImageSource | str | os.PathLike[str]
 
 
 class Captioner:
-    """A checkpoint, ready to caption images anywhere.
+    """A model that captions images anywhere.
 
     The captions are those of `--mode test`: the same views of an image go through the encoder, and their features are
-    rounded as the cache stores them.
+    rounded as the cache stores them. Several threads may call one captioner. That brings no speed, since each
+    call uses all cores.
     """
 
-    def __init__(self, model_path: Path, device: str = "auto", resnet_weights: str | None = None, workers: int = 1):
-        """Load encoder and decoder.
-
-        Args:
-            model_path: as `runs.find_checkpoint` takes it.
-            resnet_weights: as `EncoderSpec.find_weights` takes it. A path in the checkpoint is not followed.
-            workers: threads that decode images.
-
-        Raises:
-            UserError: no such checkpoint, device or weights, or weights that are not those of training.
-        """
-        self.path = find_checkpoint(model_path)
-        checkpoint = load_checkpoint(self.path)
-        self.device, self.workers = pick_device(device), workers
+    def __init__(
+        self, checkpoint: Mapping[str, Any], path: Path, device: str = "auto", resnet_weights: str | None = None,
+        workers: int | None = None,
+    ):  # fmt: skip
+        """Build encoder and decoder. Args: checkpoint: what `load_checkpoint` read from `path`; the others as in `load`."""
+        self.path = path
+        self.device, self.workers = pick_device(device), workers or os.cpu_count() or 1
         self.flags, self.split, self.epoch = checkpoint["flags"], checkpoint["split"], checkpoint["epoch"]
         self.tuned = checkpoint["decoding"]
-        self.no_repeat_ngram = 0  # as `decoding.beam_search` takes it
         flags = self.flags
         self.views = VIEW_SETS[flags["views"]]
         self.spec = encoder_of(flags)
         weights, _ = self.spec.find_weights(resnet_weights, checkpoint["encoder"]["weights_hash"])
-        self.encoder, self.expects_many = self.spec.build(weights), False
+        self.encoder, self.expects_many, self.compiling = self.spec.build(weights), False, threading.Lock()
         self.encode = self.encoder.fast_form(self.device, many=False)
         self.vocabulary = Vocabulary(checkpoint["vocabulary"])
         self.decoder = build_decoder(flags, len(self.vocabulary), self.spec)
         load_weights(self.decoder, checkpoint["decoder"], self.path)
-        self.decoder.to(self.device)
+        self.decoder.to(self.device).eval()
+
+    @classmethod
+    def load(
+        cls, name_or_path: str | os.PathLike[str], *, device: str = "auto", resnet_weights: str | None = None,
+        workers: int | None = None,
+    ) -> Captioner:  # fmt: skip
+        """Load a model.
+
+        Args:
+            name_or_path: a checkpoint, a run directory, a folder of runs, an exported folder, or the name of a model
+                that comes with the package (`runs.find_checkpoint`).
+            device: `auto`, `cpu`, `cuda` or `mps`.
+            resnet_weights: as `EncoderSpec.find_weights` takes it. A path in the checkpoint is not followed.
+            workers: threads that decode images; as many as there are cores unless given.
+
+        Raises:
+            UserError: no such model, device or weights, or weights that are not those of training.
+        """
+        path = find_checkpoint(Path(name_or_path))
+        return cls(load_checkpoint(path), path, device, resnet_weights, workers)
 
     def __str__(self) -> str:
         flags = self.flags
@@ -85,94 +218,196 @@ class Captioner:
 
     def expect_many(self) -> None:
         """Take a second or two now, so that each image takes less time."""
-        if not self.expects_many:
-            self.encode, self.expects_many = self.encoder.fast_form(self.device), True
+        with self.compiling:
+            if not self.expects_many:
+                self.encode, self.expects_many = self.encoder.fast_form(self.device), True
 
-    def decoding(self, settings: Settings) -> tuple[int, float]:
-        """Return beam size and length penalty: explicit ones, else those tuned for the checkpoint, else the defaults."""
-        if self.tuned and not settings.explicit & {"beam_size", "length_penalty"}:
-            return self.tuned["beam_size"], self.tuned["length_penalty"]
-        return settings.beam_size, settings.length_penalty
-
-    def caption(
-        self, paths: Sequence[Path], beam_size: int, length_penalty: float, count: int = 1, attention: bool = False,
-        top_p: float | None = None,
-    ) -> Iterator[Captioned]:  # fmt: skip
-        """Caption images in their order, a batch at a time, however many there are.
-
-        Args:
-            count: number of different captions of each; the beam may find fewer.
-            attention: keep the attention of each word, if the decoder has attention.
-            top_p: draw the captions from the nucleus of this probability (`decoding.sample`) rather than search.
+    def decoding(self, **options: Unpack[DecodingOptions]) -> Decoding:
+        """Resolve how captions are found: beam size and length penalty as given, else tuned, else the flags' defaults.
 
         Raises:
-            UserError: the device's memory is too small.
+            TypeError: an unknown option.
+            UserError: a value out of range, or options that contradict each other.
         """
-        if len(paths) * len(self.views) >= MANY:
-            self.expect_many()
-        for batch in self.decoded(paths):
-            pixels = [found for _, found in batch if not isinstance(found, UnreadableImage)]
-            captions = iter(self.decode(pixels, beam_size, length_penalty, count, attention, top_p) if pixels else ())
-            for path, found in batch:
-                if isinstance(found, UnreadableImage):
-                    yield Captioned(path, [], str(found))
-                else:
-                    yield Captioned(path, next(captions), None)
+        if unknown := options.keys() - set(Decoding._fields):
+            raise TypeError(f"unknown option {min(unknown)}: captions are found by {', '.join(Decoding._fields)}")
+        given = {name: checked(name, value) for name, value in options.items() if value is not None}
+        searching = [name for name in ("beam_size", "length_penalty", "no_repeat_ngram") if name in given]
+        if searching and "top_p" in given:
+            raise UserError(f"{searching[0]} has no effect with top_p, which samples captions: leave one of them out")
+        values = {name: FLAGS[name].default for name in Decoding._fields}
+        if self.tuned and not given.keys() & {"beam_size", "length_penalty"}:
+            values |= {name: self.tuned[name] for name in ("beam_size", "length_penalty")}
+        values |= given
+        return Decoding(**values | {"beam_size": max(values["beam_size"], values["num_captions"])})
 
-    def decoded(self, paths: Sequence[Path]) -> Iterator[list[tuple[Path, np.ndarray | UnreadableImage]]]:
+    # Paths, files and arrays are iterable too: the first overload that fits decides. A path may be a folder's.
+    @overload
+    def __call__(  # type: ignore[overload-overlap]
+        self, images: str | os.PathLike[str], **options: Unpack[DecodingOptions]
+    ) -> Captioned | Any: ...
+
+    @overload
+    def __call__(  # type: ignore[overload-overlap]
+        self, images: ImageSource, **options: Unpack[DecodingOptions]
+    ) -> Captioned: ...
+
+    @overload
+    def __call__(self, images: Iterable[OneImage], **options: Unpack[DecodingOptions]) -> list[Captioned]: ...
+
+    def __call__(self, images: OneImage | Iterable[OneImage], **options: Unpack[DecodingOptions]) -> Any:
+        """Caption an image, a folder or several of them.
+
+        Args:
+            images: a file, a PIL image, uint8 pixels (height, width, 3), grey or with transparency too, a binary file,
+                or a folder, with all below it; or a list of any of these.
+            options: see `DecodingOptions`.
+
+        Returns:
+            one result for one image, a list of results for a folder or a list. In a list an image that cannot be read
+            has a `problem`.
+
+        Raises:
+            UnreadableImage: the one image cannot be read.
+            UserError: an option out of range, or the device's memory is too small.
+            TypeError: something that is no image, or an unknown option.
+        """
+        sources = [as_source(image) for image in (images if is_list(images) else [images])]
+        if not is_list(images) and not is_folder(sources[0]):
+            (result,) = self.caption(sources, **options)
+            if result.problem is not None:
+                raise UnreadableImage(result.problem)
+            return result
+        found: list[ImageSource] = []
+        problems: list[Captioned] = []
+        for source in sources:
+            if is_folder(source):
+                lines: list[str] = []
+                found += images_below(source, lines)
+                problems += [Captioned(source, [], line) for line in lines]
+            else:
+                found.append(source)
+        return [*self.caption(found, **options), *problems]
+
+    def caption(self, images: Sequence[OneImage], **options: Unpack[DecodingOptions]) -> Iterator[Captioned]:
+        """Caption images in their order, a batch at a time, however many there are: for more than fit into a list.
+
+        Args and errors as for a call with a list; folders are not looked into.
+        """
+        how = self.decoding(**options)
+        sources = [as_source(image) for image in images]
+        if len(sources) * len(self.views) >= MANY:
+            self.expect_many()
+        for batch in self.decoded(sources):
+            pixels = [found for _, found in batch if not isinstance(found, UnreadableImage)]
+            captions = iter(self.decode(pixels, how) if pixels else ())
+            for source, found in batch:
+                if isinstance(found, UnreadableImage):
+                    yield Captioned(source, [], str(found))
+                else:
+                    yield Captioned(source, next(captions))
+
+    def decoded(
+        self, sources: Sequence[ImageSource]
+    ) -> Iterator[list[tuple[ImageSource, np.ndarray | UnreadableImage]]]:
         """Yield images, ENCODE_BATCH at a time, as pixels (views, size, size, 3) or as the reason why they cannot be read.
 
         Threads decode one batch ahead.
         """
 
-        def read(path: Path) -> np.ndarray | UnreadableImage:
+        def read(source: ImageSource) -> np.ndarray | UnreadableImage:
             try:
-                return self.spec.load_views(path, self.views)
+                return self.spec.load_views(source, self.views)
             except UnreadableImage as error:
                 return error
 
         with ThreadPoolExecutor(self.workers) as pool:
-            ahead: deque[list[tuple[Path, Future[np.ndarray | UnreadableImage]]]] = deque()
-            for start in range(0, len(paths), ENCODE_BATCH):
-                ahead.append([(path, pool.submit(read, path)) for path in paths[start : start + ENCODE_BATCH]])
+            ahead: deque[list[tuple[ImageSource, Future[np.ndarray | UnreadableImage]]]] = deque()
+            for start in range(0, len(sources), ENCODE_BATCH):
+                ahead.append([(source, pool.submit(read, source)) for source in sources[start : start + ENCODE_BATCH]])
                 if len(ahead) > 1:
-                    yield [(path, future.result()) for path, future in ahead.popleft()]
-            yield from ([(path, future.result()) for path, future in batch] for batch in ahead)
+                    yield [(source, future.result()) for source, future in ahead.popleft()]
+            yield from ([(source, future.result()) for source, future in batch] for batch in ahead)
 
-    def decode(
-        self, pixels: list[np.ndarray], beam_size: int, length_penalty: float, count: int, attention: bool,
-        top_p: float | None,
-    ) -> list[list[Caption]]:  # fmt: skip
-        """Caption up to ENCODE_BATCH decoded images, uint8 (views, size, size, 3) each."""
+    def decode(self, pixels: list[np.ndarray], how: Decoding) -> list[list[Caption]]:
+        """Caption up to ENCODE_BATCH decoded images, uint8 (views, size, size, 3) each.
+
+        Raises:
+            UserError: the device's memory is too small.
+        """
         try:
-            members = []
-            for view in np.stack(pixels, 1):
-                grids = self.encode(view).to(torch.float16).cpu().numpy()  # (I, 49, C)
-                rows = stored_form(grids, stored_kind(not self.decoder.uses_grid, self.flags["feature_type"]))
-                members.append((self.decoder, decoded(torch.from_numpy(rows)).to(self.device)))
-            if top_p is not None:
-                return self.drawn(members[0][1], count, top_p)
+            members = [(self.decoder, self.features(view)) for view in np.stack(pixels, 1)]
+            if how.top_p is not None:
+                return self.drawn(members[0], how.num_captions, how.top_p)
             found = beam_search(
-                members, beam_size, self.flags["max_length"], length_penalty, attention, count, self.no_repeat_ngram
-            )
+                members, how.beam_size, self.flags["max_length"], how.length_penalty, True, how.num_captions,
+                how.no_repeat_ngram,
+            )  # fmt: skip
         except torch.OutOfMemoryError as error:
             raise UserError(
-                f"the memory of {self.device} is too small: use a smaller --beam_size than {beam_size}, or --device cpu"
+                f"the memory of {self.device} is too small: use a smaller beam size than {how.beam_size}, or the device cpu"
             ) from error
         return [
-            [Caption(self.vocabulary.decode(h.ids), h.log_probability, h.attention) for h in hypotheses[:count]]
+            [self.caption_of(h.ids, h.log_probabilities, h.attention) for h in hypotheses[: how.num_captions]]
             for hypotheses in found
         ]
 
-    def drawn(self, features: torch.Tensor, count: int, top_p: float) -> list[list[Caption]]:
+    def features(self, view: np.ndarray) -> torch.Tensor:
+        """Encode one view of some images, uint8 (I, size, size, 3): (I, 49, C), or (I, C), rounded as a cache stores it."""
+        grids = self.encode(view).to(torch.float16).cpu().numpy()  # (I, 49, C)
+        rows = stored_form(grids, stored_kind(not self.decoder.uses_grid, self.flags["feature_type"]))
+        return decoded(torch.from_numpy(rows)).to(self.device)
+
+    def drawn(self, member: Member, count: int, top_p: float) -> list[list[Caption]]:
         """Draw up to `count` different captions of each image at random; the likeliest come first."""
-        samples = sample(self.decoder, features, count, self.flags["max_length"], top_p)
+        samples = sample(*member, count, self.flags["max_length"], top_p)
         captions = [
-            Caption(self.vocabulary.decode(words), float(log_probability), None)
-            for words, log_probability in zip(samples.words, samples.log_probabilities, strict=True)
+            self.caption_of(words[:length], each[: length + ended], None)
+            for words, length, ended, each in zip(*samples, strict=True)
         ]
         images = (captions[first : first + count] for first in range(0, len(captions), count))
         return [
             sorted({each.text: each for each in found}.values(), key=lambda each: -each.log_probability)
             for found in images
         ]
+
+    def caption_of(
+        self, ids: Iterable[int], log_probabilities: Sequence[float], attention: np.ndarray | None
+    ) -> Caption:
+        """Put a caption together. Args: as in `Hypothesis`."""
+        texts, maps = self.vocabulary.decode(ids), repeat(None) if attention is None else map(as_grid, attention)
+        chances = [math.exp(min(each, 0.0)) for each in log_probabilities]  # float32 may round a mean to just above 0
+        words = [Word(*parts) for parts in zip(texts, chances, maps, strict=False)]
+        return Caption(words, float(sum(log_probabilities)), chances[-1] if len(chances) > len(words) else 1.0)
+
+
+def as_grid(row: np.ndarray) -> np.ndarray:
+    """(49,) -> (7, 7)."""
+    return row.reshape(grid_side(len(row)), -1)
+
+
+def checked(name: str, value: Any) -> Any:
+    """Return the value of an option as the command line would parse it. Raises UserError where it would refuse it."""
+    try:
+        return parse_value(FLAGS[name], str(value))
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"{name}: {error}") from None
+
+
+def is_list(images: OneImage | Iterable[OneImage]) -> TypeGuard[Iterable[OneImage]]:
+    one = isinstance(images, str | bytes | os.PathLike | Image.Image | np.ndarray) or hasattr(images, "read")
+    return isinstance(images, Iterable) and not one
+
+
+def as_source(image: Any) -> ImageSource:
+    """Return an image as `open_image` takes it, or a folder as its path. Raises TypeError where it is neither."""
+    if isinstance(image, str | os.PathLike):
+        return Path(image)
+    if isinstance(image, Image.Image | np.ndarray) or hasattr(image, "read"):
+        return cast(ImageSource, image)
+    what = "a path, a PIL image, uint8 pixels as a NumPy array, a binary file, or a list of these"
+    raise TypeError(f"{type(image).__name__} is not an image: give {what}")
+
+
+def is_folder(source: ImageSource) -> TypeGuard[Path]:
+    return isinstance(source, Path) and os.path.isdir(source)

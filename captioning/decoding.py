@@ -23,6 +23,7 @@ class Hypothesis(NamedTuple):
     log_probability: float  # of all its words and, where it ended by itself, of <EOS>
     score: float  # log_probability / length ** length_penalty, by which hypotheses are ranked
     attention: np.ndarray | None  # (words, 49) alphas, each row sums to one
+    log_probabilities: list[float]  # of each word and, where it ended by itself, of <EOS>: they sum to log_probability
 
 
 Member = tuple[Decoder, torch.Tensor]  # a decoder and its features of the images: (I, C) or (I, 49, C)
@@ -120,17 +121,19 @@ def beam_search(
     words = torch.full((images,), SOS, device=device)
     scores = torch.zeros(images, 1, device=device)  # (I, K) log-probabilities of the live hypotheses, best first
     history = torch.zeros(images, 1, 0, dtype=torch.long, device=device)  # (I, K, t) their words
-    attention_history = torch.zeros(images, 1, 0, 0, device=device)  # (I, K, t, 49) the alphas of these words
+    score_history = torch.zeros(images, 1, 0, device=device)  # (I, K, t) the log-probabilities of these words
+    attention_history = torch.zeros(images, 1, 0, 0, device=device)  # (I, K, t, 49) their alphas
     ended_scores = torch.full((images, num_hypotheses), -math.inf, device=device)  # the best, best first
     longest = float(max_length + 1) ** length_penalty
 
-    def keep(image: torch.Tensor, row: torch.Tensor, log_probability: torch.Tensor, length: int) -> None:
-        """Keep live hypotheses (n,) as they stand. Args: length: their words, and `<EOS>` where they ended."""
-        ids = history[image, row].tolist()
+    def keep(image: torch.Tensor, row: torch.Tensor, log_probability: torch.Tensor, each: torch.Tensor) -> None:
+        """Keep live hypotheses (n,) as they stand. Args: each: (n, length) of their words, and `<EOS>` where they ended."""
+        ids, length = history[image, row].tolist(), each.shape[1]
         alphas = attention_history[image, row].float().cpu().numpy() if keeps_attention else [None] * len(ids)
-        for i, words, value, maps in zip(image.tolist(), ids, log_probability.tolist(), alphas, strict=True):
-            own = None if maps is None else maps[: len(words)]
-            found[alive[i]].append(Hypothesis(words, value, value / length**length_penalty, own))
+        kept = zip(image.tolist(), ids, log_probability.tolist(), alphas, each.tolist(), strict=True)
+        for i, words, value, maps, own in kept:
+            own_maps = None if maps is None else maps[: len(words)]
+            found[alive[i]].append(Hypothesis(words, value, value / length**length_penalty, own_maps, own))
 
     for time in range(max_length + 1):
         log_probabilities, alphas = ensemble.step(words)
@@ -141,6 +144,7 @@ def beam_search(
             forbid_repeats(total, history, no_repeat_ngram)
         best, index = total.flatten(1).topk(min(2 * beam_size, beams * vocabulary))  # (I, 2B)
         parent, word = index // vocabulary, index % vocabulary
+        gain = (best - scores.gather(1, parent)).unsqueeze(2)  # (I, 2B, 1) log-probability of the word alone
         ends = word == EOS
         ended = best.masked_fill(~ends, -math.inf)[:, :beam_size]
         if keeps_attention and alphas is not None:
@@ -148,11 +152,12 @@ def beam_search(
             attention_history = now if time == 0 else torch.cat([attention_history, now], 2)
 
         image, place = ended.isfinite().nonzero(as_tuple=True)
-        keep(image, parent[image, place], ended[image, place], time + 1)
+        row = parent[image, place]
+        keep(image, row, ended[image, place], torch.cat([score_history[image, row], gain[image, place]], 1))
         if time == max_length:  # no caption takes another word
             unfinished = torch.tensor([not found[number] for number in alive], device=device)
             image, row = (scores.isfinite() & unfinished.unsqueeze(1)).nonzero(as_tuple=True)
-            keep(image, row, scores[image, row], time)
+            keep(image, row, scores[image, row], score_history[image, row])
             break
         # The first beam_size candidates that go on are the next live hypotheses.
         order = ends.int().argsort(dim=1, stable=True)[:, :beam_size]
@@ -168,6 +173,7 @@ def beam_search(
         order, scores, ended_scores = order[going], scores[going], ended_scores[going]
         parent, words = parent[going].gather(1, order), word[going].gather(1, order)
         history = torch.cat([history[image, parent], words.unsqueeze(2)], 2)
+        score_history = torch.cat([score_history[image, parent], gain[image, order]], 2)
         if keeps_attention:
             attention_history = attention_history[image, parent]
         ensemble.select((image * beams + parent).flatten(), going if len(going) < count else None)
@@ -194,7 +200,7 @@ class Samples(NamedTuple):
     words: np.ndarray  # int64 (I x count, T) ids, <EOS> from the end on
     lengths: np.ndarray  # int64 (I x count,) words before <EOS>
     ended: np.ndarray  # bool (I x count,) whether <EOS> was drawn
-    log_probabilities: np.ndarray  # float32 (I x count,) of all words drawn, by the whole distribution
+    log_probabilities: np.ndarray  # float32 (I x count, T) of each draw, by the whole distribution; 0 after `<EOS>`
 
 
 @torch.no_grad()
@@ -215,7 +221,7 @@ def sample(
     ensemble.select(rows // count)
     words = torch.full_like(rows, SOS)
     ended = torch.zeros_like(rows, dtype=torch.bool)
-    totals = torch.zeros(len(drawn), device=device)
+    scores = torch.zeros(drawn.shape, device=device)
     for time in range(max_length):
         log_probabilities, _ = ensemble.step(words)
         chances = log_probabilities.exp()  # (rows, V)
@@ -226,7 +232,7 @@ def sample(
         sums = chances.cumsum(1)
         points = torch.rand(len(rows), 1, device=device) * sums[:, -1:]
         words = torch.searchsorted(sums, points, right=True).squeeze(1).clamp(max=sums.shape[1] - 1)
-        totals[rows] += log_probabilities.gather(1, words.unsqueeze(1)).squeeze(1).masked_fill(ended, 0)
+        scores[rows, time] = log_probabilities.gather(1, words.unsqueeze(1)).squeeze(1).masked_fill(ended, 0)
         words = torch.where(ended, EOS, words)
         ended = words == EOS
         drawn[rows, time] = words
@@ -242,4 +248,4 @@ def sample(
     decoder.train(training)
     result = drawn.cpu().numpy()
     lengths = (result != EOS).sum(1)
-    return Samples(result, lengths, lengths < max_length, totals.cpu().numpy())
+    return Samples(result, lengths, lengths < max_length, scores.cpu().numpy())

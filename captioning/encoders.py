@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from captioning import registry
-from captioning.images import grid_side, load_views
+from captioning.images import ImageSource, grid_side, load_views
 from captioning.io import UserError, first_line, log
 from captioning.openvino_form import openvino_form
 from captioning.tensor_files import read_tensors
@@ -62,7 +62,7 @@ class EncoderSpec:
         how = "" if self.interpolation == "bilinear" else f"-{self.interpolation}"
         return f"squash{self.image_size}{how}" + (f"-cut{self.cut}" if self.cut else "")
 
-    def load_views(self, source: Path | BinaryIO, views: Sequence[str]) -> np.ndarray:
+    def load_views(self, source: ImageSource, views: Sequence[str]) -> np.ndarray:
         """Return an image in these views, as `images.load_views` does, resized for this encoder."""
         return load_views(source, self.image_size, views, self.interpolation)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -35,7 +37,8 @@ def cell_middles(cells: int) -> np.ndarray:
     """Return the centre (x, y) of each cell, (cells, 2), as fractions of the image's width and height."""
     side = grid_side(cells)
     row, column = np.divmod(np.arange(cells), side)
-    return (np.stack([column, row], axis=1) + 0.5) / side
+    middles: np.ndarray = (np.stack([column, row], axis=1) + 0.5) / side
+    return middles
 
 
 def peak(weights: np.ndarray) -> np.ndarray:
@@ -78,33 +81,76 @@ class UnreadableImage(Exception):
     """An image that cannot be read or decoded; the message says which and why."""
 
 
-def open_image(source: Path | BinaryIO, at_least: int | None = None) -> Image.Image:
+ImageSource = Path | BinaryIO | Image.Image | np.ndarray
+FIRST_USE = threading.Lock()  # an image that Pillow opened is read from its file when it is first used
+
+
+def open_image(source: ImageSource, at_least: int | None = None) -> Image.Image:
     """Open an image of one of `IMAGE_FORMATS`: upright (EXIF), RGB, transparency on white, the first frame of several.
 
     Args:
-        source: a file's path, or an uploaded image's bytes as a binary file.
+        source: a file's path, an image's bytes as a binary file, an image that is open already, or uint8 pixels
+            (height, width), (height, width, 3) or (height, width, 4).
         at_least: let the JPEG decoder work at a reduced scale that keeps both sides at least this long.
 
     Raises:
-        UnreadableImage: no permission, a read error, truncated, not an image, or more pixels than Pillow's
-            decompression bomb limit.
+        UnreadableImage: no permission, a read error, truncated, not an image, pixels of another kind, or more pixels
+            than Pillow's decompression bomb limit.
     """
     try:
+        if isinstance(source, np.ndarray):
+            return rgb(image_of(source))
+        if isinstance(source, Image.Image):
+            with FIRST_USE:
+                source.load()
+            return rgb(source)
         with Image.open(source, formats=IMAGE_FORMATS) as image:
             if at_least:
                 image.draft("RGB", (at_least, at_least))
             image.load()
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I;16") or upright.mode == "I":  # 16 bits a channel
-                scaled = np.asarray(upright, dtype=np.float64) / 257
-                upright = Image.fromarray(scaled.clip(0, 255).astype(np.uint8))
-            if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
-                upright = upright.convert("RGBA")
-                upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
-            return upright.convert("RGB")
+            return rgb(image)
     except Exception as error:  # Pillow's decoders raise whatever their format's parser raised
-        name = source if isinstance(source, Path) else "the uploaded image"
+        name = source if isinstance(source, Path) else "the image"
         raise UnreadableImage(f"{name}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """Return an image upright, as RGB, on white where it is transparent."""
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I;16") or upright.mode == "I":  # 16 bits a channel
+        scaled = np.asarray(upright, dtype=np.float64) / 257
+        upright = Image.fromarray(scaled.clip(0, 255).astype(np.uint8))
+    if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
+        upright = upright.convert("RGBA")
+        upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
+    return upright.convert("RGB")
+
+
+def image_of(pixels: np.ndarray) -> Image.Image:
+    """Return pixels as an image. Raises ValueError where they are not of the form that `open_image` names."""
+    grey = pixels.ndim == 2 or pixels.shape[2:] == (1,)
+    if pixels.dtype != np.uint8 or not (grey or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))) or not pixels.size:
+        form = "(height, width), (height, width, 3) or (height, width, 4) of uint8, 0 to 255"
+        raise ValueError(f"an array {pixels.shape} of {pixels.dtype}: expected {form}")
+    return Image.fromarray(pixels.reshape(pixels.shape[:2]) if grey else pixels)
+
+
+def images_below(folder: str | os.PathLike[str], problems: list[str]) -> Iterator[Path]:
+    """Yield image files by their endings, also in folders below; links to folders are not followed.
+
+    Args:
+        problems: gets a line for each folder that cannot be read, and one where there are no images.
+    """
+    found = False
+    for place, folders, names in os.walk(folder, onerror=lambda error: problems.append(str(error))):
+        folders.sort()
+        for name in sorted(names):
+            path = os.path.join(place, name)
+            if os.path.splitext(name)[1].lower() in IMAGE_ENDINGS and os.path.isfile(path):
+                found = True
+                yield Path(path)
+    if not found:
+        problems.append(f"{folder}: no images in this folder (looked for {', '.join(sorted(IMAGE_ENDINGS))})")
 
 
 class View(NamedTuple):
@@ -126,7 +172,7 @@ VIEW_SETS = {"whole": ("whole",), "mirror": ("whole", "mirror"), "all": tuple(VI
 
 
 def load_views(
-    source: Path | BinaryIO, size: int, views: Sequence[str] = ("whole",), interpolation: str = "bilinear"
+    source: ImageSource, size: int, views: Sequence[str] = ("whole",), interpolation: str = "bilinear"
 ) -> np.ndarray:
     """Open an image once and return some of `VIEWS`, each resized for the encoder: uint8 (views, size, size, 3).
 

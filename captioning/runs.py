@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 SCRIPT = "flickr_image_caption_with_pytorch_resnet_lstm.py"
 DRY_RUN = "dry_run_"  # begins the names of runs that are not results
 EXPORTED_WEIGHTS = "model.safetensors"  # what `--mode export` writes, beside config.json and vocabulary.json
+PRETRAINED = Path(__file__).parent / "pretrained"  # models that come with the package, each an exported folder
 EPOCH_FILE = re.compile(r"model_epoch_([1-9][0-9]{0,8})\.pt")
 MEMBERS = " + "  # between the members of an ensemble
 # The lists of loss_curve.json, which are of equal length, and the columns of `training_rows`.
@@ -293,8 +294,8 @@ def find_run(path: Path) -> Path:
 def find_checkpoint(model_path: Path) -> Path:
     """Return the file that `--model_path` names: a checkpoint, or that of a run directory or an exported folder.
 
-    Where the file is not there itself, the newest run below its folder that has it is used, so that the paths of the
-    original README work.
+    What is not there may be the name of a model that comes with the package. Else the newest run below the folder that
+    has the named file is used, so that the paths of the original README work.
 
     Raises:
         UserError: nothing fits.
@@ -302,20 +303,30 @@ def find_checkpoint(model_path: Path) -> Path:
     # os.path rather than Path, which raises over a name that no file can have.
     if os.path.isfile(model_path):
         return model_path
+    if not os.path.isdir(model_path) and (packaged := pretrained().get(str(model_path))):
+        return packaged
     folder, name = (model_path, "best.pt") if os.path.isdir(model_path) else (model_path.parent, model_path.name)
     for file in (name, EXPORTED_WEIGHTS) if folder == model_path else (name,):
         if os.path.isfile(folder / file):
             return folder / file
-    below = folder.rglob("*") if os.path.isdir(folder) else ()  # names may contain what glob reads as a pattern
+    # A name without an ending is no checkpoint's. Names may contain what glob reads as a pattern.
+    below = folder.rglob("*") if os.path.isdir(folder) and Path(name).suffix else ()
     runs = [p for p in below if p.name == name and p.is_file() and not p.parent.name.startswith(DRY_RUN)]
     if not runs:
+        names = f"the name of a model that comes with the package ({', '.join(pretrained()) or 'there is none'})"
+        tried = f", and no run below {folder} has a {name}" if Path(name).suffix else ""
         raise UserError(
-            f"--model_path {model_path} is not there, and no run below {folder} has a {name}: "
-            "give a checkpoint (.pt), a run directory, a folder of runs, or an exported folder"
+            f"the model {model_path} is not there{tried}: "
+            f"give a checkpoint (.pt), a run directory, a folder of runs, an exported folder, or {names}"
         )
     newest = max(runs, key=lambda path: run_start_key(path.parent))
     log.info(printable(f"Using {newest} (the newest run below {folder} that has {name})"))
     return newest
+
+
+def pretrained() -> dict[str, Path]:
+    """Return the weights of the models that come with the package, by name."""
+    return {path.parent.name: path for path in sorted(PRETRAINED.glob(f"*/{EXPORTED_WEIGHTS}"))}
 
 
 def start_command(directory: Path) -> str:

@@ -16,9 +16,9 @@ import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from captioning import encoders
 from captioning.captioner import Captioner
 from captioning.decoding import beam_search
-from captioning.images import load_views
+from captioning.images import images_below, load_views
 from captioning.io import UserError
-from captioning.modes.caption import find_images, images_below
+from captioning.modes.caption import find_images, given_options
 
 
 @pytest.fixture
@@ -57,13 +57,13 @@ def test_json_lines_say_where_each_word_looked(tiny_runs, photos, capsys):
     assert caption(tiny_runs["attention"], "--images", "photos", "--json", "--num_captions", "4") == 0
     entries = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [entry["path"] for entry in entries] == ["photos/p01.jpg", "photos/p02.jpg", "photos/below/p03.jpg"]
-    results = Captioner(tiny_runs["attention"]).caption([Path(entry["path"]) for entry in entries], 4, 0.7, 4, True)
+    results = Captioner.load(tiny_runs["attention"])("photos", num_captions=4)
     for entry, result in zip(entries, results, strict=True):
-        best = result.captions[0]
-        assert entry["caption"] == best.text and [word["word"] for word in entry["words"]] == best.words
-        for word, weights in zip(entry["words"], best.attention, strict=True):
-            peak = word["peak"]
-            assert 7 * peak["row"] + peak["column"] == weights.argmax()
+        assert entry["caption"] == result.text
+        for word, known in zip(entry["words"], result.words, strict=True):
+            peak, weights = word["peak"], known.attention
+            assert (word["word"], word["probability"]) == (known.text, pytest.approx(known.probability, abs=1e-4))
+            assert weights[peak["row"], peak["column"]] == weights.max()
             assert peak["x"] == pytest.approx((peak["column"] + 0.5) / 7, abs=1e-4)
             assert peak["weight"] == pytest.approx(weights.max(), abs=1e-4)
         several = [entry["caption"], *(other["caption"] for other in entry["alternatives"])]
@@ -71,9 +71,9 @@ def test_json_lines_say_where_each_word_looked(tiny_runs, photos, capsys):
         assert all(other["log_probability"] < 0 for other in entry["alternatives"])
 
 
-def test_an_lstm_has_no_words_to_look_at(tiny_runs, photos, capsys):
+def test_an_lstm_looks_nowhere(tiny_runs, photos, capsys):
     assert caption(tiny_runs["lstm"], "--images", "photos/p01.jpg", "--json") == 0
-    assert set(json.loads(capsys.readouterr().out)) == {"path", "caption", "log_probability"}
+    assert {key for word in json.loads(capsys.readouterr().out)["words"] for key in word} == {"word", "probability"}
     assert caption(tiny_runs["lstm"], "--images", "photos/p01.jpg", "--save_attention_viz") == 2
     assert "the lstm decoder of" in capsys.readouterr().err
 
@@ -226,23 +226,27 @@ def test_images_are_read_a_batch_ahead_and_no_more(tiny_runs, monkeypatch):
     read = []
     monkeypatch.setattr("captioning.captioner.ENCODE_BATCH", 4)
     monkeypatch.setattr(encoders, "load_views", lambda path, *how: read.append(path) or load_views(path, *how))
-    results = Captioner(tiny_runs["lstm"]).caption(list(images_below(str(tiny_runs["data"]), [])), 1, 0.7)
+    results = Captioner.load(tiny_runs["lstm"]).caption(list(images_below(tiny_runs["data"], [])), beam_size=1)
     next(results)
     assert len(set(read)) <= 8
     assert sum(1 for _ in results) == 19 and len(set(read)) == 20
 
 
 def test_a_tuned_checkpoint_is_decoded_as_it_was_tuned(tiny_runs):
-    model = Captioner(tiny_runs["lstm"])
-    flags = ["--mode", "caption", "--model_path", "x", "--images", "y"]
-    assert model.decoding(trainer.parse_flags(flags)) == (3, 0.7)
-    model.tuned = {"beam_size": 5, "length_penalty": 1.1}
-    assert model.decoding(trainer.parse_flags(flags)) == (5, 1.1)
-    assert model.decoding(trainer.parse_flags([*flags, "--beam_size", "2"])) == (2, 0.7)
+    model = Captioner.load(tiny_runs["lstm"])
+
+    def decoding(*flags: str) -> tuple:
+        typed = trainer.parse_flags(["--mode", "caption", "--model_path", "x", "--images", "y", *flags])
+        return model.decoding(**given_options(typed))
+
+    assert decoding() == (3, 0.7, 1, 0, None) == decoding("--beam_size", "3")
+    assert decoding("--num_captions", "4", "--no_repeat_ngram", "2") == (4, 0.7, 4, 2, None)
+    model.tuned = {"beam_size": 5, "length_penalty": 1.1, "cider": 0.5, "images": 3}
+    assert decoding()[:2] == (5, 1.1) and decoding("--beam_size", "2")[:2] == (2, 0.7)
 
 
 def test_asking_for_more_captions_changes_nothing_about_the_best(tiny_runs):
-    model = Captioner(tiny_runs["attention"])
+    model = Captioner.load(tiny_runs["attention"])
     features = torch.from_numpy(np.random.default_rng(0).normal(size=(6, 49, 1280)).astype(np.float32))
     one = beam_search([(model.decoder, features)], 5, 12)
     five = beam_search([(model.decoder, features)], 5, 12, num_hypotheses=5)

@@ -100,6 +100,6 @@ def test_a_path_in_a_checkpoint_is_not_followed(tmp_path, monkeypatch):
     settings = settings.with_checkpoint(load_checkpoint(tmp_path / "best.pt"), tmp_path / "best.pt")
     assert settings.resnet_weights is None
     with pytest.raises(UserError, match="name their file with --resnet_weights"):
-        Captioner(tmp_path / "best.pt")
+        Captioner.load(tmp_path / "best.pt")
     with pytest.raises(UserError, match="name the right file with --resnet_weights"):
-        Captioner(tmp_path / "best.pt", resnet_weights=str(tmp_path / "mine.pth"))
+        Captioner.load(tmp_path / "best.pt", resnet_weights=str(tmp_path / "mine.pth"))

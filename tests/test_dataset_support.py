@@ -192,7 +192,7 @@ def test_an_image_is_opened_from_a_path_or_from_bytes(tmp_path):
     for source in (tmp_path / "a.jpg", io.BytesIO(picture())):
         assert open_image(source).getpixel((3, 3)) == (255, 0, 0)
     assert load_views(io.BytesIO(picture()), 8).shape == (1, 8, 8, 3)
-    with pytest.raises(UnreadableImage, match="the uploaded image: "):
+    with pytest.raises(UnreadableImage, match="the image: "):
         open_image(io.BytesIO(b"not an image"))
 
 

@@ -1,5 +1,6 @@
 """Decoders, encoders and beam search: among them the original's defects 1, 2, 6 and 10."""
 
+import itertools
 import math
 import sys
 from dataclasses import replace
@@ -308,6 +309,26 @@ def test_beam_attention_belongs_to_its_words(kind):
             state, output = decoder.step(state, torch.tensor([word]))
             np.testing.assert_allclose(output.alphas[0].detach(), weights, atol=1e-5)
             word = said
+
+
+@pytest.mark.parametrize("end", (0.5, -50))  # by themselves, or at the longest length
+@pytest.mark.parametrize("kinds", [[kind] for kind in KINDS] + [["attention"] * 3, ["lstm", "attention"]])
+def test_each_word_has_the_mean_probability_of_the_members(kinds, end):
+    decoders = {kind: tiny_decoder(kind).eval() for kind in kinds}
+    members = [(decoders[kind], features_for(kind, 2).roll(view, 0)) for view, kind in enumerate(kinds)]  # views differ
+    for decoder in decoders.values():
+        decoder.output_bias.data[2] = end
+    for image, hypotheses in enumerate(beam_search(members, 3, 5, num_hypotheses=3)):
+        for found in hypotheses:
+            states, expected = [decoder.begin(features[image : image + 1]) for decoder, features in members], []
+            for word, said in itertools.pairwise([1, *found.ids, *([2] if end > 0 else [])]):
+                chances = []
+                for place, (decoder, _) in enumerate(members):
+                    states[place], output = decoder.step(states[place], torch.tensor([word]))
+                    chances.append(decoder.logits(output.hidden_out).softmax(-1)[0, said].item())
+                expected.append(math.log(np.mean(chances)))
+            assert found.log_probabilities == pytest.approx(expected, abs=1e-4)
+            assert sum(found.log_probabilities) == pytest.approx(found.log_probability, abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

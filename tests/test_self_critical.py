@@ -104,7 +104,7 @@ def test_a_word_that_the_data_lacks_is_no_end_of_the_caption(data):
 
 def hypothesis(data: CaptionSet, text: str, log_probability: float) -> Hypothesis:
     known = build_vocabulary(data, 1).id_of
-    return Hypothesis([known[word] for word in text.split()], log_probability, log_probability, None)
+    return Hypothesis([known[word] for word in text.split()], log_probability, log_probability, None, [])
 
 
 def choose(consensus: Consensus, found: list[list[Hypothesis]], weight: float = 0.0) -> list[Hypothesis]:
@@ -248,12 +248,13 @@ def test_samples_know_their_log_probability(kind):
     features = torch.randn(2, *((49, 8) if decoder.uses_grid else (8,)))
     drawn = sample(decoder, features, 2, 12, top_p=0.8)
     decoder.eval()
-    for row, (words, length, ended, log_probability) in enumerate(zip(*drawn, strict=True)):
-        ensemble, word, total = Ensemble([(decoder, features[row // 2 : row // 2 + 1])]), torch.tensor([SOS]), 0.0
+    for row, (words, length, ended, log_probabilities) in enumerate(zip(*drawn, strict=True)):
+        ensemble, word, expected = Ensemble([(decoder, features[row // 2 : row // 2 + 1])]), torch.tensor([SOS]), []
         for target in [*words[:length].tolist(), *([EOS] if ended else [])]:
             known, _ = ensemble.step(word)
-            total, word = total + known[0, target].item(), torch.tensor([target])
-        assert log_probability == pytest.approx(total, abs=1e-4)
+            expected, word = [*expected, known[0, target].item()], torch.tensor([target])
+        assert log_probabilities[: len(expected)] == pytest.approx(expected, abs=1e-4)
+        assert not log_probabilities[len(expected) :].any()
 
 
 def test_a_batch_of_samples_is_packed_as_captions_are(data):

@@ -26,7 +26,7 @@ import requests
 from PIL import Image
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
-from captioning.captioner import Caption, Captioner
+from captioning.captioner import Caption, Captioner, Decoding, Word
 from captioning.io import UserError
 from captioning.modes.caption import json_lines
 
@@ -55,21 +55,22 @@ def flags(tiny_runs, *more: str):
 
 @pytest.fixture(scope="module")
 def model(tiny_runs) -> Captioner:
-    return Captioner(tiny_runs["attention"])
+    return Captioner.load(tiny_runs["attention"])
 
 
 @pytest.fixture(scope="module")
 def page(model, tiny_runs):
     """The page's address. No request may write a file, and none may leave this machine."""
-    text = serve.build_page(model, serve.find_examples(model, flags(tiny_runs)), 3, 0.7)
-    serve.warm_up(model, 3, 0.7)
+    text = serve.build_page(model, serve.find_examples(model, flags(tiny_runs)), model.decoding())
+    serve.warm_up(model, {})
     sys.addaudithook(watch)
     thread = threading.Thread(target=lambda: tempfile.TemporaryFile().close())
     thread.start()
     thread.join()
     assert FILES_WRITTEN  # the hook sees such a file
     FILES_WRITTEN.clear()
-    server = serve.build_server(serve.build_app(model, text, "127.0.0.1", 3, 0.7), serve.security_headers(text))
+    app = serve.build_app(model, text, "127.0.0.1", model.decoding())
+    server = serve.build_server(app, serve.security_headers(text))
     listener = serve.open_socket("127.0.0.1", None)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
@@ -109,7 +110,7 @@ def png_of(width: int, height: int) -> bytes:
 
 
 def test_the_answer_is_the_command_lines(page, model, photo):
-    (line,) = json_lines(model.caption([photo], 4, 0.7, 3, attention=True), 3)
+    (line,) = json_lines([model(photo, beam_size=4, length_penalty=0.7, num_captions=3)], 3)
     expected = {key: value for key, value in json.loads(line).items() if key != "path"}
     query = "?beam_size=4&length_penalty=0.7&num_captions=3"
     assert ask(page, photo.read_bytes(), query).json() == expected
@@ -131,8 +132,8 @@ def decoded(address: str) -> Image.Image:
 
 
 def test_an_lstm_has_a_caption_and_no_maps(tiny_runs, photo):
-    answer = serve.caption_upload(Captioner(tiny_runs["lstm"]), photo.read_bytes(), 3, 0.7, 2, maps=True)
-    assert answer["caption"] and "words" not in answer and "words" not in answer["alternatives"][0]
+    answer = serve.caption_upload(Captioner.load(tiny_runs["lstm"]), photo.read_bytes(), True, {"num_captions": 2})
+    assert {key for word in answer["alternatives"][0]["words"] for key in word} == {"word", "probability"}
 
 
 def test_a_map_is_strongest_where_the_model_looked():
@@ -161,7 +162,7 @@ def test_files_that_cannot_be_captioned_get_a_sentence(page, photo):
 
 def test_all_routes(page, model):
     text = requests.get(page, timeout=20).text
-    app = serve.build_app(model, text, "127.0.0.1", 3, 0.7)
+    app = serve.build_app(model, text, "127.0.0.1", model.decoding())
     routes = {(route.path, *sorted(route.methods)) for route in app.routes}
     assert routes == {("/", "GET"), ("/health", "GET"), ("/caption", "POST"), ("/openapi.json", "GET", "HEAD")}
     assert requests.get(f"{page}health", timeout=20).json()["status"] == "ok"
@@ -280,7 +281,7 @@ def test_damaged_forms(page, photo):
 
 def test_two_hundred_damaged_requests(page, model, photo, monkeypatch):
     """Bytes of a request are changed, left out and repeated: the answer is an error of the client's, if not a caption."""
-    monkeypatch.setattr(model, "decode", lambda *_: [[Caption(["word"], -1.0, None)]])
+    monkeypatch.setattr(model, "decode", lambda *_: [[Caption([Word("word", 0.5, None)], -1.0, 1.0)]])
     body = b'--b\r\nContent-Disposition: form-data; name="image"; filename="x.jpg"\r\n\r\n'
     body += photo.read_bytes() + b"\r\n--b--\r\n"
     head = "POST /caption?beam_size=3&maps=true HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
@@ -368,7 +369,7 @@ def test_examples_are_test_images_or_none(model, tiny_runs, tmp_path):
     examples = serve.find_examples(model, flags(tiny_runs))
     assert {path.name for path in examples} == set(model.split["test"]["names"])
     (tmp_path / "damaged.jpg").write_bytes(b"x")
-    text = serve.build_page(model, [tmp_path / "damaged.jpg", *examples], 3, 0.7)
+    text = serve.build_page(model, [tmp_path / "damaged.jpg", *examples], model.decoding())
     assert text.count('alt="Example ') == len(examples)
     with pytest.raises(UserError, match="no captions file"):
         serve.find_examples(model, flags(tiny_runs, "--data_dir", str(tmp_path)))
@@ -376,7 +377,7 @@ def test_examples_are_test_images_or_none(model, tiny_runs, tmp_path):
 
 def test_names_from_a_checkpoint_are_text():
     flags = {"decoder": "lstm", "encoder": "<script>alert(1)</script>{{examples}}", "dataset_type": '"onload="x'}
-    text = serve.build_page(SimpleNamespace(flags=flags, epoch=1), [], 3, 0.7)
+    text = serve.build_page(SimpleNamespace(flags=flags, epoch=1), [], Decoding(3, 0.7, 1, 0, None))
     assert text.count("<script") == 1 and '"onload' not in text
 
 
@@ -407,17 +408,17 @@ def test_signals_end_the_page_at_any_time(tiny_runs, model, photo, caplog, monke
     def end() -> None:
         os.kill(os.getpid(), getattr(signal, name))
 
-    def load(*_):
+    def load(*_, **__):
         if moment == "loading":
             end()
             time.sleep(20)
         return model
 
-    def caption_and_end(*values, **options):
-        if moment == "captioning" and not options:  # a request, not the warm-up
+    def caption_and_end(*values):
+        if moment == "captioning" and values[-1]:  # a request: the warm-up has no options here
             end()
             time.sleep(0.2)
-        return caption(*values, **options)
+        return caption(*values)
 
     def visit() -> None:
         wait_for(lambda: any("The page is at" in line for line in printed))
@@ -436,7 +437,7 @@ def test_signals_end_the_page_at_any_time(tiny_runs, model, photo, caplog, monke
     printed: list[str] = []
     caption = serve.caption_upload
     monkeypatch.setattr("builtins.print", lambda *values, **_: printed.append(" ".join(map(str, values))))
-    monkeypatch.setattr(serve, "Captioner", load)
+    monkeypatch.setattr(serve, "Captioner", SimpleNamespace(load=load))
     monkeypatch.setattr(serve, "caption_upload", caption_and_end)
     if moment == "receiving":
         monkeypatch.setattr(serve, "END_SECONDS", 0)
@@ -506,9 +507,9 @@ def test_upload_a_photo_and_look_at_its_words(window, page, model, photo, width,
     opened = window(viewport={"width": width, "height": 844}, color_scheme=scheme, has_touch=phone, is_mobile=phone)
     opened.set_input_files("#file", photo)
     opened.wait_for_selector("#caption .word")
-    (result,) = model.caption([photo], 3, 0.7, 3, attention=True)
-    assert opened.inner_text("#caption").split() == result.captions[0].words
-    assert opened.locator("#others li").count() == len([each for each in result.captions[1:] if each.words])
+    result = model(photo, num_captions=3)
+    assert opened.inner_text("#caption").split() == result.text.split()
+    assert opened.locator("#others li").count() == len([each for each in result.alternatives if each.words])
     answer = ask(page, photo.read_bytes(), "?beam_size=3&num_captions=3&maps=true").json()
     maps, words = [word["map"] for word in answer["words"]], opened.locator("#caption .word")
     assert words.count() == len(maps) and shown_map(opened) is None
@@ -589,7 +590,7 @@ def test_words_of_a_stranger_are_text(window, photo):
     peak = {"row": 0, "column": 0, "x": 0.1, "y": 0.1, "weight": 0.5}
     address = f"data:image/jpeg;base64,{base64.b64encode(photo.read_bytes()).decode()}"
     answer = {
-        "caption": evil, "words": [{"word": evil, "peak": peak, "map": address}], "photo": address,
+        "caption": evil, "words": [{"word": evil, "probability": 0.5, "peak": peak, "map": address}], "photo": address,
         "alternatives": [{"caption": evil}],
     }  # fmt: skip
     opened.route("**/caption?*", lambda route: route.fulfill(json=answer))

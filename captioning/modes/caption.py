@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, redirect_stdout
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -19,14 +20,8 @@ from tqdm import tqdm
 
 import attention_visualization
 from captioning import plots
-from captioning.captioner import Caption, Captioned, Captioner
-from captioning.images import (
-    IMAGE_ENDINGS,
-    UnreadableImage,
-    cell_middles,
-    grid_side,
-    open_image,
-)
+from captioning.captioner import Caption, Captioned, Captioner, Decoding, DecodingOptions, Word
+from captioning.images import UnreadableImage, cell_middles, images_below, open_image
 from captioning.io import UserError, bars_off, csv_cell, log, make_directory, printable, write_atomic
 from captioning.settings import Settings
 
@@ -48,10 +43,7 @@ def find_images(entries: Sequence[str]) -> tuple[list[Path], list[str]]:
         if os.path.isfile(name):
             images[Path(name)] = None
         elif os.path.isdir(name):
-            before = len(images)
             images.update(dict.fromkeys(images_below(name, problems)))
-            if len(images) == before:
-                problems.append(f"{name}: no images in this folder (looked for {', '.join(sorted(IMAGE_ENDINGS))})")
         else:
             return False
         return True
@@ -66,16 +58,6 @@ def find_images(entries: Sequence[str]) -> tuple[list[Path], list[str]]:
                 "or - for a list of them on standard input"
             )
     return list(images), problems
-
-
-def images_below(folder: str, problems: list[str]) -> Iterator[Path]:
-    """Yield image files by their endings, also in folders below; links to folders are not followed."""
-    for place, folders, names in os.walk(folder, onerror=lambda error: problems.append(str(error))):
-        folders.sort()
-        for name in sorted(names):
-            path = os.path.join(place, name)
-            if os.path.splitext(name)[1].lower() in IMAGE_ENDINGS and os.path.isfile(path):
-                yield Path(path)
 
 
 def caption_images(args: Settings) -> int:
@@ -97,20 +79,18 @@ def caption_images(args: Settings) -> int:
         raise UserError("--images names no image at all")
     with redirect_stdout(sys.stderr):
         workers = min(args.num_workers or 1, os.cpu_count() or 1)
-        captioner = Captioner(args.model_path[0], args.device, args.resnet_weights, workers)
+        captioner = Captioner.load(
+            args.model_path[0], device=args.device, resnet_weights=args.resnet_weights, workers=workers
+        )
         log.info(f"Model: {captioner}. Device: {captioner.device}")
-    captioner.no_repeat_ngram = args.no_repeat_ngram
-    beam_size, length_penalty = captioner.decoding(args)
-    beam_size = max(beam_size, args.num_captions)
-    attention = captioner.decoder.has_attention
-    if args.save_attention_viz and not attention:
+    if args.save_attention_viz and not captioner.decoder.has_attention:
         raise UserError(
             f"--save_attention_viz has no effect: the {captioner.flags['decoder']} decoder of {captioner.path} has no attention"
         )
     pictures = (Path() if args.output is None else args.output.parent) / "captions_viz"
     form = csv_lines if args.output is not None and args.output.suffix.lower() == ".csv" else json_lines
     if args.output is None and not args.json:
-        form, attention = tab_lines, args.save_attention_viz
+        form = tab_lines
     torch.manual_seed(args.seed)  # of what --top_p draws
     failed = 0
     number = next_number(make_directory(pictures, "the attention pictures")) if args.save_attention_viz else 0
@@ -119,7 +99,7 @@ def caption_images(args: Settings) -> int:
         nonlocal failed, number
         bar = tqdm(total=len(paths), desc="Captioning", unit="image", disable=bars_off(), file=sys.stderr)
         with closing(bar):
-            for result in captioner.caption(paths, beam_size, length_penalty, args.num_captions, attention, args.top_p):
+            for result in captioner.caption(paths, **given_options(args)):
                 if result.problem is None:
                     if args.save_attention_viz:
                         number += draw_attention(result, pictures, number, args)
@@ -146,6 +126,11 @@ def caption_images(args: Settings) -> int:
     if failed:
         print(f"{failed} of {len(paths)} images could not be read; they are named above", file=sys.stderr)
     return 1 if failed or problems else 0
+
+
+def given_options(args: Settings) -> DecodingOptions:
+    """Return what the command line, or its `--config`, says of how captions are found."""
+    return cast(DecodingOptions, {name: getattr(args, name) for name in Decoding._fields if name in args.explicit})
 
 
 def complain(problem: str) -> None:
@@ -196,20 +181,16 @@ def csv_lines(results: Iterable[Captioned], count: int) -> Iterator[str]:
 
 
 def json_lines(results: Iterable[Captioned], count: int) -> Iterator[str]:
-    """Yield an object per image: path, caption, log_probability; with attention also `words` with the peak of each.
+    """Yield an object per image: path, caption, log_probability and `words`, each with its probability.
 
-    A peak is the strongest cell of the grid: its row and column from 0, its middle as fractions of the image's
-    width and height, and its weight. With `count` above 1 the other captions are `alternatives`, best first.
+    With attention a word has a peak, the strongest cell of the grid: its row and column from 0, its middle as fractions
+    of the image's width and height, and its weight. With `count` above 1 the other captions are `alternatives`.
     """
     for result in results:
-        best, *others = result.captions[:count]
-        entry: dict[str, object] = {"path": str(result.path)} | as_dict(best)
-        if best.attention is not None:
-            entry["words"] = [
-                {"word": word, "peak": peak_of(row)} for word, row in zip(best.words, best.attention, strict=True)
-            ]
+        entry: dict[str, object] = {"path": str(result.path)} | as_dict(result.best)
+        entry["words"] = [word_dict(word) for word in result.words]
         if count > 1:
-            entry["alternatives"] = [as_dict(other) for other in others]
+            entry["alternatives"] = [as_dict(other) for other in result.alternatives]
         yield json.dumps(entry)
 
 
@@ -217,12 +198,17 @@ def as_dict(caption: Caption) -> dict[str, object]:
     return {"caption": caption.text, "log_probability": round(caption.log_probability, 4)}
 
 
+def word_dict(word: Word) -> dict[str, object]:
+    seen = {} if word.attention is None else {"peak": peak_of(word.attention)}
+    return {"word": word.text, "probability": round(word.probability, 4)} | seen
+
+
 def peak_of(weights: np.ndarray) -> dict[str, float]:
-    """Return the strongest cell of one word. Args: weights: (49,)."""
+    """Return the strongest cell of one word. Args: weights: (7, 7)."""
     place = int(weights.argmax())
-    row, column = divmod(place, grid_side(len(weights)))
-    x, y = cell_middles(len(weights))[place].round(4).tolist()
-    return {"row": row, "column": column, "x": x, "y": y, "weight": round(float(weights[place]), 4)}
+    row, column = divmod(place, len(weights))
+    x, y = cell_middles(weights.size)[place].round(4).tolist()
+    return {"row": row, "column": column, "x": x, "y": y, "weight": round(float(weights.max()), 4)}
 
 
 def next_number(folder: Path) -> int:
@@ -233,17 +219,17 @@ def next_number(folder: Path) -> int:
 
 def draw_attention(result: Captioned, folder: Path, number: int, args: Settings) -> bool:
     """Draw the attention of an image's best caption; False, with a note, where there is nothing to draw."""
-    caption, name = result.captions[0], printable(str(result.path))
-    if not caption.words or caption.attention is None:
+    caption, name = result.best, printable(str(result.path))
+    if caption.attention is None:
         tqdm.write(f"No attention picture of {name}: its caption is empty", file=sys.stderr)
         return False
     try:
-        photo = open_image(result.path, at_least=max(900, 900 * args.attention_viz_dpi // plots.DPI))
+        photo = open_image(result.source, at_least=max(900, 900 * args.attention_viz_dpi // plots.DPI))
     except UnreadableImage as error:  # it could be read a moment ago
         complain(str(error))
         return False
     attention_visualization.save_pictures(
-        folder, number, photo, name, caption.words, caption.attention, args.advanced_attention_viz,
+        folder, number, photo, name, [word.text for word in caption.words], caption.attention, args.advanced_attention_viz,
         args.attention_viz_format, args.attention_viz_dpi,
     )  # fmt: skip
     return True

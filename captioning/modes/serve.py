@@ -29,11 +29,11 @@ from PIL import Image
 
 from attention_visualization import colours, upsample
 from captioning import __version__
-from captioning.captioner import Captioned, Captioner
+from captioning.captioner import Captioner, Decoding, DecodingOptions
 from captioning.dataset import load_caption_set
 from captioning.images import IMAGE_FORMATS, UnreadableImage, open_image
 from captioning.io import UserError, format_bytes, log
-from captioning.modes.caption import json_lines, peak_of
+from captioning.modes.caption import given_options, json_lines, word_dict
 from captioning.plots import shrunk
 from captioning.settings import Settings
 
@@ -83,7 +83,8 @@ class Peak(BaseModel):
 
 class Word(BaseModel):
     word: str
-    peak: Peak
+    probability: float = Field(description="given the image and the words before it")
+    peak: Peak | None = Field(None, description="where the model looked for it; not of a decoder `lstm`")
     map: str | None = Field(None, description="with maps=true: the attention over the image, a PNG as data URL")
 
 
@@ -96,14 +97,12 @@ class Alternative(BaseModel):
 class Answer(BaseModel):
     caption: str
     log_probability: float = Field(description="natural logarithm, of all words and of ending there")
-    words: list[Word] | None = Field(None, description="where the model looked for each; not of a decoder `lstm`")
+    words: list[Word]
     alternatives: list[Alternative] | None = Field(None, description="with num_captions above 1, best first")
     photo: str | None = Field(None, description="with maps=true: the image, upright, a JPEG as data URL")
 
 
-def caption_upload(
-    captioner: Captioner, upload: bytes, beam_size: int, length_penalty: float, num_captions: int, maps: bool
-) -> dict[str, Any]:
+def caption_upload(captioner: Captioner, upload: bytes, maps: bool, options: DecodingOptions) -> dict[str, Any]:
     """Caption an uploaded image: the object that `--mode caption --json` prints, without `path`.
 
     Args:
@@ -116,24 +115,21 @@ def caption_upload(
     file = io.BytesIO(upload)
     check_upload(file)
     try:
-        pixels = captioner.spec.load_views(file, captioner.views)
         photo = open_image(file, at_least=900) if maps else None
+        result = captioner(file, **options)
     except UnreadableImage as error:
         raise UnreadableImage("This image is damaged and cannot be opened.") from error
-    (captions,) = captioner.decode(
-        [pixels], max(beam_size, num_captions), length_penalty, num_captions, captioner.decoder.has_attention, None
-    )
-    answer = json.loads(next(json_lines([Captioned(Path(), captions, None)], num_captions)))
+    answer = json.loads(next(json_lines([result], options.get("num_captions") or 1)))
     del answer["path"]
     if photo is not None:
         answer["photo"] = data_url(shrunk(photo), "JPEG")
-        for part, caption in zip([answer, *answer.get("alternatives", [])], captions, strict=True):
-            if caption.attention is not None:
-                part["words"] = [
-                    {"word": word, "peak": peak_of(row), "map": data_url(map_of(row), "PNG")}
-                    for word, row in zip(caption.words, caption.attention, strict=True)
-                ]
+        for part, caption in zip([answer, *answer.get("alternatives", [])], result.captions, strict=True):
+            part["words"] = [word_dict(word) | map_dict(word.attention) for word in caption.words]
     return answer
+
+
+def map_dict(weights: np.ndarray | None) -> dict[str, str]:
+    return {} if weights is None else {"map": data_url(map_of(weights), "PNG")}
 
 
 def check_upload(file: io.BytesIO) -> None:
@@ -155,7 +151,7 @@ def check_upload(file: io.BytesIO) -> None:
 
 
 def map_of(weights: np.ndarray) -> Image.Image:
-    """One word's attention as a small transparent picture, in the colours of `attention_visualization`."""
+    """One word's attention (7, 7) as a small transparent picture, in the colours of `attention_visualization`."""
     shares = upsample(weights, MAP_SIZE, MAP_SIZE) / weights.max()
     return Image.fromarray(colours()(shares, bytes=True))
 
@@ -170,7 +166,7 @@ def data_url(picture: Image.Image, form: str) -> str:
 # The page
 
 
-def build_page(captioner: Captioner, examples: Sequence[Path], beam_size: int, length_penalty: float) -> str:
+def build_page(captioner: Captioner, examples: Sequence[Path], how: Decoding) -> str:
     """The page's HTML, with the model's description, the examples and the settings' first values."""
     pictures: list[str] = []
     for path in examples:
@@ -184,10 +180,10 @@ def build_page(captioner: Captioner, examples: Sequence[Path], beam_size: int, l
         "model": html.escape(description(captioner)),
         "examples": "".join(pictures),
         "max_bytes": MAX_BYTES,
-        "beam_size": beam_size,
-        "beam_max": max(WIDEST_BEAM, beam_size),
-        "length_penalty": length_penalty,
-        "penalty_max": max(LARGEST_PENALTY, length_penalty),
+        "beam_size": how.beam_size,
+        "beam_max": max(WIDEST_BEAM, how.beam_size),
+        "length_penalty": how.length_penalty,
+        "penalty_max": max(LARGEST_PENALTY, how.length_penalty),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda found: str(values[found[1]]), PAGE.read_text(encoding="utf-8"))
 
@@ -303,13 +299,13 @@ def trusted_hosts(host: str) -> list[str]:
     return hosts
 
 
-def build_app(captioner: Captioner, page: str, host: str, beam_size: int, length_penalty: float) -> FastAPI:
+def build_app(captioner: Captioner, page: str, host: str, how: Decoding) -> FastAPI:
     """The application: its routes, and what each request may cost.
 
     Args:
         page: the HTML of `GET /`.
         host: the address that is listened on.
-        beam_size, length_penalty: where a request names none.
+        how: what a request does not name.
     """
     app = FastAPI(
         version=__version__,
@@ -331,8 +327,9 @@ def build_app(captioner: Captioner, page: str, host: str, beam_size: int, length
         """The server is up; `model` says what it captions with."""
         return {"status": "ok", "model": description(captioner)}
 
-    beams = Query(beam_size, ge=1, le=max(WIDEST_BEAM, beam_size), description="captions followed at once")
-    penalties = Query(length_penalty, ge=0, le=max(LARGEST_PENALTY, length_penalty), description="more: longer ones")
+    beams = Query(how.beam_size, ge=1, le=max(WIDEST_BEAM, how.beam_size), description="captions followed at once")
+    longest = max(LARGEST_PENALTY, how.length_penalty)
+    penalties = Query(how.length_penalty, ge=0, le=longest, description="more: longer ones")
     counts = Query(1, ge=1, le=MOST_CAPTIONS, description="captions, best first; the beam is at least as wide")
     with_maps = Query(False, description="add the photo, and each word's attention map, as data URLs")
     image = {"schema": {"type": "string", "format": "binary"}}
@@ -365,9 +362,11 @@ def build_app(captioner: Captioner, page: str, host: str, beam_size: int, length
             async with worker:
                 if await request.is_disconnected():
                     raise HTTPException(400, "The client closed the connection.")
-                return await asyncio.to_thread(
-                    caption_upload, captioner, upload, beam_size, length_penalty, num_captions, maps
-                )
+                options: DecodingOptions = {
+                    "beam_size": beam_size, "length_penalty": length_penalty, "num_captions": num_captions,
+                    "no_repeat_ngram": how.no_repeat_ngram,
+                }  # fmt: skip
+                return await asyncio.to_thread(caption_upload, captioner, upload, maps, options)
         except UnreadableImage as error:
             raise HTTPException(415, str(error)) from error
         except UserError as error:
@@ -431,14 +430,14 @@ def serve_page(args: Settings) -> int:
     before = {number: signal.signal(number, signal.default_int_handler) for number in end_signals()}
     try:
         with contextlib.closing(open_socket(args.host, args.port)) as listener:
-            captioner = Captioner(args.model_path[0], args.device, args.resnet_weights)
-            captioner.no_repeat_ngram = args.no_repeat_ngram
+            captioner = Captioner.load(args.model_path[0], device=args.device, resnet_weights=args.resnet_weights)
             captioner.expect_many()
             log.info(f"Model: {captioner}. Device: {captioner.device}")
-            settings = captioner.decoding(args)
-            page = build_page(captioner, find_examples(captioner, args), *settings)
-            app = build_app(captioner, page, args.host, *settings)
-            warm_up(captioner, *settings)
+            options = given_options(args)
+            how = captioner.decoding(**options)
+            page = build_page(captioner, find_examples(captioner, args), how)
+            app = build_app(captioner, page, args.host, how)
+            warm_up(captioner, options)
             host = f"[{args.host}]" if ":" in args.host else args.host
             print(f"The page is at http://{host}:{listener.getsockname()[1]}/ (Ctrl-C ends it)", flush=True)
             if args.host not in ("127.0.0.1", "localhost", "::1"):
@@ -456,8 +455,8 @@ def serve_page(args: Settings) -> int:
     return 0
 
 
-def warm_up(captioner: Captioner, beam_size: int, length_penalty: float) -> None:
+def warm_up(captioner: Captioner, options: DecodingOptions) -> None:
     """Caption a grey picture, so that the first photo does not wait for what is built on first use."""
     picture = io.BytesIO()
     Image.new("RGB", (640, 480), "grey").save(picture, "JPEG")
-    caption_upload(captioner, picture.getvalue(), beam_size, length_penalty, 1, maps=True)
+    caption_upload(captioner, picture.getvalue(), True, options)
