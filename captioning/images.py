@@ -37,8 +37,7 @@ def cell_middles(cells: int) -> np.ndarray:
     """Return the centre (x, y) of each cell, (cells, 2), as fractions of the image's width and height."""
     side = grid_side(cells)
     row, column = np.divmod(np.arange(cells), side)
-    middles: np.ndarray = (np.stack([column, row], axis=1) + 0.5) / side
-    return middles
+    return (np.stack([column, row], axis=1) + 0.5) / side
 
 
 def peak(weights: np.ndarray) -> np.ndarray:
@@ -50,7 +49,8 @@ def peak(weights: np.ndarray) -> np.ndarray:
         ValueError: no weights, or not one distribution per word.
     """
     rows = check_weights(weights)
-    return cell_middles(rows.shape[1])[rows.argmax(1)]
+    peaks: np.ndarray = cell_middles(rows.shape[1])[rows.argmax(1)]
+    return peaks
 
 
 def check_weights(weights: np.ndarray, words: int | None = None) -> np.ndarray:
