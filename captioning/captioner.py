@@ -133,8 +133,9 @@ class Captioned:
         return plots.captions_figure([{"image": photo, "name": name, "caption": best.text, "references": []}])
 
     def __repr__(self) -> str:
-        name = "" if self.path is None else f"{str(self.path)!r}: "
-        return f"Captioned({name}{self.text!r})" if self.problem is None else f"Captioned(problem={self.problem!r})"
+        if self.problem is not None:
+            return f"Captioned(problem={self.problem!r})"
+        return f"Captioned({'' if self.path is None else f'{str(self.path)!r}, '}{self.text!r})"
 
 
 # --------------------------------------------------------------------------------------------------

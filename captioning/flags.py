@@ -112,7 +112,8 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("mode", "train a decoder; score a trained one; find its best beam size and length penalty on the validation "
             "images; caption images with it; open a page in the browser that does; write it as a folder to share",
             str, "train", MODES, parameter=False),
-        Flag("model_path", "checkpoint, run directory, folder of runs or exported folder: to test (several are an "
+        Flag("model_path", "checkpoint, run directory, folder of runs, exported folder or the name of a model that comes "
+            "with the package: to test (several are an "
             "ensemble), or to train on from", path, many=True, metavar="PATH"),
         Flag("predictions", "score the captions in this file (COCO results or CSV) instead of a model's", path,
             modes=("test",), parameter=False),
