@@ -134,8 +134,9 @@ class Captioned:
         return plots.captions_figure([{"image": photo, "name": name, "caption": best.text, "references": []}])
 
     def __repr__(self) -> str:
-        name = "" if self.path is None else f"{str(self.path)!r}: "
-        return f"Captioned({name}{self.text!r})" if self.problem is None else f"Captioned(problem={self.problem!r})"
+        if self.problem is not None:
+            return f"Captioned(problem={self.problem!r})"
+        return f"Captioned({'' if self.path is None else f'{str(self.path)!r}, '}{self.text!r})"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -160,9 +161,7 @@ class DecodingOptions(TypedDict, total=False):
     length_penalty: float | None  # more makes captions longer
     num_captions: int | None  # different captions of each image; the beam may find fewer
     no_repeat_ngram: int | None  # no caption has the same N words twice; 0 for no such rule
-    consensus: (
-        str | None
-    )  # "on" takes the caption that agrees best with the evidence, where the model has any; or "off"
+    consensus: str | None  # "on" takes the caption with the best evidence, where the model has any; or "off"
     top_p: float | None  # draw captions from the likeliest words that together have this probability
 
 
