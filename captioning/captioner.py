@@ -34,7 +34,7 @@ from captioning.features import decoded, stored_form, stored_kind
 from captioning.flags import CONSENSUS_BEAM, FLAGS
 from captioning.images import VIEW_SETS, ImageSource, UnreadableImage, grid_side, images_below, open_image
 from captioning.io import UserError
-from captioning.runs import find_checkpoint
+from captioning.runs import PRETRAINED_MODEL, find_checkpoint
 from captioning.settings import parse_value
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ class Captioner:
 
     @classmethod
     def load(
-        cls, name_or_path: str | os.PathLike[str], *, device: str = "auto", resnet_weights: str | None = None,
+        cls, name_or_path: str | os.PathLike[str] = PRETRAINED_MODEL, *, device: str = "auto", resnet_weights: str | None = None,
         workers: int | None = None,
     ) -> Captioner:  # fmt: skip
         """Load a model.

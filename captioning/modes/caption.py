@@ -23,6 +23,7 @@ from captioning import plots
 from captioning.captioner import Caption, Captioned, Captioner, Decoding, DecodingOptions, Word
 from captioning.images import UnreadableImage, cell_middles, images_below, open_image
 from captioning.io import UserError, bars_off, csv_cell, log, make_directory, printable, write_atomic
+from captioning.runs import given_model
 from captioning.settings import Settings
 
 
@@ -80,7 +81,7 @@ def caption_images(args: Settings) -> int:
     with redirect_stdout(sys.stderr):
         workers = min(args.num_workers or 1, os.cpu_count() or 1)
         captioner = Captioner.load(
-            args.model_path[0], device=args.device, resnet_weights=args.resnet_weights, workers=workers
+            given_model(args.model_path), device=args.device, resnet_weights=args.resnet_weights, workers=workers
         )
         log.info(f"Model: {captioner}. Device: {captioner.device}")
     if args.save_attention_viz and not captioner.decoder.has_attention:
