@@ -8,7 +8,7 @@ usage() {
 usage: ./setup.sh [demo|test] [--python PATH] [--again]
 
   ./setup.sh          install the packages of requirements.txt into .venv
-  ./setup.sh demo     install, draw a small data set, train on it, test, and say what to run next
+  ./setup.sh demo     install, caption photographs, draw a small data set, train on it, test, and say what to run next
   ./setup.sh test     install requirements-dev.txt too (with the page's packages), then run ruff, mypy and pytest
 
   --python PATH       the Python to build .venv with, 3.11 or newer (also: the variable PYTHON)
@@ -35,6 +35,17 @@ train_demo() {
 }
 test_demo() { # the run's directory
     run "$TRAINER" --mode test --model_path "$1"
+}
+
+# Photographs that a package on PyPI brings along: the astronaut and the rocket are in the public domain, the cat, the
+# coffee and the photographer CC0. The captioner comes with the project.
+caption_photos() {
+    local photos=.venv/photos
+    [ -d "$photos/skimage/data" ] || PIP_USER=0 .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+        --no-input --no-deps --target "$photos" scikit-image==0.26.0 >.venv/pip.log 2>&1 </dev/null ||
+        { cat .venv/pip.log >&2; fail "pip could not install scikit-image, whose photographs the demo captions"; }
+    run "$TRAINER" --mode caption --save_attention_viz --images "$photos"/skimage/data/{astronaut,chelsea,coffee,camera}.png \
+        "$photos/skimage/data/rocket.jpg"
 }
 
 say() { printf '%s\n' "$*"; }
@@ -157,6 +168,7 @@ newest_demo_run() {
 
 demo() {
     local run_directory
+    caption_photos
     draw_demo_data
     run_directory=$(newest_demo_run)
     if [ -n "$run_directory" ] && [ "$again" = no ]; then
@@ -170,6 +182,9 @@ demo() {
     cat <<END
 
 What next
+
+  Captions of photographs are at the top; where the captioner looked: captions_viz/
+  Your own photos:      python $TRAINER --mode caption --images PHOTO.jpg
 
   Where it all lies:    $run_directory
   Attention pictures:   $run_directory/*attention_viz_sample_*.png

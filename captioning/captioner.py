@@ -35,7 +35,7 @@ from captioning.features import decoded, stored_form, stored_kind
 from captioning.flags import CONSENSUS_BEAM, FLAGS
 from captioning.images import VIEW_SETS, ImageSource, UnreadableImage, grid_side, images_below, open_image
 from captioning.io import UserError
-from captioning.runs import find_checkpoint
+from captioning.runs import PRETRAINED_MODEL, find_checkpoint
 from captioning.settings import parse_value
 
 if TYPE_CHECKING:
@@ -140,8 +140,9 @@ class Captioned:
         return plots.captions_figure([{"image": photo, "name": name, "caption": best.text, "references": []}])
 
     def __repr__(self) -> str:
-        name = "" if self.path is None else f"{str(self.path)!r}: "
-        return f"Captioned({name}{self.text!r})" if self.problem is None else f"Captioned(problem={self.problem!r})"
+        if self.problem is not None:
+            return f"Captioned(problem={self.problem!r})"
+        return f"Captioned({'' if self.path is None else f'{str(self.path)!r}, '}{self.text!r})"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -166,9 +167,7 @@ class DecodingOptions(TypedDict, total=False):
     length_penalty: float | None  # more makes captions longer
     num_captions: int | None  # different captions of each image; the beam may find fewer
     no_repeat_ngram: int | None  # no caption has the same N words twice; 0 for no such rule
-    consensus: (
-        str | None
-    )  # "on" takes the caption that agrees best with the evidence, where the model has any; or "off"
+    consensus: str | None  # "on" takes the caption with the best evidence, where the model has any; or "off"
     top_p: float | None  # draw captions from the likeliest words that together have this probability
 
 
@@ -206,7 +205,7 @@ class Captioner:
 
     @classmethod
     def load(
-        cls, name_or_path: str | os.PathLike[str], *, device: str = "auto", resnet_weights: str | None = None,
+        cls, name_or_path: str | os.PathLike[str] = PRETRAINED_MODEL, *, device: str = "auto", resnet_weights: str | None = None,
         workers: int | None = None,
     ) -> Captioner:  # fmt: skip
         """Load a model.

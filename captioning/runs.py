@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 DRY_RUN = "dry_run_"  # begins the names of runs that are not results
 EXPORTED_WEIGHTS = "model.safetensors"  # what `--mode export` writes, beside config.json and vocabulary.json
 PRETRAINED = Path(__file__).parent / "pretrained"  # models that come with the package, each an exported folder
+PRETRAINED_MODEL = "flickr8k_attention"  # the one of them that captions images unless another is named
 EPOCH_FILE = re.compile(r"model_epoch_([1-9][0-9]{0,8})\.pt")
 MEMBERS = " + "  # between the members of an ensemble
 # The lists of loss_curve.json, which are of equal length, and the columns of `training_rows`.
@@ -383,8 +384,18 @@ def pretrained() -> dict[str, Path]:
     return {path.parent.name: path for path in sorted(PRETRAINED.glob(f"*/{EXPORTED_WEIGHTS}"))}
 
 
+def given_model(model_path: list[Path] | None) -> Path:
+    """Return the `--model_path`, or the model that comes with the package where none was given."""
+    if model_path:
+        return model_path[0]
+    log.info(f"Model: {PRETRAINED_MODEL}, which comes with the package; --model_path names another")
+    return PRETRAINED / PRETRAINED_MODEL
+
+
 def results_directory(checkpoint: Path) -> Path:
-    """Return where the results of a test go: beside the checkpoint, but to `saved_models/` for one in the hub's cache."""
+    """Return where the results of a test go: beside the checkpoint, but to `saved_models/` for one that was installed."""
+    if checkpoint.parent.parent == PRETRAINED:
+        return Path("saved_models", "pretrained", checkpoint.parent.name)
     *_, model, folder, commit, _ = ("", "", *checkpoint.absolute().parts)
     if folder == "snapshots" and model.startswith("models--"):  # into which nothing of ours is written
         return Path("saved_models", "hub", model.removeprefix("models--"), commit)

@@ -441,7 +441,7 @@ def check_modes(args: Settings, error: Callable[[str], Any]) -> None:
         what = "--predictions" if args.predictions is not None else f"--mode {mode}"
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             error(f"{what} runs in one process: start it with python rather than torchrun")
-    if mode != "train" and args.model_path is None and args.predictions is None:
+    if mode in ("test", "tune", "export") and args.model_path is None and args.predictions is None:
         error(f"--mode {mode} needs --model_path: a checkpoint, a run directory or a folder of runs")
     if mode != "test" and len(args.model_path or []) > 1:
         error(f"--mode {mode} takes one --model_path; several are an ensemble, for --mode test")

@@ -110,13 +110,13 @@ def test_the_regression_is_reduced_rank_ridge_regression(data, monkeypatch):
     targets = np.bincount(pairs, weights, len(train) * ngrams).reshape(len(train), ngrams)
     x = direction(pooled(train), pooled(train).double().mean(0).float()).double().numpy()
     queries = direction(pooled(np.arange(50, 60)), pooled(train).double().mean(0).float()).double().numpy()
-    ridge = np.linalg.solve(x.T @ x + 6 * np.eye(8), x.T @ targets)
+    ridge = np.linalg.solve(x.T @ x + consensus.RIDGE * np.eye(8), x.T @ targets)
     full = fit_head(data, vocabulary, pooled).expected(pooled(np.arange(50, 60)))
     assert np.abs(full.numpy() - queries @ ridge).max() < 1e-5
     monkeypatch.setattr(consensus, "RANK", 3)
     head = fit_head(data, vocabulary, pooled)
     assert head.stored["expect"].shape == (3, ngrams)
-    predicted = np.vstack([x, np.sqrt(6) * np.eye(8)]) @ ridge  # the ridge as eight more images
+    predicted = np.vstack([x, np.sqrt(consensus.RIDGE) * np.eye(8)]) @ ridge  # the ridge as eight more images
     _, _, directions = np.linalg.svd(predicted, full_matrices=False)
     expected = queries @ ridge @ directions[:3].T @ directions[:3]
     assert np.abs(head.expected(pooled(np.arange(50, 60))).numpy() - expected).max() < 1e-5

@@ -24,7 +24,7 @@ from captioning.captioner import Caption, Captioned, Captioner, Decoding, Decodi
 from captioning.confidence import FEWEST
 from captioning.images import UnreadableImage, cell_middles, images_below, open_image
 from captioning.io import UserError, bars_off, csv_cell, log, make_directory, printable, write_atomic
-from captioning.runs import reproducing_command
+from captioning.runs import given_model, reproducing_command
 from captioning.settings import Settings
 
 
@@ -82,7 +82,7 @@ def caption_images(args: Settings) -> int:
     with redirect_stdout(sys.stderr):
         workers = min(args.num_workers or 1, os.cpu_count() or 1)
         captioner = Captioner.load(
-            args.model_path[0], device=args.device, resnet_weights=args.resnet_weights, workers=workers
+            given_model(args.model_path), device=args.device, resnet_weights=args.resnet_weights, workers=workers
         )
         log.info(f"Model: {captioner}. Device: {captioner.device}")
     if args.save_attention_viz and not captioner.decoder.has_attention:
@@ -91,10 +91,11 @@ def caption_images(args: Settings) -> int:
         )
     least = args.min_confidence or 0.0
     if args.min_confidence is not None and captioner.calibration is None:
-        tune = reproducing_command(["--mode", "tune", "--model_path", str(captioner.path)])
+        exported = captioner.path.suffix == ".safetensors"
+        tune = reproducing_command(["--mode", "tune", "--model_path", "RUN" if exported else str(captioner.path)])
         raise UserError(
-            f"--min_confidence: the captions of {captioner.path} have no calibrated confidence: {tune} adds it "
-            f"(to a run's checkpoint, from {FEWEST} validation images on)"
+            f"--min_confidence: {captioner.path} knows no confidence: {tune} adds it"
+            f"{' before RUN is exported' if exported else ''}, where there are {FEWEST} validation images"
         )
     pictures = (Path() if args.output is None else args.output.parent) / "captions_viz"
     form = csv_lines if args.output is not None and args.output.suffix.lower() == ".csv" else json_lines

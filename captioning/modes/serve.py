@@ -35,6 +35,7 @@ from captioning.images import IMAGE_FORMATS, UnreadableImage, open_image
 from captioning.io import UserError, format_bytes, install_command, log
 from captioning.modes.caption import given_options, json_lines, word_dict
 from captioning.plots import shrunk
+from captioning.runs import given_model
 from captioning.settings import Settings
 
 try:
@@ -433,7 +434,9 @@ def serve_page(args: Settings) -> int:
     before = {number: signal.signal(number, signal.default_int_handler) for number in end_signals()}
     try:
         with contextlib.closing(open_socket(args.host, args.port)) as listener:
-            captioner = Captioner.load(args.model_path[0], device=args.device, resnet_weights=args.resnet_weights)
+            captioner = Captioner.load(
+                given_model(args.model_path), device=args.device, resnet_weights=args.resnet_weights
+            )
             captioner.expect_many()
             log.info(f"Model: {captioner}. Device: {captioner.device}")
             options = given_options(args)
