@@ -168,7 +168,7 @@ def build_run(
     constants = {
         "decoder_type": settings.decoder, "vocabulary": vocabulary.words, "split": split,
         "encoder": {"name": spec.name, "weights_hash": weights_hash, "transform": spec.transform},
-        "decoding": None, "consensus": None,
+        "decoding": None, "consensus": None, "confidence": checkpoint["confidence"] if checkpoint else None,
     }  # fmt: skip
     context = EvalContext(settings, device, data, vocabulary, [(decoder, views[0])])
     return Run(settings, context, loader, views, step_loss, constants), state

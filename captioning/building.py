@@ -201,6 +201,7 @@ def load_context(settings: Settings, splits: list[str]) -> tuple[EvalContext, np
         own_split = stored if checkpoint is first else checkpoint["split"]
         if own_split:
             refuse_trained_images(own_split, images_of(data, splits), data.names, views[0].versions, path)
+    context.calibration = None if others else first["confidence"]
     if len(context.heads) < len(context.members):
         context.heads.clear()
         if "consensus" in settings.explicit and settings.consensus == "on":

@@ -24,6 +24,7 @@ from PIL import Image
 
 from captioning import plots
 from captioning.checkpoints import load_checkpoint, load_weights
+from captioning.confidence import confidence_of
 from captioning.consensus import NgramHead, search_by_consensus
 from captioning.dataset import Vocabulary
 from captioning.decoders import build_decoder
@@ -64,6 +65,7 @@ class Caption:
     words: list[Word]
     log_probability: float  # natural logarithm, of all words and of ending there
     end_probability: float  # of ending after these words; 1 where the longest length of a caption ended it
+    confidence: float | None = None  # the share of its content words that people are expected to say; None unless known
 
     @property
     def text(self) -> str:
@@ -83,8 +85,8 @@ class Caption:
 class Captioned:
     """An image with its captions, best first, or with the reason why it has none.
 
-    `text`, `words` and `log_probability` are those of the best caption. Of an image with a `problem` they raise
-    UnreadableImage.
+    `text`, `words`, `log_probability` and `confidence` are those of the best caption. Of an image with a `problem` they
+    raise UnreadableImage.
     """
 
     source: ImageSource  # as it was given
@@ -113,6 +115,10 @@ class Captioned:
     @property
     def log_probability(self) -> float:
         return self.best.log_probability
+
+    @property
+    def confidence(self) -> float | None:
+        return self.best.confidence
 
     @property
     def alternatives(self) -> list[Caption]:
@@ -184,7 +190,7 @@ class Captioner:
         self.path = path
         self.device, self.workers = pick_device(device), workers or os.cpu_count() or 1
         self.flags, self.split, self.epoch = checkpoint["flags"], checkpoint["split"], checkpoint["epoch"]
-        self.tuned = checkpoint["decoding"]
+        self.tuned, self.calibration = checkpoint["decoding"], checkpoint["confidence"]
         self.head = checkpoint["consensus"] and NgramHead(len(checkpoint["vocabulary"]), checkpoint["consensus"])
         flags = self.flags
         self.views = VIEW_SETS[flags["views"]]
@@ -356,7 +362,10 @@ class Captioner:
                 f"the memory of {self.device} is too small: use a smaller beam size than {how.beam_size}, or the device cpu"
             ) from error
         return [
-            [self.caption_of(h.ids, h.log_probabilities, h.attention) for h in hypotheses[: how.num_captions]]
+            [
+                self.caption_of(h.ids, h.log_probabilities, h.attention, self.calibration)
+                for h in hypotheses[: how.num_captions]
+            ]
             for hypotheses in found
         ]
 
@@ -380,13 +389,15 @@ class Captioner:
         ]
 
     def caption_of(
-        self, ids: Iterable[int], log_probabilities: Sequence[float], attention: np.ndarray | None
-    ) -> Caption:
-        """Put a caption together. Args: as in `Hypothesis`."""
+        self, ids: Iterable[int], log_probabilities: Sequence[float], attention: np.ndarray | None,
+        calibration: Mapping[str, Any] | None = None,
+    ) -> Caption:  # fmt: skip
+        """Put a caption together. Args: as in `Hypothesis`; calibration: of captions that are found in this way."""
         texts, maps = self.vocabulary.decode(ids), repeat(None) if attention is None else map(as_grid, attention)
         chances = [math.exp(min(each, 0.0)) for each in log_probabilities]  # float32 may round a mean to just above 0
         words = [Word(*parts) for parts in zip(texts, chances, maps, strict=False)]
-        return Caption(words, float(sum(log_probabilities)), chances[-1] if len(chances) > len(words) else 1.0)
+        end = chances[-1] if len(chances) > len(words) else 1.0
+        return Caption(words, float(sum(log_probabilities)), end, confidence_of(calibration, log_probabilities))
 
 
 def as_grid(row: np.ndarray) -> np.ndarray:

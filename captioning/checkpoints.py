@@ -16,6 +16,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from captioning import registry
+from captioning.confidence import is_calibration
 from captioning.decoders import Decoder, build_decoder, group_sizes
 from captioning.encoders import encoder_of
 from captioning.flags import FLAGS
@@ -79,7 +80,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         checkpoint["split"] = upgrade_split(checkpoint.get("split"))
     checkpoint["schema"] = SCHEMA
     add_later_flags(checkpoint)
-    checkpoint.setdefault("consensus", None)
+    add_later_fields(checkpoint)
     require_form(checkpoint, CHECKPOINT, path)
     if checkpoint["decoding"] is None:
         checkpoint["decoding"] = tuned_decoding(path, checkpoint["epoch"])
@@ -119,6 +120,13 @@ def add_later_flags(checkpoint: Any) -> None:
         } | checkpoint["flags"]
 
 
+def add_later_fields(checkpoint: Any) -> None:
+    """Add what `evaluation.learn_decoding` finds, which older checkpoints and exported folders lack."""
+    if isinstance(checkpoint, dict):
+        checkpoint.setdefault("consensus", None)
+        checkpoint.setdefault("confidence", None)
+
+
 def tuned_decoding(path: Path, epoch: int) -> Any:
     """Return what `--mode tune` found for the weights of this epoch and left beside the checkpoint, or None.
 
@@ -152,8 +160,7 @@ def load_exported(path: Path) -> dict[str, Any]:
     place = path.with_name("config.json")
     config = read_exported_json(place)
     add_later_flags(config)
-    if isinstance(config, dict):
-        config.setdefault("consensus", None)
+    add_later_fields(config)
     require_form(config, EXPORTED, place)
     if config["schema"] != EXPORT_SCHEMA:
         raise UserError(f"{place} has schema {config['schema']}, this program reads {EXPORT_SCHEMA}")
@@ -181,7 +188,8 @@ def load_exported(path: Path) -> dict[str, Any]:
         "encoder": config["encoder"], "vocabulary": contents["vocabulary.json"],
         "flags": {**flags, **places, "feature_cache": "feature_cache"}, "optimizer": None, "scaler": {},
         "progress": {"first_epoch": config["epoch"], "step": 0, "loss_sum": 0.0, "reward_sum": 0.0, "tokens": 0},
-        "schedule": None, "decoding": config["decoding"], "consensus": config["consensus"] and config["consensus"] | head, "split": upgrade_split(contents["split.json"]), "loss_curve": {name: [] for name in CHECKPOINT["loss_curve"]},
+        "schedule": None, "decoding": config["decoding"], "consensus": config["consensus"] and config["consensus"] | head,
+        "confidence": config["confidence"], "split": upgrade_split(contents["split.json"]), "loss_curve": {name: [] for name in CHECKPOINT["loss_curve"]},
         "metrics_history": [], "best": {"score": 0.0, "epoch": config["epoch"], "metric": flags["best_metric"]},
     }  # fmt: skip
     require_form(checkpoint, {name: form for name, form in CHECKPOINT.items() if name != "optimizer"}, path)
@@ -320,6 +328,7 @@ CHECKPOINT: dict[str, Any] = {
     "progress": {"first_epoch": whole(), "step": whole(), "loss_sum": real(-1e300, 1e300), "reward_sum": real(0, 1e300),
                  "tokens": whole()},
     "consensus": OrNone(CONSENSUS),
+    "confidence": OrNone(Rule(is_calibration, "scores and shares from 0 to 1 that rise")),
     "decoding": OrNone({"beam_size": size("beam_size"), "length_penalty": real(0, LIMITS["length_penalty"]), "cider": real(), "images": whole()}),
     "schedule": OrNone(SCHEDULE),
     "split": OrNone(Rule(is_stored, "a split by image name, size and hash")),
@@ -338,6 +347,7 @@ EXPORTED: dict[str, Any] = {
     "encoder": CHECKPOINT["encoder"],
     "decoding": CHECKPOINT["decoding"],
     "consensus": OrNone({name: CONSENSUS[name] for name in ("log_images", "weight")}),
+    "confidence": CHECKPOINT["confidence"],
     "flags": {
         name: form
         for name, form in CHECKPOINT["flags"].items()

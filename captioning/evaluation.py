@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from captioning import distributed
 from captioning.checkpoints import save_checkpoint
+from captioning.confidence import FEWEST, calibrate, confidence_of, score_of, supported_shares
 from captioning.consensus import FEWEST_TRAINING_IMAGES, NgramHead, fit_head, pool, search_by_consensus, settle_weight
 from captioning.dataset import CaptionSet, Vocabulary
 from captioning.decoders import Decoder
@@ -26,7 +27,7 @@ from captioning.io import UserError, bars_off, duration, log
 from captioning.settings import Settings
 
 ROWS = 384  # images x beams x members that are decoded together
-MOST_VALIDATION = 1000  # validation images at most on which consensus is settled
+MOST_VALIDATION = 1000  # validation images at most on which consensus and confidence are settled
 
 
 @dataclass
@@ -39,9 +40,13 @@ class EvalContext:
     vocabulary: Vocabulary
     members: list[tuple[Decoder, Features]]  # a decoder with a view of the images, or an ensemble of several
     heads: list[NgramHead] = field(default_factory=list)  # of each member, for consensus; none for the beam alone
+    calibration: dict[str, Any] | None = None  # of the captions' confidence; an ensemble has none
 
     def text(self, hypothesis: Hypothesis) -> str:
         return " ".join(self.vocabulary.decode(hypothesis.ids))
+
+    def confidence(self, hypothesis: Hypothesis) -> float | None:
+        return confidence_of(self.calibration, hypothesis.log_probabilities)
 
 
 def search(
@@ -91,19 +96,20 @@ def caption_texts(
     return [context.text(found) for found in caption(context, images, beam, length_penalty=length_penalty)]
 
 
-def learn_consensus(context: EvalContext) -> NgramHead | None:
+def learn_consensus(context: EvalContext) -> tuple[NgramHead | None, list[Hypothesis]]:
     """Fit the regression of consensus decoding to the training images, and settle its weight on validation images.
 
     Args:
         context: whose members are views of the images for one decoder, trained already.
 
     Returns:
-        None where the regression does not raise the CIDEr of the validation images, or has too few to learn from.
+        the regression, None where it does not raise the CIDEr of the validation images, or has too few to learn from;
+        and the captions that a beam of CONSENSUS_BEAM then gives the validation images.
     """
-    if len(context.data.splits["train"]) < FEWEST_TRAINING_IMAGES:
-        return None
     started = time.perf_counter()
     val = context.data.splits["val"][:MOST_VALIDATION]
+    if len(context.data.splits["train"]) < FEWEST_TRAINING_IMAGES:
+        return None, caption(context, val, CONSENSUS_BEAM) if len(val) >= FEWEST else []
 
     def pooled(images: np.ndarray) -> torch.Tensor:
         features = (decoder.after_stages(view.gather(images, context.device))[1] for decoder, view in context.members)
@@ -113,19 +119,43 @@ def learn_consensus(context: EvalContext) -> NgramHead | None:
         head = fit_head(context.data, context.vocabulary, pooled)
         each = torch.cat([pooled(batch) for batch in np.array_split(val, len(val) // ENCODE_BATCH + 1)])
     context = replace(context, heads=[head] * len(context.members))
-    head = settle_weight(
-        head,
-        search(context, val, CONSENSUS_BEAM, consensus=True),
-        each,
-        context.text,
-        list(map(context.data.references, val)),
-    )
+    found = search(context, val, CONSENSUS_BEAM, consensus=True)
+    head = settle_weight(head, found, each, context.text, list(map(context.data.references, val)))
     log.info(f"Consensus: {head.table.size:,} n-grams, in {duration(time.perf_counter() - started)}")
-    return head if head.weight else None
+    if not head.weight:
+        return None, [max(hypotheses, key=lambda h: h.score) for hypotheses in found]
+    values = [by_beam + head.weight * by_regression for by_beam, by_regression in head.evidence(found, each)]
+    return head, [hypotheses[int(value.argmax())] for hypotheses, value in zip(found, values, strict=True)]
+
+
+def learn_decoding(context: EvalContext, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Learn from the validation images what a trained decoder's checkpoint has beside its weights.
+
+    Args:
+        context: as for `learn_consensus`.
+        checkpoint: whose calibration stays where there are too few validation images for another.
+
+    Returns:
+        its fields `consensus` and `confidence`.
+    """
+    head, captions = learn_consensus(context)
+    images = context.data.splits["val"][: len(captions)]
+    calibration = checkpoint["confidence"]
+    if len(images) >= FEWEST:
+        scores = np.array([score_of(each.log_probabilities) for each in captions])
+        references = list(map(context.data.references, images))
+        calibration = calibrate(scores, supported_shares(list(map(context.text, captions)), references))
+        low, high = calibration["shares"][0], calibration["shares"][-1]
+        log.info(f"Confidence: from {low:.2f} to {high:.2f}, calibrated on {len(images)} validation images")
+    else:
+        too_few = f"with {len(context.data.splits['val'])} validation images, of {FEWEST} that calibrating takes"
+        kept = "that of the model that the run started from" if calibration else "none"
+        log.info(f"Confidence: {kept}, {too_few}")
+    return {"consensus": head and head.stored, "confidence": calibration}
 
 
 def add_consensus(context: EvalContext, views: list[Features], checkpoint: dict[str, Any], path: Path) -> None:
-    """Write what `learn_consensus` finds into the checkpoint of a finished run, unless it is there already.
+    """Write what `learn_decoding` finds into the checkpoint of a finished run, unless it is there already.
 
     Args:
         context: whose decoder has the checkpoint's weights.
@@ -134,9 +164,9 @@ def add_consensus(context: EvalContext, views: list[Features], checkpoint: dict[
     if checkpoint["consensus"] or context.settings.dry_run:
         return
     (decoder, _), *_ = context.members
-    head = learn_consensus(replace(context, members=[(decoder, view) for view in views]))
-    if head and distributed.is_first():
-        save_checkpoint(path, checkpoint | {"consensus": head.stored})
+    learned = learn_decoding(replace(context, members=[(decoder, view) for view in views]), checkpoint)
+    if any(learned.values()) and distributed.is_first():
+        save_checkpoint(path, checkpoint | learned)
 
 
 def images_to_draw(settings: Settings, data: CaptionSet, images: np.ndarray) -> np.ndarray:

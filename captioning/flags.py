@@ -266,6 +266,8 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             modes=("caption",), parameter=False),
         Flag("top_p", "sample captions from the most probable words that together have this probability, e.g. 0.9: more "
             "varied than the beam's", number(float, 0, 1, above=True), modes=("caption",), parameter=False),
+        Flag("min_confidence", "leave the caption out of an image whose caption is less sure: of its content words a smaller "
+            "share is expected to be right", number(float, 0, 1), modes=("caption",), parameter=False, metavar="SHARE"),
         Flag("json", "print JSON lines, which say more, instead of path<TAB>caption", modes=("caption",),
             parameter=False),
         Flag("host", "address that the page listens on; 0.0.0.0 lets the whole network in", text, "127.0.0.1",

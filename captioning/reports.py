@@ -20,6 +20,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from captioning.analysis import find_errors, nearest_texts, unsupported_words
+from captioning.confidence import calibration_error, kept_means, reliability
 from captioning.images import UnreadableImage, check_weights, open_image
 from captioning.io import CONTROL_CHARACTERS, UserError, read_json, write_atomic
 from captioning.plots import new_figure
@@ -143,6 +144,7 @@ def page(run: Run, data: CaptionSet | None, problem: str) -> dict[str, Any]:
         "training": training(run),
         "gallery": gallery(run, predictions, data, problem, pictures),
         "errors": errors(run, predictions, known),
+        "confidence": confidence(run),
         "attention": attention(run, data, pictures),
         "words": words(run, predictions, known),
         "parameters": [(k, v) for k, v in run.flags.items() if k not in hidden and v not in (None, "", [])],
@@ -460,6 +462,34 @@ def errors(run: Run, predictions: Predictions | None, known: Mapping[str, list[s
         "found": find_errors(captions, references, FREQUENT) if scored else None,
         "note": f"The {what} are not known, which a test stores: {command_to_test(run.directory)}",
         "scored": len(scored), "images": len(said), "repeated": [(text, times) for text, times in often if times > 1],
+    }  # fmt: skip
+
+
+def confidence(run: Run) -> dict[str, Any] | None:
+    """Return how far the confidence of the latest test's captions can be believed, None before a test."""
+    if not run.tests:
+        return None
+    try:
+        stored = read_scores(run, run.tests[-1])
+    except UserError as error:
+        return {"note": f"Not known: {error}"}
+    sure, supported = stored.confidence, stored.supported
+    if np.isnan(sure + supported).any():
+        return {"note": "The captions of the latest test have none: --mode tune adds it, then test again."}
+    bins, cider = reliability(sure, supported), stored.scores.cider
+    kept = [5 * n for n in range(1, 21)]
+    means = [100 * mean for mean in kept_means(sure, cider, [share / 100 for share in kept])]
+    x = [100 * each.confidence for each in bins]
+    came_true = {"came true": [100 * each.supported for each in bins], "equal to the confidence": x}
+    curves = (
+        ("Supported content words, in %", "confidence, in %", x, came_true),
+        ("Mean CIDEr of the captions kept, in hundredths", "images whose caption is kept, in %", kept,
+         {"the most confident": means, "all": [means[-1]] * len(kept)}),
+    )  # fmt: skip
+    rows = [(each, float((sure >= each.low).mean()), 100 * float(cider[sure >= each.low].mean())) for each in bins]
+    return {
+        "note": "", "images": len(sure), "error": 100 * calibration_error(bins), "rows": rows,
+        "charts": [(title, chart(title, label, points, lines)) for title, label, points, lines in curves],
     }  # fmt: skip
 
 

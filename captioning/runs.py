@@ -223,6 +223,8 @@ class ByImage(NamedTuple):
 
     names: list[str]
     scores: ImageScores
+    confidence: np.ndarray  # (n,) of each caption; NaN where the model had no calibration, as in older files
+    supported: np.ndarray  # (n,) the share of its content words that a reference has; NaN with it
 
 
 def read_scores(run: Run, row: Mapping[str, Any]) -> ByImage:
@@ -245,7 +247,7 @@ def read_scores(run: Run, row: Mapping[str, Any]) -> ByImage:
         names = content[field]
         if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
             raise ValueError("expected different names")
-        values = {field: np.full(len(names), np.nan) for field in ImageScores._fields}
+        values = {field: np.full(len(names), np.nan) for field in (*ImageScores._fields, "confidence", "supported")}
         for field in values:
             counts = field in ("guess", "correct", "length", "reference_length")
             place = content["bleu"] if counts else content
@@ -255,9 +257,12 @@ def read_scores(run: Run, row: Mapping[str, Any]) -> ByImage:
             shape = (len(names), 4) if field in ("guess", "correct") else (len(names),)
             if values[field].shape != shape or not (np.abs(values[field]) < 1e9).all():
                 raise ValueError("expected a number for each image")
+            if field in ("confidence", "supported") and not ((values[field] >= 0) & (values[field] <= 1)).all():
+                raise ValueError("expected numbers from 0 to 1")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path} is not a file of scores by image: {field}: {first_line(error)}. Test again") from None
-    return ByImage(list(names), ImageScores(**values))
+    confidence, supported = values.pop("confidence"), values.pop("supported")
+    return ByImage(list(names), ImageScores(**values), confidence, supported)
 
 
 def read_test_captions(run: Run, row: Mapping[str, Any]) -> dict[str, str]:

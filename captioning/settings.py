@@ -479,6 +479,8 @@ def check_decoding(args: Settings, error: Callable[[str], Any]) -> None:
         error(f"--num_captions {args.num_captions} needs a --beam_size of at least as many")
     if args.consensus == "on" and {"consensus", "beam_size"} <= explicit and args.beam_size == 1:
         error("--consensus chooses among a beam's captions: it needs a --beam_size above 1, best 20 or more")
+    if args.min_confidence is not None and args.top_p is not None:
+        error("--min_confidence has no effect with --top_p, which samples captions")
     if "consensus" in explicit and args.top_p is not None:
         error("--consensus has no effect with --top_p, which samples captions")
     for name in ("consensus", "beam_size", "length_penalty", "no_repeat_ngram"):

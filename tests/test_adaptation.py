@@ -16,7 +16,7 @@ from test_resume import assert_same, at_step
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from captioning.adaptation import grow_weights, load_source
 from captioning.batches import BatchMaker
-from captioning.checkpoints import load_checkpoint
+from captioning.checkpoints import load_checkpoint, save_checkpoint
 from captioning.dataset import Vocabulary, frequent_words, join_sets, load_caption_set
 from captioning.decoders import build_decoder
 from captioning.encoders import encoder_of
@@ -110,10 +110,14 @@ def test_a_run_on_own_photos_and_resumed(photos, tiny_runs, monkeypatch, capsys)
 
 
 def test_an_exported_folder_and_what_is_not_there(photos, tiny_runs, capsys):
-    export = ["--mode", "export", "--model_path", str(tiny_runs["lstm"]), "--output", "shared"]
+    calibration = {"scores": [-2.0, -1.0], "shares": [0.25, 0.75], "images": 100}
+    save_checkpoint(Path("source.pt"), load_checkpoint(tiny_runs["lstm"] / "best.pt") | {"confidence": calibration})
+    export = ["--mode", "export", "--model_path", "source.pt", "--output", "shared"]
     assert trainer.main(export) == 0
     assert adapt(Path("shared"), photos, "one", "--replay", "0.2", "--epochs", "1") == 0
     out = capsys.readouterr().out
+    assert "Confidence: that of the model that the run started from, with 2 validation images" in out
+    assert load_checkpoint(only_run("one") / "best.pt")["confidence"] == calibration
     assert "Warning: --replay is 0: the data that shared" in out and "not in data" in out and "Replay:" not in out
     flags = load_checkpoint(only_run("one") / "best.pt")["flags"]
     assert (flags["replay"], flags["replay_data_dir"], flags["init_from"]) == (

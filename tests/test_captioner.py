@@ -85,7 +85,7 @@ def test_files_are_written_once_and_whole(tiny_runs, photos, capsys):
     text = Path("out.csv").read_bytes()
     rows = list(csv.DictReader(io.StringIO(text.decode())))
     assert [row["rank"] for row in rows] == ["1", "2"] * 3
-    assert list(rows[0]) == ["path", "rank", "caption", "log_probability"]
+    assert list(rows[0]) == ["path", "rank", "caption", "log_probability", "confidence"]
     assert caption(tiny_runs["attention"], *flags, "out.jsonl") == 0
     entries = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
     assert [entry["caption"] for entry in entries] == [row["caption"] for row in rows if row["rank"] == "1"]

@@ -170,6 +170,23 @@ def test_of_a_run_without_references_the_data_set_has_them_or_it_says_what_is_mi
     assert "said of one image" not in text and "Damaged: " in text
 
 
+def test_how_sure_the_captions_are_is_drawn_or_it_says_what_is_missing(runs):
+    run, file = runs / "one", runs / "one" / "test_scores.json"
+    assert "have none: --mode tune adds it, then test again." in page_of(run).text  # of an earlier version
+    scores = json.loads(file.read_text())
+    sure, supported = [0.25, 0.35, 0.35, 0.85, 0.85, 0.95], [0.25, 0.25, 0.75, 0.75, 1.0, 1.0]
+    file.write_text(json.dumps(scores | {"confidence": sure, "supported": supported}))
+    page = page_of(run)
+    assert "expected calibration error is 6.7 points" in page.text  # 0, 0.15 twice, 0.025 twice, 0.05
+    labels = [a["aria-label"] or "" for tag, a in page.tags if tag == "svg" and a.get("role") == "img"]
+    assert any(label.startswith("Supported content words, in % by confidence") for label in labels)
+    assert any(label.startswith("Mean CIDEr of the captions kept") for label in labels)
+    kept = f"{100 * np.mean(scores['cider'][3:]):.1f}"
+    assert f"from 0.8 2 85.0 % 87.5 % 50.0 % {kept}" in page.text
+    file.write_text(json.dumps(scores | {"confidence": [2.0] * 6, "supported": supported}))
+    assert "Not known: " in page_of(run).text and "confidence: expected numbers from 0 to 1" in page_of(run).text
+
+
 def test_a_report_without_the_data_set_says_so(runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     page = page_of(runs / "one")

@@ -21,9 +21,10 @@ from tqdm import tqdm
 import attention_visualization
 from captioning import plots
 from captioning.captioner import Caption, Captioned, Captioner, Decoding, DecodingOptions, Word
+from captioning.confidence import FEWEST
 from captioning.images import UnreadableImage, cell_middles, images_below, open_image
 from captioning.io import UserError, bars_off, csv_cell, log, make_directory, printable, write_atomic
-from captioning.runs import given_model
+from captioning.runs import given_model, reproducing_command
 from captioning.settings import Settings
 
 
@@ -88,21 +89,30 @@ def caption_images(args: Settings) -> int:
         raise UserError(
             f"--save_attention_viz has no effect: the {captioner.flags['decoder']} decoder of {captioner.path} has no attention"
         )
+    least = args.min_confidence or 0.0
+    if args.min_confidence is not None and captioner.calibration is None:
+        exported = captioner.path.suffix == ".safetensors"
+        tune = reproducing_command(["--mode", "tune", "--model_path", "RUN" if exported else str(captioner.path)])
+        raise UserError(
+            f"--min_confidence: {captioner.path} knows no confidence: {tune} adds it"
+            f"{' before RUN is exported' if exported else ''}, where there are {FEWEST} validation images"
+        )
     pictures = (Path() if args.output is None else args.output.parent) / "captions_viz"
     form = csv_lines if args.output is not None and args.output.suffix.lower() == ".csv" else json_lines
     if args.output is None and not args.json:
         form = tab_lines
     torch.manual_seed(args.seed)  # of what --top_p draws
-    failed = 0
+    failed = withheld = 0
     number = next_number(make_directory(pictures, "the attention pictures")) if args.save_attention_viz else 0
 
     def results() -> Iterator[Captioned]:
-        nonlocal failed, number
+        nonlocal failed, withheld, number
         bar = tqdm(total=len(paths), desc="Captioning", unit="image", disable=bars_off(), file=sys.stderr)
         with closing(bar):
             for result in captioner.caption(paths, **given_options(args)):
                 if result.problem is None:
-                    if args.save_attention_viz:
+                    withheld += is_withheld(result, least)
+                    if args.save_attention_viz and not is_withheld(result, least):
                         number += draw_attention(result, pictures, number, args)
                     yield result
                 else:
@@ -110,7 +120,7 @@ def caption_images(args: Settings) -> int:
                     complain(result.problem)
                 bar.update()
 
-    lines = form(results(), args.num_captions)
+    lines = form(results(), args.num_captions, least)
     try:
         if args.output is None:
             print_lines(lines)
@@ -124,6 +134,11 @@ def caption_images(args: Settings) -> int:
             log.info(f"Captions of {len(paths) - failed} images: {args.output}")
         if args.save_attention_viz:
             log.info(f"Attention pictures: {pictures / 'attention_viz_sample_*'}")
+    if withheld:
+        print(
+            f"{withheld} of {len(paths)} images have no caption, since they have less than --min_confidence {least:g}",
+            file=sys.stderr,
+        )
     if failed:
         print(f"{failed} of {len(paths)} images could not be read; they are named above", file=sys.stderr)
     return 1 if failed or problems else 0
@@ -160,35 +175,48 @@ def print_lines(lines: Iterable[str]) -> None:
         raise UserError(f"cannot write to standard output: {error.strerror}") from error
 
 
-def tab_lines(results: Iterable[Captioned], count: int) -> Iterator[str]:
-    """Yield `path<TAB>caption`, up to `count` lines per image; control characters of a path are written as escapes."""
+def is_withheld(result: Captioned, least: float) -> bool:
+    """Whether the captions of an image are left out, since the best is not sure enough."""
+    return result.confidence is not None and result.confidence < least
+
+
+def tab_lines(results: Iterable[Captioned], count: int, least: float = 0.0) -> Iterator[str]:
+    """Yield `path<TAB>caption`, up to `count` lines per image; control characters of a path are written as escapes.
+
+    An image whose captions are withheld has one line, without a caption.
+    """
     for result in results:
-        for caption in result.captions[:count]:
-            yield f"{printable(str(result.path))}\t{caption.text}"
+        captions = [""] if is_withheld(result, least) else [caption.text for caption in result.captions[:count]]
+        yield from (f"{printable(str(result.path))}\t{text}" for text in captions)
 
 
-def csv_lines(results: Iterable[Captioned], count: int) -> Iterator[str]:
-    """Yield a header, then up to `count` rows per image, best first."""
+def csv_lines(results: Iterable[Captioned], count: int, least: float = 0.0) -> Iterator[str]:
+    """Yield a header, then up to `count` rows per image, best first; one, without a caption, where they are withheld."""
 
     def row(*values: object) -> str:
         text = io.StringIO()
         csv.writer(text, lineterminator="").writerow(map(csv_cell, values))
         return text.getvalue()
 
-    yield row("path", "rank", "caption", "log_probability")
+    yield row("path", "rank", "caption", "log_probability", "confidence")
     for result in results:
-        for rank, caption in enumerate(result.captions[:count], 1):
-            yield row(str(result.path), rank, caption.text, round(caption.log_probability, 4))
+        withheld = is_withheld(result, least)
+        for rank, caption in enumerate(result.captions[: 1 if withheld else count], 1):
+            yield row(str(result.path), rank, *(as_dict(caption) | ({"caption": ""} if withheld else {})).values())
 
 
-def json_lines(results: Iterable[Captioned], count: int) -> Iterator[str]:
-    """Yield an object per image: path, caption, log_probability and `words`, each with its probability.
+def json_lines(results: Iterable[Captioned], count: int, least: float = 0.0) -> Iterator[str]:
+    """Yield an object per image: path, caption, log_probability, confidence and `words`, each with its probability.
 
     With attention a word has a peak, the strongest cell of the grid: its row and column from 0, its middle as fractions
-    of the image's width and height, and its weight. With `count` above 1 the other captions are `alternatives`.
+    of the image's width and height, and its weight. With `count` above 1 the other captions are `alternatives`. Where
+    captions are withheld, `caption` is null, and words and alternatives are absent.
     """
     for result in results:
         entry: dict[str, object] = {"path": str(result.path)} | as_dict(result.best)
+        if is_withheld(result, least):
+            yield json.dumps(entry | {"caption": None})
+            continue
         entry["words"] = [word_dict(word) for word in result.words]
         if count > 1:
             entry["alternatives"] = [as_dict(other) for other in result.alternatives]
@@ -196,7 +224,9 @@ def json_lines(results: Iterable[Captioned], count: int) -> Iterator[str]:
 
 
 def as_dict(caption: Caption) -> dict[str, object]:
-    return {"caption": caption.text, "log_probability": round(caption.log_probability, 4)}
+    sure = caption.confidence
+    values = {"caption": caption.text, "log_probability": round(caption.log_probability, 4)}
+    return values | {"confidence": None if sure is None else round(sure, 4)}
 
 
 def word_dict(word: Word) -> dict[str, object]:

@@ -131,6 +131,7 @@ def write_model(checkpoint: dict[str, Any], folder: Path) -> None:
         "epoch": checkpoint["epoch"],
         "encoder": {key: checkpoint["encoder"][key] for key in EXPORTED["encoder"]} | {"name": name},
         "decoding": checkpoint["decoding"],  # tuned beam size and length penalty, or null
+        "confidence": checkpoint["confidence"],  # its calibration, or null
         "consensus": (head and {key: head[key] for key in ("log_images", "weight")}) or None,
         "flags": {key: checkpoint["flags"][key] for key in EXPORTED["flags"]} | {"encoder": name},
         "sha256": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())},

@@ -91,12 +91,16 @@ class Word(BaseModel):
 class Alternative(BaseModel):
     caption: str
     log_probability: float
+    confidence: float | None
     words: list[Word] | None = Field(None, description="with maps=true")
 
 
 class Answer(BaseModel):
     caption: str
     log_probability: float = Field(description="natural logarithm, of all words and of ending there")
+    confidence: float | None = Field(
+        description="the share of its content words that people are expected to say too; null of a model without calibration"
+    )
     words: list[Word]
     alternatives: list[Alternative] | None = Field(None, description="with num_captions above 1, best first")
     photo: str | None = Field(None, description="with maps=true: the image, upright, a JPEG as data URL")

@@ -16,6 +16,7 @@ from filelock import FileLock
 from attention_visualization import save_attention_pictures
 from captioning import demo_set, distributed, plots
 from captioning.analysis import unsupported_share
+from captioning.confidence import calibration_error, reliability, supported_shares
 from captioning.dataset import CaptionSet, captions_of, tokenize
 from captioning.decoding import Hypothesis
 from captioning.evaluation import EvalContext, caption, images_to_draw, search
@@ -48,6 +49,8 @@ class Result:
     captions: list[str]  # the same as texts
     scores: dict[str, Any]
     by_image: ImageScores
+    confidence: np.ndarray | None = None  # (n,) of each caption, where the model has a calibration
+    supported: np.ndarray | None = None  # (n,) the share of its content words that a reference has
     files: dict[str, str] = dataclasses.field(default_factory=dict)  # where captions and scores by image are
 
     @property
@@ -105,6 +108,7 @@ def run(context: EvalContext, images: np.ndarray, checkpoints: Mapping[Path, Map
         result.scores |= {f"person_{key}": value for key, value in person.items()}
     if pointing:
         notes += add_pointing_game(data, images, results)
+    notes += describe_confidence(results[-1], args.split)
     for result in results:
         save_row(rows_file, result)
     print_scores([(each.name, each.scores) for each in results], person, len(images), args.split, notes)
@@ -166,7 +170,12 @@ def score_way(context: EvalContext, images: np.ndarray, way: Way, header: Mappin
     captions = [context.text(hypothesis) for hypothesis in way.found]
     scores, by_image = score_test(context.data, images, captions)
     full = {**header, **way.settings, "tokenizer": "spacy.blank('en'), lower case, without punctuation"}
-    return Result(way.name, full, way.found, captions, way.more | scores, by_image)
+    result = Result(way.name, full, way.found, captions, way.more | scores, by_image)
+    if context.calibration:
+        result.confidence = np.array(list(map(context.confidence, way.found)))
+        result.supported = supported_shares(captions, list(map(context.data.references, images)))
+        result.scores["calibration_error"] = calibration_error(reliability(result.confidence, result.supported))
+    return result
 
 
 def score_test(data: CaptionSet, images: np.ndarray, captions: Sequence[str]) -> tuple[dict[str, Any], ImageScores]:
@@ -216,6 +225,16 @@ def add_pointing_game(data: CaptionSet, images: np.ndarray, results: Sequence[Re
     return [demo_set.describe(result.scores)] if "pointing_game" in result.scores else []
 
 
+def describe_confidence(result: Result, split: str) -> list[str]:
+    """Return a line that says how far the confidence of a way's captions can be believed; none without it."""
+    if result.confidence is None or result.supported is None:
+        return []
+    means = f"{100 * result.confidence.mean():.1f}, {100 * result.supported.mean():.1f} of the content words supported"
+    own = "; val calibrated it" if "val" in split.split("+") else ""
+    error = f"{100 * result.scores['calibration_error']:.1f}"
+    return [f"Confidence, {result.name}: mean {means}, expected calibration error {error}{own}"]
+
+
 # --------------------------------------------------------------------------------------------------
 # Files
 
@@ -239,6 +258,8 @@ def save_result(rows_file: Path, prefix: str, data: CaptionSet, images: np.ndarr
             "bleu": {name: lists[name] for name in ("guess", "correct", "length", "reference_length")},
         },
     }
+    if result.confidence is not None and result.supported is not None:
+        contents["scores"] |= {"confidence": result.confidence.tolist(), "supported": result.supported.tolist()}
     way = result.name.replace(" ", "")
     with rows_lock(rows_file):
         result.files = {

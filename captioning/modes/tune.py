@@ -1,4 +1,4 @@
-"""`--mode tune`: find the beam size and length penalty with the best validation CIDEr, and learn consensus decoding."""
+"""`--mode tune`: find the beam size and length penalty with the best validation CIDEr, and learn consensus and confidence."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from captioning import distributed
 from captioning.checkpoints import require_trainable, save_checkpoint
 from captioning.cider import cider_of_each
-from captioning.evaluation import EvalContext, caption_texts, learn_consensus
+from captioning.evaluation import EvalContext, caption_texts, learn_decoding
 from captioning.io import write_json
 
 BEAMS, LENGTH_PENALTIES = (1, 2, 3, 4, 5, 8), (0.0, 0.4, 0.7, 1.0, 1.3)
@@ -24,10 +24,10 @@ def run(context: EvalContext, path: Path, checkpoint: dict[str, Any]) -> None:
     """
     require_trainable(checkpoint, path)
     best = tune(context)
-    head = learn_consensus(context)
+    learned = learn_decoding(context, checkpoint)
     if distributed.is_first():
         write_json(path.with_name("decoding.json"), {"epoch": checkpoint["epoch"], **best})
-        save_checkpoint(path, checkpoint | {"decoding": best, "consensus": head and head.stored})
+        save_checkpoint(path, checkpoint | {"decoding": best} | learned)
     print(f"Best: --beam_size {best['beam_size']} --length_penalty {best['length_penalty']}, "
           f"CIDEr {100 * best['cider']:.2f}. Kept in {path}, which --mode test uses from now on")  # fmt: skip
 
