@@ -16,7 +16,8 @@ import csv
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -28,6 +29,7 @@ import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from captioning.dataset import CaptionSet, load_caption_set
 from captioning.io import read_json
 from captioning.layouts import read_captions
+from captioning.runs import read_run
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SOURCE = [
@@ -78,25 +80,34 @@ def write_sets(folder: Path, data: CaptionSet, word: str, sizes: Sequence[int]) 
     return write_set(folder / "others", data, others), own
 
 
-def train(flags: Sequence[str], data_dir: Path, place: Path, cache: str) -> tuple[Path, float, int]:
-    """Train, unless it is there; return the run directory, minutes and the best epoch."""
-    start = time.perf_counter()
-    if not place.exists():
-        where = ["--data_dir", str(data_dir), "--model_save_dir", str(place), "--feature_cache", cache, "--quiet"]
-        if trainer.main([*flags, *where]) != 0:
-            raise SystemExit("training failed")
-    (run,) = (path.parent for path in place.rglob("best.pt"))
-    history = read_json(run / "metrics_history.json")
-    best = max(history, key=lambda row: row["cider"])
-    return run, (time.perf_counter() - start) / 60, best["epoch"]
+@dataclass
+class Bench:
+    """Where things are, and what was measured so far."""
 
+    folder: Path  # of the runs
+    cache: str
 
-def cider(run: Path, data_dir: Path, split: str, cache: str) -> float:
-    """Return the score of the beam's captions."""
-    flags = ["--mode", "test", "--model_path", str(run), "--data_dir", str(data_dir), "--split", split, "--quiet"]
-    if trainer.main([*flags, "--feature_cache", cache]) != 0:
-        raise SystemExit("testing failed")
-    return 100 * float(read_json(run / "test_metrics.json")[-1]["cider"])
+    def run(self, name: str, flags: Sequence[str], photos: Path, others: Path | None) -> Path:
+        """Train, unless the run is there; score on the theme's held-out photos and on the others', and print a line."""
+        start, place = time.perf_counter(), self.folder / name.replace(" ", "_")
+        if not place.exists():
+            self.call(*flags, "--model_save_dir", str(place))
+        minutes = (time.perf_counter() - start) / 60
+        (run,) = (path.parent for path in place.rglob("best.pt"))
+        best = read_run(run).best or {}
+        scores = [self.cider(run, photos, "test"), *([self.cider(run, others, "val+test")] if others else [])]
+        cells = [f"{score:.1f}" for score in scores] + ["-"] * (2 - len(scores))
+        print(f"{name:<44}{cells[0]:>8}{cells[1]:>8}{minutes:>9.1f}{best.get('epoch', '-'):>7}", flush=True)
+        return run
+
+    def cider(self, run: Path, data_dir: Path, split: str) -> float:
+        """Return the score of the beam's captions."""
+        self.call("--mode", "test", "--model_path", str(run), "--data_dir", str(data_dir), "--split", split)
+        return 100 * float(read_json(run / "test_metrics.json")[-1]["cider"])
+
+    def call(self, *flags: str) -> None:
+        if trainer.main([*flags, "--feature_cache", self.cache, "--quiet"]) != 0:
+            raise SystemExit("the program failed")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -106,54 +117,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, help="keep everything here, and use what is there (default: keep nothing)")
     parser.add_argument("--theme", default="snow", help="how a word of the theme begins (default: %(default)s)")
     parser.add_argument("--sizes", type=int, nargs="+", default=[50, 200, 800], help="numbers of own photos")
+    parser.add_argument("--replay", type=float, nargs="*", default=[0.2, 0.5], help="shares of old captions to try")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each kind (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=6, help="of the first training (default: %(default)s)")
-    parser.add_argument("--replay", type=float, default=0.2, help="share of old captions (default: %(default)s)")
     parser.add_argument("--only_adapt", action="store_true", help="train none from nothing")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="more flags of adaptation; come last")
     args = parser.parse_args(argv)
-    rows: list[tuple[str, float, float | None, float | None, int | None]] = []
-
-    def row(
-        name: str, own: float, others: float | None, minutes: float | None = None, epoch: int | None = None
-    ) -> None:
-        rows.append((name, own, others, minutes, epoch))
-        print(
-            "  ".join(
-                "-" if cell is None else f"{cell:.1f}" if type(cell) is float else str(cell) for cell in rows[-1]
-            ),
-            flush=True,
-        )
-
-    with nullcontext(args.runs) if args.runs else TemporaryDirectory(prefix="adaptation-") as place:
-        folder, cache = Path(place), args.feature_cache
-        with TemporaryDirectory(prefix="adaptation-sets-") as sets:
-            others, own = write_sets(Path(sets), load_caption_set(args.data_dir), args.theme, args.sizes)
-            source, minutes, epoch = train([*SOURCE, "--epochs", str(args.epochs)], others, folder / "source", cache)
-            before = cider(source, next(iter(own.values())), "test", cache), cider(source, others, "val+test", cache)
-            row("not adapted", *before, minutes, epoch)
-            for size, photos in own.items():
-                ways = {
-                    f"{size} photos, adapted": ["--init_from", str(source), *args.flags],
-                    f"{size} photos, adapted, replay": [
-                        "--init_from", str(source), "--replay", str(args.replay), "--replay_data_dir", str(others), *args.flags,
-                    ],
-                    f"{size} photos, from nothing": FROM_NOTHING,
-                }  # fmt: skip
-                for seed in range(args.seeds):
-                    for name, flags in ways.items():
-                        if args.only_adapt and flags is FROM_NOTHING:
-                            continue
-                        title = f"{name}, seed {seed}"
-                        run, minutes, epoch = train(
-                            [*flags, "--seed", str(seed)], photos, folder / title.replace(" ", "_"), cache
-                        )
-                        after = None if flags is FROM_NOTHING else cider(run, others, "val+test", cache)
-                        row(title, cider(run, photos, "test", cache), after, minutes, epoch)
-    print(f"\n{'':<44}{'theme':>8}{'others':>8}{'minutes':>9}{'epoch':>7}")
-    for name, *cells in rows:
-        texts = ["-" if cell is None else f"{cell:.1f}" if type(cell) is float else str(cell) for cell in cells]
-        print(f"{name:<44}{texts[0]:>8}{texts[1]:>8}{texts[2]:>9}{texts[3]:>7}")
+    with ExitStack() as stack:
+        sets = Path(stack.enter_context(TemporaryDirectory(prefix="adaptation-sets-")))
+        runs = args.runs or Path(stack.enter_context(TemporaryDirectory(prefix="adaptation-")))
+        bench = Bench(runs, args.feature_cache)
+        others, own = write_sets(sets, load_caption_set(args.data_dir), args.theme, args.sizes)
+        print(f"{'':<44}{'theme':>8}{'others':>8}{'minutes':>9}{'epoch':>7}", flush=True)
+        first = [*SOURCE, "--epochs", str(args.epochs), "--data_dir", str(others)]
+        source = bench.run("not adapted", first, next(iter(own.values())), others)
+        for size, photos in own.items():
+            start = ["--data_dir", str(photos), "--init_from", str(source), *args.flags]
+            ways = {"adapted": start}
+            for share in args.replay:
+                ways[f"replay {share:g}"] = [*start, "--replay", str(share), "--replay_data_dir", str(others)]
+            for seed in range(args.seeds):
+                for way, flags in ways.items():
+                    bench.run(f"{size} photos, {way}, seed {seed}", [*flags, "--seed", str(seed)], photos, others)
+                if not args.only_adapt:
+                    flags = [*FROM_NOTHING, "--data_dir", str(photos), "--seed", str(seed)]
+                    bench.run(f"{size} photos, from nothing, seed {seed}", flags, photos, None)
 
 
 if __name__ == "__main__":
