@@ -135,7 +135,7 @@ def test_an_exported_folder_and_what_is_not_there(photos, tiny_runs, capsys):
         assert adapt(Path("shared"), photos, "none", *words) == 2
         assert message in capsys.readouterr().err
     assert adapt(Path("nobody"), photos, "none") == 2
-    assert "--init_from nobody is not there" in capsys.readouterr().err
+    assert "the model nobody is not there" in capsys.readouterr().err
     assert not Path("none").exists()
 
 

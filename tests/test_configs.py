@@ -55,4 +55,4 @@ def test_a_recipe_trains(tiny, monkeypatch, capsys):
     tiny_set = ["--dataset_type", "custom", "--data_dir", str(tiny), "--freq_threshold", "1", "--views", "whole"]
     assert trainer.main(["--config", str(recipe), *tiny_set, "--dry_run"]) == 0
     said = capsys.readouterr().out
-    assert "Self-critical: mean reward" in said and "Report: " in said
+    assert "Report: " in said

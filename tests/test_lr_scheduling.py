@@ -76,7 +76,7 @@ def settings(*argv):
 
 
 CHECKPOINT = {
-    "epoch": 6, "schedule": None, "decoding": None, "flags": parse_flags(["--learning_rate", "0.004"]).stored(),
+    "epoch": 6, "schedule": None, "decoding": None, "consensus": None, "flags": parse_flags(["--learning_rate", "0.004"]).stored(),
 }  # fmt: skip
 
 

@@ -179,7 +179,8 @@ def test_models_of_the_package_have_names(tiny_runs, photos, monkeypatch, capsys
     assert trainer.main([*exported, str(photos / "pretrained" / "tiny_attention")]) == 0
     monkeypatch.setattr(runs, "PRETRAINED", photos / "pretrained")
     assert find_checkpoint(Path("tiny_attention")) == photos / "pretrained" / "tiny_attention" / "model.safetensors"
-    assert said(Captioner.load("tiny_attention")("dog.jpg")) == said(Captioner.load(tiny_runs["attention"])("dog.jpg"))
+    captions = [Captioner.load(model)("dog.jpg") for model in ("tiny_attention", tiny_runs["attention"])]
+    assert captions[0].text == captions[1].text  # the probabilities are those of weights in float16
     assert trainer.main(["--mode", "caption", "--model_path", "tiny_attention", "--images", "dog.jpg"]) == 0
     for unknown in ("tiny_atention", "absent/tiny_attention", "../tiny_attention"):
         with pytest.raises(UserError, match=rf"the model {unknown} is not there: .* package \(tiny_attention\)"):

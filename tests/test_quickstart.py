@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
-from captioning.runs import SCRIPT
+from captioning.io import SCRIPT
 
 NOTEBOOK = Path(trainer.__file__).parent / "examples" / "quickstart.ipynb"
 CELLS = json.loads(NOTEBOOK.read_text("utf-8"))["cells"]

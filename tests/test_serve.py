@@ -377,7 +377,7 @@ def test_examples_are_test_images_or_none(model, tiny_runs, tmp_path):
 
 def test_names_from_a_checkpoint_are_text():
     flags = {"decoder": "lstm", "encoder": "<script>alert(1)</script>{{examples}}", "dataset_type": '"onload="x'}
-    text = serve.build_page(SimpleNamespace(flags=flags, epoch=1), [], Decoding(3, 0.7, 1, 0, None))
+    text = serve.build_page(SimpleNamespace(flags=flags, epoch=1), [], Decoding(3, 0.7, 1, 0, None, "on"))
     assert text.count("<script") == 1 and '"onload' not in text
 
 
