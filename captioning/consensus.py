@@ -23,7 +23,7 @@ from captioning.io import log
 CANDIDATES = 100  # captions of an image at most, best first; a beam of 20 ends with about as many
 # Tuned on the validation images of Flickr8k (docs/experiments.md).
 TEMPERATURE = 3.0  # divides the beam's log-probabilities: a beam is overconfident of its first captions
-RIDGE, RANK = 3.0, 256  # of the regression
+RIDGE, RANK = 0.3, 256  # of the regression
 FEWEST_TRAINING_IMAGES = 100  # of which a regression can learn
 FEWEST_IMAGES = 10  # of them that have an n-gram of the table
 WEIGHTS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)  # of the regression: the last leaves the beam no say
