@@ -112,6 +112,8 @@ def learn_consensus(context: EvalContext) -> tuple[NgramHead | None, dict[str, l
         features = (decoder.after_stages(view.gather(images, context.device))[1] for decoder, view in context.members)
         return torch.stack([pool(each) for each in features]).mean(0).cpu()
 
+    for decoder, _ in context.members:
+        decoder.eval()
     with torch.inference_mode():
         head = fit_head(context.data, context.vocabulary, pooled)
         each = torch.cat([pooled(batch) for batch in np.array_split(val, len(val) // ENCODE_BATCH + 1)])

@@ -79,29 +79,25 @@ def check_same_training(first: Path, second: Path) -> None:
     assert a["epoch"] == b["epoch"] and a["progress"]["tokens"] == b["progress"]["tokens"]
 
 
-def train_alone_and_together(place: Path, monkeypatch, processes: int, *flags: str, several=()) -> Path:
-    """Train in one process and in several, which must come to the same; return the run directory of the several.
-
-    Sixteen images in batches of ten captions: with four processes, the last batch of an epoch leaves none without.
-    """
-    flags = (*TRAIN, "--epochs", "2", "--drop_prob", "0", "--batch_size", "10", *flags)
-    alone(place, monkeypatch, *flags, "--model_save_dir", f"one_of_{processes}")
-    output = finished(torchrun(place, processes, *flags, *several, "--model_save_dir", f"{processes}"))
-    run = only_run(place / f"{processes}")
-    check_same_training(only_run(place / f"one_of_{processes}"), run)
-    assert output.count("Epoch 2 completed") == output.count("Run directory") == 1
-    assert f"{processes} processes" in output and f"Processes: {processes}" in (run / "run_summary.txt").read_text()
-    return run
-
-
-def test_four_processes_train_as_one(place, monkeypatch):
-    train_alone_and_together(place, monkeypatch, 4, "--decoder", "lstm")
-
-
 def test_two_processes_encode_a_part_each_and_train_and_test_as_one(place, monkeypatch):
     flags = ["--decoder", "attention", "--views", "mirror", "--attention_reg", "0.1"]
     several = ["--feature_cache", os.pathsep.join(("disk1", "disk2"))]
-    run = train_alone_and_together(place, monkeypatch, 2, *flags, several=several)
+    flags = [
+        *TRAIN,
+        "--epochs",
+        "2",
+        "--drop_prob",
+        "0",
+        "--batch_size",
+        "10",
+        *flags,
+    ]  # the last batch leaves one without
+    alone(place, monkeypatch, *flags, "--model_save_dir", "one")
+    output = finished(torchrun(place, 2, *flags, *several, "--model_save_dir", "two"))
+    run = only_run(place / "two")
+    check_same_training(only_run(place / "one"), run)
+    assert output.count("Epoch 2 completed") == output.count("Run directory") == 1
+    assert "2 processes" in output and "Processes: 2" in (run / "run_summary.txt").read_text()
     indexes = [sorted((place / disk).rglob("grid*.jsonl")) for disk in ("disk1", "disk2")]
     assert [[path.name for path in each] for each in indexes] == [["grid.jsonl"] * 2, ["grid-p1.jsonl"] * 2]
     for first, second in zip(*indexes, strict=True):  # of the whole pictures, and of the mirrored ones
