@@ -24,7 +24,7 @@ from PIL import Image
 
 from captioning import plots
 from captioning.checkpoints import load_checkpoint, load_weights
-from captioning.confidence import confidence_of
+from captioning.confidence import confidence_of, table_of
 from captioning.consensus import NgramHead, search_by_consensus
 from captioning.dataset import Vocabulary
 from captioning.decoders import build_decoder
@@ -254,6 +254,13 @@ class Captioner:
             values["beam_size"] = CONSENSUS_BEAM
         return Decoding(**values | {"beam_size": max(values["beam_size"], values["num_captions"])})
 
+    def by_consensus(self, how: Decoding) -> bool:
+        return bool(self.head) and how.consensus == "on" and how.beam_size > 1 and how.top_p is None
+
+    def calibration_of(self, how: Decoding) -> Mapping[str, Any] | None:
+        """Return what gives captions that are found in this way their confidence, None where they have none."""
+        return table_of(self.calibration, self.by_consensus(how)) if how.top_p is None else None
+
     # Paths, files and arrays are iterable too: the first overload that fits decides. A path may be a folder's.
     @overload
     def __call__(  # type: ignore[overload-overlap]
@@ -353,7 +360,7 @@ class Captioner:
             if how.top_p is not None:
                 return self.drawn(members[0], how.num_captions, how.top_p)
             search = (how.beam_size, self.flags["max_length"], how.length_penalty, True)
-            if self.head and how.consensus == "on" and how.beam_size > 1:
+            if self.head and self.by_consensus(how):
                 found = search_by_consensus(members, [self.head] * len(members), *search, how.no_repeat_ngram)
             else:
                 found = beam_search(members, *search, how.num_captions, how.no_repeat_ngram)
@@ -361,11 +368,9 @@ class Captioner:
             raise UserError(
                 f"the memory of {self.device} is too small: use a smaller beam size than {how.beam_size}, or the device cpu"
             ) from error
+        table = self.calibration_of(how)
         return [
-            [
-                self.caption_of(h.ids, h.log_probabilities, h.attention, self.calibration)
-                for h in hypotheses[: how.num_captions]
-            ]
+            [self.caption_of(h.ids, h.log_probabilities, h.attention, table) for h in hypotheses[: how.num_captions]]
             for hypotheses in found
         ]
 
@@ -390,14 +395,14 @@ class Captioner:
 
     def caption_of(
         self, ids: Iterable[int], log_probabilities: Sequence[float], attention: np.ndarray | None,
-        calibration: Mapping[str, Any] | None = None,
+        table: Mapping[str, Any] | None = None,
     ) -> Caption:  # fmt: skip
-        """Put a caption together. Args: as in `Hypothesis`; calibration: of captions that are found in this way."""
+        """Put a caption together. Args: as in `Hypothesis`; table: as `calibration_of` returns it."""
         texts, maps = self.vocabulary.decode(ids), repeat(None) if attention is None else map(as_grid, attention)
         chances = [math.exp(min(each, 0.0)) for each in log_probabilities]  # float32 may round a mean to just above 0
         words = [Word(*parts) for parts in zip(texts, chances, maps, strict=False)]
         end = chances[-1] if len(chances) > len(words) else 1.0
-        return Caption(words, float(sum(log_probabilities)), end, confidence_of(calibration, log_probabilities))
+        return Caption(words, float(sum(log_probabilities)), end, confidence_of(table, log_probabilities))
 
 
 def as_grid(row: np.ndarray) -> np.ndarray:

@@ -328,7 +328,7 @@ CHECKPOINT: dict[str, Any] = {
     "progress": {"first_epoch": whole(), "step": whole(), "loss_sum": real(-1e300, 1e300), "reward_sum": real(0, 1e300),
                  "tokens": whole()},
     "consensus": OrNone(CONSENSUS),
-    "confidence": OrNone(Rule(is_calibration, "scores and shares from 0 to 1 that rise")),
+    "confidence": OrNone(Rule(is_calibration, "a table of rising scores and shares from 0 to 1, of beam or consensus,")),
     "decoding": OrNone({"beam_size": size("beam_size"), "length_penalty": real(0, LIMITS["length_penalty"]), "cider": real(), "images": whole()}),
     "schedule": OrNone(SCHEDULE),
     "split": OrNone(Rule(is_stored, "a split by image name, size and hash")),

@@ -18,6 +18,8 @@ LENGTH_EXPONENT = 0.7
 FEWEST = 100  # validation images: with fewer the confidence is five points off and more
 GROUP = 10  # captions that count as one in the regression
 BINS = 10  # of a reliability diagram
+# Each has a table of its own: consensus takes less probable captions, which for their probability are better.
+BEAM, CONSENSUS = "beam", "consensus"
 
 
 class Bin(NamedTuple):
@@ -34,11 +36,16 @@ def score_of(log_probabilities: Sequence[float]) -> float:
     return sum(log_probabilities) / len(log_probabilities) ** LENGTH_EXPONENT
 
 
-def confidence_of(calibration: Mapping[str, Any] | None, log_probabilities: Sequence[float]) -> float | None:
-    """Return the confidence of a caption, 0 .. 1; None without a calibration. Args: as `calibrate` and `score_of`."""
-    if calibration is None:
+def table_of(calibration: Mapping[str, Any] | None, consensus: bool) -> Mapping[str, Any] | None:
+    """Return the table that `calibrate` made for captions of the beam alone or by consensus; None without one."""
+    return (calibration or {}).get(CONSENSUS if consensus else BEAM)
+
+
+def confidence_of(table: Mapping[str, Any] | None, log_probabilities: Sequence[float]) -> float | None:
+    """Return the confidence of a caption, 0 .. 1; None without a table. Args: as `table_of` and `score_of`."""
+    if table is None:
         return None
-    return float(np.interp(score_of(log_probabilities), calibration["scores"], calibration["shares"]))
+    return float(np.interp(score_of(log_probabilities), table["scores"], table["shares"]))
 
 
 def supported_shares(captions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
@@ -57,7 +64,8 @@ def calibrate(scores: np.ndarray, supported: np.ndarray) -> dict[str, Any]:
         supported: (n,) `supported_shares`.
 
     Returns:
-        what a checkpoint keeps: `scores` and `shares`, lists of equal length that rise, and `images`, n.
+        a table: `scores` and `shares`, lists of equal length that rise, and `images`, n. A checkpoint keeps it under the
+        way of decoding.
     """
     pools: list[np.ndarray] = []
     for group in np.array_split(np.argsort(scores, kind="stable"), max(1, len(scores) // GROUP)):
@@ -69,7 +77,15 @@ def calibrate(scores: np.ndarray, supported: np.ndarray) -> dict[str, Any]:
 
 
 def is_calibration(value: Any) -> bool:
-    """Whether this, from outside, is what `calibrate` returns."""
+    """Whether this, from outside, is a table for one or both ways of decoding."""
+    return (
+        isinstance(value, dict)
+        and 0 < len(value.keys() & {BEAM, CONSENSUS}) == len(value)
+        and all(map(is_table, value.values()))
+    )
+
+
+def is_table(value: Any) -> bool:
     if not isinstance(value, dict) or type(value.get("images")) is not int or value["images"] < 1:
         return False
     scores, shares = value.get("scores"), value.get("shares")

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from captioning import distributed
 from captioning.checkpoints import save_checkpoint
-from captioning.confidence import FEWEST, calibrate, confidence_of, score_of, supported_shares
+from captioning.confidence import BEAM, CONSENSUS, FEWEST, calibrate, score_of, supported_shares
 from captioning.consensus import FEWEST_TRAINING_IMAGES, NgramHead, fit_head, pool, search_by_consensus, settle_weight
 from captioning.dataset import CaptionSet, Vocabulary
 from captioning.decoders import Decoder
@@ -44,9 +44,6 @@ class EvalContext:
 
     def text(self, hypothesis: Hypothesis) -> str:
         return " ".join(self.vocabulary.decode(hypothesis.ids))
-
-    def confidence(self, hypothesis: Hypothesis) -> float | None:
-        return confidence_of(self.calibration, hypothesis.log_probabilities)
 
 
 def search(
@@ -96,7 +93,7 @@ def caption_texts(
     return [context.text(found) for found in caption(context, images, beam, length_penalty=length_penalty)]
 
 
-def learn_consensus(context: EvalContext) -> tuple[NgramHead | None, list[Hypothesis]]:
+def learn_consensus(context: EvalContext) -> tuple[NgramHead | None, dict[str, list[Hypothesis]]]:
     """Fit the regression of consensus decoding to the training images, and settle its weight on validation images.
 
     Args:
@@ -104,12 +101,12 @@ def learn_consensus(context: EvalContext) -> tuple[NgramHead | None, list[Hypoth
 
     Returns:
         the regression, None where it does not raise the CIDEr of the validation images, or has too few to learn from;
-        and the captions that a beam of CONSENSUS_BEAM then gives the validation images.
+        and the captions of the validation images that a beam of CONSENSUS_BEAM finds alone, and by consensus.
     """
     started = time.perf_counter()
     val = context.data.splits["val"][:MOST_VALIDATION]
     if len(context.data.splits["train"]) < FEWEST_TRAINING_IMAGES:
-        return None, caption(context, val, CONSENSUS_BEAM) if len(val) >= FEWEST else []
+        return None, {BEAM: caption(context, val, CONSENSUS_BEAM)} if len(val) >= FEWEST else {}
 
     def pooled(images: np.ndarray) -> torch.Tensor:
         features = (decoder.after_stages(view.gather(images, context.device))[1] for decoder, view in context.members)
@@ -124,10 +121,12 @@ def learn_consensus(context: EvalContext) -> tuple[NgramHead | None, list[Hypoth
     found = search(context, val, CONSENSUS_BEAM, consensus=True)
     head = settle_weight(head, found, each, context.text, list(map(context.data.references, val)))
     log.info(f"Consensus: {head.table.size:,} n-grams, in {duration(time.perf_counter() - started)}")
+    captions = {BEAM: [max(hypotheses, key=lambda h: h.score) for hypotheses in found]}
     if not head.weight:
-        return None, [max(hypotheses, key=lambda h: h.score) for hypotheses in found]
+        return None, captions
     values = [by_beam + head.weight * by_regression for by_beam, by_regression in head.evidence(found, each)]
-    return head, [hypotheses[int(value.argmax())] for hypotheses, value in zip(found, values, strict=True)]
+    captions[CONSENSUS] = [hypotheses[int(each.argmax())] for hypotheses, each in zip(found, values, strict=True)]
+    return head, captions
 
 
 def learn_decoding(context: EvalContext, checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -141,16 +140,21 @@ def learn_decoding(context: EvalContext, checkpoint: dict[str, Any]) -> dict[str
         its fields `consensus` and `confidence`.
     """
     head, captions = learn_consensus(context)
-    images = context.data.splits["val"][: len(captions)]
-    calibration = checkpoint["confidence"]
+    images, calibration = context.data.splits["val"], checkpoint["confidence"]
     if len(images) >= FEWEST:
-        scores = np.array([score_of(each.log_probabilities) for each in captions])
-        references = list(map(context.data.references, images))
-        calibration = calibrate(scores, supported_shares(list(map(context.text, captions)), references))
-        low, high = calibration["shares"][0], calibration["shares"][-1]
-        log.info(f"Confidence: from {low:.2f} to {high:.2f}, calibrated on {len(images)} validation images")
+        references = list(map(context.data.references, images[:MOST_VALIDATION]))
+        calibration = {
+            way: calibrate(
+                np.array([score_of(each.log_probabilities) for each in found]),
+                supported_shares(list(map(context.text, found)), references),
+            )
+            for way, found in captions.items()
+        }
+        for way, table in calibration.items():
+            low, high = table["shares"][0], table["shares"][-1]
+            log.info(f"Confidence, {way}: {low:.2f} to {high:.2f}, calibrated on {table['images']} validation images")
     else:
-        too_few = f"with {len(context.data.splits['val'])} validation images, of {FEWEST} that calibrating takes"
+        too_few = f"with {len(images)} validation images, of {FEWEST} that calibrating takes"
         kept = "that of the model that the run started from" if calibration else "none"
         log.info(f"Confidence: {kept}, {too_few}")
     return {"consensus": head and head.stored, "confidence": calibration}

@@ -115,7 +115,7 @@ def sound_checkpoint(name: str = "attention") -> dict[str, Any]:
         "encoder": {"name": "resnet50", "weights_hash": "0676ba61", "transform": "squash224"},
         "optimizer": optimizer.state_dict(), "schedule": schedule.state(), "vocabulary": words,
         "flags": flags, "split": stored_split(train=["c.jpg"], val=["a.jpg"], test=["b.jpg"]), "scaler": {}, "decoding": None, "consensus": None,
-        "confidence": {"scores": [-2.0, -1.0], "shares": [0.25, 0.75], "images": 100},
+        "confidence": {"beam": {"scores": [-2.0, -1.0], "shares": [0.25, 0.75], "images": 100}},
         "progress": {"first_epoch": 0, "step": 0, "loss_sum": 0.0, "reward_sum": 0.0, "tokens": 0},
         "loss_curve": {
             "epochs": [1], "training_losses": [2.0], "validation_losses": [2.0], "learning_rates": [1e-3],

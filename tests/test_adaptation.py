@@ -110,7 +110,7 @@ def test_a_run_on_own_photos_and_resumed(photos, tiny_runs, monkeypatch, capsys)
 
 
 def test_an_exported_folder_and_what_is_not_there(photos, tiny_runs, capsys):
-    calibration = {"scores": [-2.0, -1.0], "shares": [0.25, 0.75], "images": 100}
+    calibration = {"beam": {"scores": [-2.0, -1.0], "shares": [0.25, 0.75], "images": 100}}
     save_checkpoint(Path("source.pt"), load_checkpoint(tiny_runs["lstm"] / "best.pt") | {"confidence": calibration})
     export = ["--mode", "export", "--model_path", "source.pt", "--output", "shared"]
     assert trainer.main(export) == 0

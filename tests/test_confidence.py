@@ -23,6 +23,7 @@ from captioning.confidence import (
     reliability,
     score_of,
     supported_shares,
+    table_of,
 )
 from captioning.io import UserError
 
@@ -41,7 +42,11 @@ def test_adjacent_violators_are_pooled(monkeypatch):
     shares = np.array([0.75, 0.0, 0.25, 0.25, 0.5, 0.875])  # by score: 0, 0.5, 0.25, 0.25, 0.875, 0.75
     found = calibrate(scores, shares)
     assert found == {"scores": [-6.0, -4.0, -1.5], "shares": [0.0, 0.333333, 0.8125], "images": 6}
-    assert is_calibration(found) and is_calibration(json.loads(json.dumps(found)))
+    assert is_calibration({"beam": found}) and is_calibration(json.loads(json.dumps({"consensus": found})))
+    assert not is_calibration({}) and not is_calibration({"beam": found, "greedy": found})
+    assert (
+        table_of({"beam": found}, False) is found and table_of({"beam": found}, True) is table_of(None, False) is None
+    )
     monkeypatch.setattr(confidence, "LENGTH_EXPONENT", 1.0)  # the score is the mean log-probability
     expected = {-9.0: 0.0, -6.0: 0.0, -5.0: 0.333333 / 2, -4.0: 0.333333, -1.5: 0.8125, 0.0: 0.8125}
     for score, share in expected.items():
@@ -82,9 +87,9 @@ def test_bins_and_what_is_kept():
     ],
 )  # fmt: skip
 def test_a_damaged_calibration_is_refused(tiny_runs, tmp_path, damage):
-    assert is_calibration(SOUND) and not is_calibration(SOUND | damage)
+    assert is_calibration({"beam": SOUND, "consensus": SOUND}) and not is_calibration({"beam": SOUND | damage})
     checkpoint = load_checkpoint(tiny_runs["lstm"] / "best.pt")
-    save_checkpoint(tmp_path / "best.pt", checkpoint | {"confidence": SOUND | damage})
+    save_checkpoint(tmp_path / "best.pt", checkpoint | {"confidence": {"beam": SOUND | damage}})
     with pytest.raises(UserError, match="confidence"):
         load_checkpoint(tmp_path / "best.pt")
 
@@ -99,9 +104,9 @@ def run(tiny_runs, tmp_path_factory) -> Path:
         assert load_checkpoint(folder / "best.pt")["confidence"] is None  # two validation images were too few
         patch.setattr(evaluation, "FEWEST", 2)
         assert trainer.main(["--mode", "tune", "--model_path", str(folder)]) == 0
-    assert load_checkpoint(folder / "best.pt")["confidence"]["images"] == 2
+    assert load_checkpoint(folder / "best.pt")["confidence"]["beam"]["images"] == 2
     checkpoint = load_checkpoint(folder / "best.pt")  # one that tells captions from others
-    save_checkpoint(folder / "best.pt", checkpoint | {"confidence": SOUND | {"scores": [-9.0, 0.0]}})
+    save_checkpoint(folder / "best.pt", checkpoint | {"confidence": {"beam": SOUND | {"scores": [-9.0, 0.0]}}})
     return folder
 
 

@@ -90,7 +90,7 @@ def caption_images(args: Settings) -> int:
             f"--save_attention_viz has no effect: the {captioner.flags['decoder']} decoder of {captioner.path} has no attention"
         )
     least = args.min_confidence or 0.0
-    if args.min_confidence is not None and captioner.calibration is None:
+    if args.min_confidence is not None and not captioner.calibration_of(captioner.decoding(**given_options(args))):
         exported = captioner.path.suffix == ".safetensors"
         tune = reproducing_command(["--mode", "tune", "--model_path", "RUN" if exported else str(captioner.path)])
         raise UserError(

@@ -16,7 +16,7 @@ from filelock import FileLock
 from attention_visualization import save_attention_pictures
 from captioning import demo_set, distributed, plots
 from captioning.analysis import unsupported_share
-from captioning.confidence import calibration_error, reliability, supported_shares
+from captioning.confidence import calibration_error, confidence_of, reliability, supported_shares, table_of
 from captioning.dataset import CaptionSet, captions_of, tokenize
 from captioning.decoding import Hypothesis
 from captioning.evaluation import EvalContext, caption, images_to_draw, search
@@ -171,8 +171,8 @@ def score_way(context: EvalContext, images: np.ndarray, way: Way, header: Mappin
     scores, by_image = score_test(context.data, images, captions)
     full = {**header, **way.settings, "tokenizer": "spacy.blank('en'), lower case, without punctuation"}
     result = Result(way.name, full, way.found, captions, way.more | scores, by_image)
-    if context.calibration:
-        result.confidence = np.array(list(map(context.confidence, way.found)))
+    if table := table_of(context.calibration, way.settings["consensus"] is not None):
+        result.confidence = np.array([confidence_of(table, each.log_probabilities) for each in way.found])
         result.supported = supported_shares(captions, list(map(context.data.references, images)))
         result.scores["calibration_error"] = calibration_error(reliability(result.confidence, result.supported))
     return result
