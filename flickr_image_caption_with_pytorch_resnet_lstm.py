@@ -379,10 +379,9 @@ def train(settings: Settings, argv: list[str]) -> Path:
     if state.stopped_early(settings):
         log.info(f"Stopped early: no better {settings.best_metric} in {settings.early_stopping} epochs")
     distributed.wait_for_all()  # until the first has written all
-    best = directory / "best.pt"
-    checkpoint = load_checkpoint(best)
-    load_weights(state.decoder, checkpoint["decoder"], best)
-    add_consensus(context, run.views, checkpoint, best)
+    checkpoint = load_checkpoint(run.saver.best)
+    load_weights(state.decoder, checkpoint["decoder"], run.saver.best)
+    add_consensus(context, run.views, checkpoint, run.saver.best)
     if settings.save_attention_viz:
         images = images_to_draw(settings, context.data, context.data.splits["test"])
         save_attention_pictures(context, images, directory)
