@@ -136,7 +136,7 @@ def caption_images(args: Settings) -> int:
             log.info(f"Attention pictures: {pictures / 'attention_viz_sample_*'}")
     if withheld:
         print(
-            f"{withheld} of {len(paths)} images have no caption, since they have less than --min_confidence {least:g}",
+            f"{withheld} of {len(paths)} images are without a caption: it would have less than --min_confidence {least:g}",
             file=sys.stderr,
         )
     if failed:
