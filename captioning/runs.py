@@ -388,7 +388,7 @@ def given_model(model_path: list[Path] | None) -> Path:
     """Return the `--model_path`, or the model that comes with the package where none was given."""
     if model_path:
         return model_path[0]
-    log.info(f"Model: {PRETRAINED_MODEL}, which comes with the package; --model_path names another")
+    log.info(f"Using {PRETRAINED_MODEL}, which comes with the package; --model_path names another")
     return PRETRAINED / PRETRAINED_MODEL
 
 

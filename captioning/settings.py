@@ -404,7 +404,7 @@ def check_flags(settings: Settings, error: Callable[[str], Any]) -> None:
         error: is called with the first mistake, e.g. `parser.error`.
     """
     args, explicit, mode = settings, settings.explicit, settings.mode
-    from_checkpoint = args.model_path is not None or args.init_from is not None
+    from_checkpoint = args.mode in ("caption", "serve") or args.model_path is not None or args.init_from is not None
     for name in sorted(explicit):
         flag = FLAGS[name]
         if mode not in flag.modes:

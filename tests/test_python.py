@@ -190,3 +190,15 @@ def test_models_of_the_package_have_names(tiny_runs, photos, monkeypatch, capsys
         find_checkpoint(Path("tiny_attention"))
     shutil.copy(tiny_runs["lstm"] / "best.pt", "tiny_attention")
     assert find_checkpoint(Path("tiny_attention")) == Path("tiny_attention/best.pt")
+
+
+def test_the_captioner_of_the_package_captions_photos_unless_another_is_named(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    photo = str(photos / "dog.jpg")
+    assert trainer.main(["--mode", "caption", "--images", photo, "--save_attention_viz"]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"{photo}\t{Captioner.load()(photo).text}\n" and err.count("Using flickr8k_attention") == 1
+    assert list(Path("captions_viz").glob("attention_viz_sample_1.png"))
+    folder = runs.PRETRAINED / runs.PRETRAINED_MODEL
+    files = {path.name: path.stat().st_size for path in folder.iterdir()}
+    assert files.keys() >= {"LICENSE", "README.md"} and sum(files.values()) < 16_000_000

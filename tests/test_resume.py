@@ -26,7 +26,6 @@ CASES = [
     ("lstm", ["--num_layers", "2"]),
     ("attention", ["--num_layers", "1", "--attention_reg", "0.5", "--early_stopping", "2"]),
     ("attention", ["--num_layers", "1", "--views", "mirror", "--feature_type", "int8", "--fine_tune", "1"]),
-    ("lstm", ["--num_layers", "1", "--encoder", "resnet50", "--resnet_weights", "random", "--fine_tune", "1"]),
     *(
         (decoder, ["--learning_rate", "0.01", "--use_scheduler", "--scheduler_type", kind])
         for decoder, kind in zip(itertools.cycle(reversed(DECODERS)), SCHEDULERS, strict=False)
