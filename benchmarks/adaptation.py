@@ -102,7 +102,8 @@ class Bench:
 
     def cider(self, run: Path, data_dir: Path, split: str) -> float:
         """Return the score of the beam's captions."""
-        self.call("--mode", "test", "--model_path", str(run), "--data_dir", str(data_dir), "--split", split)
+        flags = ["--model_path", str(run), "--data_dir", str(data_dir), "--split", split]
+        self.call("--mode", "test", "--beam_size", "3", "--consensus", "off", *flags)
         return 100 * float(read_json(run / "test_metrics.json")[-1]["cider"])
 
     def call(self, *flags: str) -> None:

@@ -37,12 +37,7 @@ def load_source(init_from: Path) -> tuple[dict[str, Any], Path]:
     Raises:
         UserError: it is not there, or cannot be read.
     """
-    try:
-        path = find_checkpoint(init_from)
-    except UserError as error:
-        raise UserError(
-            f"{error}. Without any, train from nothing: --config configs/own_photos_from_nothing.yaml"
-        ) from None
+    path = find_checkpoint(init_from)
     checkpoint = load_checkpoint(path)
     return checkpoint | {
         "epoch": 0, "optimizer": None, "schedule": None, "decoding": None, "metrics_history": [],
