@@ -205,10 +205,11 @@ def frequent_ngrams(
 def settle_weight(
     head: NgramHead, found: Sequence[list[Hypothesis]], pooled: torch.Tensor, texts: Callable[[Hypothesis], str],
     references: Sequence[Sequence[str]],
-) -> NgramHead:  # fmt: skip
-    """Return the head with the weight of the best CIDEr on validation images, the smaller where two are equal.
+) -> tuple[NgramHead, list[Hypothesis]]:  # fmt: skip
+    """Return the head with the weight of the best CIDEr on validation images, and what it then takes of each.
 
-    A regression fitted to few images, or to features that tell little, deserves little weight, or none.
+    A regression fitted to few images, or to features that tell little, deserves little weight, or none; of two that are
+    equally good the smaller.
 
     Args:
         found, pooled: as for `NgramHead.evidence`.
@@ -217,15 +218,14 @@ def settle_weight(
     """
     evidence = head.evidence(found, pooled)
 
-    def cider(weight: float) -> float:
-        best = [
-            texts(hypotheses[int((by_beam + weight * by_regression).argmax())])
+    def choose(weight: float) -> list[Hypothesis]:
+        return [
+            hypotheses[int((by_beam + weight * by_regression).argmax())]
             for hypotheses, (by_beam, by_regression) in zip(found, evidence, strict=True)
         ]
-        return float(cider_of_each(best, references).mean())
 
-    scores = {weight: cider(weight) for weight in WEIGHTS}
+    scores = {weight: float(cider_of_each(list(map(texts, choose(weight))), references).mean()) for weight in WEIGHTS}
     best = max(scores, key=lambda weight: (scores[weight], -weight))
     tried = ", ".join(f"{weight:g}: {100 * value:.1f}" for weight, value in scores.items())
     log.info(f"Weight of the regression: {best:g}, by CIDEr on {len(found)} validation images ({tried})")
-    return NgramHead(head.table.words - 1, {**head.stored, "weight": best})
+    return NgramHead(head.table.words - 1, {**head.stored, "weight": best}), choose(best)

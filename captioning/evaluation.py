@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -93,6 +94,16 @@ def caption_texts(
     return [context.text(found) for found in caption(context, images, beam, length_penalty=length_penalty)]
 
 
+@torch.inference_mode()
+def pooled_features(context: EvalContext, images: np.ndarray) -> torch.Tensor:
+    """Return what consensus knows of images: the mean (n, C) over regions and members, behind trained stages."""
+    batches = []
+    for batch in np.array_split(images, len(images) // ENCODE_BATCH + 1):
+        members = [(decoder.eval(), view.gather(batch, context.device)) for decoder, view in context.members]
+        batches.append(torch.stack([pool(decoder.after_stages(features)[1]) for decoder, features in members]).mean(0))
+    return torch.cat(batches).cpu()
+
+
 def learn_consensus(context: EvalContext) -> tuple[NgramHead | None, dict[str, list[Hypothesis]]]:
     """Fit the regression of consensus decoding to the training images, and settle its weight on validation images.
 
@@ -108,25 +119,14 @@ def learn_consensus(context: EvalContext) -> tuple[NgramHead | None, dict[str, l
     if len(context.data.splits["train"]) < FEWEST_TRAINING_IMAGES:
         return None, {BEAM: caption(context, val, CONSENSUS_BEAM)} if len(val) >= FEWEST else {}
 
-    def pooled(images: np.ndarray) -> torch.Tensor:
-        features = (decoder.after_stages(view.gather(images, context.device))[1] for decoder, view in context.members)
-        return torch.stack([pool(each) for each in features]).mean(0).cpu()
-
-    for decoder, _ in context.members:
-        decoder.eval()
-    with torch.inference_mode():
-        head = fit_head(context.data, context.vocabulary, pooled)
-        each = torch.cat([pooled(batch) for batch in np.array_split(val, len(val) // ENCODE_BATCH + 1)])
+    head = fit_head(context.data, context.vocabulary, functools.partial(pooled_features, context))
     context = replace(context, heads=[head] * len(context.members))
     found = search(context, val, CONSENSUS_BEAM, consensus=True)
-    head = settle_weight(head, found, each, context.text, list(map(context.data.references, val)))
+    references = list(map(context.data.references, val))
+    head, chosen = settle_weight(head, found, pooled_features(context, val), context.text, references)
     log.info(f"Consensus: {head.table.size:,} n-grams, in {duration(time.perf_counter() - started)}")
     captions = {BEAM: [max(hypotheses, key=lambda h: h.score) for hypotheses in found]}
-    if not head.weight:
-        return None, captions
-    values = [by_beam + head.weight * by_regression for by_beam, by_regression in head.evidence(found, each)]
-    captions[CONSENSUS] = [hypotheses[int(each.argmax())] for hypotheses, each in zip(found, values, strict=True)]
-    return head, captions
+    return (head, captions | {CONSENSUS: chosen}) if head.weight else (None, captions)
 
 
 def learn_decoding(context: EvalContext, checkpoint: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from random_captions import WORDS, random_set
 from run_files import skip_pictures
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
@@ -14,23 +15,14 @@ from captioning import consensus, evaluation
 from captioning.checkpoints import load_checkpoint, save_checkpoint
 from captioning.cider import CiderReward
 from captioning.consensus import NgramHead, direction, fit_head, frequent_ngrams, settle_weight
-from captioning.dataset import CaptionSet, Tokens, Vocabulary, build_vocabulary
+from captioning.dataset import CaptionSet, Vocabulary, build_vocabulary
 from captioning.decoding import Hypothesis
 from captioning.io import UserError
-
-WORDS = [f"w{n}" for n in range(30)]
 
 
 @pytest.fixture(scope="module")
 def data() -> CaptionSet:
-    """Sixty images with one to five captions of words that are common and rare."""
-    random = np.random.default_rng(0)
-    counts = random.integers(1, 6, 60)
-    texts = [(30 * random.random(random.integers(1, 12)) ** 2).astype(np.int32) for _ in range(counts.sum())]
-    tokens = Tokens(WORDS, np.concatenate(texts), np.concatenate([[0], np.cumsum([len(text) for text in texts])]))
-    splits = {"train": np.arange(50), "val": np.arange(50, 55), "test": np.arange(55, 60)}
-    first = np.concatenate([[0], np.cumsum(counts)])
-    return CaptionSet(Path(), [f"{n}.jpg" for n in range(60)], first, tokens, splits, "lists", Path("captions.txt"))
+    return random_set(train=50, val=5, test=5)
 
 
 def pooled(images: np.ndarray) -> torch.Tensor:
@@ -151,7 +143,7 @@ def test_the_weight_is_what_helps_on_the_validation_images(data, monkeypatch, ri
     chosen = {"first": "w1", "second": "w2", "never": "w3"}[right]
     monkeypatch.setattr(consensus, "cider_of_each", lambda captions, _: np.array([captions == [chosen]], dtype=float))
     text = lambda each: " ".join(vocabulary.decode(each.ids))  # noqa: E731
-    assert settle_weight(head, found, pooled(np.array([50])), text, [["w1"]]).weight == expected
+    assert settle_weight(head, found, pooled(np.array([50])), text, [["w1"]])[0].weight == expected
 
 
 @pytest.fixture(scope="module")
@@ -162,11 +154,7 @@ def run(tiny_runs, tmp_path_factory) -> Path:
         patch.chdir(folder.parent)
         patch.setattr(evaluation, "FEWEST_TRAINING_IMAGES", 1)
         patch.setattr(consensus, "FEWEST_IMAGES", 2)
-        patch.setattr(
-            evaluation,
-            "settle_weight",
-            lambda head, *_: NgramHead(head.table.words - 1, {**head.stored, "weight": 4.0}),
-        )
+        patch.setattr(consensus, "WEIGHTS", (4.0,))
         patch.setattr("captioning.modes.tune.BEAMS", (1, 2))
         assert load_checkpoint(folder / "best.pt")["consensus"] is None
         assert trainer.main(["--mode", "tune", "--model_path", str(folder)]) == 0

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from random_captions import WORDS, random_set
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -15,26 +16,17 @@ from reward import CocoReward
 
 from captioning.batches import BatchMaker, pack_captions
 from captioning.cider import CiderReward
-from captioning.dataset import EOS, PAD, SOS, UNK, CaptionSet, Tokens, Vocabulary, build_vocabulary
+from captioning.dataset import EOS, PAD, SOS, UNK, CaptionSet, Vocabulary, build_vocabulary
 from captioning.decoders import Decoder, build_decoder
 from captioning.decoding import Ensemble, beam_search, sample
 from captioning.encoders import EncoderSpec
 from captioning.registry import DECODERS
 from captioning.scst import SelfCritic
 
-WORDS = [f"w{n}" for n in range(30)]
-
 
 @pytest.fixture(scope="module")
 def data() -> CaptionSet:
-    """Twelve images with one to five captions of words that are common and rare."""
-    random = np.random.default_rng(0)
-    counts = random.integers(1, 6, 12)
-    texts = [(30 * random.random(random.integers(1, 12)) ** 2).astype(np.int32) for _ in range(counts.sum())]
-    tokens = Tokens(WORDS, np.concatenate(texts), np.concatenate([[0], np.cumsum([len(text) for text in texts])]))
-    splits = {"train": np.arange(10), "val": np.array([10]), "test": np.array([11])}
-    first = np.concatenate([[0], np.cumsum(counts)])
-    return CaptionSet(Path(), [f"{n}.jpg" for n in range(12)], first, tokens, splits, "lists", Path("captions.txt"))
+    return random_set(train=10, val=1, test=1)
 
 
 def flat(texts) -> tuple[np.ndarray, np.ndarray]:
