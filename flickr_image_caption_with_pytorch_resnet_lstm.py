@@ -168,7 +168,7 @@ def build_run(
     constants = {
         "decoder_type": settings.decoder, "vocabulary": vocabulary.words, "split": split,
         "encoder": {"name": spec.name, "weights_hash": weights_hash, "transform": spec.transform},
-        "decoding": None, "consensus": None, "confidence": checkpoint["confidence"] if checkpoint else None,
+        "decoding": None, "consensus": None, "confidence": checkpoint["confidence"] if checkpoint and settings.adapts else None,
     }  # fmt: skip
     context = EvalContext(settings, device, data, vocabulary, [(decoder, views[0])])
     return Run(settings, context, loader, views, step_loss, constants), state
@@ -218,7 +218,7 @@ def resume_run(settings: Settings) -> tuple[Run, TrainState]:
     checkpoint = load_checkpoint(source)
     run, state = build_run(settings, checkpoint, source)
     run.lock = lock
-    run.constants |= {"flags": checkpoint["flags"], "decoding": checkpoint["decoding"]}
+    run.constants |= {name: checkpoint[name] for name in ("flags", "decoding", "confidence")}
     state.restore_progress(checkpoint)
     run.saver = CheckpointSaver(directory, run.settings.keep_checkpoints, state.first_epoch)
     log.info(f"Resuming {directory} after {state.epoch} epochs and {state.step} steps")

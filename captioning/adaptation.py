@@ -167,13 +167,16 @@ def add_replay(
     old = load_caption_set(settings.replay_data_dir, seed=settings.seed, token_cache=cache)
     distributed.check_agreement(old.facts(), distributed.SAME_FILES)
     known, paths = set(keys(split["inherited"])), old.paths()
-    sizes = {name: size for name, size, _ in known}
-    found = [i for i, name in enumerate(old.names) if name in sizes and sizes[name] in (-1, paths[i].stat().st_size)]
+    named, sized = {name for name, *_ in known}, {(name, size) for name, size, _ in known}
+    found = [
+        i for i, name in enumerate(old.names) if name in named and {(name, -1), (name, paths[i].stat().st_size)} & sized
+    ]
+    nothing = UserError(
+        f"--replay {settings.replay:g}: none of the {len(known)} images that the model was trained on is in "
+        f"{settings.replay_data_dir}: give the folder of these with --replay_data_dir, or leave --replay out"
+    )
     if not found:
-        raise UserError(
-            f"--replay {settings.replay:g}: none of the {len(known)} images that the model was trained on is in "
-            f"{settings.replay_data_dir}: give the folder of these with --replay_data_dir, or leave --replay out"
-        )
+        raise nothing
     captions = settings.replay / (1 - settings.replay) * data.caption_counts(data.splits["train"]).sum()
     per_epoch = max(1, round(captions / old.caption_counts(np.array(found)).mean()))
     drawn = np.random.default_rng(settings.seed).permutation(found)[
@@ -189,6 +192,8 @@ def add_replay(
         return version not in refused and bool({(name, *version), (name, -1, -1)} & known)
 
     drawn = np.array([i for i in drawn.tolist() if i not in first.unreadable and is_known(i)], dtype=np.int64)
+    if not len(drawn):
+        raise nothing
     per_epoch = min(per_epoch, len(drawn))
     log.info(f"Replay: {per_epoch} images an epoch of {len(found)} that the model was trained on, from {old.image_dir}")
     joined = [JoinedFeatures(new, before) for new, before in zip(views, old_views, strict=True)]

@@ -22,7 +22,7 @@ from captioning.evaluation import EvalContext, images_to_draw
 from captioning.features import FeatureRequest, Features, open_features
 from captioning.images import VIEW_SETS
 from captioning.io import UserError, log
-from captioning.runs import find_checkpoint, reproducing_command
+from captioning.runs import command_to_tune, find_checkpoint
 from captioning.settings import Settings, cache_folders
 from captioning.splits import StoredSplit, checkpoint_split, refuse_trained_images, same_split
 
@@ -181,6 +181,11 @@ def load_context(settings: Settings, splits: list[str]) -> tuple[EvalContext, np
         if not all(same.values()):
             what = next(name for name, equal in same.items() if not equal)
             raise UserError(f"{path} has another {what} than {first_path}: an ensemble is trained on the same data set")
+    lacking = [path for path, checkpoint in checkpoints.items() if not checkpoint["consensus"]]
+    if lacking and settings.consensus == "on":
+        if "consensus" in settings.explicit:
+            raise UserError(f"{lacking[0]} has nothing for --consensus: {command_to_tune(lacking[0])} adds it")
+        settings = settings.with_values(consensus="off")
     resolved = settings.with_checkpoint(first, first_path)
     stored = checkpoint_split(first, first_path)
     data = build_data(resolved, stored)
@@ -196,18 +201,12 @@ def load_context(settings: Settings, splits: list[str]) -> tuple[EvalContext, np
         decoder = build_decoder(own, context.vocabulary)
         load_weights(decoder, checkpoint["decoder"], path)
         context.members += [(decoder.to(device), view) for view in views]
-        if resolved.by_consensus and checkpoint["consensus"]:
+        if resolved.by_consensus:
             context.heads += [NgramHead(len(context.vocabulary), checkpoint["consensus"])] * len(views)
         own_split = stored if checkpoint is first else checkpoint["split"]
         if own_split:
             refuse_trained_images(own_split, images_of(data, splits), data.names, views[0].versions, path)
     context.calibration = None if others else first["confidence"]
-    if len(context.heads) < len(context.members):
-        context.heads.clear()
-        if "consensus" in settings.explicit and settings.consensus == "on":
-            raise UserError(
-                f"{first_path} has nothing for --consensus: {reproducing_command(['--mode', 'tune', '--model_path', str(first_path)])} adds it"
-            )
     return context, images_of(data, splits), checkpoints  # without those that cannot be read
 
 

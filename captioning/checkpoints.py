@@ -437,12 +437,15 @@ def check_consensus(stored: dict[str, Any], words: int, channels: int, path: Pat
     Raises:
         UserError: they do not.
     """
-    sizes, keys, rank = stored["sizes"].tolist(), stored["keys"], stored["expect"].shape[0]
-    ngrams = len(keys)
+    keys, rank = stored["keys"], stored["expect"].shape[:1].numel()  # a tensor without axes fails below
+    ngrams = keys.numel()
     shapes = {"keys": (ngrams,), "sizes": (4,), "idf": (ngrams,), "centre": (channels,), "project": (channels + 1, rank),
               "expect": (rank, ngrams)}  # fmt: skip
-    if any(stored[name].shape != shape for name, shape in shapes.items()) or min(sizes) < 0 or sum(sizes) != ngrams:
+    if any(stored[name].shape != shape for name, shape in shapes.items()):
         raise malformed(path, "the tensors of consensus have sizes that do not belong together")
+    sizes = stored["sizes"].tolist()
+    if min(sizes) < 0 or sum(sizes) != ngrams:
+        raise malformed(path, "consensus.sizes do not add up to its n-grams")
     shorter = 1  # n-grams that are a word shorter
     for part in keys.split(sizes):
         if len(part) and (bool((part.diff() < 1).any()) or part[0] < 0 or part[-1] >= shorter * words):

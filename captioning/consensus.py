@@ -25,6 +25,7 @@ CANDIDATES = 100  # captions of an image at most, best first; a beam of 20 ends 
 TEMPERATURE = 3.0  # divides the beam's log-probabilities: a beam is overconfident of its first captions
 RIDGE, RANK = 0.3, 256  # of the regression
 FEWEST_TRAINING_IMAGES = 100  # of which a regression can learn
+FEWEST_VALIDATION_IMAGES = 50  # on which its weight can be settled
 FEWEST_IMAGES = 10  # of them that have an n-gram of the table
 WEIGHTS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)  # of the regression: the last leaves the beam no say
 MOST_IMAGES = 40_000  # training images that the regression is fitted to
@@ -100,7 +101,7 @@ def search_by_consensus(
         for every image its first CANDIDATES hypotheses at most, the one with the best evidence first.
     """
     with torch.inference_mode():
-        members = [decoder.after_stages(features) for decoder, features in members]
+        members = [decoder.eval().after_stages(features) for decoder, features in members]
         found = beam_search(members, beam_size, max_length, length_penalty, attention, beam_size, no_repeat_ngram)
         values: list[np.ndarray] = [np.zeros(1)] * len(found)
         for head in dict.fromkeys(heads):

@@ -17,7 +17,15 @@ from tqdm import tqdm
 from captioning import distributed
 from captioning.checkpoints import save_checkpoint
 from captioning.confidence import BEAM, CONSENSUS, FEWEST, calibrate, score_of, supported_shares
-from captioning.consensus import FEWEST_TRAINING_IMAGES, NgramHead, fit_head, pool, search_by_consensus, settle_weight
+from captioning.consensus import (
+    FEWEST_TRAINING_IMAGES,
+    FEWEST_VALIDATION_IMAGES,
+    NgramHead,
+    fit_head,
+    pool,
+    search_by_consensus,
+    settle_weight,
+)
 from captioning.dataset import CaptionSet, Vocabulary
 from captioning.decoders import Decoder
 from captioning.decoding import Hypothesis, beam_search
@@ -104,19 +112,19 @@ def pooled_features(context: EvalContext, images: np.ndarray) -> torch.Tensor:
     return torch.cat(batches).cpu()
 
 
-def learn_consensus(context: EvalContext) -> tuple[NgramHead | None, dict[str, list[Hypothesis]]]:
+def learn_consensus(context: EvalContext, val: np.ndarray) -> tuple[NgramHead | None, dict[str, list[Hypothesis]]]:
     """Fit the regression of consensus decoding to the training images, and settle its weight on validation images.
 
     Args:
         context: whose members are views of the images for one decoder, trained already.
+        val: positions (n,) of the validation images.
 
     Returns:
         the regression, None where it does not raise the CIDEr of the validation images, or has too few to learn from;
         and the captions of the validation images that a beam of CONSENSUS_BEAM finds alone, and by consensus.
     """
     started = time.perf_counter()
-    val = context.data.splits["val"][:MOST_VALIDATION]
-    if len(context.data.splits["train"]) < FEWEST_TRAINING_IMAGES:
+    if len(context.data.splits["train"]) < FEWEST_TRAINING_IMAGES or len(val) < FEWEST_VALIDATION_IMAGES:
         return None, {BEAM: caption(context, val, CONSENSUS_BEAM)} if len(val) >= FEWEST else {}
 
     head = fit_head(context.data, context.vocabulary, functools.partial(pooled_features, context))
@@ -139,10 +147,12 @@ def learn_decoding(context: EvalContext, checkpoint: dict[str, Any]) -> dict[str
     Returns:
         its fields `consensus` and `confidence`.
     """
-    head, captions = learn_consensus(context)
     images, calibration = context.data.splits["val"], checkpoint["confidence"]
+    if len(images) > MOST_VALIDATION:
+        images = np.sort(np.random.default_rng(0).choice(images, MOST_VALIDATION, replace=False))
+    head, captions = learn_consensus(context, images)
     if len(images) >= FEWEST:
-        references = list(map(context.data.references, images[:MOST_VALIDATION]))
+        references = list(map(context.data.references, images))
         calibration = {
             way: calibrate(
                 np.array([score_of(each.log_probabilities) for each in found]),

@@ -57,6 +57,13 @@ def command_to_test(directory: Path) -> str:
     return reproducing_command(["--mode", "test", "--model_path", str(directory)])
 
 
+def command_to_tune(checkpoint: Path) -> str:
+    """Return the command that tunes a checkpoint, or, of an exported folder, the run that it was exported from."""
+    exported = checkpoint.suffix == ".safetensors"
+    command = reproducing_command(["--mode", "tune", "--model_path", "RUN" if exported else str(checkpoint)])
+    return f"{command}{', before RUN is exported,' if exported else ''}"
+
+
 # --------------------------------------------------------------------------------------------------
 # Reading a run
 
@@ -511,9 +518,11 @@ def score_text(key: str, value: float | None) -> str:
 
 
 def decoding(row: Mapping[str, Any]) -> str:
-    """Return the way of decoding of a test: `greedy`, `beam 3`, `beam 20, consensus with regression`."""
+    """Return the way of decoding of a test: `greedy`, `beam 3`, `beam 20, consensus`."""
     beam, consensus = row.get("beam_size"), row.get("consensus")
     if beam == 1:
         return "greedy"
-    evidence = "" if consensus is None else ", consensus" + (f" with {plain(consensus)}" if consensus != "beam" else "")
+    # Earlier versions had kinds of consensus: beam, neighbours, and regression, which is today's.
+    kind = "" if consensus == "regression" else f" by {plain(consensus)}"
+    evidence = "" if consensus is None else f", consensus{kind}"
     return f"beam {plain(beam)}{evidence}"

@@ -221,7 +221,7 @@ def seen_in_training(
     contents = {key[1:] for key in trained} - {(-1, -1)}
     found = {i: (names[i], *version) for i, version in zip(images.tolist(), versions[images].tolist(), strict=True)}
     seen = [i for i, key in found.items() if key in trained or (key[0], -1, -1) in trained]
-    return seen, [i for i, key in found.items() if key[1:] in contents and i not in seen]
+    return seen, [i for i in sorted(found.keys() - set(seen)) if found[i][1:] in contents]
 
 
 def refuse_trained_images(

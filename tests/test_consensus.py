@@ -153,6 +153,7 @@ def run(tiny_runs, tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder.parent)
         patch.setattr(evaluation, "FEWEST_TRAINING_IMAGES", 1)
+        patch.setattr(evaluation, "FEWEST_VALIDATION_IMAGES", 1)
         patch.setattr(consensus, "FEWEST_IMAGES", 2)
         patch.setattr(consensus, "WEIGHTS", (4.0,))
         patch.setattr("captioning.modes.tune.BEAMS", (1, 2))

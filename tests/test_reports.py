@@ -65,7 +65,7 @@ def test_the_headline_is_the_latest_test_and_columns_name_their_tests(runs):
     consensus |= {"consensus_weight": 0.25}
     path.write_text(json.dumps([greedy, beam, consensus]))
     page = page_of(runs / "one")
-    head = page.text.partition("beam 3, consensus with regression, val+test, 6 images")[0]
+    head = page.text.partition("beam 3, consensus, val+test, 6 images")[0]
     assert "CIDEr 123.4 95 %: 25.0 to 175.0 a person: 234.5" in head and "ROUGE-L" in head
     assert "greedy test, 6 images views mirror model_epoch_2.pt, epoch 2" in page.text
     assert "a person val+test, 6 images" in page.text and "greedy validation, epoch 2" in page.text

@@ -238,7 +238,7 @@ def test_a_runs_own_tests_are_compared_where_one_thing_differs(runs, capsys):
     assert command("diff", runs / "one", runs / "one") == 0
     headings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Test on")]
     plain, other = "beam 3, length penalty 0.7", "model_epoch_1.pt"
-    by_consensus = "beam 3, consensus with regression, length penalty 0.7"
+    by_consensus = "beam 3, consensus, length penalty 0.7"
     assert headings == [
         f"Test on 6 test images, A {way}"
         for way in (

@@ -24,7 +24,7 @@ from captioning.captioner import Caption, Captioned, Captioner, Decoding, Decodi
 from captioning.confidence import FEWEST
 from captioning.images import UnreadableImage, cell_middles, images_below, open_image
 from captioning.io import UserError, bars_off, csv_cell, log, make_directory, printable, write_atomic
-from captioning.runs import given_model, reproducing_command
+from captioning.runs import command_to_tune, given_model
 from captioning.settings import Settings
 
 
@@ -91,11 +91,9 @@ def caption_images(args: Settings) -> int:
         )
     least = args.min_confidence or 0.0
     if args.min_confidence is not None and not captioner.calibration_of(captioner.decoding(**given_options(args))):
-        exported = captioner.path.suffix == ".safetensors"
-        tune = reproducing_command(["--mode", "tune", "--model_path", "RUN" if exported else str(captioner.path)])
         raise UserError(
-            f"--min_confidence: {captioner.path} knows no confidence: {tune} adds it"
-            f"{' before RUN is exported' if exported else ''}, where there are {FEWEST} validation images"
+            f"--min_confidence: {captioner.path} knows no confidence: {command_to_tune(captioner.path)} adds it where there "
+            f"are {FEWEST} validation images"
         )
     pictures = (Path() if args.output is None else args.output.parent) / "captions_viz"
     form = csv_lines if args.output is not None and args.output.suffix.lower() == ".csv" else json_lines

@@ -368,7 +368,7 @@ def build_app(captioner: Captioner, page: str, host: str, how: Decoding) -> Fast
                     raise HTTPException(400, "The client closed the connection.")
                 options: DecodingOptions = {
                     "beam_size": beam_size, "length_penalty": length_penalty, "num_captions": num_captions,
-                    "no_repeat_ngram": how.no_repeat_ngram,
+                    "no_repeat_ngram": how.no_repeat_ngram, "consensus": how.consensus,
                 }  # fmt: skip
                 return await asyncio.to_thread(caption_upload, captioner, upload, maps, options)
         except UnreadableImage as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from captioning import distributed
 from captioning.checkpoints import require_trainable, save_checkpoint
 from captioning.cider import cider_of_each
 from captioning.evaluation import EvalContext, caption_texts, learn_decoding
+from captioning.flags import CONSENSUS_BEAM
 from captioning.io import write_json
 
 BEAMS, LENGTH_PENALTIES = (1, 2, 3, 4, 5, 8), (0.0, 0.4, 0.7, 1.0, 1.3)
@@ -24,12 +26,14 @@ def run(context: EvalContext, path: Path, checkpoint: dict[str, Any]) -> None:
     """
     require_trainable(checkpoint, path)
     best = tune(context)
-    learned = learn_decoding(context, checkpoint)
+    tuned = context.settings.with_values(length_penalty=best["length_penalty"])
+    learned = learn_decoding(replace(context, settings=tuned), checkpoint)
     if distributed.is_first():
         write_json(path.with_name("decoding.json"), {"epoch": checkpoint["epoch"], **best})
         save_checkpoint(path, checkpoint | {"decoding": best} | learned)
-    print(f"Best: --beam_size {best['beam_size']} --length_penalty {best['length_penalty']}, "
-          f"CIDEr {100 * best['cider']:.2f}. Kept in {path}, which --mode test uses from now on")  # fmt: skip
+    beam = f", by consensus of a beam of {CONSENSUS_BEAM} instead" if learned["consensus"] else ""
+    print(f"Best: --beam_size {best['beam_size']} --length_penalty {best['length_penalty']}, CIDEr "
+          f"{100 * best['cider']:.2f}. Kept in {path}, which --mode test uses from now on{beam}")  # fmt: skip
 
 
 def tune(context: EvalContext) -> dict[str, Any]:
