@@ -193,11 +193,22 @@ def test_consensus_that_is_asked_for_and_not_there_is_an_error(run, tiny_runs, m
     assert "--mode tune" in capsys.readouterr().err
 
 
+def test_an_ensemble_of_which_one_has_no_consensus_is_a_plain_one(run, tiny_runs, monkeypatch, capsys):
+    monkeypatch.chdir(run.parent)
+    skip_pictures(monkeypatch)
+    models = [str(run), str(shutil.copytree(tiny_runs["attention"], run.parent / "other"))]
+    assert trainer.main(["--mode", "test", "--model_path", *models]) == 0
+    assert [row["beam_size"] for row in json.loads((run / "ensemble_metrics.json").read_text())][-1] != 20
+    assert trainer.main(["--mode", "test", "--model_path", *models, "--consensus", "on"]) == 2
+    assert f"{models[1]}/best.pt has nothing for --consensus" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "damage",
     [
         {"sizes": torch.tensor([1, 1, 1, 1])}, {"sizes": torch.tensor([-1, 1, 1, 1])}, {"weight": float("nan")},
         {"keys": None}, {"centre": torch.zeros(3)}, {"expect": torch.full((2, 2), float("inf"))}, {"log_images": "x"},
+        {"keys": torch.tensor(1)}, {"expect": torch.tensor(1.0)}, {"sizes": torch.tensor(4)},
     ],
 )  # fmt: skip
 def test_a_damaged_table_is_refused(run, tmp_path, damage):

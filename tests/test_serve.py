@@ -58,6 +58,18 @@ def model(tiny_runs) -> Captioner:
     return Captioner.load(tiny_runs["attention"])
 
 
+@contextlib.contextmanager
+def serving(app, text: str):
+    """Serve a page; the address."""
+    server = serve.build_server(app, serve.security_headers(text))
+    listener = serve.open_socket("127.0.0.1", None)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
+    server.should_exit = True
+    thread.join()
+
+
 @pytest.fixture(scope="module")
 def page(model, tiny_runs):
     """The page's address. No request may write a file, and none may leave this machine."""
@@ -69,14 +81,8 @@ def page(model, tiny_runs):
     thread.join()
     assert FILES_WRITTEN  # the hook sees such a file
     FILES_WRITTEN.clear()
-    app = serve.build_app(model, text, "127.0.0.1", model.decoding())
-    server = serve.build_server(app, serve.security_headers(text))
-    listener = serve.open_socket("127.0.0.1", None)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
-    server.should_exit = True
-    thread.join()
+    with serving(serve.build_app(model, text, "127.0.0.1", model.decoding()), text) as address:
+        yield address
     assert not FILES_WRITTEN
     assert set(PLACES_ASKED) <= {"127.0.0.1", "localhost", "192.0.2.1"}  # the last one by `test_ports`, to listen there
 
@@ -598,3 +604,13 @@ def test_words_of_a_stranger_are_text(window, photo):
     opened.wait_for_selector("#caption .word")
     assert opened.inner_text("#caption .word") == opened.inner_text("#others li") == evil
     assert opened.locator("#result img").count() == 0
+
+
+def test_captions_are_found_as_the_command_line_says(model, monkeypatch, photo):
+    given = {"beam_size": 4, "length_penalty": 0.5, "no_repeat_ngram": 2, "consensus": "off"}
+    how, asked, caption = model.decoding(**given), [], serve.caption_upload
+    monkeypatch.setattr(serve, "caption_upload", lambda *words: asked.append(words[-1]) or caption(*words))
+    text = serve.build_page(model, [], how)
+    with serving(serve.build_app(model, text, "127.0.0.1", how), text) as address:
+        assert ask(address, photo.read_bytes()).ok
+    assert asked == [given | {"num_captions": 1}]
