@@ -40,7 +40,7 @@ SOURCE = [
     "--views",
     "whole",
 ]
-SOURCE += ["--scst_epochs", "0", "--dataset_type", "custom"]
+SOURCE += ["--dataset_type", "custom"]
 FROM_NOTHING = ["--config", str(CONFIGS / "own_photos_from_nothing.yaml"), "--views", "whole"]
 TEST_SHARE, VALIDATION_SHARE = 0.28, 0.1  # of the theme's photos; of the own photos
 SEED = 0  # of which photos are held out

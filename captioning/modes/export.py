@@ -228,7 +228,7 @@ def card_metadata(checkpoint: Mapping[str, Any], scores: Sequence[Mapping[str, A
         metrics = [
             {"type": hub_metric(key), "value": round(100 * entry[key], 2), "name": f"{name}, {decoding(entry)}"}
             for key, name in METRIC_NAMES.items()
-            if is_number(entry.get(key))
+            if is_number(entry.get(key)) and key != "unsupported"  # which the hub has no metric for
         ]
         task = {"type": "image-to-text", "name": "Image captioning"}
         split = printable(str(entry.get("split")))
