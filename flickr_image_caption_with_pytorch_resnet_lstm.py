@@ -62,12 +62,13 @@ from captioning.checkpoints import CheckpointSaver, carry_best, load_checkpoint,
 from captioning.dataset import Vocabulary, build_vocabulary
 from captioning.decoders import count_parameters
 from captioning.encoders import encoder_of
-from captioning.evaluation import EvalContext, add_consensus, caption_texts, images_to_draw
+from captioning.evaluation import EvalContext, caption_texts, images_to_draw
 from captioning.features import Features
 from captioning.runs import find_checkpoint, lock_run_directory, reproducing_command, start_command
 from captioning.schedules import choose_schedule
 from captioning.scst import SelfCritic
 from captioning.splits import checkpoint_split, refuse_trained_images, same_split, store_split, stored_split
+from captioning.validation import complete_checkpoint
 from experiment_utils import create_run_directory, require_room, write_epoch_files, write_run_files, write_summary
 from metrics_utils import score_captions
 from training_utils import (
@@ -379,9 +380,8 @@ def train(settings: Settings, argv: list[str]) -> Path:
     if state.stopped_early(settings):
         log.info(f"Stopped early: no better {settings.best_metric} in {settings.early_stopping} epochs")
     distributed.wait_for_all()  # until the first has written all
-    checkpoint = load_checkpoint(run.saver.best)
-    load_weights(state.decoder, checkpoint["decoder"], run.saver.best)
-    add_consensus(context, run.views, checkpoint, run.saver.best)
+    load_weights(state.decoder, load_checkpoint(run.saver.best)["decoder"], run.saver.best)
+    complete_checkpoint(run.saver.best, context, run.views)
     if settings.save_attention_viz:
         images = images_to_draw(settings, context.data, context.data.splits["test"])
         save_attention_pictures(context, images, directory)

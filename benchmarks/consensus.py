@@ -23,9 +23,10 @@ from captioning import consensus
 from captioning.building import load_context
 from captioning.cider import cider_of_each
 from captioning.decoding import Hypothesis
-from captioning.evaluation import EvalContext, pooled_features, search
+from captioning.evaluation import EvalContext, search
 from captioning.io import prepare_process
 from captioning.settings import parse_flags
+from captioning.validation import pooled_features
 
 ROWS = [(20, 0.1, 256), (20, 0.3, 512), (20, 0.3, 256), (20, 0.3, 128), (20, 1.0, 256), (20, 3.0, 256), (10, 0.3, 256), (5, 0.3, 256)]  # fmt: skip
 

@@ -121,7 +121,7 @@ def add_later_flags(checkpoint: Any) -> None:
 
 
 def add_later_fields(checkpoint: Any) -> None:
-    """Add what `evaluation.learn_decoding` finds, which older checkpoints and exported folders lack."""
+    """Add what `validation.learn_from_validation` finds, which older checkpoints and exported folders lack."""
     if isinstance(checkpoint, dict):
         checkpoint.setdefault("consensus", None)
         checkpoint.setdefault("confidence", None)

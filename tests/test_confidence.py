@@ -11,7 +11,7 @@ import pytest
 from run_files import skip_pictures
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
-from captioning import confidence, evaluation
+from captioning import confidence, validation
 from captioning.captioner import Captioner
 from captioning.checkpoints import load_checkpoint, save_checkpoint
 from captioning.confidence import (
@@ -102,7 +102,7 @@ def run(tiny_runs, tmp_path_factory) -> Path:
         patch.chdir(folder.parent)
         patch.setattr("captioning.modes.tune.BEAMS", (1,))
         assert load_checkpoint(folder / "best.pt")["confidence"] is None  # two validation images were too few
-        patch.setattr(evaluation, "FEWEST", 2)
+        patch.setattr(validation, "FEWEST", 2)
         assert trainer.main(["--mode", "tune", "--model_path", str(folder)]) == 0
     assert load_checkpoint(folder / "best.pt")["confidence"]["beam"]["images"] == 2
     checkpoint = load_checkpoint(folder / "best.pt")  # one that tells captions from others

@@ -11,7 +11,7 @@ from random_captions import WORDS, random_set
 from run_files import skip_pictures
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
-from captioning import consensus, evaluation
+from captioning import consensus, validation
 from captioning.checkpoints import load_checkpoint, save_checkpoint
 from captioning.cider import CiderReward
 from captioning.consensus import NgramHead, direction, fit_head, frequent_ngrams, settle_weight
@@ -152,8 +152,8 @@ def run(tiny_runs, tmp_path_factory) -> Path:
     folder = shutil.copytree(tiny_runs["attention"], tmp_path_factory.mktemp("consensus") / "run")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder.parent)
-        patch.setattr(evaluation, "FEWEST_TRAINING_IMAGES", 1)
-        patch.setattr(evaluation, "FEWEST_VALIDATION_IMAGES", 1)
+        patch.setattr(validation, "FEWEST_TRAINING_IMAGES", 1)
+        patch.setattr(validation, "FEWEST_VALIDATION_IMAGES", 1)
         patch.setattr(consensus, "FEWEST_IMAGES", 2)
         patch.setattr(consensus, "WEIGHTS", (4.0,))
         patch.setattr("captioning.modes.tune.BEAMS", (1, 2))

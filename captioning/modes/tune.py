@@ -9,9 +9,10 @@ from typing import Any
 from captioning import distributed
 from captioning.checkpoints import require_trainable, save_checkpoint
 from captioning.cider import cider_of_each
-from captioning.evaluation import EvalContext, caption_texts, learn_decoding
+from captioning.evaluation import EvalContext, caption_texts
 from captioning.flags import CONSENSUS_BEAM
 from captioning.io import write_json
+from captioning.validation import learn_from_validation
 
 BEAMS, LENGTH_PENALTIES = (1, 2, 3, 4, 5, 8), (0.0, 0.4, 0.7, 1.0, 1.3)
 
@@ -27,7 +28,7 @@ def run(context: EvalContext, path: Path, checkpoint: dict[str, Any]) -> None:
     require_trainable(checkpoint, path)
     best = tune(context)
     tuned = context.settings.with_values(length_penalty=best["length_penalty"])
-    learned = learn_decoding(replace(context, settings=tuned), checkpoint)
+    learned = learn_from_validation(replace(context, settings=tuned), checkpoint)
     if distributed.is_first():
         write_json(path.with_name("decoding.json"), {"epoch": checkpoint["epoch"], **best})
         save_checkpoint(path, checkpoint | {"decoding": best} | learned)
