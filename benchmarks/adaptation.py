@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -89,15 +88,17 @@ class Bench:
 
     def run(self, name: str, flags: Sequence[str], photos: Path, others: Path | None) -> Path:
         """Train, unless the run is there; score on the theme's held-out photos and on the others', and print a line."""
-        start, place = time.perf_counter(), self.folder / name.replace(" ", "_")
-        if not place.exists():
+        place = self.folder / name.replace(" ", "_")
+        if not (begun := list(place.rglob("last.pt"))):
             self.call(*flags, "--model_save_dir", str(place))
-        minutes = (time.perf_counter() - start) / 60
+        elif not list(place.rglob("report.html")):  # the last file of a finished run
+            self.call("--resume", str(begun[0].parent))
         (run,) = (path.parent for path in place.rglob("best.pt"))
-        best = read_run(run).best or {}
+        found = read_run(run)
+        minutes, epoch = found.facts.get("Minutes", "-"), (found.best or {}).get("epoch", "-")
         scores = [self.cider(run, photos, "test"), *([self.cider(run, others, "val+test")] if others else [])]
         cells = [f"{score:.1f}" for score in scores] + ["-"] * (2 - len(scores))
-        print(f"{name:<44}{cells[0]:>8}{cells[1]:>8}{minutes:>9.1f}{best.get('epoch', '-'):>7}", flush=True)
+        print(f"{name:<44}{cells[0]:>8}{cells[1]:>8}{minutes:>9}{epoch:>7}", flush=True)
         return run
 
     def cider(self, run: Path, data_dir: Path, split: str) -> float:

@@ -32,7 +32,7 @@ from captioning.decoding import Member, beam_search, sample
 from captioning.distributed import pick_device
 from captioning.encoders import ENCODE_BATCH, MANY, encoder_of
 from captioning.features import decoded, stored_form, stored_kind
-from captioning.flags import CONSENSUS_BEAM, FLAGS
+from captioning.flags import FLAGS, chosen_beam
 from captioning.images import VIEW_SETS, ImageSource, UnreadableImage, grid_side, images_below, open_image
 from captioning.io import UserError
 from captioning.runs import PRETRAINED_MODEL, find_checkpoint
@@ -247,11 +247,8 @@ class Captioner:
         if searching and "top_p" in given:
             raise UserError(f"{searching[0]} has no effect with top_p, which samples captions: leave one of them out")
         values = {name: FLAGS[name].default for name in Decoding._fields}
-        if self.tuned and not given.keys() & {"beam_size", "length_penalty"}:
-            values |= {name: self.tuned[name] for name in ("beam_size", "length_penalty")}
-        values |= given
-        if self.head and values["consensus"] == "on" and "beam_size" not in given:
-            values["beam_size"] = CONSENSUS_BEAM
+        consensus = self.head is not None and given.get("consensus", "on") == "on"
+        values |= given | chosen_beam(given.keys(), self.tuned, consensus)
         return Decoding(**values | {"beam_size": max(values["beam_size"], values["num_captions"])})
 
     def by_consensus(self, how: Decoding) -> bool:

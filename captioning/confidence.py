@@ -1,4 +1,4 @@
-"""How sure a caption is: the share of its content words that people can be expected to say of the image too.
+"""The confidence of a caption: the share of its content words that people are expected to say of the image too.
 
 A caption's log-probability ranks captions, but it is no share of anything. Isotonic regression on the validation images
 turns it into one. Knows nothing of models; the content words are those of `captioning.analysis`.
@@ -28,7 +28,7 @@ class Bin(NamedTuple):
     low: float  # the least confidence that the bin takes
     captions: int
     confidence: float  # mean
-    supported: float  # mean share that came true
+    supported: float  # mean share of supported words
 
 
 def score_of(log_probabilities: Sequence[float]) -> float:
@@ -97,7 +97,7 @@ def is_table(value: Any) -> bool:
 
 
 def reliability(confidence: np.ndarray, supported: np.ndarray) -> list[Bin]:
-    """Return what came true in each of BINS ranges of confidence of equal width, those without captions left out.
+    """Sort captions into BINS ranges of confidence of equal width; ranges without captions are left out.
 
     Args:
         confidence, supported: (n,) of each caption.

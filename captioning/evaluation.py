@@ -21,7 +21,6 @@ from captioning.io import UserError, bars_off
 from captioning.settings import Settings
 
 ROWS = 384  # images x beams x members that are decoded together
-MOST_VALIDATION = 1000  # validation images at most on which consensus and confidence are settled
 
 
 @dataclass

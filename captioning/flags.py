@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -304,6 +304,24 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
 }  # fmt: skip
 FLAGS: dict[str, Flag] = {flag.name: flag for flags in GROUPS.values() for flag in flags}
 CONSENSUS_BEAM = 20  # hypotheses, unless --beam_size is given: consensus needs many captions to choose from
+
+
+def chosen_beam(given: Collection[str], tuned: Mapping[str, Any] | None, consensus: bool) -> dict[str, Any]:
+    """Return the beam size and length penalty that a checkpoint decides.
+
+    Args:
+        given: names of the options that were given, which it does not decide.
+        tuned: what `--mode tune` found for it.
+        consensus: whether captions are found by consensus.
+    """
+    found: dict[str, Any] = {}
+    if tuned and not {"beam_size", "length_penalty"} & set(given):
+        found |= {name: tuned[name] for name in ("beam_size", "length_penalty")}
+    if consensus and "beam_size" not in given:
+        found["beam_size"] = CONSENSUS_BEAM
+    return found
+
+
 # Keys of run_config.json that are facts of a run, and flags that say which run it is: `--config` passes over them.
 NOT_CONFIGURABLE = ("timestamp", "command", "explicit", "mode", "model_path", "config", "resume", "output")
 CONFIG_NAMES = {"decoder": "decoder_type"}  # flags under the names that the original's run_config.json has

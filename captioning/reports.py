@@ -20,7 +20,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from captioning.analysis import find_errors, nearest_texts, unsupported_words
-from captioning.confidence import calibration_error, kept_means, reliability
+from captioning.confidence import FEWEST, calibration_error, kept_means, reliability
 from captioning.images import UnreadableImage, check_weights, open_image
 from captioning.io import CONTROL_CHARACTERS, UserError, read_json, write_atomic
 from captioning.plots import new_figure
@@ -475,14 +475,16 @@ def confidence(run: Run) -> dict[str, Any] | None:
         return {"note": f"Not known: {error}"}
     sure, supported = stored.confidence, stored.supported
     if np.isnan(sure + supported).any():
-        return {"note": "The captions of the latest test have none: --mode tune adds it, then test again."}
+        return {
+            "note": f"The captions of the latest test have none. With {FEWEST} validation images --mode tune adds it; then test again."
+        }
     bins, cider = reliability(sure, supported), stored.scores.cider
     kept = [5 * n for n in range(1, 21)]
     means = [100 * mean for mean in kept_means(sure, cider, [share / 100 for share in kept])]
     x = [100 * each.confidence for each in bins]
-    came_true = {"came true": [100 * each.supported for each in bins], "equal to the confidence": x}
+    measured = {"measured": [100 * each.supported for each in bins], "equal to the confidence": x}
     curves = (
-        ("Supported content words, in %", "confidence, in %", x, came_true),
+        ("Supported content words, in %", "confidence, in %", x, measured),
         ("Mean CIDEr of the captions kept, in hundredths", "images whose caption is kept, in %", kept,
          {"the most confident": means, "all": [means[-1]] * len(kept)}),
     )  # fmt: skip

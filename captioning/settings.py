@@ -20,7 +20,6 @@ from typing import Any, NoReturn
 from captioning.flags import (
     ADAPTATION,
     CONFIG_NAMES,
-    CONSENSUS_BEAM,
     DATA_MODES,
     FLAGS,
     GONE,
@@ -28,6 +27,7 @@ from captioning.flags import (
     NOT_CONFIGURABLE,
     NOT_INHERITED,
     Flag,
+    chosen_beam,
     path,
     text,
 )
@@ -111,11 +111,8 @@ class Settings(argparse.Namespace):
             not caches or any(any(cache.glob(f"{folder_name(saved['encoder'])}-*")) for cache in caches)
         ):
             found["feature_cache"] = saved["feature_cache"]
-        tuned = checkpoint["decoding"]
-        if tuned and not self.explicit & {"beam_size", "length_penalty"}:
-            found |= {"beam_size": tuned["beam_size"], "length_penalty": tuned["length_penalty"]}
-        if checkpoint["consensus"] and self.by_consensus and "beam_size" not in self.explicit:
-            found["beam_size"] = CONSENSUS_BEAM
+        consensus = self.by_consensus and checkpoint["consensus"] is not None
+        found |= chosen_beam(self.explicit, checkpoint["decoding"], consensus)
         settings = self.with_values(**found)
         for kind, entries in KINDS.items():
             for name in sorted(self.explicit & idle_flags(entries, getattr(settings, kind))):

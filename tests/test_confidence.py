@@ -145,7 +145,7 @@ def test_captions_that_are_not_sure_enough_are_left_out(run, tiny_runs, monkeypa
     assert 0 < len(sure) < len(results)
     flags = ["--mode", "caption", "--model_path", str(run), "--images", *images]
     flags += ["--min_confidence", str(least), "--num_captions", "2"]
-    count = f"{len(results) - len(sure)} of {len(results)} images are without a caption"
+    count = f"Without a caption: {len(results) - len(sure)} of {len(results)} images"
 
     assert trainer.main(flags) == 0
     captured = capsys.readouterr()

@@ -134,11 +134,11 @@ def caption_images(args: Settings) -> int:
             log.info(f"Attention pictures: {pictures / 'attention_viz_sample_*'}")
     if withheld:
         print(
-            f"{withheld} of {len(paths)} images are without a caption: it would have less than --min_confidence {least:g}",
+            f"Without a caption: {withheld} of {len(paths)} images, whose best one has less than --min_confidence {least:g}",
             file=sys.stderr,
         )
     if failed:
-        print(f"{failed} of {len(paths)} images could not be read; they are named above", file=sys.stderr)
+        print(f"Not readable: {failed} of {len(paths)} images; they are named above", file=sys.stderr)
     return 1 if failed or problems else 0
 
 
