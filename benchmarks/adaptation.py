@@ -34,8 +34,8 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SOURCE = [
     "--config",
     str(CONFIGS / "flickr8k_attention_cpu.yaml"),
-    "--encoder",
-    "efficientnet_lite0",
+    "--fine_tune",
+    "0",
     "--views",
     "whole",
 ]

@@ -23,10 +23,10 @@ from captioning.io import log
 CANDIDATES = 100  # captions of an image at most, best first; a beam of 20 ends with about as many
 # Tuned on the validation images of Flickr8k (docs/experiments.md).
 TEMPERATURE = 3.0  # divides the beam's log-probabilities: a beam is overconfident of its first captions
-RIDGE, RANK = 0.3, 256  # of the regression
+RIDGE, RANK = 0.3, 160  # of the regression
 FEWEST_TRAINING_IMAGES = 100  # of which a regression can learn
 FEWEST_VALIDATION_IMAGES = 50  # on which its weight can be settled
-FEWEST_IMAGES = 10  # of them that have an n-gram of the table
+FEWEST_IMAGES = 10  # of them that have an n-gram of the table, or one of 300
 WEIGHTS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)  # of the regression: the last leaves the beam no say
 MOST_IMAGES = 40_000  # training images that the regression is fitted to
 FIT_BATCH = 256  # images
@@ -170,7 +170,7 @@ def fit_head(data: CaptionSet, vocabulary: Vocabulary, pooled: Callable[[np.ndar
 def frequent_ngrams(
     data: CaptionSet, vocabulary: Vocabulary, train: np.ndarray
 ) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray, np.ndarray]:
-    """Return the n-grams that at least FEWEST_IMAGES images, or one of 600, have, without those with unknown words.
+    """Return the n-grams that at least FEWEST_IMAGES images, or one of 300, have, without those with unknown words.
 
     Args:
         train: positions (T,) of the images.
@@ -185,7 +185,7 @@ def frequent_ngrams(
     image = np.repeat(np.arange(len(train)), counts)
     keys, idf, images, places, weights = [], [], [], [], []
     place, first = np.zeros(1, dtype=np.int64), 0  # of each (n - 1)-gram in the table
-    fewest = np.log(max(FEWEST_IMAGES, len(train) / 600)) - 1e-9
+    fewest = np.log(max(FEWEST_IMAGES, len(train) / 300)) - 1e-9
     for grams, each, entry_weights, norms in weigh_references(ids, offsets, counts, words):
         before, word = np.divmod(grams.keys, words)
         frequent = np.log(len(train)) - each >= fewest

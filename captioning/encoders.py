@@ -82,11 +82,11 @@ class EncoderSpec:
         kept = len(earlier) - stages  # number of the stage that becomes the last
         if kept < 0:
             way_out = (
-                f"use --encoder {self.name[:-7]}"
+                f"use --encoder {self.name[:-7]}, or --fine_tune 0"
                 if self.every_stage
                 else f"give at most {len(earlier)}"
                 if earlier
-                else "leave --fine_tune out"
+                else "--fine_tune 0 freezes all of it"
             )
             raise UserError(
                 f"--fine_tune {stages}: {self.name} has {len(earlier) or 'no'} last stages that can be trained: {way_out}"

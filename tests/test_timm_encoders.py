@@ -360,5 +360,5 @@ def test_a_cnn_of_timm_is_fine_tuned_resumed_and_captions(folders, tiny, monkeyp
 
 
 def test_a_vit_has_no_stages_to_train(folders):
-    with pytest.raises(UserError, match="has no last stages that can be trained: leave --fine_tune out"):
+    with pytest.raises(UserError, match="has no last stages that can be trained: --fine_tune 0 freezes all of it"):
         find_encoder(f"timm:local-dir:{folders['vit']}").before_last(1)
