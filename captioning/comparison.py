@@ -312,7 +312,7 @@ def compare_tests(first: Run, a: Mapping[str, Any], second: Run, b: Mapping[str,
         )
         table, words = (with_differences(each, differences) for each in (table, words))
         if len(words):
-            notes.insert(1, f"Of {len(words)} groups' intervals one in twenty excludes 0 by chance alone.")
+            notes.insert(1, f"Of these {len(words)} intervals by group one in twenty excludes 0 by chance alone.")
     heading = f"Test on {plain(a.get('images'))} {plain(a.get('split'))} images, {way}"
     lines = [heading, *indented(table)]
     if len(words):
