@@ -124,7 +124,7 @@ def test_one_bad_image_never_stops_the_rest(tiny_runs, photos, capsys):
     ]  # fmt: skip
     for name in ("half.jpg", "empty.png", "script.jpg", "tab\\tand\\x1b[31m.jpg"):
         assert f"Cannot read photos/{name}" in captured.err
-    assert "4 of 7 images could not be read" in captured.err and "\x1b[31m" not in captured.err
+    assert "Not readable: 4 of 7 images" in captured.err and "\x1b[31m" not in captured.err
 
 
 def test_a_control_character_in_a_path_breaks_no_line(tiny_runs, photos, capsys):

@@ -172,7 +172,9 @@ def test_of_a_run_without_references_the_data_set_has_them_or_it_says_what_is_mi
 
 def test_how_sure_the_captions_are_is_drawn_or_it_says_what_is_missing(runs):
     run, file = runs / "one", runs / "one" / "test_scores.json"
-    assert "have none: --mode tune adds it, then test again." in page_of(run).text  # of an earlier version
+    assert (
+        "have none. With 100 validation images --mode tune adds it; then test again." in page_of(run).text
+    )  # of an earlier version
     scores = json.loads(file.read_text())
     sure, supported = [0.25, 0.35, 0.35, 0.85, 0.85, 0.95], [0.25, 0.25, 0.75, 0.75, 1.0, 1.0]
     file.write_text(json.dumps(scores | {"confidence": sure, "supported": supported}))
