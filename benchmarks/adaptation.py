@@ -31,15 +31,8 @@ from captioning.layouts import read_captions
 from captioning.runs import read_run
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-SOURCE = [
-    "--config",
-    str(CONFIGS / "flickr8k_attention_cpu.yaml"),
-    "--fine_tune",
-    "0",
-    "--views",
-    "whole",
-]
-SOURCE += ["--dataset_type", "custom"]
+SOURCE = ["--config", str(CONFIGS / "flickr8k_attention_cpu.yaml"), "--fine_tune", "0", "--best_metric", "cider"]
+SOURCE += ["--views", "whole", "--dataset_type", "custom"]
 FROM_NOTHING = ["--config", str(CONFIGS / "own_photos_from_nothing.yaml"), "--views", "whole"]
 TEST_SHARE, VALIDATION_SHARE = 0.28, 0.1  # of the theme's photos; of the own photos
 SEED = 0  # of which photos are held out

@@ -28,7 +28,7 @@ from captioning.io import prepare_process
 from captioning.settings import parse_flags
 from captioning.validation import pooled_features
 
-ROWS = [(20, 0.1, 256), (20, 0.3, 512), (20, 0.3, 256), (20, 0.3, 128), (20, 1.0, 256), (20, 3.0, 256), (10, 0.3, 256), (5, 0.3, 256)]  # fmt: skip
+ROWS = [(20, 0.3, 160), (20, 0.1, 160), (20, 3.0, 160), (20, 0.3, 256), (20, 0.3, 96)]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -38,15 +38,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", nargs="+", default=ROWS, type=lambda text: tuple(map(float, text.split(","))),
                         metavar="BEAM,RIDGE,RANK")  # fmt: skip
     args = parser.parse_args(argv)
-    flags = [
-        "--mode",
-        "tune",
-        "--model_path",
-        args.model_path,
-        "--feature_cache",
-        args.feature_cache,
-    ]  # with training images
-    context, images, _ = load_context(parse_flags(flags), ["val", "test"])
+    flags = ["--model_path", args.model_path, "--feature_cache", args.feature_cache]
+    settings = parse_flags(["--mode", "tune", *flags])  # which reads the training images too
+    context, images, _ = load_context(settings, ["val", "test"])
     known = {split: pooled_features(context, context.data.splits[split]) for split in ("train", "val", "test")}
     place = {image: n for n, image in enumerate(context.data.splits["train"].tolist())}
     of_training = lambda batch: known["train"][[place[image] for image in batch.tolist()]]  # noqa: E731
@@ -79,9 +73,8 @@ def time_search(context: EvalContext, images: np.ndarray, beam: int) -> list[lis
             search(context, some, beam, consensus=bool(way))
             times.append(time.perf_counter() - started)
     plain, chosen = map(np.median, seconds)
-    print(
-        f"beam {beam}: consensus takes {chosen / plain:.2f} times as long ({plain:.1f} s for {len(some)} images without)"
-    )
+    took = f"{chosen / plain:.2f} times as long ({plain:.1f} s for {len(some)} images without)"
+    print(f"beam {beam}: consensus takes {took}")
     return search(context, images, beam, consensus=True)
 
 
