@@ -246,9 +246,8 @@ class Captioner:
         searching = [name for name in ("beam_size", "length_penalty", "no_repeat_ngram", "consensus") if name in given]
         if searching and "top_p" in given:
             raise UserError(f"{searching[0]} has no effect with top_p, which samples captions: leave one of them out")
-        values = {name: FLAGS[name].default for name in Decoding._fields}
-        consensus = self.head is not None and given.get("consensus", "on") == "on"
-        values |= given | chosen_beam(given.keys(), self.tuned, consensus)
+        values = {name: FLAGS[name].default for name in Decoding._fields} | given
+        values |= chosen_beam(given, self.tuned, self.head is not None and values["consensus"] == "on")
         return Decoding(**values | {"beam_size": max(values["beam_size"], values["num_captions"])})
 
     def by_consensus(self, how: Decoding) -> bool:
