@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--theme", default="snow", help="how a word of the theme begins (default: %(default)s)")
     parser.add_argument("--sizes", type=int, nargs="+", default=[50, 200, 800], help="numbers of own photos")
     parser.add_argument(
-        "--replay", type=float, nargs="*", default=[0.2, 0.5, 0.8], help="shares of old captions to try"
+        "--replay", type=float, nargs="*", default=[0.2, 0.5, 0.8, 0.9], help="shares of old captions to try"
     )
     parser.add_argument("--seeds", type=int, default=1, help="runs of each kind (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=6, help="of the first training (default: %(default)s)")

@@ -50,7 +50,8 @@ def settle(settings: Settings, checkpoint: Mapping[str, Any], source: Path) -> S
     """Say what a new run starts from, and find the data that it repeats; where they are not there it does without."""
     flags = checkpoint["flags"]
     unless_given = [f"{name} {shown(getattr(settings, name))}" for name in ADAPTATION if name not in settings.explicit]
-    log.info(f"Starting from {source}: {settings.decoder} on {settings.encoder}")
+    stages = f", whose last {settings.fine_tune} stage(s) learn too" if settings.fine_tune else ""
+    log.info(f"Starting from {source}: {settings.decoder} on {settings.encoder}{stages}")
     if unless_given:
         log.info(f"Settings for small data sets, unless given: {', '.join(unless_given)}")
     if settings.replay and settings.replay_data_dir is None:
