@@ -54,11 +54,17 @@ def settle(settings: Settings, checkpoint: Mapping[str, Any], source: Path) -> S
     log.info(f"Starting from {source}: {settings.decoder} on {settings.encoder}{stages}")
     if unless_given:
         log.info(f"Settings for small data sets, unless given: {', '.join(unless_given)}")
-    if settings.replay and settings.replay_data_dir is None:
-        place = Path(flags["data_dir"] or Path("data") / flags["dataset_type"])
+    if settings.replay:
+        given = settings.replay_data_dir
+        place = given or Path(flags["data_dir"] or Path("data") / flags["dataset_type"])
         try:
             find_captions_file(place)
-        except UserError:
+        except UserError as error:
+            if given is not None:
+                raise UserError(
+                    f"--replay_data_dir {given} is no data set that can be read: give the folder of the data that {source} "
+                    "was trained on, or leave --replay out"
+                ) from error
             log.warning(
                 f"Warning: --replay is 0: the data that {source} was trained on are not in {place}; --replay_data_dir "
                 "says where they are"

@@ -126,7 +126,7 @@ def test_an_exported_folder_and_what_is_not_there(photos, tiny_runs, capsys):
         str(Path("shared/model.safetensors")),
     )
     wrong = {
-        ("--replay", "0.2", "--replay_data_dir", "nowhere"): "nowhere",
+        ("--replay", "0.2", "--replay_data_dir", "nowhere"): "--replay_data_dir nowhere is no data set",
         ("--replay", "0.2", "--replay_data_dir", str(photos)): "none of the 16 images that the model was trained on is in",
         ("--hidden_size", "32"): "leave the flag out, or train a new model without --init_from",
         ("--attention_reg", "0.5"): "whose decoder is lstm",
