@@ -486,8 +486,8 @@ def main(argv: list[str] | None = None, settings: Settings | None = None) -> int
     try:
         return run_command(
             lambda: distributed.report_error_once(command),
-            "Stopped. What is saved stays: continue with --resume and the run directory named above, or run the same "
-            "command again.",
+            "Stopped. What is saved stays. Run the same command again; or, where a run directory is named above, continue "
+            "with --resume.",
         )
     except Stopped as stopped:
         resume = reproducing_command(["--resume", str(stopped.directory)])
