@@ -25,7 +25,7 @@ from captioning.io import UserError, log
 from captioning.layouts import find_captions_file
 from captioning.runs import find_checkpoint
 from captioning.settings import Settings, cache_folders, shown
-from captioning.splits import StoredSplit, few, keys, require_splits, seen_in_training
+from captioning.splits import StoredSplit, few, keys, require_splits, same_names, seen_in_training, trained_on
 
 
 def load_source(init_from: Path) -> tuple[dict[str, Any], Path]:
@@ -90,6 +90,13 @@ def train_on_seen_images(stored: StoredSplit, data: CaptionSet, versions: np.nda
     """
     held_out = np.concatenate([data.splits["val"], data.splits["test"]])
     seen = np.concatenate(seen_in_training(stored, held_out, data.names, versions)).astype(np.int64)
+    trained = {name for name, *_ in trained_on(stored)}
+    alike = [data.names[i] for i in np.setdiff1d(held_out, seen) if data.names[i] in trained]
+    if alike:
+        log.warning(
+            f"Warning: {len(alike)} image(s) that validate or test have names of images that {source} was trained on, and "
+            f"other contents ({few(alike)}): if they are the same photos in another size, the scores say nothing"
+        )
     if len(seen) == 0:
         return
     log.warning(
@@ -158,8 +165,9 @@ def add_replay(
 ) -> Replay:
     """Join images that the model was trained on before to a data set, for training alone.
 
-    They are those of `--replay_data_dir` that the split inherits by name, size and CRC-32: never held-out ones. No more
-    are encoded than the run's epochs take.
+    They are those of `--replay_data_dir` that the split inherits by name, size and CRC-32, or by name alone where
+    nearly all names are the same, as of photos in another size: never held-out ones. No more are encoded than the run's
+    epochs take.
 
     Args:
         views: the features of the data set in each view.
@@ -175,8 +183,14 @@ def add_replay(
     distributed.check_agreement(old.facts(), distributed.SAME_FILES)
     known, paths = set(keys(split["inherited"])), old.paths()
     named, sized = {name for name, *_ in known}, {(name, size) for name, size, _ in known}
+    held_out = np.concatenate([data.splits["val"], data.splits["test"]])
+    by_name = same_names(named, old.names)
+    if by_name:
+        named -= {data.names[i] for i in held_out}
     found = [
-        i for i, name in enumerate(old.names) if name in named and {(name, -1), (name, paths[i].stat().st_size)} & sized
+        i
+        for i, name in enumerate(old.names)
+        if name in named and (by_name or {(name, -1), (name, paths[i].stat().st_size)} & sized)
     ]
     nothing = UserError(
         f"--replay {settings.replay:g}: none of the {len(known)} images that the model was trained on is in "
@@ -191,12 +205,11 @@ def add_replay(
     ]
     old_views, _ = build_features(settings, old, drawn, weights_hash)
     first, versions = old_views[0], old_views[0].versions
-    held_out = np.concatenate([data.splits["val"], data.splits["test"]])
     refused = {tuple(version) for version in views[0].versions[held_out].tolist()}
 
     def is_known(image: int) -> bool:
         name, version = old.names[image], tuple(versions[image].tolist())
-        return version not in refused and bool({(name, *version), (name, -1, -1)} & known)
+        return version not in refused and (by_name or bool({(name, *version), (name, -1, -1)} & known))
 
     drawn = np.array([i for i in drawn.tolist() if i not in first.unreadable and is_known(i)], dtype=np.int64)
     if not len(drawn):

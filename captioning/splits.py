@@ -10,7 +10,7 @@ models that this one was trained on from. Checkpoints of older versions have no 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from captioning.io import CONTROL_CHARACTERS, UserError, log, printable, read_js
 from captioning.layouts import SPLITS, karpathy_split, split_lists
 
 COCO_HELD_OUT = 5000  # validation and test images of COCO, as many as Karpathy's split has
-SAME_SET = 0.9  # share of names in common from which on two sets of other files are one data set, encoded anew
+SAME_SET = 0.9  # share of the smaller set's names from which on two sets of other files are one data set, encoded anew
 MOST_COPIES = 0.02  # of the images to score, that may be training images under other names
 Part = dict[str, Any]
 StoredSplit = dict[str, Part]
@@ -116,15 +116,15 @@ def stored_lists(
 ) -> tuple[dict[str, list[str]] | None, str]:
     """Apply a checkpoint's split to a data set; None where the set has none of the checkpoint's images.
 
-    An image is known by name and size, since many folders have an `IMG_1.jpg`. Where nearly all names are known, the
-    set is the checkpoint's own, and files of other sizes are its images encoded anew.
+    An image is known by name and size, since many folders have an `IMG_1.jpg`. Where nearly all names are known
+    (`same_names`), the set is the checkpoint's own, and files of other sizes are its images encoded anew.
     """
     known_sizes = {name: size for split in SPLITS if split in stored for name, size in sized(stored[split])}
     if "train" not in stored:  # drawn by a version that kept the held-out images alone
         known_sizes = dict.fromkeys(names) | known_sizes
     named = [(name, size) for name, size in zip(names, sizes, strict=True) if name in known_sizes]
     changed = {name for name, size in named if known_sizes[name] not in (None, size)}
-    if len(named) < SAME_SET * len(names):
+    if not same_names(known_sizes, names):
         known_sizes = {name: size for name, size in known_sizes.items() if name not in changed}
         if len(changed) == len(named):
             if named:
@@ -143,6 +143,14 @@ def stored_lists(
         held_out = set(lists["val"]) | set(lists["test"])
         lists["train"] = [name for name in names if name not in held_out]
     return lists, "the checkpoint"
+
+
+def same_names(known: Collection[str], names: Collection[str]) -> bool:
+    """Return whether two sets are one data set by their images' names: the smaller has nearly all in common.
+
+    A download may have images that no split lists, so that the share of the larger says nothing.
+    """
+    return len(set(known) & set(names)) >= SAME_SET * min(len(known), len(names))
 
 
 def sized(part: Part) -> Iterable[tuple[str, int | None]]:

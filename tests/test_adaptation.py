@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -188,6 +189,20 @@ def test_images_that_the_source_was_trained_on_are_never_held_out(photos, tiny_r
         (photos / f"{split}.txt").write_text("\n".join(names))
     assert adapt(tiny_runs["attention"], photos, "lists") == 2
     assert "the test split has no images (without 9 images that" in capsys.readouterr().err
+
+
+def test_the_old_photos_in_another_size(photos, tiny_runs, capsys):
+    """Replay knows them by their names; as own photos they are named, since only their owner can tell what they are."""
+    shutil.copytree(tiny_runs["data"], "larger", ignore=shutil.ignore_patterns("*.txt.*"))
+    for path in Path("larger/Images").iterdir():
+        Image.open(path).resize((90, 90)).save(path)
+    assert (
+        adapt(tiny_runs["attention"], photos, "one", "--epochs", "1", "--replay", "0.4", "--replay_data_dir", "larger")
+        == 0
+    )
+    assert "Replay: 11 images an epoch of 16 that the model was trained on" in capsys.readouterr().out
+    assert adapt(tiny_runs["attention"], Path("larger"), "two", "--epochs", "1", "--seed", "1") == 0
+    assert "and other contents" in capsys.readouterr().out
 
 
 def test_a_joined_set_has_the_captions_of_both(photos, tiny_runs):

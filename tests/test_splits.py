@@ -48,6 +48,13 @@ def test_the_same_data_set_encoded_anew_keeps_its_split(tmp_path):
     assert source == "the checkpoint" and lists["test"] == NAMES[8:] and "10 image(s) have another size" in notes[0]
 
 
+def test_a_download_that_has_more_images_keeps_the_split_too(tmp_path):
+    """A drawn split would test the model on images that it was trained on."""
+    notes: list[str] = []
+    lists, source = found([*NAMES, "a.jpg", "b.jpg"], [1] * 12, STORED, tmp_path, notes)
+    assert source == "the checkpoint" and lists["test"] == NAMES[8:] and "a.jpg" in notes[1]
+
+
 def test_splits_of_older_checkpoints(tmp_path):
     held_out = {split: {"names": STORED[split]["names"], "sizes": None, "hashes": None} for split in ("val", "test")}
     lists, _ = found(NAMES, SIZES, held_out, tmp_path)
