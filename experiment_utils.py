@@ -51,7 +51,7 @@ def rate_text(rate: float) -> str:
 
 
 def run_name(flags: dict[str, Any], timestamp: str) -> str:
-    """Return `{dataset}_{decoder}_ep{E}_bs{B}_lr{lr}[_{scheduler_type}][_att][_scst{N}]_{timestamp}`."""
+    """Return `{dataset}_{decoder}_ep{E}_bs{B}_lr{lr}[_{scheduler_type}][_att][_ft{N}][_scst{N}]_{timestamp}`."""
     parts = [
         flags["dataset_type"], flags["decoder"], f"ep{flags['epochs']}", f"bs{flags['batch_size']}",
         f"lr{rate_text(flags['learning_rate'])}",

@@ -59,6 +59,7 @@ from captioning.building import (
     warn_of_small_data,
 )
 from captioning.checkpoints import CheckpointSaver, carry_best, load_checkpoint, load_weights, require_trainable
+from captioning.confidence import FEWEST
 from captioning.dataset import Vocabulary, build_vocabulary
 from captioning.decoders import count_parameters
 from captioning.encoders import encoder_of
@@ -169,7 +170,8 @@ def build_run(
     constants = {
         "decoder_type": settings.decoder, "vocabulary": vocabulary.words, "split": split,
         "encoder": {"name": spec.name, "weights_hash": weights_hash, "transform": spec.transform},
-        "decoding": None, "consensus": None, "confidence": checkpoint["confidence"] if checkpoint and settings.adapts else None,
+        "decoding": None, "consensus": None,
+        "confidence": checkpoint["confidence"] if checkpoint and len(data.splits["val"]) < FEWEST else None,
     }  # fmt: skip
     context = EvalContext(settings, device, data, vocabulary, [(decoder, views[0])])
     return Run(settings, context, loader, views, step_loss, constants), state
@@ -213,13 +215,11 @@ def resume_run(settings: Settings) -> tuple[Run, TrainState]:
     directory, source = settings.resume, settings.resume / "last.pt"
     lock = lock_run_directory(directory) if distributed.is_first() else None
     if not source.is_file():
-        raise UserError(
-            f"{source} is not there: nothing was saved yet. Start the run again: {start_command(directory)}"
-        )
-    checkpoint = load_checkpoint(source)
+        raise UserError(f"{source} is not there: nothing was saved yet. Start again: {start_command(directory)}")
+    checkpoint = load_checkpoint(source) | {"decoding": None}  # what was tuned for weights that training moves on from
     run, state = build_run(settings, checkpoint, source)
     run.lock = lock
-    run.constants |= {name: checkpoint[name] for name in ("flags", "decoding", "confidence")}
+    run.constants |= {name: checkpoint[name] for name in ("flags", "confidence")}
     state.restore_progress(checkpoint)
     run.saver = CheckpointSaver(directory, run.settings.keep_checkpoints, state.first_epoch)
     log.info(f"Resuming {directory} after {state.epoch} epochs and {state.step} steps")

@@ -59,7 +59,7 @@ def settle(settings: Settings, checkpoint: Mapping[str, Any], source: Path) -> S
         place = given or Path(flags["data_dir"] or Path("data") / flags["dataset_type"])
         try:
             find_captions_file(place)
-        except UserError as error:
+        except (UserError, PermissionError) as error:
             if given is not None:
                 raise UserError(
                     f"--replay_data_dir {given} is no data set that can be read: give the folder of the data that {source} "
@@ -179,7 +179,13 @@ def add_replay(
     if not settings.replay:
         return Replay(data, views, np.zeros(0, dtype=np.int64), 0)
     cache = next(iter(cache_folders(settings.feature_cache)), None)
-    old = load_caption_set(settings.replay_data_dir, seed=settings.seed, token_cache=cache)
+    remedy = "give the folder of these with --replay_data_dir"
+    if not settings.resume:
+        remedy += ", or --replay 0"
+    try:
+        old = load_caption_set(settings.replay_data_dir, seed=settings.seed, token_cache=cache)
+    except UserError as error:
+        raise UserError(f"the images that --replay {settings.replay:g} repeats: {error}; {remedy}") from error
     distributed.check_agreement(old.facts(), distributed.SAME_FILES)
     known, paths = set(keys(split["inherited"])), old.paths()
     named, sized = {name for name, *_ in known}, {(name, size) for name, size, _ in known}
@@ -194,7 +200,7 @@ def add_replay(
     ]
     nothing = UserError(
         f"--replay {settings.replay:g}: none of the {len(known)} images that the model was trained on is in "
-        f"{settings.replay_data_dir}: give the folder of these with --replay_data_dir, or leave --replay out"
+        f"{settings.replay_data_dir}: {remedy}"
     )
     if not found:
         raise nothing

@@ -194,8 +194,10 @@ def load_context(settings: Settings, splits: list[str]) -> tuple[EvalContext, np
     needed = np.union1d(images, images_to_draw(resolved, data, images))
     if settings.mode == "tune":  # consensus learns from these
         needed = np.union1d(needed, data.splits["train"])
+    each = {path: settings.with_checkpoint(checkpoint, path) for path, checkpoint in checkpoints.items()}
+    settings.require_effect(list(each.values()), "with these models")
     for path, checkpoint in checkpoints.items():
-        own = settings.with_checkpoint(checkpoint, path)
+        own = each[path]
         log.info(f"Model: {path} (epoch {checkpoint['epoch']}, {own.decoder} on {own.encoder}, {own.dataset_type})")
         views, _ = build_features(own, data, needed, checkpoint["encoder"]["weights_hash"])
         decoder = build_decoder(own, context.vocabulary)

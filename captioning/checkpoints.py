@@ -560,10 +560,8 @@ def carry_best(checkpoint: dict[str, Any], path: Path, directory: Path) -> dict[
         its score and epoch, or None where its file is gone.
     """
     best = checkpoint["best"]
-    candidates = [path.parent / f"model_epoch_{best['epoch']}.pt", path.parent / "best.pt"]
-    if best["epoch"] == checkpoint["epoch"]:
-        candidates.insert(0, path)
-    for candidate in candidates:
+    # best.pt first: it may have tuned decoding, consensus and confidence, which the file of its epoch has not.
+    for candidate in (path.parent / "best.pt", path, path.parent / f"model_epoch_{best['epoch']}.pt"):
         if candidate.is_file() and load_checkpoint(candidate)["epoch"] == best["epoch"]:
             link_or_copy(candidate, directory / "best.pt")
             return dict(best)

@@ -6,6 +6,7 @@ arrays, without a Python object per caption.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import itertools
@@ -81,8 +82,11 @@ def tokenize_cached(texts: Sequence[str], cache_directory: Path | None) -> Token
     if path.is_file() and (saved := unpack_tokens(path.read_bytes(), len(texts))) is not None:
         return saved
     tokens = tokenize(texts)
-    cache_directory.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, lambda file: file.write(pack_tokens(tokens)))
+    with contextlib.suppress(
+        OSError, UserError
+    ):  # the feature cache says what is wrong with the folder, if it needs it
+        cache_directory.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, lambda file: file.write(pack_tokens(tokens)))
     return tokens
 
 

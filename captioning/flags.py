@@ -51,6 +51,8 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf, above: bo
 
 def text(value: str) -> str:
     """An argparse type: one line of text that can be stored as UTF-8."""
+    if not value:
+        raise argparse.ArgumentTypeError("it is empty: leave the flag out, or give it a value")
     if CONTROL_CHARACTERS.search(value):
         raise argparse.ArgumentTypeError(f"{value[:40]!r} has a line break or another character that no file can keep")
     return value
@@ -141,8 +143,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
     "basic": (
         Flag("dataset_type", "custom is your own folder, demo the drawn set of download_datasets.py", str, "flickr30k",
             ("flickr8k", "flickr30k", "coco", "custom", "demo"), modes=DATA_MODES, checkpoint="fixed"),
-        Flag("decoder", "attention is better than lstm and shows where it looks, transformer too; show_attend_tell is the paper's, and "
-            "slow", str, "lstm", tuple(DECODERS), modes=DATA_MODES,
+        Flag("decoder", "attention is the best on Flickr8k; all but lstm show where they look; show_attend_tell is the paper's, and slow", str, "lstm", tuple(DECODERS), modes=DATA_MODES,
             checkpoint="fixed"),
         Flag("epochs", "epochs to train; with --model_path, epochs more", number(int, 0, LIMITS["epochs"]), 10,
             modes=("train",)),
@@ -179,8 +180,8 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             checkpoint="fixed", metavar="N"),
         Flag("fine_tune", "train the encoder's last N stages with the decoder; 0 leaves all of it frozen",
             number(int, 0, LIMITS["fine_tune"]), 0, modes=DATA_MODES, checkpoint="fixed", metavar="N"),
-        Flag("fine_tune_learning_rate", "of these stages at --learning_rate's peak, and in proportion elsewhere (default: "
-            "0.3 of --learning_rate); they rest in the first epoch", positive, modes=("train",), needs="fine_tune", checkpoint="train"),
+        Flag("fine_tune_learning_rate", "peak rate of these stages; it follows the schedule of --learning_rate (default: "
+            "0.3 of it); in the first epoch they are not trained", positive, modes=("train",), needs="fine_tune", checkpoint="train"),
         Flag("resnet_weights", "file of the encoder's weights, or 'random'; by default looked for, then downloaded",
             text, resume=True),
         Flag("embed_size", "size of word and image embeddings", size("embed_size"), 512, modes=DATA_MODES,
@@ -212,7 +213,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("attention_reg", "weight of Show-Attend-and-Tell's doubly stochastic term; 1 with show_attend_tell unless given"
             f"{read_by('attention_reg')}", weight, 0.0,
             modes=("train",), checkpoint="train"),
-        Flag("best_metric", "what picks best.pt: CIDEr keeps rising after the loss has turned", str, "cider",
+        Flag("best_metric", "what picks best.pt: val_loss suits --fine_tune and schedules that fall to zero, cider a constant rate", str, "cider",
             ("cider", "bleu4", "val_loss"), modes=("train",), checkpoint="train"),
         Flag("replay", "share of each epoch's captions that are of images which the model of --init_from was trained on, so "
             "that it forgets less", number(float, 0, 0.9), 0.0, modes=("train",), needs="init_from", checkpoint="train"),
@@ -247,7 +248,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("warmup_epochs", "one_cycle: epochs of its rising part", whole, 0, modes=("train",), needs="use_scheduler"),
     ),
     "decoding": (
-        Flag("beam_size", "hypotheses kept in testing, beside greedy decoding (unless given: what --mode tune found)",
+        Flag("beam_size", "hypotheses kept by the search (unless given: 20 with consensus, else what --mode tune found)",
             size("beam_size"), 3),
         Flag("length_penalty", "exponent of the length; more makes captions longer", number(float, 0, LIMITS["length_penalty"]), 0.7),
         Flag("no_repeat_ngram", "no caption has the same N words twice; 0 for no such rule", number(int, 0, 10), 0,
@@ -266,8 +267,8 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             modes=("caption",), parameter=False),
         Flag("top_p", "sample captions from the most probable words that together have this probability, e.g. 0.9: more "
             "varied than the beam's", number(float, 0, 1, above=True), modes=("caption",), parameter=False),
-        Flag("min_confidence", "leave the caption out of an image whose caption is less sure: of its content words a smaller "
-            "share is expected to be right", number(float, 0, 1), modes=("caption",), parameter=False, metavar="SHARE"),
+        Flag("min_confidence", "print no caption for an image whose best caption has a lower confidence, which is the share of its "
+            "content words that is expected to be right", number(float, 0, 1), modes=("caption",), parameter=False, metavar="SHARE"),
         Flag("json", "print JSON lines, which say more, instead of path<TAB>caption", modes=("caption",),
             parameter=False),
         Flag("host", "address that the page listens on; 0.0.0.0 lets the whole network in", text, "127.0.0.1",

@@ -181,13 +181,15 @@ def continue_schedule(saved: Schedule, settings: Settings, first: int, steps: in
 
 
 def warn_of_flat_rate(schedule: Schedule, first: int, last: int) -> None:
-    """Warn where a schedule ends before training does: all further epochs run at `min_lr`."""
+    """Warn where a schedule ends before training does, all further epochs at `min_lr`, and name the flags that help."""
     flat = next((epoch for epoch in range(first, last) if schedule.finished(epoch)), None)
     if flat is None:
         return
     about = schedule.settings
     reached = f"after epoch {flat}" if flat > first else "already"
+    begun = first if flat == first or about.type == "one_cycle" else about.first_epoch  # of the curve that is advised
+    fresh = "--use_scheduler --scheduler_type cosine " if about.type == "one_cycle" else ""
     log.warning(
         f"Warning: {about.type} reaches its end {reached}; epochs {flat + 1} to {last} run at min_lr {about.min_lr:g}. "
-        f"Add --use_scheduler --scheduler_type {about.type} --scheduler_t_max {last - first} for a curve over all of them"
+        f"Add {fresh}--scheduler_t_max {last - begun} for a curve over all of them"
     )

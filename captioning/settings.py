@@ -13,7 +13,7 @@ import importlib.util
 import os
 import sys
 from collections import ChainMap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -107,21 +107,27 @@ class Settings(argparse.Namespace):
             found["learning_rate"] = saved["learning_rate"]
         # Whoever wrote the checkpoint makes no cache elsewhere: only a folder that is a cache already is used.
         caches = cache_folders(saved["feature_cache"])
-        if not (self.adapts or "feature_cache" in self.explicit) and (
-            not caches or any(any(cache.glob(f"{folder_name(saved['encoder'])}-*")) for cache in caches)
-        ):
-            found["feature_cache"] = saved["feature_cache"]
+        if not (self.adapts or "feature_cache" in self.explicit):
+            with contextlib.suppress(PermissionError):  # of a folder of another user's
+                if not caches or any(any(cache.glob(f"{folder_name(saved['encoder'])}-*")) for cache in caches):
+                    found["feature_cache"] = saved["feature_cache"]
         consensus = self.by_consensus and checkpoint["consensus"] is not None
         found |= chosen_beam(self.explicit, checkpoint["decoding"], consensus)
         settings = self.with_values(**found)
-        for kind, entries in KINDS.items():
-            for name in sorted(self.explicit & idle_flags(entries, getattr(settings, kind))):
-                raise UserError(f"--{name} has no effect with {source}, whose {kind} is {getattr(settings, kind)}")
+        if len(self.model_path or []) < 2:  # of an ensemble one model may read what another does not
+            settings.require_effect([settings], f"with {source}")
         if "fine_tune_learning_rate" in self.explicit and not settings.fine_tune:
             raise UserError(f"--fine_tune_learning_rate has no effect with {source}, whose encoder is all frozen")
         if "replay_data_dir" in self.explicit and not settings.replay:
             raise UserError(f"--replay_data_dir has no effect with {source}, which was trained without --replay")
         return settings
+
+    def require_effect(self, models: Sequence[Settings], where: str) -> None:
+        """Raise UserError if an explicit flag is read by the encoder or decoder of none of these models' settings."""
+        for kind, entries in KINDS.items():
+            names = {getattr(model, kind) for model in models}
+            for flag in sorted(self.explicit.intersection(*(idle_flags(entries, name) for name in names))):
+                raise UserError(f"--{flag} has no effect {where}, whose {kind} is {' or '.join(sorted(names))}")
 
 
 def cache_folders(text: str) -> list[Path]:
@@ -408,6 +414,7 @@ def check_flags(settings: Settings, error: Callable[[str], Any]) -> None:
             error(f"--{name} has no effect with --mode {mode}, only with {' or '.join(flag.modes)}")
         left_open = from_checkpoint and flag.needs == "fine_tune"  # the checkpoint says
         left_open |= args.model_path is not None and flag.needs in ("use_scheduler", "replay")
+        left_open |= args.model_path is not None and name == "replay" and args.replay == 0  # a run may go on without
         if flag.needs and not getattr(args, flag.needs) and not left_open:
             error(f"--{name} has no effect without --{flag.needs}")
     for kind, entries in KINDS.items():

@@ -20,7 +20,10 @@ from captioning.io import CONTROL_CHARACTERS, UserError, log, printable, read_js
 from captioning.layouts import SPLITS, karpathy_split, split_lists
 
 COCO_HELD_OUT = 5000  # validation and test images of COCO, as many as Karpathy's split has
-SAME_SET = 0.9  # share of the smaller set's names from which on two sets of other files are one data set, encoded anew
+SAME_SET, LEAST_SHARE = (
+    0.9,
+    0.5,
+)  # shares of names in common from which on two sets of other files are one, encoded anew
 MOST_COPIES = 0.02  # of the images to score, that may be training images under other names
 Part = dict[str, Any]
 StoredSplit = dict[str, Part]
@@ -146,11 +149,17 @@ def stored_lists(
 
 
 def same_names(known: Collection[str], names: Collection[str]) -> bool:
-    """Return whether two sets are one data set by their images' names: the smaller has nearly all in common.
+    """Return whether a data set is a checkpoint's own by its images' names.
 
-    A download may have images that no split lists, so that the share of the larger says nothing.
+    Nearly all its names are the checkpoint's, or it has nearly all of the checkpoint's and not many others: a download
+    may have images that no split lists.
+
+    Args:
+        known: the checkpoint's.
+        names: the data set's.
     """
-    return len(set(known) & set(names)) >= SAME_SET * min(len(known), len(names))
+    common = len(set(known) & set(names))
+    return common >= SAME_SET * len(names) or common >= max(SAME_SET * len(known), LEAST_SHARE * len(names))
 
 
 def sized(part: Part) -> Iterable[tuple[str, int | None]]:

@@ -114,7 +114,7 @@ class TimmSpec(EncoderSpec):
         parts, cuts = parts_of(network), [] if self.tokens else CUTS[self.name]
         stages: list[nn.Module] = [nn.Sequential(*parts[first:last]) for first, last in itertools.pairwise(cuts)]
         stages = stages or [Grid(network, self.tokens)]
-        pooling = [nn.AdaptiveAvgPool2d(self.grid)] if self.pooled else []
+        pooling = [nn.AdaptiveAvgPool2d((self.uncut or self).grid)] if self.pooled else []
         stages[-1] = nn.Sequential(stages[-1], *norm_after_pooling(network), *pooling)
         return stages
 

@@ -108,6 +108,10 @@ def test_a_run_on_own_photos_and_resumed(photos, tiny_runs, monkeypatch, capsys)
     more = ["--model_path", str(run), "--epochs", "1", "--model_save_dir", "more", "--scst_epochs", "1"]
     assert trainer.main(more) == 0
     assert "Replay: 11 images" in capsys.readouterr().out
+    assert trainer.main([*more, "--replay_data_dir", "gone"]) == 2
+    assert "give the folder of these with --replay_data_dir, or --replay 0" in capsys.readouterr().err
+    assert trainer.main([*more, "--replay", "0"]) == 0
+    assert "Replay:" not in capsys.readouterr().out
 
 
 def test_an_exported_folder_and_what_is_not_there(photos, tiny_runs, capsys):
@@ -119,6 +123,12 @@ def test_an_exported_folder_and_what_is_not_there(photos, tiny_runs, capsys):
     out = capsys.readouterr().out
     assert "Confidence: that of the model that the run started from, with 2 validation images" in out
     assert load_checkpoint(only_run("one") / "best.pt")["confidence"] == calibration
+    assert trainer.main(["--model_path", "one", "--epochs", "1", "--model_save_dir", "further"]) == 0
+    assert load_checkpoint(only_run("further") / "last.pt")["confidence"] == calibration
+    assert trainer.main(["--mode", "export", "--model_path", "one", "--output", "card"]) == 0
+    card = Path("card/README.md").read_text()
+    assert "a model that was trained on 16 other images" in card and "from scratch" not in card
+    assert "The terms of the 16 images that the first model was trained on hold too" in card
     assert "Warning: --replay is 0: the data that shared" in out and "not in data" in out and "Replay:" not in out
     flags = load_checkpoint(only_run("one") / "best.pt")["flags"]
     assert (flags["replay"], flags["replay_data_dir"], flags["init_from"]) == (

@@ -124,6 +124,9 @@ def test_an_ensemble_has_files_and_names_of_its_own(trained, capsys):
     assert row["checkpoint"] == [str(lstm / "best.pt"), str(attention / "best.pt")] and row["views"] == "mirror"
     assert len(row["epoch"]) == 2 and row["captions_file"] == "ensemble_test_captions_beam3.json"
     flags = ["--save_attention_viz", "--attention_viz_samples", "1"]
+    assert score(*flags, model=[attention, lstm]) == 0  # whose other member has no use for them
+    assert score(*flags, model=[lstm, shutil.copytree(lstm, "lstm2")]) == 2
+    assert "--save_attention_viz has no effect with these models, whose decoder is lstm" in capsys.readouterr().err
     another = shutil.copytree(attention, "another")
     assert score(*flags, model=[attention, another]) == 0
     assert (attention / "ensemble_attention" / "attention_viz_sample_1.png").is_file()

@@ -95,6 +95,24 @@ def test_training_past_the_end_of_a_schedule_is_told_at_the_start(capsys):
     assert "epochs 11 to 12 run at min_lr 1e-07" in out and "--scheduler_t_max 12" in out
 
 
+@pytest.mark.parametrize(
+    "kind, advice", [("cosine", "Add --scheduler_t_max 14 "), ("one_cycle", "--scheduler_t_max 8 ")]
+)
+def test_the_advice_for_a_schedule_that_is_under_way_helps(capsys, kind, advice):
+    """The rate falls to the end, from where it was or from the run's."""
+    saved = {**CHECKPOINT, "schedule": Schedule(replace(BASE, type=kind, epochs=10, t_max=10)).state()}
+    resumed = ["--model_path", "x.pt", "--epochs", "8"]
+    choose_schedule(parse_flags(resumed), saved, 5)
+    out = capsys.readouterr().out
+    assert "reaches its end after epoch 10" in out and advice in out
+    saved = {**CHECKPOINT, "schedule": Schedule(replace(BASE, type=kind, epochs=10, t_max=10)).state()}
+    advised = out.split("Add ")[1].split(" for a curve")[0].split()
+    schedule = choose_schedule(parse_flags([*resumed, *advised]), saved, 5)
+    rates = [schedule.rate(epoch) for epoch in range(6, 15)]
+    assert rates == sorted(rates, reverse=True) and len(set(rates)) == 9
+    assert "Warning" not in capsys.readouterr().out
+
+
 def test_exponential_takes_a_tenth_over_the_whole_run_also_with_a_config(tmp_path):
     """16.8: any --config made it a tenth in each epoch, the original's own defect."""
     (tmp_path / "x.yaml").write_text("epochs: 5\nuse_scheduler: true\nscheduler_type: exponential\n")

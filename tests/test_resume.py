@@ -13,6 +13,7 @@ from run_files import skip_pictures
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 import training_utils
 from captioning import features as feature_cache
+from captioning.checkpoints import load_checkpoint
 from captioning.flags import SCHEDULERS
 from captioning.registry import DECODERS
 from captioning.runs import lock_run_directory
@@ -169,8 +170,15 @@ def test_a_crash_after_an_epoch(here, monkeypatch, function):
         patch.setattr(trainer, function, crash)
         with pytest.raises(Crash):
             run(here, "parts", "lstm")
+    if function == "save_epoch":  # what was tuned for weights that training moves on from is not the next ones'
+        for directory in map(only_run, ("whole", "parts")):
+            (directory / "decoding.json").write_text(
+                '{"epoch": 1, "beam_size": 8, "length_penalty": 1, "cider": 0.1, "images": 2}'
+            )
+        assert load_checkpoint(only_run("parts") / "last.pt")["decoding"]["beam_size"] == 8
     assert trainer.main(["--resume", str(only_run("parts"))]) == 0
     assert_same(only_run("whole"), only_run("parts"))
+    assert load_checkpoint(only_run("parts") / "last.pt")["decoding"] is None
 
 
 def test_resuming_a_finished_run_changes_nothing(here):
@@ -194,7 +202,7 @@ def test_what_resume_refuses(here, capsys):
     assert "nowhere" in capsys.readouterr().err
     (directory / "last.pt").unlink()
     assert trainer.main(["--resume", str(directory)]) == 2
-    assert "Start the run again: python flickr" in capsys.readouterr().err
+    assert "Start again: python flickr" in capsys.readouterr().err
 
 
 def poison(monkeypatch, images: set[int]) -> None:

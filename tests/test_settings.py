@@ -80,6 +80,7 @@ def test_the_table_is_sound():
         (["--seed", "9223372036854775808"], "--seed: 9223372036854775808 is out of range"),
         (["--seed", str(2**70)], "out of range"),
         (["--data_dir", "a\nb"], "a line break"),
+        (["--feature_cache", ""], "it is empty"),
         (["--length_penalty", "200"], "out of range"),
         (["--max_length", "1000000"], "out of range"),
         (["--decoder", "transformer", "--num_heads", "7"], "--embed_size 512 cannot be divided among --num_heads 7"),

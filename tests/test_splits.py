@@ -53,6 +53,8 @@ def test_a_download_that_has_more_images_keeps_the_split_too(tmp_path):
     notes: list[str] = []
     lists, source = found([*NAMES, "a.jpg", "b.jpg"], [1] * 12, STORED, tmp_path, notes)
     assert source == "the checkpoint" and lists["test"] == NAMES[8:] and "a.jpg" in notes[1]
+    many = [f"IMG_{n}.jpg" for n in range(21)]  # a larger set may have the same names by chance
+    assert found(many, [1] * 21, STORED, tmp_path)[1].startswith("drawn")
 
 
 def test_splits_of_older_checkpoints(tmp_path):

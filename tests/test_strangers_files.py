@@ -439,6 +439,13 @@ def test_a_token_cache_that_lies_is_made_again(tmp_path):
         assert again.words == tokens.words and path.read_bytes() == sound
 
 
+def test_a_token_cache_that_cannot_be_written_costs_time_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    for place in (tmp_path / "notes.txt", tmp_path / "notes.txt" / "below"):
+        assert tokenize_cached(["a dog"], place).words == ["a", "dog"]
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
 def test_no_words_at_all_are_kept_too():
     packed = pack_tokens(tokenize(["...", ""]))
     assert unpack_tokens(packed, 2) is not None and unpack_tokens(packed, 3) is None

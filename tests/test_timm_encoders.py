@@ -330,9 +330,9 @@ def test_list(folders, tmp_path, monkeypatch, capsys):
     assert "No encoder has a name like nothing_like_it" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["resnet", "convnext"])
-def test_the_last_stages_of_a_cnn_can_be_trained(folders, name):
-    spec = find_encoder(f"timm:local-dir:{folders[name]}")
+@pytest.mark.parametrize("name, grid", [("resnet", None), ("resnet", 3), ("convnext", None)])
+def test_the_last_stages_of_a_cnn_can_be_trained(folders, name, grid):
+    spec = find_encoder(f"timm:local-dir:{folders[name]}", grid)
     weights, _ = spec.find_weights()
     before = spec.before_last(2)
     pixels = torch.randint(0, 256, (2, 3, spec.image_size, spec.image_size), dtype=torch.uint8)

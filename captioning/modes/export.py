@@ -174,6 +174,10 @@ def model_card(checkpoint: dict[str, Any], scores: Sequence[Mapping[str, Any]], 
     data = flags["dataset_type"]
     last = "its last stage" if spec.cut == 1 else f"its last {spec.cut} stages"
     trained = f"{last}, trained with the decoder, and " if spec.cut else ""
+    before = len(
+        (checkpoint["split"] or {}).get("inherited", {"names": []})["names"]
+    )  # images of the models it began as
+    begun = f"from the weights of a model that was trained on {before:,} other images" if before else "from scratch"
     lines = [
         "---", card_metadata(checkpoint, scores) + "---", "",
         f"# Image captioner: {flags['decoder']} decoder on {code(without_path(encoder['name']))}, trained on {data}", "",
@@ -205,13 +209,14 @@ def model_card(checkpoint: dict[str, Any], scores: Sequence[Mapping[str, Any]], 
         lines.append("Not tested yet.")
     lines += [
         "", "## Training", "",
-        f"{checkpoint['epoch']} epochs on `{data}`, word embeddings and decoder from scratch, "
+        f"{checkpoint['epoch']} epochs on `{data}`, word embeddings and decoder {begun}, "
         f"the encoder {f'frozen but for {last}' if spec.cut else 'frozen'}. "
         "All settings are in `config.json`.", "",
         "## Limits and licences", "",
         "It repeats what its training captions say, with their biases (about gender, age, origin), and is often wrong "
         "with high confidence. Not for decisions about people.", "",
-        f"- Data: {DATA_NOTES[data]}",
+        f"- Data: {DATA_NOTES[data]}"
+        + (f" The terms of the {before:,} images that the first model was trained on hold too: name them here." if before else ""),
         f"- Encoder: {spec.terms}"
         + ("; they are inside of `encoder.onnx`." if networks else ".")
         + (f" Trained copies of a part of them are in `{EXPORTED_WEIGHTS}`." if spec.cut else ""),
