@@ -63,7 +63,7 @@ def settle(settings: Settings, checkpoint: Mapping[str, Any], source: Path) -> S
             if given is not None:
                 raise UserError(
                     f"--replay_data_dir {given} is no data set that can be read: give the folder of the data that {source} "
-                    "was trained on, or leave --replay out"
+                    "was trained on, or --replay 0"
                 ) from error
             log.warning(
                 f"Warning: --replay is 0: the data that {source} was trained on are not in {place}; --replay_data_dir "
@@ -179,24 +179,19 @@ def add_replay(
     if not settings.replay:
         return Replay(data, views, np.zeros(0, dtype=np.int64), 0)
     cache = next(iter(cache_folders(settings.feature_cache)), None)
-    remedy = "give the folder of these with --replay_data_dir"
-    if not settings.resume:
-        remedy += ", or --replay 0"
+    remedy = "give the folder of these with --replay_data_dir" + ("" if settings.resume else ", or --replay 0")
     try:
         old = load_caption_set(settings.replay_data_dir, seed=settings.seed, token_cache=cache)
     except UserError as error:
         raise UserError(f"the images that --replay {settings.replay:g} repeats: {error}; {remedy}") from error
     distributed.check_agreement(old.facts(), distributed.SAME_FILES)
     known, paths = set(keys(split["inherited"])), old.paths()
-    named, sized = {name for name, *_ in known}, {(name, size) for name, size, _ in known}
     held_out = np.concatenate([data.splits["val"], data.splits["test"]])
-    by_name = same_names(named, old.names)
-    if by_name:
-        named -= {data.names[i] for i in held_out}
+    if same_names({name for name, *_ in known}, old.names):  # known by name alone, like those of an older checkpoint
+        known = {(name, -1, -1) for name, *_ in known} - {(data.names[i], -1, -1) for i in held_out}
+    named, sized = {name for name, *_ in known}, {(name, size) for name, size, _ in known}
     found = [
-        i
-        for i, name in enumerate(old.names)
-        if name in named and (by_name or {(name, -1), (name, paths[i].stat().st_size)} & sized)
+        i for i, name in enumerate(old.names) if name in named and {(name, -1), (name, paths[i].stat().st_size)} & sized
     ]
     nothing = UserError(
         f"--replay {settings.replay:g}: none of the {len(known)} images that the model was trained on is in "
@@ -215,7 +210,7 @@ def add_replay(
 
     def is_known(image: int) -> bool:
         name, version = old.names[image], tuple(versions[image].tolist())
-        return version not in refused and (by_name or bool({(name, *version), (name, -1, -1)} & known))
+        return version not in refused and bool({(name, *version), (name, -1, -1)} & known)
 
     drawn = np.array([i for i in drawn.tolist() if i not in first.unreadable and is_known(i)], dtype=np.int64)
     if not len(drawn):

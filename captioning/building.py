@@ -186,7 +186,9 @@ def load_context(settings: Settings, splits: list[str]) -> tuple[EvalContext, np
         if "consensus" in settings.explicit:
             raise UserError(f"{lacking[0]} has nothing for --consensus: {command_to_tune(lacking[0])} adds it")
         settings = settings.with_values(consensus="off")
-    resolved = settings.with_checkpoint(first, first_path)
+    each = {path: settings.with_checkpoint(checkpoint, path) for path, checkpoint in checkpoints.items()}
+    settings.require_effect(list(each.values()), "with these models")
+    resolved = each[first_path]
     stored = checkpoint_split(first, first_path)
     data = build_data(resolved, stored)
     context = EvalContext(resolved, device, data, Vocabulary(first["vocabulary"]), [])
@@ -194,8 +196,6 @@ def load_context(settings: Settings, splits: list[str]) -> tuple[EvalContext, np
     needed = np.union1d(images, images_to_draw(resolved, data, images))
     if settings.mode == "tune":  # consensus learns from these
         needed = np.union1d(needed, data.splits["train"])
-    each = {path: settings.with_checkpoint(checkpoint, path) for path, checkpoint in checkpoints.items()}
-    settings.require_effect(list(each.values()), "with these models")
     for path, checkpoint in checkpoints.items():
         own = each[path]
         log.info(f"Model: {path} (epoch {checkpoint['epoch']}, {own.decoder} on {own.encoder}, {own.dataset_type})")

@@ -82,9 +82,8 @@ def tokenize_cached(texts: Sequence[str], cache_directory: Path | None) -> Token
     if path.is_file() and (saved := unpack_tokens(path.read_bytes(), len(texts))) is not None:
         return saved
     tokens = tokenize(texts)
-    with contextlib.suppress(
-        OSError, UserError
-    ):  # the feature cache says what is wrong with the folder, if it needs it
+    # Saving time is all it is for: the feature cache says what is wrong with the folder.
+    with contextlib.suppress(OSError, UserError):
         cache_directory.mkdir(parents=True, exist_ok=True)
         write_atomic(path, lambda file: file.write(pack_tokens(tokens)))
     return tokens

@@ -143,8 +143,8 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
     "basic": (
         Flag("dataset_type", "custom is your own folder, demo the drawn set of download_datasets.py", str, "flickr30k",
             ("flickr8k", "flickr30k", "coco", "custom", "demo"), modes=DATA_MODES, checkpoint="fixed"),
-        Flag("decoder", "attention is the best on Flickr8k; all but lstm show where they look; show_attend_tell is the paper's, and slow", str, "lstm", tuple(DECODERS), modes=DATA_MODES,
-            checkpoint="fixed"),
+        Flag("decoder", "attention is the best on Flickr8k; all but lstm show where they look; show_attend_tell is the paper's, and "
+            "slow", str, "lstm", tuple(DECODERS), modes=DATA_MODES, checkpoint="fixed"),
         Flag("epochs", "epochs to train; with --model_path, epochs more", number(int, 0, LIMITS["epochs"]), 10,
             modes=("train",)),
         Flag("batch_size", "captions in a batch (whole images; fewer if memory runs out)", size("batch_size"), 128,
@@ -213,7 +213,8 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("attention_reg", "weight of Show-Attend-and-Tell's doubly stochastic term; 1 with show_attend_tell unless given"
             f"{read_by('attention_reg')}", weight, 0.0,
             modes=("train",), checkpoint="train"),
-        Flag("best_metric", "what picks best.pt: val_loss suits --fine_tune and schedules that fall to zero, cider a constant rate", str, "cider",
+        Flag("best_metric", "what picks best.pt: val_loss suits --fine_tune and schedules that fall to zero, cider a constant rate",
+            str, "cider",
             ("cider", "bleu4", "val_loss"), modes=("train",), checkpoint="train"),
         Flag("replay", "share of each epoch's captions that are of images which the model of --init_from was trained on, so "
             "that it forgets less", number(float, 0, 0.9), 0.0, modes=("train",), needs="init_from", checkpoint="train"),

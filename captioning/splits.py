@@ -20,10 +20,8 @@ from captioning.io import CONTROL_CHARACTERS, UserError, log, printable, read_js
 from captioning.layouts import SPLITS, karpathy_split, split_lists
 
 COCO_HELD_OUT = 5000  # validation and test images of COCO, as many as Karpathy's split has
-SAME_SET, LEAST_SHARE = (
-    0.9,
-    0.5,
-)  # shares of names in common from which on two sets of other files are one, encoded anew
+# Shares of names in common from which on two sets of other files are one data set, encoded anew: see `same_names`.
+SAME_SET, LEAST_SHARE = 0.9, 0.5
 MOST_COPIES = 0.02  # of the images to score, that may be training images under other names
 Part = dict[str, Any]
 StoredSplit = dict[str, Part]
