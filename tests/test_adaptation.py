@@ -15,7 +15,7 @@ from run_files import skip_pictures
 from test_resume import assert_same, at_step
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
-from captioning.adaptation import grow_weights, load_source
+from captioning.adaptation import grow_weights, load_source, train_on_seen_images
 from captioning.batches import BatchMaker
 from captioning.checkpoints import load_checkpoint, save_checkpoint
 from captioning.dataset import Vocabulary, frequent_words, join_sets, load_caption_set
@@ -211,8 +211,10 @@ def test_the_old_photos_in_another_size(photos, tiny_runs, capsys):
         == 0
     )
     assert "Replay: 11 images an epoch of 16 that the model was trained on" in capsys.readouterr().out
-    assert adapt(tiny_runs["attention"], Path("larger"), "two", "--epochs", "1", "--seed", "1") == 0
-    assert "and other contents" in capsys.readouterr().out
+    data, (checkpoint, source) = load_caption_set(Path("larger"), seed=1), load_source(tiny_runs["attention"])
+    splits = dict(data.splits)
+    train_on_seen_images(checkpoint["split"], data, np.zeros((20, 2), dtype=np.int64), source)
+    assert "and other contents" in capsys.readouterr().out and data.splits == splits
 
 
 def test_a_joined_set_has_the_captions_of_both(photos, tiny_runs):
