@@ -3,11 +3,13 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import draw_tiny
 from run_files import skip_pictures
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
@@ -38,16 +40,34 @@ class Crash(BaseException):
     """Nothing in the program catches this, as nothing catches kill -9."""
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A place with the tiny set, where its features and the runs of `undisturbed` come to lie."""
+    place = tmp_path_factory.mktemp("resume")
+    draw_tiny(place / "tiny")
+    return place
+
+
 @pytest.fixture
-def here(tiny, monkeypatch):
-    monkeypatch.chdir(tiny.parent)
+def here(shared, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     skip_pictures(monkeypatch)
-    return tiny
+    return shared
 
 
-def run(tiny: Path, place: str, decoder: str, *flags: str) -> int:
-    where = ["--dataset_type", "custom", "--data_dir", str(tiny), "--model_save_dir", place]
-    return trainer.main([*where, "--decoder", decoder, *FLAGS, *flags])
+def run(shared: Path, place: str, decoder: str, *flags: str) -> int:
+    where = {"data_dir": shared / "tiny", "feature_cache": shared / "features", "model_save_dir": place}
+    typed = [word for name, folder in where.items() for word in (f"--{name}", str(folder))]
+    return trainer.main(["--dataset_type", "custom", *typed, "--decoder", decoder, *FLAGS, *flags])
+
+
+def undisturbed(shared: Path, decoder: str, *flags: str) -> Path:
+    """A copy of what training gives that nothing interrupts; tests with the same flags share the training."""
+    place = "-".join(("whole", decoder, *flags))
+    if not (shared / place).exists():
+        assert run(shared, str(shared / place), decoder, *flags) == 0
+    shutil.copytree(shared / place, "whole")
+    return only_run("whole")
 
 
 def only_run(place: str) -> Path:
@@ -83,7 +103,7 @@ def assert_same(first: Path, second: Path) -> None:
 
 @pytest.mark.parametrize("decoder, flags", CASES, ids=lambda value: value if isinstance(value, str) else value[-1])
 def test_a_signal_in_mid_epoch_loses_nothing(here, monkeypatch, capsys, decoder, flags):
-    assert run(here, "whole", decoder, *flags) == 0
+    whole = undisturbed(here, decoder, *flags)
     with monkeypatch.context() as patch:
         at_step(patch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))  # the second of the second epoch
         assert run(here, "parts", decoder, *flags) == 143
@@ -92,22 +112,22 @@ def test_a_signal_in_mid_epoch_loses_nothing(here, monkeypatch, capsys, decoder,
     assert (saved["epoch"], saved["progress"]["step"]) == (1, 2)
     assert f"--resume {parts}" in capsys.readouterr().err
     assert trainer.main(["--resume", str(parts)]) == 0
-    assert_same(only_run("whole"), parts)
+    assert_same(whole, parts)
 
 
 @pytest.mark.parametrize("decoder", ["lstm", "transformer"])
 def test_self_critical_training_is_resumed_within_its_epoch(here, monkeypatch, decoder):
     """With two views and people's captions in the loss: samples, views and dropout are drawn again as they were."""
     flags = ["--epochs", "2", "--scst_epochs", "1", "--scst_ce_weight", "0.2", "--views", "mirror"]
-    assert run(here, "whole", decoder, *flags) == 0
+    whole = undisturbed(here, decoder, *flags)
     with monkeypatch.context() as patch:
         at_step(patch, 10, lambda: os.kill(os.getpid(), signal.SIGTERM))  # the second of the third epoch
         assert run(here, "parts", decoder, *flags) == 143
     saved = torch.load(only_run("parts") / "last.pt", weights_only=True)
     assert (saved["epoch"], saved["progress"]["step"]) == (2, 2)
     assert trainer.main(["--resume", str(only_run("parts"))]) == 0
-    assert_same(only_run("whole"), only_run("parts"))
-    history = json.loads((only_run("whole") / "metrics_history.json").read_text())
+    assert_same(whole, only_run("parts"))
+    history = json.loads((whole / "metrics_history.json").read_text())
     assert ["reward" in entry for entry in history] == [False, False, True]
 
 
@@ -116,14 +136,14 @@ def test_a_second_interrupt_stops_at_once_and_the_last_save_serves(here, monkeyp
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    assert run(here, "whole", "lstm") == 0
+    whole = undisturbed(here, "lstm")
     with monkeypatch.context() as patch:
         at_step(patch, 6, twice)
         assert run(here, "parts", "lstm") == 130
     saved = torch.load(only_run("parts") / "last.pt", weights_only=True)
     assert (saved["epoch"], saved["progress"]["step"]) == (1, 0) and "--resume" in capsys.readouterr().err
     assert trainer.main(["--resume", str(only_run("parts"))]) == 0
-    assert_same(only_run("whole"), only_run("parts"))
+    assert_same(whole, only_run("parts"))
 
 
 def test_interrupted_encoding_keeps_what_is_encoded(here, monkeypatch):
@@ -133,7 +153,7 @@ def test_interrupted_encoding_keeps_what_is_encoded(here, monkeypatch):
     monkeypatch.setattr(feature_cache, "ENCODE_BATCH", 5)
     with monkeypatch.context() as patch:
         patch.setattr(feature_cache.Progress, "update", interrupt)  # when the first batch is encoded
-        assert run(here, "none", "lstm") == 130
+        assert run(here, "none", "lstm", "--feature_cache", "feature_cache") == 130
     (index,) = Path("feature_cache").rglob("mean.jsonl")
     assert len(index.read_text().splitlines()) == 5 and not Path("none").exists()
 
@@ -142,7 +162,7 @@ def test_a_crash_loses_at_most_the_minutes_since_the_last_save(here, monkeypatch
     def crash():
         raise Crash
 
-    assert run(here, "whole", "attention") == 0
+    whole = undisturbed(here, "attention")
     for number, minutes in ((1, "100"), (7, "100"), (7, "0.0000001"), (12, "0.0000001")):
         place = f"parts{number}{minutes}"
         with monkeypatch.context() as patch:
@@ -150,11 +170,11 @@ def test_a_crash_loses_at_most_the_minutes_since_the_last_save(here, monkeypatch
             with pytest.raises(Crash):
                 run(here, place, "attention", "--checkpoint_minutes", minutes)
         assert trainer.main(["--resume", str(only_run(place))]) == 0
-        assert_same(only_run("whole"), only_run(place))
+        assert_same(whole, only_run(place))
 
 
 def test_a_crash_after_an_epoch(here, monkeypatch):
-    assert run(here, "whole", "lstm") == 0
+    whole = undisturbed(here, "lstm")
 
     def crash_in(function):
         plain, calls = getattr(trainer, function), [0]
@@ -175,24 +195,23 @@ def test_a_crash_after_an_epoch(here, monkeypatch):
         parts = only_run(function)
         if function == "save_epoch":  # what was tuned for weights that training moves on from is not the next ones'
             tuned = '{"epoch": 1, "beam_size": 8, "length_penalty": 1, "cider": 0.1, "images": 2}'
-            for directory in (only_run("whole"), parts):
+            for directory in (whole, parts):
                 (directory / "decoding.json").write_text(tuned)
             assert load_checkpoint(parts / "last.pt")["decoding"]["beam_size"] == 8
         assert trainer.main(["--resume", str(parts)]) == 0
-        assert_same(only_run("whole"), parts)
+        assert_same(whole, parts)
         assert load_checkpoint(parts / "last.pt")["decoding"] is None
 
 
 def test_resuming_a_finished_run_changes_nothing(here):
-    assert run(here, "once", "lstm") == 0
-    before = {p.name: p.read_bytes() for p in only_run("once").glob("*.json")}
-    assert trainer.main(["--resume", str(only_run("once"))]) == 0
-    assert before == {p.name: p.read_bytes() for p in only_run("once").glob("*.json")}
+    whole = undisturbed(here, "lstm")
+    before = {p.name: p.read_bytes() for p in whole.glob("*.json")}
+    assert trainer.main(["--resume", str(whole)]) == 0
+    assert before == {p.name: p.read_bytes() for p in whole.glob("*.json")}
 
 
 def test_what_resume_refuses(here, capsys):
-    assert run(here, "once", "lstm") == 0
-    directory = only_run("once")
+    directory = undisturbed(here, "lstm")
     with pytest.raises(SystemExit):
         trainer.main(["--resume", str(directory), "--epochs", "9"])
     assert "--model_path" in capsys.readouterr().err
@@ -237,24 +256,24 @@ def test_too_many_such_batches_end_training_with_good_weights(here, monkeypatch,
     assert all(value.isfinite().all() for value in saved["decoder"].values())
 
 
-def json_split(tiny: Path) -> set[int]:
+def json_split(shared: Path) -> set[int]:
     """Positions of the training images of the split that is drawn for the tiny set."""
     from captioning.dataset import load_caption_set
 
-    return set(load_caption_set(tiny).splits["train"].tolist())
+    return set(load_caption_set(shared / "tiny").splits["train"].tolist())
 
 
 @pytest.mark.parametrize("precision", ("bf16", "fp16"))
 def test_reduced_precision_trains_and_resumes(here, monkeypatch, precision):
     flags = ["--precision", precision, "--learning_rate", "0.01"]
-    assert run(here, "whole", "attention", *flags) == 0
-    curve = json.loads((only_run("whole") / "loss_curve.json").read_text())["training_losses"]
+    whole = undisturbed(here, "attention", *flags)
+    curve = json.loads((whole / "loss_curve.json").read_text())["training_losses"]
     assert curve[2] < curve[0]
     with monkeypatch.context() as patch:
         at_step(patch, 6, lambda: os.kill(os.getpid(), signal.SIGINT))
         assert run(here, "parts", "attention", *flags) == 130
     assert trainer.main(["--resume", str(only_run("parts"))]) == 0
-    assert_same(only_run("whole"), only_run("parts"))
+    assert_same(whole, only_run("parts"))
 
 
 def test_when_memory_runs_out_a_smaller_batch_is_named(here, monkeypatch, capsys):
