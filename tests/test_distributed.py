@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -27,6 +29,8 @@ SCRIPT = Path(trainer.__file__)
 WHAT = "--dataset_type custom --data_dir tiny --encoder efficientnet_lite0 --embed_size 16 --hidden_size 16"
 HOW = "--num_layers 1 --freq_threshold 1 --batch_size 16 --learning_rate 0.01 --max_length 12 --precision fp32"
 TRAIN = [*WHAT.split(), *HOW.split()]
+START = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
+START.set_forkserver_preload(["torch._dynamo", "spacy", __name__])
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +62,37 @@ def finished(process: subprocess.Popen[str]) -> str:
     return output
 
 
+def work(environment: dict[str, str], place: Path, flags: list[str], output: Path) -> NoReturn:
+    """Run the program as a process of its own would, in a directory, with what it says written to a file."""
+    multiprocessing.set_start_method(None, force=True)  # a forked process has its parent's
+    os.environ.update(environment)
+    os.chdir(place)
+    with open(output, "w") as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+    distributed.end(trainer.main(flags))
+
+
+def by_hand(places: list[Path], *commands: list[str]) -> list[tuple[int | None, str]]:
+    """Run processes as a cluster would start them, each in a directory and with flags of its own.
+
+    Returns each process's exit code and what it printed. They are forked from a process that has PyTorch loaded, which
+    saves each the seconds of importing it.
+    """
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(len(commands))}
+    group["PATH"] = ""  # no Java: METEOR takes seconds
+    outputs = [place / f"output{rank}.txt" for rank, place in enumerate(places)]
+    started = [
+        START.Process(target=work, args=(group | {"RANK": str(rank), "LOCAL_RANK": "0"}, place, flags, outputs[rank]))
+        for rank, (place, flags) in enumerate(zip(places, commands, strict=True))
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(240)
+    return [(process.exitcode, output.read_text()) for process, output in zip(started, outputs, strict=True)]
+
+
 def only_run(folder: Path) -> Path:
     (run,) = folder.glob("custom/*/*")
     return run
@@ -82,18 +117,11 @@ def check_same_training(first: Path, second: Path) -> None:
 def test_two_processes_encode_a_part_each_and_train_and_test_as_one(place, monkeypatch):
     flags = ["--decoder", "attention", "--views", "mirror", "--attention_reg", "0.1"]
     several = ["--feature_cache", os.pathsep.join(("disk1", "disk2"))]
-    flags = [
-        *TRAIN,
-        "--epochs",
-        "2",
-        "--drop_prob",
-        "0",
-        "--batch_size",
-        "10",
-        *flags,
-    ]  # the last batch leaves one without
+    flags = [*TRAIN, *"--epochs 2 --drop_prob 0 --batch_size 10".split(), *flags]  # the last batch leaves one without
     alone(place, monkeypatch, *flags, "--model_save_dir", "one")
-    output = finished(torchrun(place, 2, *flags, *several, "--model_save_dir", "two"))
+    command = [*flags, *several, "--model_save_dir", "two"]
+    (code, output), (other, _) = by_hand([place, place], command, command)
+    assert (code, other) == (0, 0), output
     run = only_run(place / "two")
     check_same_training(only_run(place / "one"), run)
     assert output.count("Epoch 2 completed") == output.count("Run directory") == 1
@@ -103,9 +131,9 @@ def test_two_processes_encode_a_part_each_and_train_and_test_as_one(place, monke
     for first, second in zip(*indexes, strict=True):  # of the whole pictures, and of the mirrored ones
         names = [{json.loads(line)[0] for line in index.read_text().splitlines()} for index in (first, second)]
         assert len(names[0]) == len(names[1]) == 10 and not names[0] & names[1]
-    monkeypatch.setenv("PATH", "")  # no Java: METEOR takes seconds
     testing = ["--mode", "test", "--split", "val+test", "--model_path", str(run)]
-    assert finished(torchrun(place, 2, *testing)).count("Written to ") == 1
+    (code, output), (_, others) = by_hand([place, place], testing, testing)
+    assert code == 0 and (output + others).count("Written to ") == 1, output
     together = json.loads((run / "test_metrics.json").read_text())
     (run / "test_metrics.json").unlink()
     alone(place, monkeypatch, *testing)
@@ -167,32 +195,11 @@ def test_stopped_together_and_resumed_alone(place, monkeypatch):
     check_same_training(run, only_run(place / "undisturbed"))
 
 
-def by_hand(places: list[Path], *commands: list[str]) -> list[subprocess.CompletedProcess[str]]:
-    """Processes as torchrun would start them, each in a directory and with flags of its own."""
-    group = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": free_port(),
-        "WORLD_SIZE": str(len(commands)),
-        "LOCAL_RANK": "0",
-    }
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), *flags], cwd=place, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env={**os.environ, **group, "RANK": str(rank)},
-        )
-        for rank, (place, flags) in enumerate(zip(places, commands, strict=True))
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=120) for process in started]
-    return [
-        subprocess.CompletedProcess([], each.returncode, *texts) for each, texts in zip(started, outputs, strict=True)
-    ]
-
-
 def test_processes_with_other_flags_are_refused(place):
     flags = [*TRAIN, "--model_save_dir", "otherwise"]
-    first, second = by_hand([place, place], [*flags, "--drop_prob", "0.2"], [*flags, "--drop_prob", "0.4"])
-    assert (first.returncode, second.returncode) == (2, 2) and "Traceback" not in first.stderr + second.stderr
-    assert "error: the processes disagree on --drop_prob: '0.2' in rank 0, '0.4' in rank 1" in first.stderr
+    (code, output), other = by_hand([place, place], [*flags, "--drop_prob", "0.2"], [*flags, "--drop_prob", "0.4"])
+    assert (code, other[0]) == (2, 2) and "Traceback" not in output + other[1]
+    assert "error: the processes disagree on --drop_prob: '0.2' in rank 0, '0.4' in rank 1" in output
     assert not (place / "otherwise").exists()
 
 
@@ -202,8 +209,8 @@ def test_machines_without_a_shared_cache_are_refused(place):
     elsewhere.mkdir()
     places = {"data_dir": place / "tiny", "model_save_dir": place / "apart", "feature_cache": "own"}
     flags = [*TRAIN, *(word for name, folder in places.items() for word in (f"--{name}", str(folder)))]
-    _, second = by_hand([place, elsewhere], flags, flags)
-    assert second.returncode == 2 and "rank 1 does not see own" in second.stderr and "that they share" in second.stderr
+    _, (code, output) = by_hand([place, elsewhere], flags, flags)
+    assert code == 2 and "rank 1 does not see own" in output and "that they share" in output
 
 
 def test_machines_with_another_data_set_are_refused(place):
@@ -214,8 +221,8 @@ def test_machines_with_another_data_set_are_refused(place):
     captions.write_text(captions.read_text().replace("p07.jpg,A", "p07.jpg,The"))
     flags = [*TRAIN, "--model_save_dir", str(place / "data"), "--feature_cache", str(place / "feature_cache")]
     flags += ["--image_dir", str(place / "tiny" / "Images")]
-    first, _ = by_hand([place, other], flags, flags)
-    assert first.returncode == 2 and "disagree on the hash of the captions and the split" in first.stderr
+    (code, output), _ = by_hand([place, other], flags, flags)
+    assert code == 2 and "disagree on the hash of the captions and the split" in output
     assert not (place / "data").exists()
 
 
