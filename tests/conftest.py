@@ -1,6 +1,8 @@
 """A tiny data set, and a main program that runs in a directory of its own."""
 
 import sys
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +40,25 @@ def without_java(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 
     if request.module.__name__ != "test_metrics":
         monkeypatch.setattr("metrics_utils.find_java", absent)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once() -> Iterator[None]:
+    """Encoders of the same weights are compiled once: OpenVINO takes a second of every test that trains."""
+    from captioning import encoders
+
+    compile_form, known = encoders.openvino_form, {}
+
+    def openvino_form(encoder: encoders.Encoder, size: int, streams: int):
+        weights = [(name, zlib.crc32(tensor.numpy().tobytes())) for name, tensor in encoder.state_dict().items()]
+        key = f"{encoder.spec} {size} {streams} {torch.get_num_threads()} {weights}"
+        if key not in known:
+            known[key] = compile_form(encoder, size, streams)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoders, "openvino_form", openvino_form)
+        yield
 
 
 @pytest.fixture

@@ -115,9 +115,9 @@ def check_same_training(first: Path, second: Path) -> None:
 
 
 def test_two_processes_encode_a_part_each_and_train_and_test_as_one(place, monkeypatch):
-    flags = ["--decoder", "attention", "--views", "mirror", "--attention_reg", "0.1"]
+    flags = [*TRAIN, "--decoder", "attention", "--views", "mirror", "--attention_reg", "0.1"]
     several = ["--feature_cache", os.pathsep.join(("disk1", "disk2"))]
-    flags = [*TRAIN, *"--epochs 2 --drop_prob 0 --batch_size 10".split(), *flags]  # the last batch leaves one without
+    flags += ["--epochs", "2", "--drop_prob", "0", "--batch_size", "10"]  # the last batch leaves one without
     alone(place, monkeypatch, *flags, "--model_save_dir", "one")
     command = [*flags, *several, "--model_save_dir", "two"]
     (code, output), (other, _) = by_hand([place, place], command, command)
