@@ -28,9 +28,8 @@ def test_a_recipe_is_what_its_name_says(path):
     args = trainer.parse_flags(["--config", str(path)])
     data, _, rest = path.stem.partition("_")
     decoder, _, place = rest.rpartition("_")
-    on_cpu = "efficientnet_lite0_stages" if decoder == "lstm" else "efficientnet_lite0"
     assert (args.dataset_type, args.decoder) == (data, decoder)
-    assert args.encoder == (on_cpu if place == "cpu" else "resnet50")
+    assert args.encoder == ("efficientnet_lite0" if place == "cpu" else "resnet50")
     assert f"--config configs/{path.name}" in path.read_text()
     assert args.warmup_epochs < args.epochs and args.views == "all"
 
