@@ -70,6 +70,7 @@ def work(environment: dict[str, str], place: Path, flags: list[str], output: Pat
     with open(output, "w") as file:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())
+    skip_pictures(pytest.MonkeyPatch())
     distributed.end(trainer.main(flags))
 
 
@@ -162,7 +163,7 @@ def workers(launcher: int) -> list[int]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks ps for a process's children as Linux has it")
 def test_after_a_killed_process_torchrun_goes_on_from_the_last_save(place):
-    epochs = 12
+    epochs = 7
     flags = ["--epochs", str(epochs - 1), "--scst_epochs", "1", "--decoder", "attention", "--model_save_dir", "killed"]
     process = torchrun(place, 2, *TRAIN, *flags, "--checkpoint_minutes", "0.0001")
     wait_for(lambda: saved_steps(place / "killed") >= 2, process)
