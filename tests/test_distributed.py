@@ -62,36 +62,45 @@ def finished(process: subprocess.Popen[str]) -> str:
     return output
 
 
-def work(environment: dict[str, str], place: Path, flags: list[str], output: Path) -> NoReturn:
-    """Run the program as a process of its own would, in a directory, with what it says written to a file."""
+def work(environment: dict[str, str], place: Path, flags: list[str], outputs: list[Path]) -> NoReturn:
+    """Run the program as a process of its own would, in a directory, with what it says written to two files."""
     multiprocessing.set_start_method(None, force=True)  # a forked process has its parent's
     os.environ.update(environment)
     os.chdir(place)
-    with open(output, "w") as file:
-        for stream in (sys.stdout, sys.stderr):
+    for stream, path in zip((sys.stdout, sys.stderr), outputs, strict=True):
+        with open(path, "w") as file:
             os.dup2(file.fileno(), stream.fileno())
     skip_pictures(pytest.MonkeyPatch())
     distributed.end(trainer.main(flags))
 
 
-def by_hand(places: list[Path], *commands: list[str]) -> list[tuple[int | None, str]]:
-    """Run processes as a cluster would start them, each in a directory and with flags of its own.
+def by_hand(places: list[Path], *commands: list[str]) -> list[subprocess.CompletedProcess[str]]:
+    """Processes as a cluster would start them, each in a directory and with flags of its own.
 
-    Returns each process's exit code and what it printed. They are forked from a process that has PyTorch loaded, which
-    saves each the seconds of importing it.
+    They are forked from a process that has PyTorch loaded, which saves each the seconds of importing it.
     """
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(len(commands))}
+    group = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": free_port(),
+        "WORLD_SIZE": str(len(commands)),
+        "LOCAL_RANK": "0",
+    }
     group["PATH"] = ""  # no Java: METEOR takes seconds
-    outputs = [place / f"output{rank}.txt" for rank, place in enumerate(places)]
+    outputs = [[place / f"{name}{rank}.txt" for name in ("stdout", "stderr")] for rank, place in enumerate(places)]
     started = [
-        START.Process(target=work, args=(group | {"RANK": str(rank), "LOCAL_RANK": "0"}, place, flags, outputs[rank]))
+        START.Process(target=work, args=(group | {"RANK": str(rank)}, place, flags, outputs[rank]))
         for rank, (place, flags) in enumerate(zip(places, commands, strict=True))
     ]
     for process in started:
         process.start()
     for process in started:
-        process.join(240)
-    return [(process.exitcode, output.read_text()) for process, output in zip(started, outputs, strict=True)]
+        process.join(120)
+        process.kill()  # where it hangs
+        process.join()
+    return [
+        subprocess.CompletedProcess([], process.exitcode or 0, *(path.read_text() for path in files))
+        for process, files in zip(started, outputs, strict=True)
+    ]
 
 
 def only_run(folder: Path) -> Path:
@@ -121,8 +130,9 @@ def test_two_processes_encode_a_part_each_and_train_and_test_as_one(place, monke
     flags += ["--epochs", "2", "--drop_prob", "0", "--batch_size", "10"]  # the last batch leaves one without
     alone(place, monkeypatch, *flags, "--model_save_dir", "one")
     command = [*flags, *several, "--model_save_dir", "two"]
-    (code, output), (other, _) = by_hand([place, place], command, command)
-    assert (code, other) == (0, 0), output
+    first, second = by_hand([place, place], command, command)
+    output = first.stdout + second.stdout
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
     run = only_run(place / "two")
     check_same_training(only_run(place / "one"), run)
     assert output.count("Epoch 2 completed") == output.count("Run directory") == 1
@@ -133,8 +143,9 @@ def test_two_processes_encode_a_part_each_and_train_and_test_as_one(place, monke
         names = [{json.loads(line)[0] for line in index.read_text().splitlines()} for index in (first, second)]
         assert len(names[0]) == len(names[1]) == 10 and not names[0] & names[1]
     testing = ["--mode", "test", "--split", "val+test", "--model_path", str(run)]
-    (code, output), (_, others) = by_hand([place, place], testing, testing)
-    assert code == 0 and (output + others).count("Written to ") == 1, output
+    first, second = by_hand([place, place], testing, testing)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert (first.stdout + second.stdout).count("Written to ") == 1
     together = json.loads((run / "test_metrics.json").read_text())
     (run / "test_metrics.json").unlink()
     alone(place, monkeypatch, *testing)
@@ -198,9 +209,9 @@ def test_stopped_together_and_resumed_alone(place, monkeypatch):
 
 def test_processes_with_other_flags_are_refused(place):
     flags = [*TRAIN, "--model_save_dir", "otherwise"]
-    (code, output), other = by_hand([place, place], [*flags, "--drop_prob", "0.2"], [*flags, "--drop_prob", "0.4"])
-    assert (code, other[0]) == (2, 2) and "Traceback" not in output + other[1]
-    assert "error: the processes disagree on --drop_prob: '0.2' in rank 0, '0.4' in rank 1" in output
+    first, second = by_hand([place, place], [*flags, "--drop_prob", "0.2"], [*flags, "--drop_prob", "0.4"])
+    assert (first.returncode, second.returncode) == (2, 2) and "Traceback" not in first.stderr + second.stderr
+    assert "error: the processes disagree on --drop_prob: '0.2' in rank 0, '0.4' in rank 1" in first.stderr
     assert not (place / "otherwise").exists()
 
 
@@ -210,8 +221,8 @@ def test_machines_without_a_shared_cache_are_refused(place):
     elsewhere.mkdir()
     places = {"data_dir": place / "tiny", "model_save_dir": place / "apart", "feature_cache": "own"}
     flags = [*TRAIN, *(word for name, folder in places.items() for word in (f"--{name}", str(folder)))]
-    _, (code, output) = by_hand([place, elsewhere], flags, flags)
-    assert code == 2 and "rank 1 does not see own" in output and "that they share" in output
+    _, second = by_hand([place, elsewhere], flags, flags)
+    assert second.returncode == 2 and "rank 1 does not see own" in second.stderr and "that they share" in second.stderr
 
 
 def test_machines_with_another_data_set_are_refused(place):
@@ -222,8 +233,8 @@ def test_machines_with_another_data_set_are_refused(place):
     captions.write_text(captions.read_text().replace("p07.jpg,A", "p07.jpg,The"))
     flags = [*TRAIN, "--model_save_dir", str(place / "data"), "--feature_cache", str(place / "feature_cache")]
     flags += ["--image_dir", str(place / "tiny" / "Images")]
-    (code, output), _ = by_hand([place, other], flags, flags)
-    assert code == 2 and "disagree on the hash of the captions and the split" in output
+    first, _ = by_hand([place, other], flags, flags)
+    assert first.returncode == 2 and "disagree on the hash of the captions and the split" in first.stderr
     assert not (place / "data").exists()
 
 
