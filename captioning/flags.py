@@ -121,8 +121,8 @@ count, positive, whole = number(int, 1, 10**9), number(float, 0, 1e30, above=Tru
 weight = number(float, 0, 1e30)
 GROUPS: dict[str, tuple[Flag, ...]] = {
     "what to do": (
-        Flag("mode", "train a decoder; score a trained one; find its best beam size and length penalty on the validation "
-            "images; caption images with it; open a page in the browser that does; write it as a folder to share",
+        Flag("mode", "train a decoder; score a trained one; find its best length penalty (and, without consensus, beam size) on the "
+            "validation images; caption images with it; open a page in the browser that does; write it as a folder to share",
             str, "train", MODES, parameter=False),
         Flag("model_path", "checkpoint, run directory, folder of runs, exported folder, or hf-hub:OWNER/NAME, perhaps with "
             "@REVISION, for one on the Hugging Face hub: to test (several are an ensemble), or to train on from", path, many=True, metavar="PATH"),
@@ -213,7 +213,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("attention_reg", "weight of Show-Attend-and-Tell's doubly stochastic term; 1 with show_attend_tell unless given"
             f"{read_by('attention_reg')}", weight, 0.0,
             modes=("train",), checkpoint="train"),
-        Flag("best_metric", "what picks best.pt: val_loss suits --fine_tune and schedules that fall to zero, cider a constant rate",
+        Flag("best_metric", "what picks best.pt: val_loss jumps less from epoch to epoch, and suits --fine_tune",
             str, "cider",
             ("cider", "bleu4", "val_loss"), modes=("train",), checkpoint="train"),
         Flag("replay", "share of each epoch's captions that are of images which the model of --init_from was trained on, so "
