@@ -461,7 +461,13 @@ def save_attention_pictures(context: EvalContext, images: np.ndarray, directory:
         if not words or found.attention is None:
             log.warning(f"No attention picture of {name}: its caption is empty")
             continue
-        picture = open_image(data.image_dir / name, at_least=max(900, 900 * settings.attention_viz_dpi // plots.DPI))
+        try:
+            picture = open_image(
+                data.image_dir / name, at_least=max(900, 900 * settings.attention_viz_dpi // plots.DPI)
+            )
+        except UnreadableImage as problem:  # its features were cached while it could be read
+            log.warning(f"No attention picture: {problem}")
+            continue
         save_pictures(
             directory, n, picture, name, words, found.attention, settings.advanced_attention_viz,
             settings.attention_viz_format, settings.attention_viz_dpi,

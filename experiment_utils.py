@@ -9,7 +9,7 @@ python experiment_utils.py prune saved_models
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import os
 import platform
 import sys
@@ -25,6 +25,7 @@ from captioning.io import (
     log,
     make_directory,
     printable,
+    read_json,
     require_free_space,
     run_command,
     write_atomic,
@@ -177,14 +178,15 @@ def write_training_log(
 
 def save_numbered(directory: Path, name: str, content: Sequence[Mapping[str, Any]]) -> str:
     """Write JSON under the first free `name[_N].json` and return that name; an equal file there serves again."""
-    number = 1
-    while True:
-        path = directory / (f"{name}.json" if number == 1 else f"{name}_{number}.json")
-        if not path.exists():
-            write_json(path, content)
-        if json.loads(path.read_text(encoding="utf-8")) == content:
-            return path.name
+    path, number = directory / f"{name}.json", 1
+    while path.exists():
+        with contextlib.suppress(UserError):  # a damaged file is another
+            if read_json(path) == content:
+                return path.name
         number += 1
+        path = directory / f"{name}_{number}.json"
+    write_json(path, content)
+    return path.name
 
 
 def prune(folder: Path, ask: Callable[[str], bool]) -> str:

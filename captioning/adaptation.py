@@ -59,7 +59,7 @@ def settle(settings: Settings, checkpoint: Mapping[str, Any], source: Path) -> S
         place = given or Path(flags["data_dir"] or Path("data") / flags["dataset_type"])
         try:
             find_captions_file(place)
-        except (UserError, PermissionError) as error:
+        except (UserError, OSError) as error:
             if given is not None:
                 raise UserError(
                     f"--replay_data_dir {given} is no data set that can be read: give the folder of the data that {source} "

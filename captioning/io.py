@@ -228,8 +228,10 @@ def run_command(command: Callable[[], int], stopped: str) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except PermissionError as error:  # reading may fail anywhere; writing has messages of its own
-        print(f"error: no permission for {printable(str(error.filename))}. Make it readable and rerun", file=sys.stderr)
+    except OSError as error:  # reading may fail anywhere; writing has messages of its own
+        if error.filename is None:
+            raise
+        print(f"error: {unreadable(error)}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         print(f"error: {not_installed(error.name)}", file=sys.stderr)
@@ -258,6 +260,14 @@ def not_installed(package: str | None) -> UserError:
 # Files
 
 
+def unreadable(error: OSError) -> str:
+    """Say of an error that names a file or folder what to do: no permission, a name that is too long, a disk's fault."""
+    name = printable(str(error.filename))
+    if isinstance(error, PermissionError):
+        return f"no permission for {name}. Make it readable and rerun"
+    return f"cannot read {name}: {error.strerror}"
+
+
 def temporary_name(path: Path) -> Path:
     """Return a name beside `path` that no other process has, on whatever machine or in whatever container.
 
@@ -265,7 +275,8 @@ def temporary_name(path: Path) -> Path:
     """
     with contextlib.suppress(OSError):
         remove_stale_files_once(path.parent)
-    return path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}.tmp")
+    name = path.name.encode(errors="surrogateescape")[:200].decode(errors="ignore")  # a name has 255 bytes at most
+    return path.with_name(f".{name}.{secrets.token_hex(8)}.tmp")
 
 
 def remove_stale_files(directory: Path) -> None:

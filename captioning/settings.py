@@ -31,7 +31,7 @@ from captioning.flags import (
     path,
     text,
 )
-from captioning.io import UserError, first_line, not_installed, read_json
+from captioning.io import UserError, first_line, not_installed, read_json, unreadable
 from captioning.registry import DECODERS, ENCODERS, LIBRARIES, folder_name, idle_flags, library_of, size_problem
 
 
@@ -108,7 +108,7 @@ class Settings(argparse.Namespace):
         # Whoever wrote the checkpoint makes no cache elsewhere: only a folder that is a cache already is used.
         caches = cache_folders(saved["feature_cache"])
         if not (self.adapts or "feature_cache" in self.explicit):
-            with contextlib.suppress(PermissionError):  # of a folder of another user's
+            with contextlib.suppress(OSError):  # of a folder of another user's
                 if not caches or any(any(cache.glob(f"{folder_name(saved['encoder'])}-*")) for cache in caches):
                     found["feature_cache"] = saved["feature_cache"]
         consensus = self.by_consensus and checkpoint["consensus"] is not None
@@ -270,8 +270,8 @@ def answer_flags(argv: list[str]) -> Settings:
             settings = parse_flags(argv)
             if not importlib.util.find_spec("torch"):
                 raise not_installed("torch")
-        except UserError as problem:
-            print(f"error: {problem}", file=sys.stderr)
+        except (UserError, OSError) as problem:
+            print(f"error: {unreadable(problem) if isinstance(problem, OSError) else problem}", file=sys.stderr)
             sys.exit(2)
     return settings
 

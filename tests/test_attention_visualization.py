@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -302,3 +303,22 @@ def test_the_photo_given_is_not_changed():
     before = image.tobytes()
     attention.advanced_attention_figure(image, caption(2), maps(2))
     assert image.size == SIZES["landscape"] and image.tobytes() == before
+
+
+def test_a_photo_that_is_gone_costs_its_own_picture_only(tmp_path, monkeypatch, caplog):
+    """Its features are in the cache, so that training and testing went on without it."""
+    monkeypatch.setattr(
+        "captioning.evaluation.caption",
+        lambda context, images, *_, **__: [SimpleNamespace(ids=[4], attention=one_hot(0))] * len(images),
+    )
+    photo().save(tmp_path / "here.jpg")
+    settings = SimpleNamespace(
+        beam_size=3, attention_viz_dpi=60, advanced_attention_viz=False, attention_viz_format="png"
+    )
+    context = SimpleNamespace(
+        settings=settings, data=SimpleNamespace(names=["gone.jpg", "here.jpg"], image_dir=tmp_path), members=[],
+        vocabulary=SimpleNamespace(decode=lambda ids: ["dog"]),
+    )  # fmt: skip
+    attention.save_attention_pictures(context, np.arange(2), tmp_path)
+    assert [path.name for path in tmp_path.glob("*.png")] == ["attention_viz_sample_2.png"]
+    assert "gone.jpg: No such file or directory" in caplog.text

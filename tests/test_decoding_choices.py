@@ -98,11 +98,12 @@ def test_a_file_of_scores_from_before_sentence_bleu_is_read(trained):
 def test_another_test_of_the_same_name_overwrites_nothing(trained):
     _, _, lstm, _ = trained
     assert score("--beam_size", "8", "--length_penalty", "0", model=[lstm]) == 0
+    (lstm / "test_captions_beam8_2.json").write_text("{")  # damaged
     before = files(lstm)
     assert score("--beam_size", "8", "--length_penalty", "5", model=[lstm]) == 0
     after, (*_, short, _, long) = files(lstm), rows(lstm)
     assert short["captions_file"] == "test_captions_beam8.json"
-    assert long["captions_file"] == "test_captions_beam8_2.json" and long["scores_file"] == "test_scores_beam8_2.json"
+    assert long["captions_file"] == "test_captions_beam8_3.json" and long["scores_file"] == "test_scores_beam8_2.json"
     ours = [name for name in before if "_captions_" in name or "_scores_" in name]
     assert ours and all(after[name] == before[name] for name in ours)
 

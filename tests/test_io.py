@@ -138,12 +138,26 @@ def test_closed_standard_streams(tmp_path):
     assert int((tmp_path / "n").read_text()) > 2
 
 
-def test_a_file_that_may_not_be_read_is_a_line(capsys):
+@pytest.mark.parametrize(
+    "number, message",
+    [
+        (errno.EACCES, "error: no permission for cache/tokens.bin. Make it readable and rerun"),
+        (errno.ENAMETOOLONG, "error: cannot read cache/tokens.bin: File name too long"),
+        (errno.EIO, "error: cannot read cache/tokens.bin: Input/output error"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_a_line(capsys, number, message):
     def command() -> int:
-        raise PermissionError(errno.EACCES, "Permission denied", "cache/tokens.bin")
+        raise OSError(number, os.strerror(number), "cache/tokens.bin")
 
     assert run_command(command, "Stopped.") == 2
-    assert capsys.readouterr().err.startswith("error: no permission for cache/tokens.bin")
+    assert capsys.readouterr().err == message + "\n"
+
+
+def test_a_name_of_many_bytes_can_be_written(tmp_path):
+    path = tmp_path / ("写" * 83 + ".csv")  # 253 bytes
+    write_text(path, "image,caption\n")
+    assert path.read_text() == "image,caption\n" and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_closed_standard_stream_can_be_written_to(monkeypatch):

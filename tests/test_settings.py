@@ -10,7 +10,7 @@ import pytest
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from captioning.flags import FLAGS, GONE, MODES
 from captioning.io import UserError
-from captioning.settings import Settings, parse_flags
+from captioning.settings import Settings, answer_flags, parse_flags
 
 SCRIPT = Path(trainer.__file__)
 
@@ -153,6 +153,12 @@ def test_tuned_decoding_counts_unless_flags_say_otherwise():
 def test_flags_are_answered_without_pytorch():
     code = "import sys; from captioning.settings import parse_flags; parse_flags([]); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, check=True)
+
+
+def test_a_name_that_no_file_can_have_is_a_line(capsys):
+    with pytest.raises(SystemExit) as ended:
+        answer_flags(["--resume", "a" * 300])
+    assert ended.value.code == 2 and capsys.readouterr().err.endswith("aaa/run_config.json: File name too long\n")
 
 
 def test_run_config_has_every_flag():

@@ -234,7 +234,7 @@ def find_examples(captioner: Captioner, args: Settings) -> list[Path]:
         data_dir = Path("data") / flags["dataset_type"]
     try:
         data = load_caption_set(data_dir, image_dir, captions_file, flags["seed"], captioner.split)
-    except (UserError, PermissionError):
+    except (UserError, OSError):
         if args.data_dir or args.image_dir or args.captions_file:
             raise
         log.info("No example photos: the data set of this model is not here (--data_dir names it)")
