@@ -330,7 +330,8 @@ def config_flags(parser: argparse.ArgumentParser, file: Path) -> tuple[dict[str,
     if isinstance(recorded, list):
         explicit = {name for name in recorded if isinstance(name, str) and name in flags}
     elif "command" in content and "timestamp" in content:
-        explicit = {name for name, value in flags.items() if value != FLAGS[name].default}
+        read = {name for name in flags if "train" in FLAGS[name].modes}  # another flag's default may have changed
+        explicit = {name for name in read if flags[name] != FLAGS[name].default}
     else:
         explicit = set(flags)
     return flags, {name for name in explicit if not (FLAGS[name].switch and not flags[name])}
