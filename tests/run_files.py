@@ -121,6 +121,12 @@ def skip_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"{module}.write_report", lambda directory, *_: directory / "report.html")
 
 
+def only_run(place: str | Path = "saved_models") -> Path:
+    """The run directory below `place`."""
+    (directory,) = Path(place).glob("*/*/*")
+    return directory
+
+
 def command(*words: object) -> int:
     return experiment_utils.main([str(word) for word in words])
 
