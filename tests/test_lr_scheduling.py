@@ -10,6 +10,7 @@ import as_script
 import pytest
 import torch
 
+from captioning.flags import SCHEDULERS
 from captioning.schedules import Schedule, ScheduleSettings, choose_schedule
 from captioning.settings import parse_flags
 
@@ -134,11 +135,18 @@ def test_plateau_is_pytorchs():
     assert ours.rate(0) < 0.1
 
 
-def test_state_goes_on_where_it_was():
-    schedule = Schedule(replace(BASE, type="reduce_lr_on_plateau", patience=0))
-    for loss in (2.0, 2.0, 2.0):
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_state_goes_on_where_it_was(kind):
+    """Also in mid-epoch, and for the losses to come."""
+    schedule = Schedule(replace(BASE, type=kind, patience=1))
+    for loss in (2.0, 2.0, 2.0, 2.0):
         schedule.epoch_ended(loss)
-    assert Schedule.from_state(schedule.state()).state() == schedule.state()
+    again = Schedule.from_state(schedule.state())
+    for each in (schedule, again):
+        each.epoch_ended(2.0)
+    places = [(epoch, step) for epoch in range(4, 12) for step in range(5)]
+    assert [again.rate(*place) for place in places] == [schedule.rate(*place) for place in places]
+    assert again.state() == schedule.state()
 
 
 if __name__ == "__main__":
