@@ -4,7 +4,9 @@ import html.parser
 import json
 import os
 import pickle
+import struct
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +114,14 @@ def add_ensemble(run: Path, file: str, cider: float, as_list: bool = False) -> N
     members = ["best.pt", "models/<b>two</b>/best.pt"]
     named = {"checkpoint": members, "epoch": [3, 2]} if as_list else {"checkpoint": " + ".join(members), "epoch": 3}
     path.write_text(json.dumps([*rows, row | named | {"cider": cider}]))
+
+
+def png_of(width: int, height: int) -> bytes:
+    """A PNG whose header claims a size, without the pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = [header, b"IDAT" + zlib.compress(bytes(9)), b"IEND"]
+    parts = (struct.pack(">I", len(each) - 4) + each + struct.pack(">I", zlib.crc32(each)) for each in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 def skip_pictures(monkeypatch: pytest.MonkeyPatch) -> None:

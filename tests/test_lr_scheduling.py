@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from captioning.flags import SCHEDULERS
+from captioning.io import UserError
 from captioning.schedules import Schedule, ScheduleSettings, choose_schedule
 from captioning.settings import parse_flags
 
@@ -87,6 +88,12 @@ def test_a_fresh_schedule_begins_at_the_runs_rate(capsys):
     assert later.stored()["learning_rate"] == 0.004  # for the run after this one
     schedule = choose_schedule(later, CHECKPOINT, 5)
     assert schedule.rate(6) == 0.004 and "at learning rate 0.004" in capsys.readouterr().out
+
+
+def test_a_flag_of_a_schedule_needs_a_schedule():
+    later = parse_flags(["--model_path", "x.pt", "--min_lr", "1e-5"]).with_checkpoint(CHECKPOINT, Path("x.pt"))
+    with pytest.raises(UserError, match="--min_lr has no effect: the checkpoint has no schedule"):
+        choose_schedule(later, CHECKPOINT, 5)
 
 
 def test_training_past_the_end_of_a_schedule_is_told_at_the_start(capsys):
