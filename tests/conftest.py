@@ -89,3 +89,16 @@ def tiny_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             assert trainer.main([*flags.split(), *typed]) == 0
         (found[decoder],) = (path.parent for path in (folder / decoder).rglob("best.pt"))
     return found
+
+
+@pytest.fixture(scope="session")
+def model(tiny_runs: dict[str, Path]):
+    """A captioner of the `attention` run; whoever changes it changes it back."""
+    from captioning import Captioner
+
+    return Captioner.load(str(tiny_runs["attention"]))
+
+
+@pytest.fixture(scope="session")
+def photo(tiny_runs: dict[str, Path]) -> Path:
+    return tiny_runs["data"] / "Images" / "p03.jpg"
