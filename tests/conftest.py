@@ -70,6 +70,8 @@ def tiny(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def tiny_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A trained run on the tiny set for each decoder, for tests that change nothing there; and the set as `data`."""
+    from run_files import skip_pictures
+
     import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 
     folder = tmp_path_factory.mktemp("runs")
@@ -82,6 +84,21 @@ def tiny_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         flags += " --views mirror" if decoder == "lstm" else ""
         places = {"data_dir": "tiny", "model_save_dir": decoder, "feature_cache": "cache"}
         typed = [word for name, place in places.items() for word in (f"--{name}", str(folder / place))]
-        assert trainer.main([*flags.split(), *typed]) == 0
+        with pytest.MonkeyPatch.context() as patch:
+            skip_pictures(patch)
+            assert trainer.main([*flags.split(), *typed]) == 0
         (found[decoder],) = (path.parent for path in (folder / decoder).rglob("best.pt"))
     return found
+
+
+@pytest.fixture(scope="session")
+def model(tiny_runs: dict[str, Path]):
+    """A captioner of the `attention` run; whoever changes it changes it back."""
+    from captioning import Captioner
+
+    return Captioner.load(str(tiny_runs["attention"]))
+
+
+@pytest.fixture(scope="session")
+def photo(tiny_runs: dict[str, Path]) -> Path:
+    return tiny_runs["data"] / "Images" / "p03.jpg"

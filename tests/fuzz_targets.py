@@ -44,7 +44,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from captioning import encoders
-from captioning.checkpoints import SCHEMA, load_checkpoint, load_weights, require_trainable, save_checkpoint
+from captioning.checkpoints import (
+    SCHEMA,
+    load_checkpoint,
+    load_weights,
+    require_trainable,
+    save_checkpoint,
+    tuned_decoding,
+)
 from captioning.dataset import Tokens, Vocabulary, pack_tokens, unpack_tokens
 from captioning.decoders import build_decoder
 from captioning.encoders import find_encoder
@@ -142,11 +149,11 @@ def tunings(draw: st.DrawFn) -> bytes:
 
 def tuned_checkpoint(value: bytes, folder: Path) -> bool:
     """`decoding.json`, which `--mode tune` leaves beside a checkpoint."""
-    (folder / "best.pt").write_bytes(zipped(checkpoint_records()))
     (folder / "decoding.json").write_bytes(value)
-    checkpoint = refuses(lambda: load_checkpoint(folder / "best.pt"))
-    if checkpoint is None or checkpoint["decoding"] is None:
+    tuned = refuses(lambda: tuned_decoding(folder / "best.pt", 1))
+    if tuned is None:
         return False
+    checkpoint = sound_checkpoint() | {"decoding": tuned}
     settings = parse_flags(["--mode", "test", "--model_path", "x"]).with_checkpoint(checkpoint, folder)
     assert 1 <= settings.beam_size <= 1000 and 0 <= settings.length_penalty <= 100
     return True

@@ -4,7 +4,9 @@ import html.parser
 import json
 import os
 import pickle
+import struct
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -114,11 +116,25 @@ def add_ensemble(run: Path, file: str, cider: float, as_list: bool = False) -> N
     path.write_text(json.dumps([*rows, row | named | {"cider": cider}]))
 
 
+def png_of(width: int, height: int) -> bytes:
+    """A PNG whose header claims a size, without the pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = [header, b"IDAT" + zlib.compress(bytes(9)), b"IEND"]
+    parts = (struct.pack(">I", len(each) - 4) + each + struct.pack(">I", zlib.crc32(each)) for each in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
 def skip_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw no curves and no report: they take longer than training a tiny model does."""
     monkeypatch.setattr("captioning.plots.draw_curves", lambda *_: None)
     for module in ("captioning.reports", "captioning.modes.test"):
         monkeypatch.setattr(f"{module}.write_report", lambda directory, *_: directory / "report.html")
+
+
+def only_run(place: str | Path = "saved_models") -> Path:
+    """The run directory below `place`."""
+    (directory,) = Path(place).glob("*/*/*")
+    return directory
 
 
 def command(*words: object) -> int:

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import numpy as np
 import pytest
 import torch
+from run_files import skip_pictures
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
@@ -74,6 +75,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
                     startup.stop_after_first_step()
         return SimpleNamespace(returncode=2 if "--decodr" in command else 0)
 
+    skip_pictures(monkeypatch)
     monkeypatch.setattr(memory, "watch", watch)
     monkeypatch.setattr(startup, "subprocess", SimpleNamespace(run=run_command))
 
@@ -155,11 +157,6 @@ def test_a_withheld_theme_is_nowhere_but_among_the_own_photos(tiny: Path, tmp_pa
         names = {split: {written[size].names[i] for i in images} for split, images in written[size].splits.items()}
         assert len(names["train"] | names["val"]) == size and len(names["test"]) == 1
         assert len(set.union(*names.values())) == size + 1 and set.union(*names.values()) <= themed
-
-
-def test_an_unknown_part_is_refused() -> None:
-    with pytest.raises(SystemExit):
-        run.main(["--only", "speed"])
 
 
 def in_place_product(_: torch.Size, left: torch.Size, right: torch.Size, **__: object) -> int:

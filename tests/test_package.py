@@ -85,3 +85,19 @@ def test_messages_print_what_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert program() == "flickr-caption"
     assert install_command("hub") == 'python -m pip install "image-captioning-trainer[hub]"'
     assert install_command() == 'python -m pip install "image-captioning-trainer"'
+
+
+@pytest.mark.parametrize(
+    ("command", "package"),
+    [
+        ("flickr_image_caption_with_pytorch_resnet_lstm.py --dry_run", "torch"),
+        ("download_datasets.py --dataset demo", "filelock"),
+    ],
+)
+def test_a_python_without_the_packages_says_how_to_get_them(tmp_path, command, package):
+    script, *flags = command.split()
+    bare = [sys.executable, "-S", ROOT / script, *flags]  # -S: without site-packages
+    ended = subprocess.run(bare, cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: ") and f"has no package {package}" in ended.stderr
+    assert "python -m pip install -r requirements.txt" in ended.stderr

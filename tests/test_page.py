@@ -3,31 +3,18 @@
 import base64
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 from page_server import ask, page_of
-
-from captioning.captioner import Captioner
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 NO_CHATTER = "--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update"
 
 
 @pytest.fixture(scope="module")
-def model(tiny_runs) -> Captioner:
-    return Captioner.load(tiny_runs["attention"])
-
-
-@pytest.fixture(scope="module")
 def page(model, tiny_runs):
     with page_of(model, tiny_runs) as address:
         yield address
-
-
-@pytest.fixture(scope="module")
-def photo(tiny_runs) -> Path:
-    return tiny_runs["data"] / "Images" / "p03.jpg"
 
 
 @pytest.fixture(scope="module")

@@ -94,12 +94,14 @@ registry.DECODERS["gru"] = registry.Entry("plugin:GRUDecoder", ("save_attention_
 
 import torch
 
-import captioning.plots
+import pytest
+from run_files import skip_pictures
+
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from captioning.captioner import Captioner
 from captioning.checkpoints import load_checkpoint
 
-captioning.plots.draw_curves = lambda *_: None  # no plug-in has a part in them
+skip_pictures(pytest.MonkeyPatch())  # no plug-in has a part in them
 
 
 def run(*words):
@@ -120,7 +122,7 @@ shutil.copy(folder / "model_epoch_1.pt", folder / "last.pt")  # as if it had bee
 run("--resume", folder)
 assert torch.equal(before, weights(folder / "model_epoch_3.pt"))
 
-run("--mode", "test", "--model_path", folder, "--beam_size", 3, "--save_attention_viz")
+run("--mode", "test", "--model_path", folder, "--beam_size", 3, "--save_attention_viz", "--attention_viz_samples", 1, "--attention_viz_dpi", 50)
 assert {entry["beam_size"] for entry in json.loads((folder / "test_metrics.json").read_text())} == {1, 3}
 assert list(folder.glob("attention_viz_sample_*.png"))
 run("--mode", "caption", "--model_path", folder, "--images", "tiny/Images", "--output", "captions.csv")
@@ -138,7 +140,7 @@ def run_driver(folder: Path, driver: str, *flags: str) -> None:
     (folder / "plugin.py").write_text(PLUGIN)
     (folder / "driver.py").write_text(driver)
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(folder)]),
         "PATH": "",
         "OMP_NUM_THREADS": "1",
     }
@@ -149,11 +151,3 @@ def run_driver(folder: Path, driver: str, *flags: str) -> None:
 
 def test_an_encoder_and_a_decoder_from_outside_do_everything(tiny):
     run_driver(tiny.parent, DRIVER)
-
-
-def test_the_registry_is_read_without_pytorch(tmp_path):
-    program = (
-        "import sys; from captioning import flags, registry; assert 'torch' not in sys.modules;"
-        "assert all(type(registry.load(e)).__name__ for e in (*registry.ENCODERS.values(), *registry.DECODERS.values()))"
-    )
-    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)

@@ -20,11 +20,6 @@ from captioning.runs import find_checkpoint
 PAGE = Path(trainer.__file__).parent / "docs" / "python.md"
 
 
-@pytest.fixture(scope="module")
-def model(tiny_runs) -> Captioner:
-    return Captioner.load(str(tiny_runs["attention"]))
-
-
 @pytest.fixture
 def photos(tiny_runs, tmp_path, monkeypatch) -> Path:
     """A folder that one is in, with `photos/p01.jpg`, `photos/p02.jpg` and `dog.jpg`."""
@@ -195,7 +190,8 @@ def test_models_of_the_package_have_names(tiny_runs, photos, monkeypatch, capsys
 def test_the_captioner_of_the_package_captions_photos_unless_another_is_named(photos, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     photo = str(photos / "dog.jpg")
-    assert trainer.main(["--mode", "caption", "--images", photo, "--save_attention_viz"]) == 0
+    drawn = ["--save_attention_viz", "--attention_viz_dpi", "50"]
+    assert trainer.main(["--mode", "caption", "--images", photo, *drawn]) == 0
     out, err = capsys.readouterr()
     assert out == f"{photo}\t{Captioner.load()(photo).text}\n" and err.count("Using flickr8k_attention") == 1
     assert list(Path("captions_viz").glob("attention_viz_sample_1.png"))

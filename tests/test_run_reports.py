@@ -72,11 +72,10 @@ def test_an_output_that_is_a_file_has_all_columns(runs, monkeypatch):
     assert "Too wide" not in done.stdout and "e" * 300 in done.stdout
 
 
-def test_neither_importing_nor_listing_needs_pytorch(runs):
-    for code, absent in (("pass", {"torch", "pandas", "matplotlib"}), ("main(['list', sys.argv[1]])", {"torch"})):
-        code = f"import sys; from experiment_utils import main; {code}; print(*sys.modules)"
-        done = subprocess.run([sys.executable, "-c", code, str(runs)], capture_output=True, text=True, check=True)
-        assert not absent & set(done.stdout.split())
+def test_listing_needs_no_pytorch(runs):
+    code = "import sys; from experiment_utils import main; main(['list', sys.argv[1]]); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, str(runs)], capture_output=True, text=True, check=True)
+    assert "torch" not in done.stdout.split()
 
 
 def test_sorting_puts_the_best_first_and_those_without_the_score_last(runs, capsys):

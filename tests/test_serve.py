@@ -10,14 +10,11 @@ import re
 import shutil
 import signal
 import socket
-import struct
 import sys
 import tempfile
 import threading
 import time
-import zlib
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,6 +22,7 @@ import pytest
 import requests
 from page_server import ask, flags, page_of, serve, serving
 from PIL import Image
+from run_files import png_of
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from captioning.captioner import Caption, Captioner, Decoding, Word
@@ -47,11 +45,6 @@ def watch(event: str, values: tuple) -> None:
 
 
 @pytest.fixture(scope="module")
-def model(tiny_runs) -> Captioner:
-    return Captioner.load(tiny_runs["attention"])
-
-
-@pytest.fixture(scope="module")
 def page(model, tiny_runs):
     """The page's address. No request may write a file, and none may leave this machine."""
     sys.addaudithook(watch)
@@ -59,16 +52,12 @@ def page(model, tiny_runs):
     thread.start()
     thread.join()
     assert FILES_WRITTEN  # the hook sees such a file
-    FILES_WRITTEN.clear()
+    for seen in (FILES_WRITTEN, PLACES_ASKED):  # an audit hook cannot be taken away: it sees other modules' tests
+        seen.clear()
     with page_of(model, tiny_runs) as address:
         yield address
     assert not FILES_WRITTEN
     assert set(PLACES_ASKED) <= {"127.0.0.1", "localhost", "192.0.2.1"}  # the last one by `test_ports`, to listen there
-
-
-@pytest.fixture(scope="module")
-def photo(tiny_runs) -> Path:
-    return tiny_runs["data"] / "Images" / "p03.jpg"
 
 
 def wait_for(happened) -> None:
@@ -76,14 +65,6 @@ def wait_for(happened) -> None:
     while not happened():
         assert time.monotonic() < end
         time.sleep(0.01)
-
-
-def png_of(width: int, height: int) -> bytes:
-    """A PNG whose header claims a size, without the pixels."""
-    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunks = [header, b"IDAT" + zlib.compress(bytes(9)), b"IEND"]
-    parts = (struct.pack(">I", len(each) - 4) + each + struct.pack(">I", zlib.crc32(each)) for each in chunks)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 # --------------------------------------------------------------------------------------------------
