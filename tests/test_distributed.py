@@ -123,7 +123,7 @@ def check_same_training(first: Path, second: Path, file: str = "last.pt") -> Non
 
 
 def test_two_processes_encode_a_part_each_and_train_and_test_as_one(place, monkeypatch):
-    flags = [*TRAIN, "--decoder", "attention", "--views", "mirror", "--attention_reg", "0.1"]
+    flags = [*TRAIN, "--decoder", "attention", "--fine_tune", "1", "--views", "mirror", "--attention_reg", "0.1"]
     several = ["--feature_cache", os.pathsep.join(("disk1", "disk2"))]
     flags += ["--epochs", "2", "--drop_prob", "0", "--batch_size", "10"]  # the last batch leaves one without
     alone(place, monkeypatch, *flags, "--model_save_dir", "one")

@@ -145,7 +145,9 @@ def test_a_run_config_records_what_was_explicit(tmp_path):
     content = {"decoder_type": "attention", "epochs": 10, "batch_size": 64, "timestamp": "t", "command": "python x"}
     file.write_text(json.dumps(content | {"explicit": ["epochs"]}))
     assert parse_flags(["--config", str(file)]).explicit == {"config", "epochs"}
-    file.write_text(json.dumps(content | {"consensus": "off"}))  # an older version: what differs from the default counts
+    file.write_text(
+        json.dumps(content | {"consensus": "off"})
+    )  # an older version: what differs from the default counts
     settings = parse_flags(["--config", str(file)])
     assert settings.explicit == {"config", "decoder", "batch_size"} and settings.decoder == "attention"
 
