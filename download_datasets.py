@@ -21,13 +21,17 @@ import urllib.parse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from captioning.fetch import BadArchive, DownloadError, download_file, extract_archive
-from captioning.io import DATA_SCRIPT, UserError, make_directory, program, require_free_space, run_command
-
-if TYPE_CHECKING:
-    from filelock import AcquireReturnProxy
+from captioning.io import (
+    DATA_SCRIPT,
+    UserError,
+    make_directory,
+    program,
+    require_free_space,
+    run_command,
+    wait_for_lock,
+)
 
 LICENCE_NOTE = "note: Flickr's images are for non-commercial research and education only"
 
@@ -401,20 +405,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.verify_only:
         return verify(names, data_dir)
     make_directory(data_dir, "the data sets")
-    with waiting_lock(data_dir):
+    message = f"Another download into {data_dir} is under way; waiting for it ..."
+    with wait_for_lock(data_dir / ".download.lock", message):
         return get_datasets(names, data_dir, arguments.force)
-
-
-def waiting_lock(data_dir: Path) -> AcquireReturnProxy:
-    """Lock the data sets; print a line and wait if another process holds the lock."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(data_dir / ".download.lock")
-    try:
-        return lock.acquire(timeout=0.1)
-    except Timeout:
-        print(f"Another download into {data_dir} is under way; waiting for it ...", flush=True)
-        return lock.acquire()
 
 
 def get_datasets(names: Sequence[str], data_dir: Path, force: bool) -> int:

@@ -126,10 +126,13 @@ def write_epoch_files(
     directory: Path, curve: dict[str, list[Any]], history: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """Write `loss_curve.json`, `metrics_history.json` and `training_log.csv`; return the rows of the last."""
+    from captioning.comparison import csv_text  # imports pandas, which `--help` does without
+
     write_json(directory / "loss_curve.json", curve)
     write_json(directory / "metrics_history.json", history)
-    write_training_log(directory, curve, history)
-    return training_rows(curve, history)
+    rows = training_rows(curve, history)
+    write_text(directory / "training_log.csv", csv_text(rows))  # all of it anew, so that resuming doubles nothing
+    return rows
 
 
 def write_summary(directory: Path, flags: dict[str, Any], command: str, facts: dict[str, Any]) -> None:
@@ -164,16 +167,6 @@ def write_summary(directory: Path, flags: dict[str, Any], command: str, facts: d
     lines += ["", *[f"{name}: {value}" for name, value in facts.items()]]
     lines += ["", "Reproduce with:", f"  {command}", "", "Full configuration saved to: run_config.json"]
     write_atomic(directory / "run_summary.txt", lambda file: file.write(("\n".join(lines) + "\n").encode()))
-
-
-def write_training_log(
-    directory: Path, curve: Mapping[str, Sequence[Any]], history: Sequence[Mapping[str, Any]]
-) -> None:
-    """Write `training_log.csv`: a row per epoch, all of them anew each time, so that resuming doubles nothing."""
-    from captioning.comparison import csv_text  # imports pandas, which `--help` does without
-
-    text = csv_text(training_rows(curve, history))
-    write_atomic(directory / "training_log.csv", lambda file: file.write(text.encode()))
 
 
 def save_numbered(directory: Path, name: str, content: Sequence[Mapping[str, Any]]) -> str:

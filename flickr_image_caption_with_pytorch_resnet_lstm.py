@@ -386,11 +386,11 @@ def train(settings: Settings, argv: list[str]) -> Path:
         images = images_to_draw(settings, context.data, context.data.splits["test"])
         save_attention_pictures(context, images, directory)
     if distributed.is_first():
-        finish(run, state, argv, (time.time() - started) / 60)
+        finish(run, state, (time.time() - started) / 60)
     return directory
 
 
-def finish(run: Run, state: TrainState, argv: list[str], minutes: float) -> None:
+def finish(run: Run, state: TrainState, minutes: float) -> None:
     """Write the files that a finished run ends with, and print the next command."""
     directory, data, flags = run.saver.directory, run.context.data, run.constants["flags"]
     plots.draw_curves(directory, state.curve, state.history, state.best["epoch"])
@@ -405,7 +405,7 @@ def finish(run: Run, state: TrainState, argv: list[str], minutes: float) -> None
     }
     if run.context.device.type == "cuda":
         facts["Peak GPU Memory"] = format_bytes(torch.cuda.max_memory_allocated())
-    write_summary(directory, flags, start_command(directory) or reproducing_command(argv), facts)
+    write_summary(directory, flags, start_command(directory), facts)
     print(f"\nBest epoch: {state.best['epoch']} by {run.settings.best_metric}. Everything is in {directory}")
     print(f"Report: {reports.write_report(directory, data).name}")
     if not run.settings.dry_run:

@@ -250,19 +250,16 @@ class TrainState:
         Args:
             constants: what every checkpoint of the run has.
         """
+        (loss_sum,) = distributed.total(float(self.loss_sum))
         return {
             "epoch": self.epoch, **constants, "decoder": self.decoder.state_dict(),
             "optimizer": self.optimizer.state_dict(), "scaler": self.precision.scaler.state_dict(),
-            "schedule": self.schedule.state() if self.schedule else None, "progress": self.progress(),
+            "schedule": self.schedule.state() if self.schedule else None,
+            "progress": {
+                "first_epoch": self.first_epoch, "step": self.step, "loss_sum": loss_sum,
+                "reward_sum": self.reward_sum, "tokens": self.tokens,
+            },
             "loss_curve": self.curve, "metrics_history": self.history, "best": self.best,
-        }  # fmt: skip
-
-    def progress(self) -> dict[str, Any]:
-        """Where training stands within the epoch. Every process comes here."""
-        (loss_sum,) = distributed.total(float(self.loss_sum))
-        return {
-            "first_epoch": self.first_epoch, "step": self.step, "loss_sum": loss_sum, "reward_sum": self.reward_sum,
-            "tokens": self.tokens,
         }  # fmt: skip
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import io
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +45,8 @@ def bars(figures: list[dict[str, Any]], title: str, unit: str) -> Picture:
     return picture
 
 
-def encoding(result: dict[str, Any]) -> Picture | None:
-    """Images/s that are encoded."""
-    return rates(result, "encoding", "Encoding: ours (blue) and the baseline")
-
-
-def decoding(result: dict[str, Any]) -> Picture | None:
-    """Images/s that are captioned."""
-    return rates(result, "decoding", "Captioning: many images at once (blue) and one at a time")
-
-
-def rates(result: dict[str, Any], part: str, title: str) -> Picture | None:
+def rates(part: str, title: str, result: dict[str, Any]) -> Picture | None:
+    """Images/s that are encoded or captioned."""
     figures = [f for f in result["figures"] if f["part"] == part and f["unit"] in ("images/s", "views/s")]
     return bars(figures, title, "per second") if figures else None
 
@@ -107,6 +100,14 @@ def memory(result: dict[str, Any]) -> Picture | None:
     return picture
 
 
+CHARTS: dict[str, Callable[[dict[str, Any]], Picture | None]] = {
+    "encoding": partial(rates, "encoding", "Encoding: ours (blue) and the baseline"),
+    "epochs": epochs,
+    "decoding": partial(rates, "decoding", "Captioning: many images at once (blue) and one at a time"),
+    "memory": memory,
+}
+
+
 def main(argv: list[str] | None = None) -> list[Path]:
     """Draw what the result has figures of; returns the files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -117,10 +118,10 @@ def main(argv: list[str] | None = None) -> list[Path]:
     facts = result["machine"]
     where = f"{facts['gpu'] or facts['cpu']}, {facts['cores']} cores, torch {facts['torch']}, {result['date'][:10]}"
     drawn = []
-    for draw in (encoding, epochs, decoding, memory):
+    for name, draw in CHARTS.items():
         if picture := draw(result):
             picture.text(0.99, 0.005, where, ha="right", va="bottom", fontsize=6, color="gray")
-            drawn.append(args.directory / f"benchmark_{draw.__name__}.png")
+            drawn.append(args.directory / f"benchmark_{name}.png")
             save(picture, drawn[-1])
     return drawn
 

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from kills import (
@@ -58,6 +59,39 @@ STREAMS = {
     "standard error closed": '"$@" 2>&-',
     "standard input closed": '"$@" <&-',
     "all three closed": '"$@" <&- >&- 2>&-',
+}
+
+
+PHOTO = "Images/scene_0001.jpg"
+
+
+class Forbidden(NamedTuple):
+    """What a user may not do, and the command that meets it; its message has to name the path."""
+
+    path: str  # below the folder of data, run, runs and cache
+    mode: int
+    command: str
+    before: str = ""
+    refused: bool = True
+
+
+USER = {
+    "unreadable image": Forbidden(f"data/{PHOTO}", 0, "train", "empty the cache"),
+    "unreadable captions file": Forbidden("data/captions.txt", 0, "train"),
+    "unreadable data folder": Forbidden("data", 0, "train"),
+    "read-only run directory, --resume": Forbidden("run", 0o555, "resume"),
+    "read-only run directory, --mode test": Forbidden("run", 0o555, "test"),
+    "read-only run directory, --mode tune": Forbidden("run", 0o555, "tune"),
+    "read-only complete cache": Forbidden("cache", 0o555, "train", "fill the cache", refused=False),
+    "read-only incomplete cache": Forbidden("cache", 0o555, "train"),
+    "unreadable cache": Forbidden("cache", 0, "train", "fill the cache"),
+    "read-only --model_save_dir": Forbidden("runs", 0o555, "train"),
+    "unreadable checkpoint, --mode test": Forbidden("run/best.pt", 0, "test"),
+    "unreadable checkpoint, --resume": Forbidden("run/last.pt", 0, "resume"),
+    "unreadable run_config.json, --resume": Forbidden("run/run_config.json", 0, "resume"),
+    "unreadable run directory, --mode test": Forbidden("run", 0, "test"),
+    "--output in a read-only folder, --mode export": Forbidden("runs", 0o555, "export"),
+    "--output in a read-only folder, --mode caption": Forbidden("runs", 0o555, "caption"),
 }
 
 
@@ -232,12 +266,10 @@ class Faults(Bench):
     def user(self, what: str) -> None:
         """Something is not permitted: one line and code 2, or, where nothing has to be written, the result."""
         folder = self.folder("user", cached=False)
-        for path in ("data", "cache", "run"):
-            shutil.copytree(
-                {"data": self.data, "cache": self.reference / "cache", "run": self.run}[path], folder / path
-            )
-        (folder / "runs").mkdir()
-        run, cache, data = folder / "run", folder / "cache", folder / "data"
+        run, cache, data, runs = (folder / name for name in ("run", "cache", "data", "runs"))
+        for source, copy in ((self.run, run), (self.reference / "cache", cache), (self.data, data)):
+            shutil.copytree(source, copy)
+        runs.mkdir()
         prefix: tuple[str, ...] = ()
         if not os.geteuid():
             if subprocess.run([*AS_NOBODY, "test", "-r", SCRIPT], capture_output=True, check=False).returncode:
@@ -245,77 +277,34 @@ class Faults(Bench):
             prefix = AS_NOBODY
             for path in (folder, *folder.rglob("*")):
                 os.chown(path, NOBODY, NOBODY)
-
-        def forbid(path: Path, mode: int) -> None:
-            for each in (path, *path.rglob("*")) if path.is_dir() else (path,):
-                each.chmod(mode & ~0o111 if each.is_file() else mode)
-
-        places = ["--data_dir", data, "--model_save_dir", folder / "runs", "--feature_cache", cache]
+        model, places = ["--model_path", run], ["--data_dir", data, "--feature_cache", cache]
         start = partial(self.run_command, prefix=prefix)
-        train = partial(start, *FLAGS, *places)
-        test = partial(start, "--mode", "test", "--model_path", run, "--data_dir", data, "--feature_cache", cache)
-        image = min(data.rglob("*.jpg"))
-        if what == "unreadable image":
+        commands = {
+            "train": partial(start, *FLAGS, *places, "--model_save_dir", runs),
+            "resume": partial(start, "--resume", run, *places),
+            "test": partial(start, "--mode", "test", *model, *places),
+            "tune": partial(start, "--mode", "tune", *model, *places),
+            "export": partial(start, "--mode", "export", *model, "--output", runs / "new"),
+            "caption": partial(
+                start, "--mode", "caption", *model, "--images", data / PHOTO, "--output", runs / "new.csv"
+            ),
+        }
+        case = USER[what]
+        path, command = folder / case.path, commands[case.command]
+        named = str(path) if path.is_dir() else path.name
+        if case.before == "empty the cache":
             shutil.rmtree(cache)
-            forbid(image, 0)
-            train().refuse(image.name)
-        elif what == "unreadable captions file":
-            forbid(data / "captions.txt", 0)
-            train().refuse("captions.txt")
-        elif what == "unreadable data folder":
-            forbid(data, 0)
-            train().refuse(str(data))
-        elif what == "read-only run directory, --resume":
-            forbid(run, 0o555)
-            start("--resume", run, "--data_dir", data, "--feature_cache", cache).refuse(str(run))
-        elif what == "read-only run directory, --mode test":
-            forbid(run, 0o555)
-            test().refuse(str(run))
-        elif what == "read-only run directory, --mode tune":
-            forbid(run, 0o555)
-            start("--mode", "tune", "--model_path", run, "--data_dir", data, "--feature_cache", cache).refuse(str(run))
-        elif what == "read-only complete cache":
-            # This copy of the data set has a place of its own in the cache, which is filled first.
-            train().end(0)
-            shutil.rmtree(folder / "runs")
-            (folder / "runs").mkdir()
-            os.chown(folder / "runs", *((NOBODY, NOBODY) if prefix else (-1, -1)))
-            forbid(cache, 0o555)
-            train().end(0)
+        elif case.before == "fill the cache":  # in which this copy of the data set has a place of its own
+            command().end(0)
+            for each in runs.iterdir():
+                shutil.rmtree(each)
+        for each in (path, *path.rglob("*")):
+            each.chmod(case.mode & ~0o111 if each.is_file() else case.mode)
+        if case.refused:
+            command().refuse(named)
+        else:
+            command().end(0)
             self.compare(resumable(folder)[0])
-        elif what == "read-only incomplete cache":
-            forbid(cache, 0o555)
-            train().refuse(str(cache))
-        elif what == "unreadable cache":
-            train().end(0)
-            forbid(cache, 0)
-            train().refuse(str(cache))
-        elif what == "read-only --model_save_dir":
-            forbid(folder / "runs", 0o555)
-            train().refuse(str(folder / "runs"))
-        elif what == "unreadable checkpoint, --mode test":
-            forbid(run / "best.pt", 0)
-            test().refuse("best.pt")
-        elif what == "unreadable checkpoint, --resume":
-            forbid(run / "last.pt", 0)
-            start("--resume", run, "--data_dir", data, "--feature_cache", cache).refuse("last.pt")
-        elif what == "unreadable run_config.json, --resume":
-            forbid(run / "run_config.json", 0)
-            start("--resume", run, "--data_dir", data, "--feature_cache", cache).refuse("run_config.json")
-        elif what == "unreadable run directory, --mode test":
-            forbid(run, 0)
-            test().refuse(str(run))
-        elif what == "--output in a read-only folder, --mode export":
-            forbid(folder / "runs", 0o555)
-            start("--mode", "export", "--model_path", run, "--output", folder / "runs" / "new").refuse(
-                str(folder / "runs")
-            )
-        elif what == "--output in a read-only folder, --mode caption":
-            forbid(folder / "runs", 0o555)
-            output = folder / "runs" / "new.csv"
-            start("--mode", "caption", "--model_path", run, "--images", image, "--output", output).refuse(
-                str(folder / "runs")
-            )
         for path in (folder, *folder.rglob("*")):  # as a user without root's rights removes them
             if path.is_dir():
                 path.chmod(0o755)
@@ -338,15 +327,6 @@ class Faults(Bench):
             process.wait_for(text)
             process.popen.send_signal(signal.SIGHUP)
         self.finish(folder, process)
-
-
-USER = (
-    "unreadable image", "unreadable captions file", "unreadable data folder", "read-only run directory, --resume",
-    "read-only run directory, --mode test", "read-only run directory, --mode tune", "read-only complete cache",
-    "read-only incomplete cache", "unreadable cache", "read-only --model_save_dir", "unreadable checkpoint, --mode test",
-    "unreadable checkpoint, --resume", "unreadable run_config.json, --resume", "unreadable run directory, --mode test",
-    "--output in a read-only folder, --mode export", "--output in a read-only folder, --mode caption",
-)  # fmt: skip
 
 
 @contextlib.contextmanager

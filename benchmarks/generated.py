@@ -6,22 +6,24 @@ captions some 3,500 words come three times or more, and the mean length is 11 wo
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import zlib
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from captioning.encoders import find_encoder
 from captioning.feature_store import ROWS_PER_FILE, Entry, FeatureFile, version_of
+from captioning.features import FeatureRequest
 
 WORD_CLASSES = {"determiner": 5, "preposition": 25, "adjective": 1800, "verb": 1500, "noun": 4200}
 PHRASES = (0.04, 0.30, 0.33, 0.20, 0.08, 0.03, 0.012, 0.005, 0.003)  # chances of 0, 1, ... prepositional phrases
 SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
 PICTURES = 64  # distinct ones; data sets link to them under many names
+CAPTIONS_EACH = 5
 BLOCK = 512  # distinct rows of generated features
 
 
@@ -81,7 +83,7 @@ def draw_pictures(folder: Path, count: int) -> list[Path]:
     return paths
 
 
-def write_data_set(folder: Path, images: int, pictures: list[Path], captions_each: int = 5) -> None:
+def write_data_set(folder: Path, images: int, pictures: list[Path]) -> None:
     """Write a data set with its split, 6/7 of it for training as in Flickr8k.
 
     Args:
@@ -94,10 +96,10 @@ def write_data_set(folder: Path, images: int, pictures: list[Path], captions_eac
             os.link(pictures[number % len(pictures)], folder / "Images" / name)
         else:
             (folder / "Images" / name).touch()
-    captions = iter(Grammar(0).captions(images * captions_each))
+    captions = iter(Grammar(0).captions(images * CAPTIONS_EACH))
     with open(folder / "captions.txt", "w", encoding="utf-8") as file:
         file.write("image,caption\n")
-        file.writelines(f"{name},{next(captions)}\n" for name in names for _ in range(captions_each))
+        file.writelines(f"{name},{next(captions)}\n" for name in names for _ in range(CAPTIONS_EACH))
     held = max(1, images // 14)
     parts = {"val": names[:held], "test": names[held : 2 * held], "train": names[2 * held :]}
     for split, part in parts.items():
@@ -108,11 +110,13 @@ def feature_file(cache: Path, encoder: str, images: Path, kind: str) -> FeatureF
     """Return the store that the main program reads for this encoder (ResNet50 with random weights) and folder."""
     spec = find_encoder(encoder)
     _, weights_hash = spec.find_weights("random" if encoder == "resnet50" else None)
-    folder = images.resolve()
-    identity = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
-    directory = cache / f"{spec.name}-{weights_hash[:8]}-{spec.transform}" / f"{folder.name}-{identity}"
-    directory.mkdir(parents=True, exist_ok=True)
-    return FeatureFile(directory, kind, (spec.regions, spec.channels) if kind == "grid" else (spec.channels,))
+    request = FeatureRequest(
+        caches=[cache], spec=spec, weights_hash=weights_hash, build_encoder=spec.build, paths=[], folder=images,
+        images=np.empty(0, np.int64), device=torch.device("cpu"), means=kind == "mean", workers=1,
+    )  # fmt: skip
+    file = request.store("whole").part(0)
+    file.directory.mkdir(parents=True, exist_ok=True)
+    return file
 
 
 def fill_cache(file: FeatureFile, paths: list[Path]) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from pycocoevalcap.rouge.rouge import my_lcs
 
 from captioning.word_groups import FORMS, GROUPS, OTHER, stop_words
 
@@ -237,19 +238,8 @@ def nearest_texts(captions: Sequence[str], tokens: Tokens, texts: np.ndarray) ->
         for place in np.argsort(-bounds, kind="stable").tolist():
             if bounds[place] <= best.similarity:
                 break
-            common = common_words(words, tokens.ids[starts[place] : ends[place]].tolist())
+            common = my_lcs(words, tokens.ids[starts[place] : ends[place]].tolist())
             if 2 * common / sizes[place] > best.similarity:
                 best = Nearest(int(texts[place]), float(2 * common / sizes[place]))
         found.append(best)
     return found
-
-
-def common_words(first: Sequence[int], second: Sequence[int]) -> int:
-    """Return the length of the longest common subsequence."""
-    row = [0] * (len(second) + 1)
-    for a in first:
-        before = row
-        row = [0]
-        for n, b in enumerate(second):
-            row.append(before[n] + 1 if a == b else max(row[n], before[n + 1]))
-    return row[-1]

@@ -22,6 +22,7 @@ from captioning.evaluation import EvalContext, images_to_draw
 from captioning.features import FeatureRequest, Features, open_features
 from captioning.images import VIEW_SETS
 from captioning.io import UserError, log
+from captioning.layouts import default_folder
 from captioning.runs import command_to_tune, find_checkpoint
 from captioning.settings import Settings, cache_folders
 from captioning.splits import StoredSplit, checkpoint_split, refuse_trained_images, same_split
@@ -39,9 +40,7 @@ def build_data(settings: Settings, stored: StoredSplit | None) -> CaptionSet:
     Raises:
         UserError: there is no usable data set.
     """
-    data_dir = settings.data_dir
-    if data_dir is None and not (settings.image_dir and settings.captions_file):
-        data_dir = Path("data") / settings.dataset_type
+    data_dir = default_folder(settings.data_dir, settings.image_dir, settings.captions_file, settings.dataset_type)
     cache = next(iter(cache_folders(settings.feature_cache)), None)
     data = load_caption_set(data_dir, settings.image_dir, settings.captions_file, settings.seed, stored, cache)
     if settings.dry_run:
@@ -56,15 +55,13 @@ def build_data(settings: Settings, stored: StoredSplit | None) -> CaptionSet:
 
 
 def build_features(
-    settings: Settings, data: CaptionSet, images: np.ndarray, weights_hash: str | None = None,
-    means: bool | None = None,
-) -> tuple[list[Features], str]:  # fmt: skip
+    settings: Settings, data: CaptionSet, images: np.ndarray, weights_hash: str | None = None
+) -> tuple[list[Features], str]:
     """Encode images once, or read what was encoded before. Images that cannot be read leave every split.
 
     Args:
         images: positions (n,) of the images.
         weights_hash: of the encoder that a checkpoint was trained with.
-        means: the mean over an image's regions, (C,) rather than (49, C); None for what the decoder reads.
 
     Returns:
         the features in each view, and the hash of the encoder's weights.
@@ -75,12 +72,11 @@ def build_features(
     spec = encoder_of(settings.values())
     weights, digest = spec.find_weights(settings.resnet_weights, weights_hash)
     distributed.check_agreement({"the hash of the encoder's weights": digest}, distributed.SAME_FILES)
-    if means is None:
-        means = not (decoders.find_decoder(settings.decoder).uses_grid or spec.cut)
+    reads_means = not (decoders.find_decoder(settings.decoder).uses_grid or spec.cut)
     request = FeatureRequest(
         caches=cache_folders(settings.feature_cache), spec=spec, weights_hash=digest,
         build_encoder=lambda: spec.build(weights), paths=data.paths(), folder=data.image_dir, images=images,
-        device=distributed.pick_device(settings.device), means=means, workers=decoding_threads(settings.num_workers),
+        device=distributed.pick_device(settings.device), means=reads_means, workers=decoding_threads(settings.num_workers),
         feature_type=settings.feature_type, keep_on_device=settings.features_on_device, views=VIEW_SETS[settings.views],
     )  # fmt: skip
     found = open_features(request)

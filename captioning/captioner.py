@@ -183,9 +183,8 @@ class Captioner:
     """
 
     def __init__(
-        self, checkpoint: Mapping[str, Any], path: Path, device: str = "auto", resnet_weights: str | None = None,
-        workers: int | None = None,
-    ):  # fmt: skip
+        self, checkpoint: Mapping[str, Any], path: Path, device: str, resnet_weights: str | None, workers: int | None
+    ):
         """Build encoder and decoder. Args: checkpoint: what `load_checkpoint` read from `path`; the others as in `load`."""
         self.path = path
         self.device, self.workers = pick_device(device), workers or os.cpu_count() or 1

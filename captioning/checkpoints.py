@@ -6,7 +6,6 @@ each field is compared with `CHECKPOINT`, and the weights with the decoder that 
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ from captioning import registry
 from captioning.confidence import is_calibration
 from captioning.decoders import Decoder, build_decoder, group_sizes
 from captioning.encoders import encoder_of
-from captioning.flags import FLAGS
+from captioning.flags import FLAGS, SCHEDULERS
 from captioning.io import (
     CONTROL_CHARACTERS,
     UserError,
@@ -27,6 +26,7 @@ from captioning.io import (
     link_or_copy,
     log,
     read_json,
+    sha256,
     write_atomic,
 )
 from captioning.registry import LIMITS, size_problem
@@ -170,9 +170,8 @@ def load_exported(path: Path) -> dict[str, Any]:
             file = path.with_name(name)
             if not file.is_file():
                 raise UserError(f"{file} is not there: {path.parent} is not a complete exported model. Export it again")
-            with open(file, "rb") as opened:
-                if hashlib.file_digest(opened, "sha256").hexdigest() != config["sha256"][name]:
-                    raise UserError(f"{file} is damaged (its SHA-256 is not that of {place}): copy or export it again")
+            if sha256(file) != config["sha256"][name]:
+                raise UserError(f"{file} is damaged (its SHA-256 is not that of {place}): copy or export it again")
             if file != path:
                 contents[name] = read_exported_json(file)
     try:
@@ -248,6 +247,11 @@ def one_of(*choices: str) -> Rule:
     return Rule(lambda value: type(value) is str and value in choices, f"one of {', '.join(choices)}")
 
 
+def choice_of(flag: str) -> Rule:
+    """One of the choices of the flag."""
+    return one_of(*FLAGS[flag].choices)
+
+
 def is_text(value: Any) -> bool:
     return type(value) is str and CONTROL_CHARACTERS.search(value) is None
 
@@ -290,7 +294,7 @@ DECODER = Rule(lambda value: type(value) is str and value in registry.DECODERS, 
 ENCODER = Rule(lambda value: type(value) is str and registry.is_encoder(value), "an encoder of this program")
 SCHEDULE = {
     "settings": {
-        "type": one_of("reduce_lr_on_plateau", "step", "cosine", "exponential", "one_cycle"),
+        "type": one_of(*SCHEDULERS),
         "learning_rate": real(0), "min_lr": real(0), "patience": whole(), "factor": real(0, 1), "step_size": whole(1),
         "gamma": real(0, 1), "t_max": whole(1), "warmup_epochs": whole(), "first_epoch": whole(), "epochs": whole(1),
         "steps_per_epoch": whole(1),
@@ -312,14 +316,14 @@ CHECKPOINT: dict[str, Any] = {
     "encoder": {"name": ENCODER, "weights_hash": TEXT, "transform": TEXT},
     "vocabulary": Rule(is_vocabulary, "a list of different words that begins with <PAD>, <SOS>, <EOS>, <UNK>"),
     "flags": {
-        "decoder": DECODER, "encoder": ENCODER, "dataset_type": one_of("flickr8k", "flickr30k", "coco", "custom", "demo"),
+        "decoder": DECODER, "encoder": ENCODER, "dataset_type": choice_of("dataset_type"),
         "fine_tune": whole(0, LIMITS["fine_tune"]), "embed_size": size("embed_size"), "hidden_size": size("hidden_size"), "num_layers": size("num_layers"),
         "num_heads": size("num_heads"), "attention_dim": size("attention_dim"), "grid": OrNone(size("grid")), "freq_threshold": size("freq_threshold"), "max_length": size("max_length"),
         "batch_size": size("batch_size"), "seed": whole(0, LIMITS["seed"]),
         "drop_prob": real(0, 0.95), "grad_clip": real(0, 1e30), "label_smoothing": real(0, 0.9),
         "attention_reg": real(0, 1e30), "fine_tune_learning_rate": OrNone(real(0, 1e30)), "learning_rate": real(0, 1e30), "feature_cache": TEXT,
-        "views": one_of("whole", "mirror", "all"), "feature_type": one_of("float16", "int8"), "weight_decay": real(0, 1e30),
-        "best_metric": one_of("cider", "bleu4", "val_loss"), "precision": one_of("fp32", "bf16", "fp16"),
+        "views": choice_of("views"), "feature_type": choice_of("feature_type"), "weight_decay": real(0, 1e30),
+        "best_metric": choice_of("best_metric"), "precision": one_of("fp32", "bf16", "fp16"),
         "data_dir": OrNone(TEXT), "image_dir": OrNone(TEXT),
         "captions_file": OrNone(TEXT), "resnet_weights": OrNone(TEXT), "replay": real(0, 0.9), "replay_data_dir": OrNone(TEXT),
     },

@@ -139,15 +139,12 @@ def score_table(runs: Sequence[Run]) -> pd.DataFrame:
 # A table of runs
 
 
-def runs_table(runs: Sequence[Run], folder: Path, width: int | None = None) -> str:
+def runs_table(runs: Sequence[Run], folder: Path) -> str:
     """Return a line per run: name, scores (the best of each starred), and the parameters that differ.
 
-    Columns that do not fit are left out, and a line below names them.
-
-    Args:
-        width: of the terminal in letters; None asks the terminal, and an output that is a file has room for all.
+    Columns that do not fit into the terminal are left out, and a line below names them; a file has room for all.
     """
-    width = width or shutil.get_terminal_size((UNLIMITED, 24)).columns
+    width = shutil.get_terminal_size((UNLIMITED, 24)).columns
     scores = score_table(runs)
     scores = scores[[key for key in SHOWN_SCORES if key in scores]]
     signed = scores * [-1 if key in LOW_IS_GOOD else 1 for key in scores]

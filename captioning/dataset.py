@@ -50,6 +50,10 @@ class Tokens(NamedTuple):
     ids: np.ndarray  # int32 (number of tokens,)
     offsets: np.ndarray  # int64 (number of texts + 1,)
 
+    def text(self, number: int) -> str:
+        """Return a text, its words joined with spaces."""
+        return " ".join(self.words[i] for i in self.ids[self.offsets[number] : self.offsets[number + 1]])
+
 
 def tokenize(texts: Iterable[str]) -> Tokens:
     """Lower-case, split with spaCy's English rules, drop punctuation (tokens without a letter or digit).
@@ -195,9 +199,7 @@ class CaptionSet:
 
     def references(self, image: int) -> list[str]:
         """Return an image's captions, tokenized and joined with spaces, as the metrics take them."""
-        words, ids, offsets = self.tokens
-        captions = range(self.first_caption[image], self.first_caption[image + 1])
-        return [" ".join(words[i] for i in ids[offsets[c] : offsets[c + 1]]) for c in captions]
+        return [self.tokens.text(n) for n in range(self.first_caption[image], self.first_caption[image + 1])]
 
     def caption_counts(self, images: np.ndarray) -> np.ndarray:
         """Return the number of captions of each image: (I,) -> int64 (I,)."""

@@ -25,9 +25,9 @@ from captioning.kernels import (
     TOKEN_ROWS,
     Dropout,
     PackedLSTMLayer,
+    ProjectedCrossEntropy,
     matmul_dtype,
     pad_rows,
-    projected_cross_entropy,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -129,10 +129,11 @@ class Decoder(nn.Module):
         label_smoothing: float = 0.0,
         token_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return the loss of `logits(hidden_out)` against `targets` (N,), summed over tokens: see `projected_cross_entropy`."""
-        return projected_cross_entropy(
-            hidden_out, self.output_vectors(), self.output_bias, targets, label_smoothing, token_weights
+        """Return the loss of `logits(hidden_out)` against `targets` (N,), summed over tokens: see `ProjectedCrossEntropy`."""
+        loss: torch.Tensor = ProjectedCrossEntropy.apply(
+            hidden_out, self.output_vectors(), self.output_bias, targets, token_weights, label_smoothing
         )
+        return loss
 
 
 def find_decoder(name: str) -> type[Decoder]:

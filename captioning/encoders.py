@@ -7,7 +7,6 @@ says where the weights come from (`locate_weights`) and of which parts the netwo
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import itertools
 import threading
@@ -23,7 +22,7 @@ from torch import nn
 
 from captioning import registry
 from captioning.images import ImageSource, grid_side, load_views
-from captioning.io import UserError, first_line, log
+from captioning.io import UserError, first_line, log, sha256
 from captioning.openvino_form import openvino_form
 from captioning.tensor_files import read_tensors
 
@@ -448,22 +447,12 @@ CONVNEXT_BASE, CONVNEXT_BASE_STAGES = both_forms(
     torchvision_spec(ConvNeXtSpec, "convnext_base", 1024, "6075fbad"), 128, 256, 512
 )
 EFFICIENTNET_LITE0, EFFICIENTNET_LITE0_STAGES = both_forms(efficientnet_lite(0, 224), 24, 40, 112, 320)
-EFFICIENTNET_LITE2, EFFICIENTNET_LITE2_STAGES = both_forms(
-    efficientnet_lite(2, 256),
-    24,
-    48,
-    120,
-    352,  # trained at 260, which is not a multiple of 32
-)
+# Trained at 260, which is not a multiple of 32.
+EFFICIENTNET_LITE2, EFFICIENTNET_LITE2_STAGES = both_forms(efficientnet_lite(2, 256), 24, 48, 120, 352)
 
 
 # --------------------------------------------------------------------------------------------------
 # Files of weights
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hash_in_name(file: str) -> str:

@@ -16,13 +16,21 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 
 from captioning import distributed
 from captioning.encoders import ENCODE_BATCH, Encoder, EncoderSpec
 from captioning.feature_store import ROWS_PER_FILE, Entry, FeatureFile, FeatureStore, Version, row_dtype, version_of
 from captioning.images import UnreadableImage
-from captioning.io import DATA_SCRIPT, Progress, UserError, log, make_directory, program, require_free_space
+from captioning.io import (
+    DATA_SCRIPT,
+    Progress,
+    UserError,
+    log,
+    make_directory,
+    program,
+    require_free_space,
+    wait_for_lock,
+)
 from captioning.quantization import SCALE_BYTES, dequantize, quantize
 from captioning.registry import folder_name
 
@@ -335,12 +343,8 @@ def waiting_locks(directories: Sequence[Path]) -> Iterator[None]:
     with ExitStack() as held:
         for directory in sorted(directories) if distributed.is_first() else ():
             make_directory(directory, "the feature cache; --feature_cache DIR chooses another place, off does without")
-            lock = FileLock(directory / "lock")
-            try:
-                held.enter_context(lock.acquire(timeout=0.1))
-            except Timeout:
-                log.info(f"Another run is at work in {directory}; waiting for it, to share what it encodes ...")
-                held.enter_context(lock.acquire())
+            message = f"Another run is at work in {directory}; waiting for it, to share what it encodes ..."
+            held.enter_context(wait_for_lock(directory / "lock", message))
         yield
 
 

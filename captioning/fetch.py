@@ -34,10 +34,8 @@ CHUNK = 1 << 20  # bytes moved at a time
 ATTEMPTS = 5  # failures in a row, each without CHUNK new bytes, before a URL is given up
 BACKOFF = 1.0  # seconds before the second attempt, doubled before each further one
 TIMEOUT = (15, 60)  # seconds to connect, and without a byte arriving
-MIN_SPEED, SPEED_WINDOW = (
-    1000,
-    60.0,
-)  # a slower transfer than so many bytes a second, over so many seconds, is broken off
+# A slower transfer than so many bytes a second, over so many seconds, is broken off.
+MIN_SPEED, SPEED_WINDOW = 1000, 60.0
 MAX_MEMBERS = 200_000  # of an archive: empty files fill a disk too
 MAX_SKIPPED = 1 << 30  # bytes of a tar's members that are not extracted, but have to be decompressed
 # Of a tar's headers, which tarfile reads whole: at most one extended header of 64 kB, and 2 kB for each member.

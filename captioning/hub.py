@@ -6,13 +6,20 @@ trusted with nothing: their sizes are limited, and `checkpoints.load_checkpoint`
 
 from __future__ import annotations
 
-import hashlib
 import re
 from pathlib import Path
 
 from captioning.checkpoints import LARGEST_JSON
-from captioning.io import UserError, bars_off, first_line, format_bytes, install_command, log
-from captioning.runs import EXPORTED_WEIGHTS
+from captioning.io import (
+    EXPORTED_WEIGHTS,
+    UserError,
+    bars_off,
+    first_line,
+    format_bytes,
+    install_command,
+    log,
+    sha256,
+)
 
 NAME = re.compile(r"hf-hub:([\w.-]+/[\w.-]+)(?:@([\w.-]+))?", re.ASCII)
 # By file, the most bytes that it may have. The weights come last: where they are, the download was complete.
@@ -46,9 +53,7 @@ def fetch_model(name: str) -> Path:
         disable_progress_bars()
     weights = cached(repository, revision) if re.fullmatch("[0-9a-f]{40}", revision) else None
     weights = weights or download(name, repository, revision)
-    with open(weights, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    log.info(f"Model: {repository} on the hub, commit {weights.parent.name}, SHA-256 of its weights {digest}")
+    log.info(f"Model: {repository} on the hub, commit {weights.parent.name}, SHA-256 of its weights {sha256(weights)}")
     return weights
 
 

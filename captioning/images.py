@@ -73,6 +73,44 @@ def check_weights(weights: np.ndarray, words: int | None = None) -> np.ndarray:
     return rows
 
 
+def upsample(weights: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Stretch one word's weights smoothly over a picture.
+
+    Args:
+        weights: (cells,) or (side, side).
+
+    Returns:
+        (height, width) floats between the smallest and the largest weight; the middle of each cell has
+        its weight.
+
+    Raises:
+        ValueError: another shape, or an empty picture.
+    """
+    grid = np.asarray(weights, dtype=np.float32)
+    side = grid_side(grid.size)
+    if grid.shape not in ((grid.size,), (side, side)):
+        raise ValueError(f"attention weights of one word are a square grid, e.g. (49,) or (7, 7), not {grid.shape}")
+    if height < 1 or width < 1:
+        raise ValueError(f"a picture of {width} x {height} pixels has no room for a map")
+    grid = np.ascontiguousarray(grid.reshape(side, side))
+    smooth = np.asarray(Image.fromarray(grid).resize((width, height), Image.Resampling.BICUBIC))
+    return smooth.clip(grid.min(), grid.max())  # cubic curves overshoot, below zero too
+
+
+def entropy(weights: np.ndarray) -> np.ndarray:
+    """How spread each word's attention is: (words, cells) weights -> (words,) bits.
+
+    0 bits: all weight on one cell; log2(cells), 5.61 bits for 49 cells: the same weight on every cell.
+
+    Raises:
+        ValueError: no weights, or not one distribution per word.
+    """
+    rows = check_weights(weights)
+    logarithms = np.log2(rows, where=rows > 0, out=np.zeros_like(rows))
+    bits: np.ndarray = np.abs((rows * logarithms).sum(1))
+    return bits
+
+
 # --------------------------------------------------------------------------------------------------
 # Images
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -16,12 +17,16 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from filelock import AcquireReturnProxy
 
 # Not allowed in a name or a caption: each breaks a message's line, a terminal or a UTF-8 file.
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")  # names of half-written files
 KERNELS = 128  # that oneDNN keeps, one for each shape of a product in bf16; a few MB each (docs/benchmarks.md)
+EXPORTED_WEIGHTS = "model.safetensors"  # what `--mode export` writes, beside config.json and vocabulary.json
 STALE_SECONDS = 600  # no file takes longer to write; what a killed process left is older
 
 
@@ -342,6 +347,12 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise UserError(f"cannot read {path} as JSON: {error}") from error
 
 
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def first_line(error: Exception) -> str:
     """Return the first line of another library's error message, shortened."""
     return str(error).strip().split("\n")[0][:200] or type(error).__name__
@@ -404,6 +415,18 @@ def make_directory(path: Path, purpose: str) -> Path:
     except OSError as error:
         raise UserError(f"cannot write into {path} ({purpose}): {error.strerror}. Choose another directory") from error
     return path
+
+
+def wait_for_lock(path: Path, message: str) -> AcquireReturnProxy:
+    """Lock a file; log the message and wait if another process holds the lock."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
+    try:
+        return lock.acquire(timeout=0.1)
+    except Timeout:
+        log.info(message)
+        return lock.acquire()
 
 
 def require_free_space(directory: Path, needed: int, purpose: str) -> int:

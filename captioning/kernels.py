@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -120,9 +118,14 @@ class ProjectedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_out, weight, bias, targets, token_weights, label_smoothing):  # type: ignore[no-untyped-def]
-        """Args: hidden_out: (N, E); weight: (V, E); bias: (V,); targets: int64 (N,); token_weights: (N,) or None.
+        """Return the sum over tokens of weight * loss, float32.
 
-        Returns the sum over tokens of weight * loss, float32.
+        Args:
+            hidden_out: (N, E).
+            weight: (V, E); bias: (V,), float32 under autocast too.
+            targets: int64 (N,).
+            token_weights: (N,) factors of the tokens' losses, or None for ones.
+            label_smoothing: as in `F.cross_entropy`.
         """
         dtype, words = matmul_dtype(hidden_out), len(weight)
         multiple = TOKEN_ROWS if dtype != bias.dtype else 1
@@ -165,52 +168,28 @@ class ProjectedCrossEntropy(torch.autograd.Function):
         return (d_hidden * scale).to(ctx.hidden_dtype), d_weight * scale, d_bias * scale, None, None, None
 
 
-def dropout(values: torch.Tensor, probability: float) -> torch.Tensor:
-    """Set a random part of the values to zero and scale the others up, so that the mean stays.
+class Dropout(nn.Module):
+    """In training, set a random part of the values to zero and scale the others up, so that the mean stays.
 
     PyTorch draws its masks on the CPU one number after another, which is a fifteenth of a training step;
     NumPy's SFC64 gives four 16-bit draws at once. It is seeded from PyTorch's generator, so that
     `torch.manual_seed` governs it too. The probability is rounded to a 65,536th.
     """
-    if values.device.type != "cpu":
-        return F.dropout(values, probability)
-    threshold = round(probability * 65536)
-    seed = int(torch.randint(2**62, ()))
-    draws = np.random.SFC64(seed).random_raw(-(-values.numel() // 4)).view(np.uint16)[: values.numel()]
-    kept = torch.from_numpy(draws >= threshold).view(values.shape)
-    return values * kept * (65536 / (65536 - threshold))
-
-
-class Dropout(nn.Module):
-    """`dropout` in training, nothing in eval mode."""
 
     def __init__(self, probability: float):
         super().__init__()
         self.probability = probability
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        return dropout(values, self.probability) if self.training and self.probability else values
+        if not self.training or not self.probability:
+            return values
+        if values.device.type != "cpu":
+            return F.dropout(values, self.probability)
+        threshold = round(self.probability * 65536)
+        seed = int(torch.randint(2**62, ()))
+        draws = np.random.SFC64(seed).random_raw(-(-values.numel() // 4)).view(np.uint16)[: values.numel()]
+        kept = torch.from_numpy(draws >= threshold).view(values.shape)
+        return values * kept * (65536 / (65536 - threshold))
 
     def extra_repr(self) -> str:
         return f"p={self.probability}"
-
-
-def projected_cross_entropy(
-    hidden_out: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    targets: torch.Tensor,
-    label_smoothing: float = 0.0,
-    token_weights: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Sum over tokens of the cross-entropy of `F.linear(hidden_out, weight, bias)` against `targets`.
-
-    Args:
-        hidden_out: (N, E).
-        weight: (V, E); bias: (V,), float32 under autocast too.
-        targets: int64 (N,).
-        label_smoothing: as in `F.cross_entropy`.
-        token_weights: (N,) factors of the tokens' losses, or None for ones.
-    """
-    result: Any = ProjectedCrossEntropy.apply(hidden_out, weight, bias, targets, token_weights, label_smoothing)
-    return result

@@ -55,6 +55,15 @@ def files_in(directory: Path, folders: set[str]) -> set[str]:
     }
 
 
+def default_folder(
+    data_dir: Path | None, image_dir: Path | None, captions_file: Path | None, dataset_type: str
+) -> Path | None:
+    """Return `data_dir`, or `data/<dataset_type>` unless the next two say where everything is."""
+    if data_dir is None and not (image_dir and captions_file):
+        return Path("data") / dataset_type
+    return data_dir
+
+
 def find_captions_file(data_dir: Path | None) -> Path:
     """Return the first of CAPTION_FILES in `data_dir`.
 

@@ -288,16 +288,6 @@ def _finish(figure: Figure, title: str, self_critical: Sequence[int], note: str 
 # Sample captions
 
 
-def plot_captions(samples: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
-    """Write the gallery of `captions_figure`.
-
-    Raises:
-        ValueError: there is no sample.
-        UserError: the file cannot be written.
-    """
-    save_figure(captions_figure(samples), path)
-
-
 def captions_figure(samples: Sequence[Mapping[str, Any]]) -> Figure:
     """A gallery of photos, the captions a model gave them below; of more than 12 samples the first 12.
 

@@ -25,7 +25,6 @@ def quantize(grids: np.ndarray) -> np.ndarray:
 
 def dequantize(rows: torch.Tensor) -> torch.Tensor:
     """Return the regions that `quantize` coded: uint8 (n, 49, C + 4) -> float (n, 49, C), on the same device."""
-    scale = (
-        rows[..., -SCALE_BYTES:].clone(memory_format=torch.contiguous_format).view(torch.float16).float()
-    )  # (n, 49, 2)
+    stored = rows[..., -SCALE_BYTES:].clone(memory_format=torch.contiguous_format)
+    scale = stored.view(torch.float16).float()  # (n, 49, 2)
     return rows[..., :-SCALE_BYTES].float().mul_(scale[..., 1:]).add_(scale[..., :1])

@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -21,8 +21,9 @@ from PIL import Image
 
 from captioning.analysis import find_errors, nearest_texts, unsupported_words
 from captioning.confidence import FEWEST, calibration_error, kept_means, reliability
-from captioning.images import UnreadableImage, check_weights, open_image
+from captioning.images import UnreadableImage, check_weights, entropy, open_image, upsample
 from captioning.io import CONTROL_CHARACTERS, UserError, read_json, write_atomic
+from captioning.layouts import default_folder
 from captioning.plots import new_figure
 from captioning.runs import (
     MEMBERS,
@@ -114,21 +115,19 @@ def load_data(run: Run, data_dir: Path | None) -> CaptionSet:
         value = run.flags.get(name)
         return Path(value) if isinstance(value, str) and data_dir is None else None
 
-    folder = data_dir or place("data_dir")
-    if folder is None and not (place("image_dir") and place("captions_file")):
-        folder = Path("data") / str(run.flags.get("dataset_type"))
+    parts = place("image_dir"), place("captions_file")
+    folder = default_folder(data_dir or place("data_dir"), *parts, str(run.flags.get("dataset_type")))
     cache = Path(str(run.flags.get("feature_cache")))
-    tokens = cache if cache.is_dir() else None
-    return load_caption_set(folder, place("image_dir"), place("captions_file"), token_cache=tokens)
+    return load_caption_set(folder, *parts, token_cache=cache if cache.is_dir() else None)
 
 
 def page(run: Run, data: CaptionSet | None, problem: str) -> dict[str, Any]:
     """Return what the template shows."""
     pictures = Pictures()
     try:
-        predictions = latest_captions(run)
+        predictions = read_test_captions(run, run.latest)
     except UserError as error:
-        predictions = None
+        predictions = {}
         run.damage.append(str(error))
     known = known_references(run, data)
     command = run.flags.get("command")
@@ -138,7 +137,7 @@ def page(run: Run, data: CaptionSet | None, problem: str) -> dict[str, Any]:
         "facts": facts(run),
         "headline": headline(run),
         "scores": score_table(run.tests[-SHOWN_TESTS:], run.best),
-        "pointing_game": (run.tests[-1] if run.tests else {}).get("pointing_game"),
+        "pointing_game": run.latest.get("pointing_game"),
         "test_command": "" if run.tests else command_to_test(run.directory),
         "ensembles": ensembles(run),
         "training": training(run),
@@ -174,7 +173,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
 
 def headline(run: Run) -> dict[str, Any]:
     """Return the latest test's main scores with their intervals and a person's; before a test, the best epoch's."""
-    row = run.tests[-1] if run.tests else run.best or {}
+    row = run.latest if run.tests else run.best or {}
     figures = [
         {"name": METRIC_NAMES[key], "score": score_text(key, row[key]), "interval": interval_text(key, row),
          "person": score_text(key, row[f"person_{key}"]) if is_number(row.get(f"person_{key}")) else ""}
@@ -343,28 +342,10 @@ def encoded(picture: Image.Image, form: str, **options: Any) -> bytes:
     return file.getvalue()
 
 
-class Predictions(NamedTuple):
-    """The captions of the latest test."""
-
-    row: Mapping[str, Any]  # of test_metrics.json
-    captions: dict[str, str]  # by image id: COCO's number, else the file name
-
-
-def latest_captions(run: Run) -> Predictions | None:
-    """Read the captions of the latest test; None where the run was not tested, or its captions are gone.
-
-    Raises:
-        UserError: the file has another form.
-    """
-    row = run.tests[-1] if run.tests else {}
-    captions = read_test_captions(run, row)
-    return Predictions(row, captions) if captions else None
-
-
 def known_references(run: Run, data: CaptionSet | None) -> dict[str, list[str]]:
     """Return the references by image id, of the latest test or else of the data set; none without either."""
     try:
-        found = read_test_references(run, run.tests[-1] if run.tests else {})
+        found = read_test_references(run, run.latest)
     except UserError as error:
         found = {}
         run.damage.append(str(error))
@@ -374,31 +355,34 @@ def known_references(run: Run, data: CaptionSet | None) -> dict[str, list[str]]:
 
 
 def gallery(
-    run: Run, predictions: Predictions | None, data: CaptionSet | None, problem: str, pictures: Pictures
+    run: Run, predictions: Mapping[str, str], data: CaptionSet | None, problem: str, pictures: Pictures
 ) -> dict[str, Any]:
-    """Return captions with their photos and references, chosen by rank of their CIDEr and at random, never by hand."""
+    """Return captions with their photos and references, chosen by rank of their CIDEr and at random, never by hand.
+
+    Args:
+        predictions: the captions of the latest test by image id; empty where there was none, or they are gone.
+    """
     found: dict[str, Any] = {"notes": [], "groups": []}
-    if predictions is None:
+    if not predictions:
         return found
     if data is None:
         return found | {"notes": [problem]}
     position = {str(data.image_id(number)): number for number in range(len(data.names))}
-    names = [name for name in predictions.captions if name in position]
+    names = [name for name in predictions if name in position]
     if not names:
         return found | {"notes": [f"None of the images that were captioned is in {data.image_dir}."]}
     size = max(1, min(GROUP, len(names) // 4))
     seed = run.flags.get("seed")
     drawn = np.random.default_rng(seed if type(seed) is int and seed >= 0 else 0).permutation(len(names))[:size]
     groups = {f"Random (--seed {seed})": drawn}
-    found["notes"].append(f"The latest test: {', '.join(describe(predictions.row))}. Bold: the model; below: people.")
+    found["notes"].append(f"The latest test: {', '.join(describe(run.latest))}. Bold: the model; below: people.")
     scores: dict[str, np.ndarray] = {}
     try:
-        stored = read_scores(run, predictions.row)
+        stored = read_scores(run, run.latest)
         place = {name: number for number, name in enumerate(stored.names)}
         order = [place[name] for name in names]
         scores = {"CIDEr": stored.scores.cider[order]}
-        # nltk's, of newer tests
-        sentence_bleu = getattr(stored.scores, "sentence_bleu4", np.full(len(place), np.nan))[order]
+        sentence_bleu = stored.scores.sentence_bleu4[order]  # NaN in older files
         scores |= {} if np.isnan(sentence_bleu).any() else {"sentence BLEU-4": sentence_bleu}
         groups = {**by_rank(scores["CIDEr"], size), **groups}
     except (UserError, KeyError) as error:
@@ -408,7 +392,7 @@ def gallery(
     if not len(texts):
         found["notes"].append("The closest training captions are not known: no image of the run's split.json is here.")
     for title, places in groups.items():
-        captions = [predictions.captions[names[number]] for number in places.tolist()]
+        captions = [predictions[names[number]] for number in places.tolist()]
         cards = []
         for number, caption, nearest in zip(
             places.tolist(), captions, nearest_training(data, texts, captions), strict=True
@@ -437,31 +421,30 @@ def training_texts(run: Run, data: CaptionSet) -> np.ndarray:
 
 def nearest_training(data: CaptionSet, texts: np.ndarray, captions: Sequence[str]) -> list[dict[str, Any] | None]:
     """Return for each caption the closest of some captions of the data set, its image and the similarity."""
-    words, ids, offsets = data.tokens
     return [
-        {"text": " ".join(words[i] for i in ids[offsets[text] : offsets[text + 1]]), "similarity": similarity,
+        {"text": data.tokens.text(text), "similarity": similarity,
          "name": data.names[np.searchsorted(data.first_caption, text, "right") - 1]}
         for text, similarity in nearest_texts(captions, data.tokens, texts)
     ] if len(texts) else [None] * len(captions)  # fmt: skip
 
 
-def errors(run: Run, predictions: Predictions | None, known: Mapping[str, list[str]]) -> dict[str, Any] | None:
+def errors(run: Run, predictions: Mapping[str, str], known: Mapping[str, list[str]]) -> dict[str, Any] | None:
     """Return what the captions of the latest test get wrong, None before a test.
 
     Args:
+        predictions: as in `gallery`.
         known: the references by image id.
     """
     if not run.tests:
         return None
-    said = predictions.captions if predictions else {}
-    scored = [name for name in said if known.get(name)]
-    captions, references = [said[name] for name in scored], [known[name] for name in scored]
-    what = "captions of people for these images" if said else "captions of the latest test"
-    often = Counter(said.values()).most_common(2 * GROUP)
+    scored = [name for name in predictions if known.get(name)]
+    captions, references = [predictions[name] for name in scored], [known[name] for name in scored]
+    what = "captions of people for these images" if predictions else "captions of the latest test"
+    often = Counter(predictions.values()).most_common(2 * GROUP)
     return {
         "found": find_errors(captions, references, FREQUENT) if scored else None,
         "note": f"The {what} are not known, which a test stores: {command_to_test(run.directory)}",
-        "scored": len(scored), "images": len(said), "repeated": [(text, times) for text, times in often if times > 1],
+        "scored": len(scored), "images": len(predictions), "repeated": [(text, times) for text, times in often if times > 1],
     }  # fmt: skip
 
 
@@ -470,7 +453,7 @@ def confidence(run: Run) -> dict[str, Any] | None:
     if not run.tests:
         return None
     try:
-        stored = read_scores(run, run.tests[-1])
+        stored = read_scores(run, run.latest)
     except UserError as error:
         return {"note": f"Not known: {error}"}
     sure, supported = stored.confidence, stored.supported
@@ -531,11 +514,9 @@ def word_maps(path: Path, data: CaptionSet, pictures: Pictures) -> dict[str, Any
     glows = [pictures.fitted("image/png", glow(row)) for row in weights]
     if uri is None or None in glows:
         return None
-    with np.errstate(divide="ignore", invalid="ignore"):
-        bits = np.abs(np.nansum(weights * np.log2(weights), axis=1))
     return {
         "name": name, "photo": uri, "width": photo.width, "height": photo.height, "caption": " ".join(words),
-        "maps": list(zip(words, glows, bits.tolist(), strict=True)), "most_bits": math.log2(weights.shape[1]),
+        "maps": list(zip(words, glows, entropy(weights).tolist(), strict=True)), "most_bits": math.log2(weights.shape[1]),
     }  # fmt: skip
 
 
@@ -547,23 +528,21 @@ def glow(weights: np.ndarray) -> bytes:
     Args:
         weights: (cells,) of a square grid.
     """
-    side = math.isqrt(len(weights))
-    strength = Image.fromarray((weights / weights.max()).reshape(side, side).astype(np.float32))
-    smooth = np.asarray(strength.resize((28, 28), Image.Resampling.BICUBIC)).clip(0, 1)[..., None]
+    smooth = (upsample(weights, 28, 28) / weights.max())[..., None]
     rgba = smooth * (255, 150, 0, 95) + (1 - smooth) * (0, 0, 0, 165)
     return encoded(Image.fromarray(rgba.astype(np.uint8), "RGBA"), "PNG", optimize=True)
 
 
-def words(run: Run, predictions: Predictions | None, known: Mapping[str, list[str]]) -> dict[str, Any]:
+def words(run: Run, predictions: Mapping[str, str], known: Mapping[str, list[str]]) -> dict[str, Any]:
     """Return how the model's words and lengths differ from people's on the same images."""
     found: dict[str, Any] = {"facts": [(k, run.facts[k]) for k in ("Vocabulary", "Images") if k in run.facts]}
-    if predictions is None:
+    if not predictions:
         return found | {"rows": []}
-    people = [text.split() for name in predictions.captions for text in known.get(name, ())]
-    model = [caption.split() for caption in predictions.captions.values()]
+    people = [text.split() for name in predictions for text in known.get(name, ())]
+    model = [caption.split() for caption in predictions.values()]
     both = [model, people] if people else [model]
     counts = [Counter(word for caption in captions for word in caption) for captions in both]
-    in_training = predictions.row.get("in_training")
+    in_training = run.latest.get("in_training")
     found["rows"] = [
         ("captions", *map(len, both)),
         ("words in a caption, mean", *(f"{sum(map(len, each)) / max(1, len(each)):.1f}" for each in both)),

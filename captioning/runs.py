@@ -22,6 +22,7 @@ import numpy as np
 
 from captioning.flags import CONFIG_NAMES, FLAGS, NOT_CONFIGURABLE
 from captioning.io import (
+    EXPORTED_WEIGHTS,
     UserError,
     check_tensor_zip,
     first_line,
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from filelock import BaseFileLock
 
 DRY_RUN = "dry_run_"  # begins the names of runs that are not results
-EXPORTED_WEIGHTS = "model.safetensors"  # what `--mode export` writes, beside config.json and vocabulary.json
 PRETRAINED = Path(__file__).parent / "pretrained"  # models that come with the package, each an exported folder
 PRETRAINED_MODEL = "flickr8k_attention"  # the one of them that captions images unless another is named
 EPOCH_FILE = re.compile(r"model_epoch_([1-9][0-9]{0,8})\.pt")
@@ -88,6 +88,11 @@ class Run:
         known = [row for row in self.epochs if is_number(row.get(key))]
         return max(known, key=lambda row: sign * row[key]) if known else None
 
+    @property
+    def latest(self) -> dict[str, Any]:
+        """The row of the latest test, empty before the first."""
+        return self.tests[-1] if self.tests else {}
+
     def parameters(self) -> dict[str, Any]:
         """Return the flags that a score may depend on; those of a schedule only where there is one."""
         idle = () if self.flags.get("use_scheduler") else ("use_scheduler",)
@@ -100,7 +105,7 @@ class Run:
 
     def scores(self) -> dict[str, float]:
         """Return the latest test's scores, and under `val_...` the best epoch's on the validation images."""
-        test, best = self.tests[-1] if self.tests else {}, self.best or {}
+        test, best = self.latest, self.best or {}
         found = {key: test.get(key) for key in METRIC_NAMES} | {f"val_{key}": best.get(key) for key in METRIC_NAMES}
         found["val_loss"] = best.get("validation_loss")
         return {key: value for key, value in found.items() if is_number(value)}
@@ -223,6 +228,18 @@ def training_rows(curve: Mapping[str, Sequence[Any]], history: Sequence[Mapping[
     columns = [[(name, value) for value in curve[key]] for key, name in CURVE.items()]
     rows = [dict(row) for row in zip(*columns, strict=True)]
     return [row | scores.get(row["epoch"], {}) for row in rows]
+
+
+def read_test_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a `test_metrics.json`, none where it is absent.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    rows = read_json(path) if path.is_file() else []
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path} is not a list of test scores: move it away, then test again")
+    return rows
 
 
 class ByImage(NamedTuple):

@@ -475,7 +475,8 @@ def check_decoding(args: Settings, error: Callable[[str], Any]) -> None:
     explicit = args.explicit
     if {"json", "output"} <= explicit:
         error("--json has no effect with --output: a FILE that ends in .jsonl has JSON lines")
-    for name in ("beam_size", "length_penalty", "no_repeat_ngram", "save_attention_viz"):
+    searching = ("beam_size", "length_penalty", "no_repeat_ngram", "save_attention_viz", "min_confidence", "consensus")
+    for name in searching:
         if args.top_p is not None and name in explicit:
             error(f"--{name} has no effect with --top_p, which samples captions")
     if "seed" in explicit and args.mode == "caption" and args.top_p is None:
@@ -484,10 +485,6 @@ def check_decoding(args: Settings, error: Callable[[str], Any]) -> None:
         error(f"--num_captions {args.num_captions} needs a --beam_size of at least as many")
     if args.consensus == "on" and {"consensus", "beam_size"} <= explicit and args.beam_size == 1:
         error("--consensus chooses among a beam's captions: it needs a --beam_size above 1, best 20 or more")
-    if args.min_confidence is not None and args.top_p is not None:
-        error("--min_confidence has no effect with --top_p, which samples captions")
-    if "consensus" in explicit and args.top_p is not None:
-        error("--consensus has no effect with --top_p, which samples captions")
     for name in ("consensus", "beam_size", "length_penalty", "no_repeat_ngram"):
         if name in explicit and args.predictions is not None:
             error(f"--{name} has no effect with --predictions, which are captions already")

@@ -164,9 +164,9 @@ def sized(part: Part) -> Iterable[tuple[str, int | None]]:
     return zip(part["names"], part["sizes"] or [None] * len(part["names"]), strict=True)
 
 
-def few(names: Iterable[str], most: int = 3) -> str:
+def few(names: Iterable[str]) -> str:
     names = sorted(names)
-    return ", ".join(map(printable, names[:most])) + (", ..." if len(names) > most else "")
+    return ", ".join(map(printable, names[:3])) + (", ..." if len(names) > 3 else "")
 
 
 # --------------------------------------------------------------------------------------------------

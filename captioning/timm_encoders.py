@@ -26,8 +26,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
-from captioning.encoders import RANDOM, RANDOM_HASH, WEIGHTS_PLACES, EncoderSpec, sha256
-from captioning.io import UserError, first_line, install_command, log, read_json
+from captioning.encoders import RANDOM, RANDOM_HASH, WEIGHTS_PLACES, EncoderSpec
+from captioning.io import UserError, first_line, install_command, log, read_json, sha256
 from captioning.tensor_files import read_tensors
 
 CONFIG = "config.json"

@@ -4,12 +4,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from pycocoevalcap.rouge.rouge import my_lcs
 from spacy.lang.en.stop_words import STOP_WORDS
 
 from captioning.analysis import (
     SHARES,
     Tally,
-    common_words,
     count_words,
     find_errors,
     nearest_texts,
@@ -93,11 +93,11 @@ def test_the_nearest_training_caption_is_the_nearest_of_all():
     candidates = np.arange(3, 50, 2)
     for caption, found in zip(captions, nearest_texts(captions, tokenize(texts), candidates), strict=True):
         alike = {
-            n: 2 * common_words(caption.split(), texts[n].split()) / max(1, len(caption.split() + texts[n].split()))
+            n: 2 * my_lcs(caption.split(), texts[n].split()) / max(1, len(caption.split() + texts[n].split()))
             for n in candidates.tolist()
         }
         assert found.text in alike and found.similarity == alike[found.text] == max(alike.values())
-    assert common_words([*"abcbdab"], [*"bdcaba"]) == 4  # Cormen et al.'s example
+    assert my_lcs([*"abcbdab"], [*"bdcaba"]) == 4  # Cormen et al.'s example
     assert nearest_texts(["a b c"], tokenize(["a b", "c b a", "a b c"]), np.arange(3)) == [(2, 1.0)]
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from captioning.decoders import LSTMDecoder
-from captioning.kernels import ROWS_AT_A_TIME, Dropout, dropout, projected_cross_entropy
+from captioning.kernels import ROWS_AT_A_TIME, Dropout, ProjectedCrossEntropy
 
 
 @pytest.mark.parametrize("smoothing", (0.0, 0.1))
@@ -20,7 +20,7 @@ def test_projected_cross_entropy_is_cross_entropy_of_the_projection(smoothing, w
     )
     targets = torch.randint(words, (tokens,))
     factors = torch.randn(tokens, dtype=torch.double) if weighted else None
-    ours = projected_cross_entropy(hidden_out, weight, bias, targets, smoothing, factors)
+    ours = ProjectedCrossEntropy.apply(hidden_out, weight, bias, targets, factors, smoothing)
     each = F.cross_entropy(F.linear(hidden_out, weight, bias), targets, label_smoothing=smoothing, reduction="none")
     theirs = (each * factors).sum() if weighted else each.sum()
     torch.testing.assert_close(ours, theirs)
@@ -32,7 +32,7 @@ def test_projected_cross_entropy_is_cross_entropy_of_the_projection(smoothing, w
         torch.testing.assert_close(a, b)
     with torch.no_grad():
         torch.testing.assert_close(
-            projected_cross_entropy(hidden_out, weight, bias, targets, smoothing, factors), theirs
+            ProjectedCrossEntropy.apply(hidden_out, weight, bias, targets, factors, smoothing), theirs
         )
 
 
@@ -42,9 +42,9 @@ def test_under_autocast_the_loss_is_that_of_float32_within_its_rounding(dtype):
     hidden_out, weight, bias = torch.randn(300, 32), torch.randn(80, 32) / 6, torch.randn(80)
     targets = torch.randint(80, (300,))
     inputs = [value.requires_grad_() for value in (hidden_out, weight, bias)]
-    plain = projected_cross_entropy(*inputs, targets)
+    plain = ProjectedCrossEntropy.apply(*inputs, targets, None, 0.0)
     with torch.autocast("cpu", dtype):
-        low = projected_cross_entropy(*inputs, targets)
+        low = ProjectedCrossEntropy.apply(*inputs, targets, None, 0.0)
     assert low.dtype == torch.float32
     torch.testing.assert_close(low, plain, rtol=2e-3, atol=0)
     for a, b in zip(torch.autograd.grad(low, inputs), torch.autograd.grad(plain, inputs), strict=True):
@@ -54,14 +54,14 @@ def test_under_autocast_the_loss_is_that_of_float32_within_its_rounding(dtype):
 def test_dropout_keeps_the_mean_drops_its_share_and_follows_the_seed():
     torch.manual_seed(3)
     values = torch.ones(1000, 301, requires_grad=True)
-    out = dropout(values, 0.3)
+    out = Dropout(0.3)(values)
     assert abs(float((out == 0).double().mean()) - 0.3) < 0.005 and abs(float(out.detach().mean()) - 1) < 0.01
     assert set(out.unique().tolist()) == {0.0, float(out.detach().max())}
     (gradient,) = torch.autograd.grad(out.sum(), values)
     assert torch.equal(gradient, out)
     torch.manual_seed(3)
-    assert torch.equal(dropout(values, 0.3), out)
-    assert not torch.equal(dropout(values, 0.3), out)
+    assert torch.equal(Dropout(0.3)(values), out)
+    assert not torch.equal(Dropout(0.3)(values), out)
     rows = out.detach() == 0
     assert abs(float((rows[1:] & rows[:-1]).double().mean()) - 0.09) < 0.005  # neighbours fall independently
 
@@ -100,7 +100,7 @@ def test_under_autocast_batches_share_their_shapes_and_the_lstm_is_that_of_float
 
         def results():
             out = decoder.run_lstm(inputs[0], torch.tensor(sizes), *inputs[1:])
-            loss = projected_cross_entropy(out, decoder.embed.weight, decoder.output_bias, targets)
+            loss = decoder.cross_entropy(out, targets)
             return [out, *torch.autograd.grad(loss, [*inputs, *decoder.lstm.parameters(), decoder.embed.weight])]
 
         with torch.autocast("cpu", torch.bfloat16), ProductShapes() as seen:

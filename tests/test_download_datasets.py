@@ -16,6 +16,7 @@ from PIL import Image
 
 import download_datasets
 from captioning import demo_set, fetch
+from captioning.io import log
 from download_datasets import Mirror, Part, Source, download, main
 
 NAMES = [f"{number:03d}.jpg" for number in range(10)]
@@ -191,7 +192,7 @@ def test_another_image_folder_in_the_way_is_reported_before_downloading(tiny, tm
 def test_two_downloads_at_once_take_turns(tiny, tmp_path, monkeypatch):
     codes: list[int] = []
     printed: list[str] = []  # rather than capsys, which loses what is printed while another thread reads it
-    monkeypatch.setattr(download_datasets, "print", lambda text, **_: printed.append(text), raising=False)
+    monkeypatch.setattr(log, "info", printed.append)
     with FileLock(tmp_path / ".download.lock"):
         threads = [threading.Thread(target=lambda: codes.append(call(tmp_path))) for _ in range(2)]
         for started, thread in enumerate(threads, 1):

@@ -162,7 +162,7 @@ def test_the_card_has_this_checkpoints_scores_and_the_terms(tmp_path):
     assert "| split | images | decoding | CIDEr |" in card and "| test\\|'&lt;b> | 10 | beam 3 | 51.2 |" in card
     assert "90.0" not in card and "non-commercial research" in card and "`0676ba61`" in card
     (tmp_path / "run" / "test_metrics.json").write_text('{"cider": 3}')
-    with pytest.raises(UserError, match="not a list of scores"):
+    with pytest.raises(UserError, match="not a list of test scores"):
         export_model.export(load_checkpoint(path), path, tmp_path / "other", False, None)
 
 

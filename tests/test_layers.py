@@ -62,8 +62,8 @@ def test_nobody_imports_upwards() -> None:
 
 
 def test_there_are_no_circles() -> None:
-    """Of the imports that run when a module is imported; `prepare` raises CycleError, which names the circle."""
-    graph = {module: {name for name, later in found if not later} for module, found in IMPORTS.items()}
+    """`prepare` raises CycleError, which names the circle."""
+    graph = {module: {name for name, _ in found} for module, found in IMPORTS.items()}
     TopologicalSorter(graph).prepare()
 
 

@@ -211,7 +211,7 @@ def test_gallery_stops_at_twelve_and_needs_one(tmp_path):
     assert len(plots.captions_figure([sample()] * 15).axes) == 12
     with pytest.raises(ValueError):
         plots.captions_figure([])
-    plots.plot_captions([sample(90, 10), sample(10, 90)] * 6, tmp_path / "captions.png")
+    plots.save_figure(plots.captions_figure([sample(90, 10), sample(10, 90)] * 6), tmp_path / "captions.png")
     assert_whole_picture(tmp_path / "captions.png")
 
 
@@ -219,7 +219,7 @@ def test_gallery_takes_empty_and_odd_texts(tmp_path):
     odd = [sample(caption="", references=[]), sample(caption="costs $5 or $6_x", name="y" * 200)]
     figure = plots.captions_figure(odd)
     assert "(no words)" in texts(figure) and "$5 or $6_x" in texts(figure).replace("\n", " ")
-    plots.plot_captions(odd, tmp_path / "captions.png")
+    plots.save_figure(figure, tmp_path / "captions.png")
     assert_whole_picture(tmp_path / "captions.png")
 
 

@@ -17,7 +17,7 @@ from captioning import plots, reports
 from captioning.io import UserError, log
 from captioning.runs import training_rows
 from captioning.tensorboard import write_tensorboard
-from experiment_utils import write_training_log
+from experiment_utils import write_epoch_files
 from training_utils import Stopwatch
 
 WRITE_REPORT = reports.write_report
@@ -117,7 +117,7 @@ def test_the_stopwatch_adds_up_and_reports_what_is_new(monkeypatch):
 def test_the_log_has_a_row_per_epoch_and_leaves_gaps(tmp_path):
     history = [{"epoch": 2, "split": "val", "beam_size": 1, "images": 5, "cider": 0.5}]
     assert training_rows(CURVE, history)[1]["cider"] == 0.5 and "cider" not in training_rows(CURVE, history)[0]
-    write_training_log(tmp_path, CURVE, history)
+    write_epoch_files(tmp_path, CURVE, history)
     assert (tmp_path / "training_log.csv").read_text() == (
         "epoch,training_loss,validation_loss,learning_rate,cider\n1,2.0,2.5,0.1,\n2,1.0,1.5,0.1,0.5\n"
     )

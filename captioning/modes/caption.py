@@ -165,9 +165,8 @@ def print_lines(lines: Iterable[str]) -> None:
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
     except OSError as error:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # else the interpreter fails once more, at its end
+        # Else the interpreter fails once more, at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             raise SystemExit(128 + 13) from None
         raise UserError(f"cannot write to standard output: {error.strerror}") from error
@@ -178,7 +177,7 @@ def is_withheld(result: Captioned, least: float) -> bool:
     return result.confidence is not None and result.confidence < least
 
 
-def tab_lines(results: Iterable[Captioned], count: int, least: float = 0.0) -> Iterator[str]:
+def tab_lines(results: Iterable[Captioned], count: int, least: float) -> Iterator[str]:
     """Yield `path<TAB>caption`, up to `count` lines per image; control characters of a path are written as escapes.
 
     An image whose captions are withheld has one line, without a caption.
@@ -188,7 +187,7 @@ def tab_lines(results: Iterable[Captioned], count: int, least: float = 0.0) -> I
         yield from (f"{printable(str(result.path))}\t{text}" for text in captions)
 
 
-def csv_lines(results: Iterable[Captioned], count: int, least: float = 0.0) -> Iterator[str]:
+def csv_lines(results: Iterable[Captioned], count: int, least: float) -> Iterator[str]:
     """Yield a header, then up to `count` rows per image, best first; one, without a caption, where they are withheld."""
 
     def row(*values: object) -> str:

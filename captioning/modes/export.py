@@ -16,7 +16,6 @@ ONNX is for those who do not have this program.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import logging
 import os
@@ -36,20 +35,21 @@ from captioning.dataset import SOS
 from captioning.decoders import Decoder, build_decoder, find_decoder
 from captioning.encoders import encoder_of
 from captioning.io import (
+    EXPORTED_WEIGHTS,
     UserError,
     format_bytes,
     install_command,
     log,
     make_directory,
     printable,
-    read_json,
     require_free_space,
+    sha256,
     temporary_name,
     write_atomic,
     write_json,
 )
 from captioning.registry import without_path
-from captioning.runs import EXPORTED_WEIGHTS, decoding, results_directory
+from captioning.runs import decoding, is_number, read_test_rows, results_directory
 from captioning.scores import METRIC_NAMES
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def write_model(checkpoint: dict[str, Any], folder: Path) -> None:
         "confidence": checkpoint["confidence"],  # its calibration, or null
         "consensus": (head and {key: head[key] for key in ("log_images", "weight")}) or None,
         "flags": {key: checkpoint["flags"][key] for key in EXPORTED["flags"]} | {"encoder": name},
-        "sha256": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())},
+        "sha256": {file.name: sha256(file) for file in sorted(folder.iterdir())},
     }
     write_json(folder / "config.json", config)
 
@@ -155,14 +155,7 @@ def read_scores(path: Path, checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
     Raises:
         UserError: the file is not a list of scores.
     """
-    file = results_directory(path) / "test_metrics.json"
-    if not file.is_file():
-        return []
-    entries = read_json(file)
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise UserError(
-            f"{file} is not a list of scores: move it away, or test again (--mode test --model_path {path})"
-        )
+    entries = read_test_rows(results_directory(path) / "test_metrics.json")
     return [e for e in entries if (e.get("checkpoint"), e.get("epoch")) == (path.name, checkpoint["epoch"])]
 
 
@@ -174,9 +167,8 @@ def model_card(checkpoint: dict[str, Any], scores: Sequence[Mapping[str, Any]], 
     data = flags["dataset_type"]
     last = "its last stage" if spec.cut == 1 else f"its last {spec.cut} stages"
     trained = f"{last}, trained with the decoder, and " if spec.cut else ""
-    before = len(
-        (checkpoint["split"] or {}).get("inherited", {"names": []})["names"]
-    )  # images of the models it began as
+    # How many images the models were trained on that it began as.
+    before = len((checkpoint["split"] or {}).get("inherited", {"names": []})["names"])
     begun = f"from the weights of a model that was trained on {before:,} other images" if before else "from scratch"
     lines = [
         "---", card_metadata(checkpoint, scores) + "---", "",
@@ -253,10 +245,6 @@ def card_metadata(checkpoint: Mapping[str, Any], scores: Sequence[Mapping[str, A
 def hub_metric(key: str) -> str:
     """Return the hub's name of a metric, which is of its kind: bleu for `bleu4`, rouge for `rouge_l`."""
     return key.rstrip("1234").removesuffix("_l")
-
-
-def is_number(value: Any) -> bool:
-    return type(value) in (int, float)
 
 
 def cell(value: Any) -> str:

@@ -11,7 +11,6 @@ import asyncio
 import base64
 import contextlib
 import hashlib
-import html
 import io
 import json
 import logging
@@ -25,14 +24,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import StrictUndefined, Template
 from PIL import Image
 
-from attention_visualization import colours, upsample
+from attention_visualization import colours
 from captioning import __version__
 from captioning.captioner import Captioner, Decoding, DecodingOptions
 from captioning.dataset import load_caption_set
-from captioning.images import IMAGE_FORMATS, UnreadableImage, open_image
+from captioning.images import IMAGE_FORMATS, UnreadableImage, open_image, upsample
 from captioning.io import UserError, format_bytes, install_command, log
+from captioning.layouts import default_folder
 from captioning.modes.caption import given_options, json_lines, word_dict
 from captioning.plots import shrunk
 from captioning.runs import given_model
@@ -174,22 +175,17 @@ def build_page(captioner: Captioner, examples: Sequence[Path], how: Decoding) ->
     """The page's HTML, with the model's description, the examples and the settings' first values."""
     pictures: list[str] = []
     for path in examples:
-        try:
-            address = data_url(shrunk(open_image(path, at_least=EXAMPLE_SIZE), EXAMPLE_SIZE), "JPEG")
-        except UnreadableImage:
-            continue
-        number = len(pictures) + 1
-        pictures.append(f'<button type="button"><img src="{address}" alt="Example {number}"></button>')
-    values = {
-        "model": html.escape(description(captioner)),
-        "examples": "".join(pictures),
-        "max_bytes": MAX_BYTES,
-        "beam_size": how.beam_size,
-        "beam_max": max(WIDEST_BEAM, how.beam_size),
-        "length_penalty": how.length_penalty,
-        "penalty_max": max(LARGEST_PENALTY, how.length_penalty),
-    }
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: str(values[found[1]]), PAGE.read_text(encoding="utf-8"))
+        with contextlib.suppress(UnreadableImage):
+            pictures.append(data_url(shrunk(open_image(path, at_least=EXAMPLE_SIZE), EXAMPLE_SIZE), "JPEG"))
+    return Template(PAGE.read_text(encoding="utf-8"), autoescape=True, undefined=StrictUndefined).render(
+        model=description(captioner),
+        examples=pictures,
+        max_bytes=MAX_BYTES,
+        beam_size=how.beam_size,
+        beam_max=max(WIDEST_BEAM, how.beam_size),
+        length_penalty=how.length_penalty,
+        penalty_max=max(LARGEST_PENALTY, how.length_penalty),
+    )
 
 
 def description(captioner: Captioner) -> str:
@@ -230,10 +226,9 @@ def find_examples(captioner: Captioner, args: Settings) -> list[Path]:
     if not any(named):
         named = [Path(flags[name]) if flags[name] else None for name in ("data_dir", "image_dir", "captions_file")]
     data_dir, image_dir, captions_file = named
-    if data_dir is None and not (image_dir and captions_file):
-        data_dir = Path("data") / flags["dataset_type"]
+    folder = default_folder(data_dir, image_dir, captions_file, flags["dataset_type"])
     try:
-        data = load_caption_set(data_dir, image_dir, captions_file, flags["seed"], captioner.split)
+        data = load_caption_set(folder, image_dir, captions_file, flags["seed"], captioner.split)
     except (UserError, OSError):
         if args.data_dir or args.image_dir or args.captions_file:
             raise

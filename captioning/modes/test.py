@@ -23,7 +23,7 @@ from captioning.evaluation import EvalContext, caption, images_to_draw, search
 from captioning.images import UnreadableImage, open_image
 from captioning.io import UserError, make_directory, printable, read_json, write_json
 from captioning.reports import write_report
-from captioning.runs import results_directory
+from captioning.runs import read_test_rows, results_directory
 from captioning.scores import METRIC_NAMES, ImageScores, bootstrap_intervals, by_rank
 from experiment_utils import save_numbered
 from metrics_utils import (
@@ -76,7 +76,7 @@ def run(context: EvalContext, images: np.ndarray, checkpoints: Mapping[Path, Map
     ensemble = "ensemble_" if others else ""
     directory = make_directory(results_directory(path), "the results of a test")
     rows_file = directory / f"{ensemble or 'test_'}metrics.json"
-    read_rows(rows_file)  # before anything is decoded
+    read_test_rows(rows_file)  # before anything is decoded
     epochs = [checkpoint["epoch"] for checkpoint in checkpoints.values()]
     header = {
         "checkpoint": [str(member) for member in checkpoints] if others else path.name,
@@ -85,9 +85,8 @@ def run(context: EvalContext, images: np.ndarray, checkpoints: Mapping[Path, Map
         "no_repeat_ngram": args.no_repeat_ngram or None,
         "images_hash": images_hash(data, images, context.members[0][1].versions),
     }  # fmt: skip
-    pointing = (
-        args.dataset_type == "demo" and context.members[0][0].has_attention
-    )  # there the place of each shape is known
+    # In the demo set the place of each shape is known.
+    pointing = args.dataset_type == "demo" and context.members[0][0].has_attention
 
     results = []
     for way in ways_to_decode(context, images, attention=pointing):
@@ -183,16 +182,10 @@ def score_test(data: CaptionSet, images: np.ndarray, captions: Sequence[str]) ->
     references = [data.references(image) for image in images]
     by_image = score_images(captions, references)
     scores: dict[str, Any] = {**summarize(by_image), "unsupported": unsupported_share(captions, references)}
-    scores |= variety(captions, training_captions(data))
+    training = set(map(data.tokens.text, captions_of(data, data.splits["train"])))
+    scores |= variety(captions, training)
     scores |= {f"{name}_interval": list(bounds) for name, bounds in bootstrap_intervals(by_image).items()}
     return scores, by_image
-
-
-def training_captions(data: CaptionSet) -> set[str]:
-    """Return the training captions, tokenized and joined as hypotheses are."""
-    words, ids, offsets = data.tokens
-    captions = captions_of(data, data.splits["train"])
-    return {" ".join(words[i] for i in ids[offsets[c] : offsets[c + 1]]) for c in captions}
 
 
 def add_java_scores(
@@ -274,25 +267,13 @@ def save_row(rows_file: Path, result: Result) -> None:
     with rows_lock(rows_file):
         # Older rows lack some keys of today's header.
         same = lambda row: {key: row.get(key, value) for key, value in result.header.items()} == result.header  # noqa: E731
-        write_json(rows_file, [*(row for row in read_rows(rows_file) if not same(row)), result.row])
+        write_json(rows_file, [*(row for row in read_test_rows(rows_file) if not same(row)), result.row])
 
 
 def images_hash(data: CaptionSet, images: np.ndarray, versions: np.ndarray) -> str:
     """Return what tells these images from others: a CRC-32 of their names, sizes and contents."""
     text = "\n".join(data.names[image] for image in images)
     return f"{zlib.crc32(versions[images].tobytes(), zlib.crc32(text.encode('utf-8', 'surrogatepass'))):08x}"
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a `test_metrics.json`, none where it is absent.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    rows = read_json(path) if path.is_file() else []
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{path} is not a list of test scores: move it away, then test again")
-    return rows
 
 
 def rows_lock(rows_file: Path) -> FileLock:
@@ -340,7 +321,7 @@ def print_scores(
         print(f"  {note}")
 
 
-def save_references(directory: Path, data: CaptionSet, images: np.ndarray, split: str) -> Path:
+def save_references(directory: Path, data: CaptionSet, images: np.ndarray, split: str) -> None:
     """Write the references as the COCO evaluation reads them, under the `image_id`s of the captions."""
     content = {
         "info": {"description": f"{split} of {data.captions_file.name}"}, "type": "captions", "licenses": [],
@@ -352,9 +333,7 @@ def save_references(directory: Path, data: CaptionSet, images: np.ndarray, split
             )
         ],
     }  # fmt: skip
-    path = directory / f"{split.replace('+', '_')}_references.json"
-    write_json(path, content)
-    return path
+    write_json(directory / f"{split.replace('+', '_')}_references.json", content)
 
 
 def save_gallery(data: CaptionSet, images: np.ndarray, captions: Sequence[str], cider: np.ndarray, path: Path) -> None:
@@ -377,7 +356,7 @@ def save_gallery(data: CaptionSet, images: np.ndarray, captions: Sequence[str], 
             samples.append(
                 {"image": picture, "group": group, "name": title, "caption": captions[place], "references": references}
             )
-    plots.plot_captions(samples, path)
+    plots.save_figure(plots.captions_figure(samples), path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -431,5 +410,5 @@ def read_predictions(path: Path, data: CaptionSet, images: np.ndarray) -> list[s
             f"--predictions {path} has no caption for {len(missing)} of the {len(images)} images, {missing[0]} for "
             "example: an image is known by its file name (COCO's by their number); --split chooses which are scored"
         )
-    words, ids, offsets = tokenize(found[name] for name in names)
-    return [" ".join(words[i] for i in ids[offsets[n] : offsets[n + 1]]) for n in range(len(images))]
+    tokens = tokenize(found[name] for name in names)
+    return [tokens.text(number) for number in range(len(names))]
