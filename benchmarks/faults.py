@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from kills import (
@@ -71,20 +71,20 @@ class Forbidden(NamedTuple):
     path: str  # below the folder of data, run, runs and cache
     mode: int
     command: str
-    before: str = ""
+    cache: Literal["as it is", "empty", "full"] = "as it is"  # before
     refused: bool = True
 
 
 USER = {
-    "unreadable image": Forbidden(f"data/{PHOTO}", 0, "train", "empty the cache"),
+    "unreadable image": Forbidden(f"data/{PHOTO}", 0, "train", "empty"),
     "unreadable captions file": Forbidden("data/captions.txt", 0, "train"),
     "unreadable data folder": Forbidden("data", 0, "train"),
     "read-only run directory, --resume": Forbidden("run", 0o555, "resume"),
     "read-only run directory, --mode test": Forbidden("run", 0o555, "test"),
     "read-only run directory, --mode tune": Forbidden("run", 0o555, "tune"),
-    "read-only complete cache": Forbidden("cache", 0o555, "train", "fill the cache", refused=False),
+    "read-only complete cache": Forbidden("cache", 0o555, "train", "full", refused=False),
     "read-only incomplete cache": Forbidden("cache", 0o555, "train"),
-    "unreadable cache": Forbidden("cache", 0, "train", "fill the cache"),
+    "unreadable cache": Forbidden("cache", 0, "train", "full"),
     "read-only --model_save_dir": Forbidden("runs", 0o555, "train"),
     "unreadable checkpoint, --mode test": Forbidden("run/best.pt", 0, "test"),
     "unreadable checkpoint, --resume": Forbidden("run/last.pt", 0, "resume"),
@@ -292,9 +292,9 @@ class Faults(Bench):
         case = USER[what]
         path, command = folder / case.path, commands[case.command]
         named = str(path) if path.is_dir() else path.name
-        if case.before == "empty the cache":
+        if case.cache == "empty":
             shutil.rmtree(cache)
-        elif case.before == "fill the cache":  # in which this copy of the data set has a place of its own
+        elif case.cache == "full":  # in which this copy of the data set has a place of its own
             command().end(0)
             for each in runs.iterdir():
                 shutil.rmtree(each)

@@ -121,8 +121,8 @@ count, positive, whole = number(int, 1, 10**9), number(float, 0, 1e30, above=Tru
 weight = number(float, 0, 1e30)
 GROUPS: dict[str, tuple[Flag, ...]] = {
     "what to do": (
-        Flag("mode", "train a decoder; score a trained one; find its best length penalty (and, without consensus, beam size) on the "
-            "validation images; caption images with it; open a page in the browser that does; write it as a folder to share",
+        Flag("mode", "train a decoder; score a trained one; find its best beam size and length penalty on the validation "
+            "images; caption images with it; open a page in the browser that does; write it as a folder to share",
             str, "train", MODES, parameter=False),
         Flag("model_path", "checkpoint, run directory, folder of runs, exported folder, or hf-hub:OWNER/NAME, perhaps with "
             "@REVISION, for one on the Hugging Face hub: to test (several are an ensemble), or to train on from", path, many=True, metavar="PATH"),

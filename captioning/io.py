@@ -270,7 +270,7 @@ def unreadable(error: OSError) -> str:
     name = printable(str(error.filename))
     if isinstance(error, PermissionError):
         return f"no permission for {name}. Make it readable and rerun"
-    return f"cannot read {name}: {error.strerror}"
+    return f"cannot use {name}: {error.strerror}"
 
 
 def temporary_name(path: Path) -> Path:

@@ -238,7 +238,9 @@ def read_test_rows(path: Path) -> list[dict[str, Any]]:
     """
     rows = read_json(path) if path.is_file() else []
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{path} is not a list of test scores: move it away, then test again")
+        raise UserError(
+            f"{path} is not a list of test scores: move it away, then test again (--mode test --model_path {path.parent})"
+        )
     return rows
 
 

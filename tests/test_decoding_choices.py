@@ -101,6 +101,7 @@ def test_another_test_of_the_same_name_overwrites_nothing(trained):
     after, (*_, short, _, long) = files(lstm), rows(lstm)
     assert short["captions_file"] == "test_captions_beam8.json"
     assert long["captions_file"] == "test_captions_beam8_3.json" and long["scores_file"] == "test_scores_beam8_2.json"
+    assert [row["length_penalty"] for row in (short, long)] == [0, 5]
     ours = [name for name in before if "_captions_" in name or "_scores_" in name]
     assert ours and all(after[name] == before[name] for name in ours)
 

@@ -15,7 +15,6 @@ from captioning.checkpoints import load_checkpoint, save_checkpoint
 from captioning.decoders import build_decoder, find_decoder, group_sizes
 from captioning.modes.export import export
 
-EVERY = pytest.mark.parametrize("stages", [0, 1])
 ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
 DOG = 5  # the last of the checkpoint's words
 
@@ -66,7 +65,7 @@ def model(tmp_path, monkeypatch, name, stages) -> Path:
 
 
 @pytest.mark.parametrize("name", registry.DECODERS)
-@EVERY
+@pytest.mark.parametrize("stages", [0, 1])
 def test_captions_by_consensus_from_a_checkpoint_and_an_export(model, tmp_path, name):
     export(load_checkpoint(model), model, tmp_path / "model", False, None)
     photo = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)

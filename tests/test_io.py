@@ -165,8 +165,8 @@ def test_closed_standard_streams(tmp_path):
     "number, message",
     [
         (errno.EACCES, "error: no permission for cache/tokens.bin. Make it readable and rerun"),
-        (errno.ENAMETOOLONG, "error: cannot read cache/tokens.bin: File name too long"),
-        (errno.EIO, "error: cannot read cache/tokens.bin: Input/output error"),
+        (errno.ENAMETOOLONG, f"error: cannot use cache/tokens.bin: {os.strerror(errno.ENAMETOOLONG)}"),
+        (errno.EIO, f"error: cannot use cache/tokens.bin: {os.strerror(errno.EIO)}"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_a_line(capsys, number, message):

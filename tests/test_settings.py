@@ -1,6 +1,7 @@
 """The table of flags, --config, and what a checkpoint decides."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +119,7 @@ def test_the_table_is_sound():
         ([*CAPTION, "--num_captions", "4", "--beam_size", "3"], "needs a --beam_size of at least as many"),
         ([*CAPTION, "--json", "--output", "y.jsonl"], "--json has no effect with --output"),
         ([*CAPTION, "--min_confidence", "0.5", "--top_p", "0.9"], "--min_confidence has no effect with --top_p"),
+        ([*CAPTION, "--consensus", "on", "--top_p", "0.9"], "--consensus has no effect with --top_p"),
         *(([*CAPTION, "--min_confidence", wrong], "--min_confidence: ") for wrong in ("1.5", "-1", "nan")),
     ],
 )
@@ -145,9 +147,8 @@ def test_a_run_config_records_what_was_explicit(tmp_path):
     content = {"decoder_type": "attention", "epochs": 10, "batch_size": 64, "timestamp": "t", "command": "python x"}
     file.write_text(json.dumps(content | {"explicit": ["epochs"]}))
     assert parse_flags(["--config", str(file)]).explicit == {"config", "epochs"}
-    file.write_text(
-        json.dumps(content | {"consensus": "off"})
-    )  # an older version: what differs from the default counts
+    # An older version, where consensus was off by default: what differs from the default counts.
+    file.write_text(json.dumps(content | {"consensus": "off"}))
     settings = parse_flags(["--config", str(file)])
     assert settings.explicit == {"config", "decoder", "batch_size"} and settings.decoder == "attention"
 
@@ -183,6 +184,7 @@ def test_tuned_decoding_counts_unless_flags_say_otherwise():
     assert beam() == 5 and beam("--beam_size", "2") == 2
 
 
+@pytest.mark.skipif(os.name == "nt", reason="where such a path is only not there")
 def test_a_name_that_no_file_can_have_is_a_line(capsys):
     with pytest.raises(SystemExit) as ended:
         answer_flags(["--resume", "a" * 300])
