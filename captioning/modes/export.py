@@ -167,7 +167,7 @@ def model_card(checkpoint: dict[str, Any], scores: Sequence[Mapping[str, Any]], 
     data = flags["dataset_type"]
     last = "its last stage" if spec.cut == 1 else f"its last {spec.cut} stages"
     trained = f"{last}, trained with the decoder, and " if spec.cut else ""
-    # How many images the models were trained on that it began as.
+    # Images that the models before it were trained on.
     before = len((checkpoint["split"] or {}).get("inherited", {"names": []})["names"])
     begun = f"from the weights of a model that was trained on {before:,} other images" if before else "from scratch"
     lines = [
