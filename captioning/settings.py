@@ -88,12 +88,14 @@ class Settings(argparse.Namespace):
             UserError: an explicit flag contradicts it, or has no effect with it.
         """
         saved = checkpoint["flags"]
+        idle = set().union(*(idle_flags(entries, saved[kind]) for kind, entries in KINDS.items()))
         found: dict[str, Any] = {}
         for flag in FLAGS.values():
             name = flag.name
             if self.adapts and name in NOT_INHERITED:
                 continue
-            if flag.checkpoint == "fixed" and name in self.explicit and getattr(self, name) != saved[name]:
+            differs = name in self.explicit - idle and getattr(self, name) != saved[name]
+            if flag.checkpoint == "fixed" and differs:
                 raise UserError(
                     f"--{name} {getattr(self, name)} contradicts {source}, which was trained with {saved[name]}: "
                     f"leave the flag out, or train a new model without --{'init_from' if self.adapts else 'model_path'}"

@@ -97,9 +97,14 @@ def test_flags_that_are_named_exist(page: Path) -> None:
 
 
 def commands(page: Path) -> Iterator[list[str]]:
-    """The arguments of each command of the main script in the code blocks of a page."""
-    for block in re.findall(r"```bash\n(.*?)```", page.read_text("utf-8"), re.DOTALL):
-        for line in block.replace("\\\n", " ").replace("$TRAIN", f"python {SCRIPT}").splitlines():
+    """The arguments of each command of the main script in the code blocks of a page, $NAMES being what it says."""
+    text = page.read_text("utf-8")
+    named = dict(re.findall(r'^([A-Z]+)="(.*?)"', text, re.MULTILINE))
+    for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
+        block = block.replace("\\\n", " ")
+        for _ in named:  # a name may stand for one that stands for another
+            block = re.sub(r"\$([A-Z]+)", lambda name: named.get(name[1], name[0]), block)
+        for line in block.splitlines():
             words = shlex.split(line, comments=True)
             if SCRIPT in words and "..." not in line:
                 yield words[words.index(SCRIPT) + 1 :]

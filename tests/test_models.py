@@ -12,6 +12,7 @@ import torch
 import torchvision
 from torch.nn.utils.rnn import PackedSequence
 
+import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from captioning import encoders, registry
 from captioning.batches import BatchMaker
 from captioning.dataset import build_vocabulary, load_caption_set
@@ -19,6 +20,7 @@ from captioning.decoders import Decoder, DecoderOutput, LSTMState, build_decoder
 from captioning.decoding import beam_search
 from captioning.encoders import RANDOM_HASH, EfficientNetLiteSpec, Encoder, EncoderSpec, TorchvisionSpec, find_encoder
 from captioning.io import UserError
+from training_utils import Precision, RankBatch, StepLoss
 
 KINDS = tuple(registry.DECODERS)
 ATTENDING = tuple(kind for kind in KINDS if find_decoder(kind).has_attention)
@@ -190,6 +192,23 @@ def test_the_transformer_is_pytorchs(batch):
     expected = decoder.norm(x)[made.token_row, time]
     torch.testing.assert_close(output.hidden_out, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(output.alphas, alphas[made.token_row, time], atol=1e-5, rtol=1e-5)
+    assert decoder.output_vectors() is decoder.embed.weight
+
+
+@pytest.mark.parametrize("kind", ATTENDING)
+def test_the_doubly_stochastic_term_is_a_mean_over_regions_and_captions(kind, batch):
+    vocabulary, made, _ = batch
+    decoder, features = tiny_decoder(kind, len(vocabulary)).eval(), features_for(kind, 20)[made.images]
+    rank_batch = RankBatch(made, np.zeros(len(made.images)), len(made.targets), len(made.row_image))
+    losses = []
+    for weight in (0.0, 2.5):
+        settings = trainer.parse_flags(["--decoder", kind, "--attention_reg", str(weight)])
+        step_loss = StepLoss(decoder, [], None, Precision("fp32", torch.device("cpu")), settings)
+        losses.append(step_loss.cross_entropy(features, made, rank_batch).item())
+    alphas = decoder(features, made).alphas
+    of_captions = [alphas[made.token_row == row].sum(0) for row in range(len(made.row_image))]  # (49,) each
+    term = np.mean([((1 - sums) ** 2).mean().item() for sums in of_captions])
+    assert losses[1] - losses[0] == pytest.approx(2.5 * term, rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -313,7 +332,11 @@ def test_beam_attention_belongs_to_its_words(kind):
 
 
 @pytest.mark.parametrize("end", (0.5, -50))  # by themselves, or at the longest length
-@pytest.mark.parametrize("kinds", [[kind] for kind in KINDS] + [["attention"] * 3, ["lstm", "attention"]])
+@pytest.mark.parametrize(
+    "kinds",
+    [[kind] for kind in KINDS]
+    + [["attention"] * 3, ["lstm", "attention"], ["transformer", "show_attend_tell", "lstm"]],
+)
 def test_each_word_has_the_mean_probability_of_the_members(kinds, end):
     decoders = {kind: tiny_decoder(kind).eval() for kind in kinds}
     members = [(decoders[kind], features_for(kind, 2).roll(view, 0)) for view, kind in enumerate(kinds)]  # views differ

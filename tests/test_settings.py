@@ -161,6 +161,8 @@ def test_a_checkpoint_decides_and_only_explicit_flags_contradict_it(tmp_path):
     assert (later.decoder, later.batch_size, later.weight_decay) == ("attention", 32, 0.05)
     with pytest.raises(UserError, match="--hidden_size 99 contradicts x.pt"):
         parse_flags(["--model_path", "x.pt", "--hidden_size", "99"]).with_checkpoint(checkpoint, source)
+    with pytest.raises(UserError, match="--num_heads has no effect with x.pt, whose decoder is attention"):
+        parse_flags(["--model_path", "x.pt", "--num_heads", "4"]).with_checkpoint(checkpoint, source)
 
 
 def test_a_decoder_has_defaults_of_its_own(tmp_path):
