@@ -409,9 +409,12 @@ def check_architecture(checkpoint: dict[str, Any], path: Path) -> Decoder:
     try:
         spec = encoder_of(flags)
     except UserError as error:
-        raise malformed(path, str(error)) from error
+        raise UserError(f"{path} needs an encoder that cannot be had here: {error}") from error
     if encoder["transform"] != spec.transform:
-        raise malformed(path, f"encoder.transform is not {spec.transform}, that of {spec.name}")
+        raise UserError(
+            f"{path}: encoder.transform is not {spec.transform}, which is that of {spec.name} here. Give the encoder the "
+            "config that it had in training, or use another checkpoint"
+        )
     with torch.device("meta"), SkipInit():
         decoder = build_decoder(flags, len(checkpoint["vocabulary"]), spec)
     expected = {name: list(tensor.shape) for name, tensor in decoder.state_dict().items()}

@@ -22,9 +22,9 @@ def print_encoders(pattern: str) -> None:
     """Print the encoders whose names match, of the registry and of timm where it is installed.
 
     Args:
-        pattern: with * and ?, or a part of a name; everything if empty.
+        pattern: with * and ?, with or without `timm:`, or a part of a name; everything if empty.
     """
-    wanted = pattern if re.search(r"[*?[]", pattern) else f"*{pattern}*"
+    wanted = (pattern if re.search(r"[*?[]", pattern) else f"*{pattern}*").lower()
     found: dict[str, Callable[[str], tuple[str, str]]] = dict.fromkeys(registry.ENCODERS, own_facts)
     try:
         from captioning.timm_encoders import import_timm
@@ -32,7 +32,7 @@ def print_encoders(pattern: str) -> None:
         found |= dict.fromkeys((f"timm:{name}" for name in import_timm().list_models(pretrained=True)), timm_facts)
     except UserError as error:
         print(f"Those of timm are not listed: {error}")
-    names = fnmatch.filter(found, wanted)
+    names = [name for name in found if any(fnmatch.fnmatch(each, wanted) for each in (name, name.partition(":")[2]))]
     if not names:
         print(f"No encoder has a name like {printable(pattern)}. {ALSO}")
         return

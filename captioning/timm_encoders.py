@@ -152,7 +152,10 @@ def find_timm(name: str, grid: int | None = None) -> TimmSpec:
             if depth != 3 or side != width or not 0 < side <= LARGEST_IMAGE:
                 raise ValueError(f"it takes images of {depth} x {side} x {width}, not square ones of three colours")
             blank = torch.zeros(1, 3, side, side)
-            tokens = not is_grid(network.forward_features(blank))
+            features = network.forward_features(blank)
+            if not isinstance(features, torch.Tensor):
+                raise ValueError("its features are several grids or none")
+            tokens = not is_grid(features)
             shape = tuple(Grid(network, tokens)(blank).shape)
         mean, std = (tuple(255 * float(value) for value in data[part]) for part in ("mean", "std"))
         if len(shape) != 4 or shape[2] != shape[3]:
@@ -283,9 +286,10 @@ def hub_file(repository: str, files: Sequence[str], download: bool = True) -> Pa
             continue
         except Exception as error:  # of the network, the hub and the disk
             raise UserError(
-                f"{repository} could not be downloaded from the Hugging Face hub ({first_line(error)}). Ways out: fetch "
-                f"{files[0]} elsewhere and name it with --resnet_weights FILE; copy the model's folder here and use "
-                "--encoder timm:local-dir:FOLDER; or use --encoder efficientnet_lite0, whose weights are installed already"
+                f"{repository} could not be downloaded from the Hugging Face hub ({first_line(error)}). Ways out: "
+                f"{'name its weights with --resnet_weights FILE; ' if files is WEIGHTS_FILES else ''}copy the hub's cache "
+                "(HF_HOME) of a machine that has it; copy the model's folder here and use --encoder timm:local-dir:FOLDER; "
+                "or use --encoder efficientnet_lite0, whose weights are installed already"
             ) from error
     raise UserError(f"{repository} has no {' or '.join(files)} on the Hugging Face hub: choose another model")
 
@@ -363,11 +367,12 @@ def find_cuts(model: Any, pixels: torch.Tensor) -> list[int]:
 
     Returns:
         the first of `parts_of(model)` in each stage, and the end of the last; none where they do not follow each other.
+        The last stage has weights: VGG's last pooling is no stage.
     """
-    target, grid = model.forward_features(pixels), pixels
+    target, grid, parts = model.forward_features(pixels), pixels, parts_of(model)
     sides = [0]
     whole = 0  # parts up to the last place where everything is there: untrained blocks may change nothing
-    for number, part in enumerate(parts_of(model), 1):
+    for number, part in enumerate(parts, 1):
         try:
             grid = part(grid)
         except Exception:  # the head's, on something that is no grid any more
@@ -377,4 +382,5 @@ def find_cuts(model: Any, pixels: torch.Tensor) -> list[int]:
         sides.append(grid.shape[2])
         if torch.equal(grid, target):
             whole = number
-    return [0, *(n for n in range(1, whole) if sides[n + 1] < sides[n]), whole] if whole else []
+    learning = max((n for n in range(whole) if any(True for _ in parts[n].parameters())), default=0)
+    return [0, *(n for n in range(1, learning + 1) if sides[n + 1] < sides[n]), whole] if whole else []

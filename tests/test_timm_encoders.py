@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from run_files import only_run, skip_pictures
+from torch import nn
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from captioning import timm_encoders
@@ -254,10 +255,9 @@ def test_a_config_names_no_file(folders, tmp_path):
 def test_a_model_on_the_hub_is_taken_from_its_cache(folders, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        UserError, match=r"me/vit could not be downloaded from the Hugging Face hub .* --resnet_weights"
-    ):
+    with pytest.raises(UserError, match=r"me/vit could not be downloaded from the Hugging Face hub") as failed:
         find_encoder("timm:hf-hub:me/vit")
+    assert "HF_HOME" in str(failed.value) and "--resnet_weights" not in str(failed.value)  # a config is no weights
     snapshot = tmp_path / "models--me--vit" / "snapshots" / ("a" * 40)
     shutil.copytree(folders["vit"], snapshot)
     (snapshot.parent.parent / "refs").mkdir()
@@ -314,7 +314,7 @@ def test_list(folders, tmp_path, monkeypatch, capsys):
         )
     ] == ["", "clip", None, ""]
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    for words in (["list", "efficientnet_lite0"], ["list", "*efficientnet_lite0*"]):
+    for words in (["list", "EfficientNet_Lite0"], ["list", "*efficientnet_lite0*"]):
         with pytest.raises(SystemExit) as stop:
             trainer.main(["--encoder", *words])
         assert stop.value.code == 0
@@ -323,6 +323,9 @@ def test_list(folders, tmp_path, monkeypatch, capsys):
             line[:11] for line in lines
         ]
         assert " ".join(lines[-4]) == "timm:tf_efficientnet_lite0.in1k no 4.7 M 224 7 x 7 x 1280 125 apache-2.0"
+    with pytest.raises(SystemExit):
+        trainer.main(["--encoder", "list", "tf_efficientnet_lite0*"])
+    assert "timm:tf_efficientnet_lite0.in1k" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         trainer.main(["--encoder", "list", "resnet"])
     assert "at most 20 matches prints sizes too" in capsys.readouterr().out
@@ -358,6 +361,18 @@ def test_a_cnn_of_timm_is_fine_tuned_resumed_and_captions(folders, tiny, monkeyp
     timm_encoders.stage_grids.cache_clear()
     run("--resume", folder)
     run("--mode", "caption", "--model_path", folder, "--images", "tiny/Images/p00.jpg")
+    monkeypatch.setattr(timm_encoders, "CONFIG", "elsewhere.json")
+    timm_encoders.find_timm.cache_clear()
+    with pytest.raises(UserError, match=r"best.pt needs an encoder that cannot be had here: no elsewhere.json in"):
+        load_checkpoint(folder / "best.pt")
+
+
+def test_a_last_stage_has_weights():
+    """VGG's resolution falls for the last time at a pooling."""
+    parts = [nn.Conv2d(3, 4, 3, padding=1), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    model = nn.Sequential(*parts)
+    model.forward_features = model.forward
+    assert timm_encoders.find_cuts(model, torch.randn(1, 3, 8, 8)) == [0, 1, 5]
 
 
 def test_a_vit_has_no_stages_to_train(folders):
