@@ -94,8 +94,8 @@ class Settings(argparse.Namespace):
             name = flag.name
             if self.adapts and name in NOT_INHERITED:
                 continue
-            differs = name in self.explicit - idle and getattr(self, name) != saved[name]
-            if flag.checkpoint == "fixed" and differs:
+            given = flag.checkpoint == "fixed" and name in self.explicit - idle
+            if given and getattr(self, name) != saved[name]:
                 raise UserError(
                     f"--{name} {getattr(self, name)} contradicts {source}, which was trained with {saved[name]}: "
                     f"leave the flag out, or train a new model without --{'init_from' if self.adapts else 'model_path'}"
