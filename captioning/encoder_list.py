@@ -32,7 +32,9 @@ def print_encoders(pattern: str) -> None:
         found |= dict.fromkeys((f"timm:{name}" for name in import_timm().list_models(pretrained=True)), timm_facts)
     except UserError as error:
         print(f"Those of timm are not listed: {error}")
-    names = [name for name in found if any(fnmatch.fnmatch(each, wanted) for each in (name, name.partition(":")[2]))]
+    names = [
+        name for name in found if any(fnmatch.fnmatch(each.lower(), wanted) for each in (name, name.partition(":")[2]))
+    ]
     if not names:
         print(f"No encoder has a name like {printable(pattern)}. {ALSO}")
         return
