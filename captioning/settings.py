@@ -88,6 +88,7 @@ class Settings(argparse.Namespace):
             UserError: an explicit flag contradicts it, or has no effect with it.
         """
         saved = checkpoint["flags"]
+        # What its decoder or encoder does not read contradicts nothing: `require_effect` says that it has no effect.
         idle = set().union(*(idle_flags(entries, saved[kind]) for kind, entries in KINDS.items()))
         found: dict[str, Any] = {}
         for flag in FLAGS.values():
