@@ -2,6 +2,7 @@
 
 python experiment_utils.py list saved_models --sort cider --where decoder=attention
 python experiment_utils.py diff RUN_A RUN_B
+python experiment_utils.py diff RUN_A0 RUN_A1 RUN_A2 --against RUN_B0 RUN_B1 RUN_B2
 python experiment_utils.py report RUN
 python experiment_utils.py prune saved_models
 """
@@ -44,6 +45,7 @@ from captioning.runs import (
 
 if TYPE_CHECKING:
     from captioning.dataset import CaptionSet
+    from captioning.runs import Run
 
 
 def rate_text(rate: float) -> str:
@@ -235,8 +237,10 @@ def get_parser() -> argparse.ArgumentParser:
     add("--where", nargs="+", action="extend", default=[], metavar="PARAMETER=VALUE", help="only the runs that have it")
     add("--csv", action="store_true", help="print CSV with every parameter and score")
     add = commands.add_parser("diff", help="what differs between two runs, or between a run's own tests").add_argument
-    add("first", type=Path, metavar="RUN_A", help="a run directory, or a folder of runs: its newest")
-    add("second", type=Path, metavar="RUN_B", help="the same again: compares that run's tests with each other")
+    add("runs", type=Path, nargs="+", metavar="RUN", help="two runs, each its directory or a folder of runs (its newest);"
+        " one twice: compares its tests with each other")  # fmt: skip
+    add("--against", type=Path, nargs="+", metavar="RUN", help="compare the mean of these with that of the first, e.g. of"
+        " three seeds each")  # fmt: skip
     add = commands.add_parser("report", help="write the run's report.html anew").add_argument
     add("run", type=Path, metavar="RUN", help="a run directory, or a folder of runs: its newest")
     add("--data_dir", type=Path, help="the data set, where it has moved")
@@ -256,6 +260,23 @@ def confirmed(question: str) -> bool:
         return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
     except EOFError:
         raise UserError("nobody answered, so nothing was deleted: add --yes") from None
+
+
+def sides_to_compare(paths: Sequence[Path], against: Sequence[Path] | None) -> tuple[list[Run], list[Run]]:
+    """Read the runs of `diff`.
+
+    Raises:
+        UserError: not two runs, or a run is more than once among several.
+    """
+    if against is None and len(paths) != 2:
+        raise UserError(
+            f"diff compares two runs, not {len(paths)}; several with several: diff RUN RUN --against RUN RUN"
+        )
+    first, second = (list(map(find_run, side)) for side in ((paths, against) if against else (paths[:1], paths[1:])))
+    places = [directory.resolve() for directory in (*first, *second)]
+    if against and (twice := next((place for place in places if places.count(place) > 1), None)):
+        raise UserError(f"{twice} is given more than once: each run counts once in a mean")
+    return [read_run(directory) for directory in first], [read_run(directory) for directory in second]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -283,8 +304,9 @@ def run(args: argparse.Namespace) -> int:
         runs = comparison.sort_runs(comparison.select_runs(comparison.read_runs(args.folder), args.where), args.sort)
         print(comparison.runs_csv(runs) if args.csv else comparison.runs_table(runs, args.folder))
     else:
-        runs = [read_run(find_run(path)) for path in (args.first, args.second)]
-        print(comparison.compare(*runs))
+        first, second = sides_to_compare(args.runs, args.against)
+        runs = [*first, *second]
+        print(comparison.compare(first, second))
     for problem in dict.fromkeys(problem for each in runs for problem in each.damage):
         print(printable(f"Damaged: {problem}"), file=sys.stderr)
     return 0

@@ -9,9 +9,9 @@ import difflib
 import itertools
 import shutil
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -34,11 +34,11 @@ from captioning.runs import (
 )
 from captioning.scores import (
     METRIC_NAMES,
+    WITH_INTERVAL,
     Difference,
-    ImageScores,
-    paired_bleu4,
     paired_bootstrap,
-    paired_shares,
+    scores_of_sums,
+    shares_of_sums,
 )
 
 LOW_IS_GOOD = ("wer", "unsupported", "val_loss")
@@ -221,37 +221,49 @@ def runs_csv(runs: Sequence[Run]) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# Two runs
+# Two runs, or several against several
 
 
-def compare(first: Run, second: Run) -> str:
-    """Compare two runs: parameters, validation scores, and each kind of test that both had, with paired bootstraps.
+class Test(NamedTuple):
+    """A test of a run."""
+
+    run: Run
+    row: Mapping[str, Any]  # of test_metrics.json
+
+
+def compare(first: Sequence[Run], second: Sequence[Run]) -> str:
+    """Compare two runs, or the means of two sets of runs: parameters, validation scores, and each kind of test.
 
     Of one run twice, its own tests of the same images are compared, each with the next.
     """
-    if first.directory.resolve() == second.directory.resolve():
-        return compare_tests_of(first)
-    lines = [f"A  {plain(first.directory)}", f"B  {plain(second.directory)}", "", "Parameters that differ"]
-    flags = side_by_side(first.parameters(), second.parameters()).fillna("-").map(plain)
-    flags = flags[flags["A"] != flags["B"]]
-    lines += indented(flags) if len(flags) else ["  none"]
+    runs = [*first, *second]
+    if len(runs) == 2 and first[0].directory.resolve() == second[0].directory.resolve():
+        return compare_tests_of(first[0])
+    lines = [
+        f"{name if number == 0 else ' '}  {plain(run.directory)}"
+        for name, side in (("A", first), ("B", second))
+        for number, run in enumerate(side)
+    ]
+    flags = differing_parameters(first, second)
+    lines += ["", "Parameters that differ", *(indented(flags) if len(flags) else ["  none"])]
     keys = ["val_loss", *(f"val_{name}" for name in METRIC_NAMES)]
-    scores = side_by_side(first.scores(), second.scores()).dropna()
-    scores = scores.loc[[key for key in keys if key in scores.index]]
+    scores = scores_side_by_side([run.scores() for run in first], [run.scores() for run in second], keys)
     if len(scores):
-        epochs = " and ".join(str((run.best or {}).get("epoch")) for run in (first, second))
-        lines += ["", f"Validation images, greedy captions, best epoch ({epochs})", *indented(score_rows(scores))]
+        epochs = " and ".join(", ".join(str((run.best or {}).get("epoch")) for run in side) for side in (first, second))
+        lines += ["", f"Validation images, greedy captions, best epoch ({epochs})", *indented(scores)]
     # The latest of each kind of test. Beam sizes may differ: the best of each run is what one compares.
     kinds = [
         {(plain(row.get("split")), row.get("beam_size") == 1, plain(row.get("consensus"))): row for row in run.tests}
-        for run in (first, second)
+        for run in runs
     ]
-    common = [kind for kind in kinds[0] if kind in kinds[1]]
+    common = [kind for kind in kinds[0] if all(kind in tests for tests in kinds)]
     for kind in common:
-        lines += ["", *compare_tests(first, kinds[0][kind], second, kinds[1][kind])]
+        tests = [Test(run, latest[kind]) for run, latest in zip(runs, kinds, strict=True)]
+        lines += ["", *compare_tests(tests[: len(first)], tests[len(first) :])]
     if not common:
-        untested = first if not first.tests else second
-        lines += ["", f"The two have no test on the same split: {plain(command_to_test(untested.directory))}"]
+        untested = next((run for run in runs if not run.tests), second[0])
+        whose = "The two" if len(runs) == 2 else "They"
+        lines += ["", f"{whose} have no test on the same split: {plain(command_to_test(untested.directory))}"]
     return "\n".join(lines)
 
 
@@ -269,37 +281,37 @@ def compare_tests_of(run: Run) -> str:
             alike.setdefault((*key[:thing], *key[thing + 1 :]), []).append(row)
         for rows in alike.values():
             for a, b in itertools.pairwise(rows):
-                lines += ["", *compare_tests(run, a, run, b)]
+                lines += ["", *compare_tests([Test(run, a)], [Test(run, b)])]
     if len(lines) == 1:
         command = plain(command_to_test(run.directory))
         lines += ["", f"The run has no two tests of the same images that differ in one thing alone: {command}"]
     return "\n".join(lines)
 
 
-def compare_tests(first: Run, a: Mapping[str, Any], second: Run, b: Mapping[str, Any]) -> list[str]:
-    """Compare two rows of test_metrics.json, with the paired bootstrap where both have scores by image."""
-    ways = []
-    for row in (a, b):
-        penalty = row.get("length_penalty")
-        parts = [decoding(row), "" if penalty is None else f"length penalty {plain(penalty)}"]
-        for key, usual in (("views", "whole"), ("checkpoint", "best.pt")):
-            if not a.get(key, usual) == b.get(key, usual) == usual:
-                parts.append(f"views {plain(row.get(key, usual))}" if key == "views" else plain(row.get(key, usual)))
-        if first is second and a.get("epoch") != b.get("epoch"):
-            parts.append(f"epoch {plain(row.get('epoch'))}")
-        ways.append(", ".join(filter(None, parts)))
+def compare_tests(first: Sequence[Test], second: Sequence[Test]) -> list[str]:
+    """Compare two tests, or the means of two sets of tests, with the paired bootstrap where all have scores by image."""
+    tests = [*first, *second]
+    shown = [
+        key
+        for key, usual in (("views", "whole"), ("checkpoint", "best.pt"))
+        if any(test.row.get(key, usual) != usual for test in tests)
+    ]
+    if all(test.run is tests[0].run for test in tests) and len({test.row.get("epoch") for test in tests}) > 1:
+        shown.append("epoch")
+    ways = [" and ".join(dict.fromkeys(way_of(test.row, shown) for test in side)) for side in (first, second)]
     way = ways[0] if ways[0] == ways[1] else f"A {ways[0]}; B {ways[1]}"
-    scores = side_by_side(*({key: row[key] for key in METRIC_NAMES if is_number(row.get(key))} for row in (a, b)))
-    table = score_rows(scores.dropna())
+    table = scores_side_by_side([test.row for test in first], [test.row for test in second], list(METRIC_NAMES))
     differences: dict[str, Difference | None] = {}
     notes = []
     try:
-        differences |= bootstrap(read_scores(first, a), read_scores(second, b))
+        scored = [read_scores(*test) for test in tests]
+        require_same_images(tests, [each.names for each in scored])
+        differences |= bootstrap(scored[: len(first)], scored[len(first) :])
     except UserError as error:
         notes.append(f"No intervals of the scores' differences: {error}")
     words = table[:0]
     try:
-        words, by_group = compare_words(first, a, second, b)
+        words, by_group = compare_words(first, second)
         differences |= by_group
     except UserError as error:
         notes.append(f"No precision and recall by groups of words: {error}")
@@ -310,44 +322,62 @@ def compare_tests(first: Run, a: Mapping[str, Any], second: Run, b: Mapping[str,
         table, words = (with_differences(each, differences) for each in (table, words))
         if len(words):
             notes.insert(1, f"Of these {len(words)} intervals by group one in twenty excludes 0 by chance alone.")
-    heading = f"Test on {plain(a.get('images'))} {plain(a.get('split'))} images, {way}"
-    lines = [heading, *indented(table)]
+    if len(tests) > 2:
+        notes.insert(0, "A and B are means over their runs, which are in brackets.")
+    row = tests[0].row
+    lines = [f"Test on {plain(row.get('images'))} {plain(row.get('split'))} images, {way}", *indented(table)]
     if len(words):
         lines += ["", "  Words, by group", *indented(words)]
     return [*lines, *(f"  {note}" for note in notes)]
 
 
-def compare_words(
-    first: Run, a: Mapping[str, Any], second: Run, b: Mapping[str, Any]
-) -> tuple[pd.DataFrame, dict[str, Difference | None]]:
-    """Compare precision and recall by groups of words, and the share of unsupported words, of two tests.
+def way_of(row: Mapping[str, Any], shown: Sequence[str]) -> str:
+    """Return how a test captioned, with these of its views, checkpoint and epoch."""
+    usual = {"views": "whole", "checkpoint": "best.pt"}
+    penalty = row.get("length_penalty")
+    parts = [decoding(row), *([] if penalty is None else [f"length penalty {plain(penalty)}"])]
+    parts += [f"{key} " * (key != "checkpoint") + plain(row.get(key, usual.get(key))) for key in shown]
+    return ", ".join(parts)
+
+
+def compare_words(first: Sequence[Test], second: Sequence[Test]) -> tuple[pd.DataFrame, dict[str, Difference | None]]:
+    """Compare precision and recall by groups of words, and the share of unsupported words.
 
     Returns:
-        both tests' precision and recall of each group as text, and the differences, under `unsupported` the share's.
+        precision and recall of each group as text, and the differences, under `unsupported` the share's.
 
     Raises:
         UserError: captions or references are not stored, damaged, or of different images.
     """
-    captions = [read_test_captions(run, row) for run, row in ((first, a), (second, b))]
-    for run, own in zip((first, second), captions, strict=True):
+    tests = [*first, *second]
+    captions = [read_test_captions(*test) for test in tests]
+    for test, own in zip(tests, captions, strict=True):
         if not own:
-            raise UserError(f"{run.directory} does not have its captions: {command_to_test(run.directory)}")
+            raise UserError(f"{test.run.directory} does not have its captions: {command_to_test(test.run.directory)}")
+    require_same_images(tests, captions)
     names = list(captions[0])
-    if set(names) != set(captions[1]):
-        both = len(set(names) & set(captions[1]))
-        raise UserError(f"A captioned {len(names)} images, B {len(captions[1])}, and {both} are the same")
-    known = read_test_references(first, a) or read_test_references(second, b)
+    known = next(filter(None, (read_test_references(*test) for test in tests)), {})
     if unknown := [name for name in names if name not in known]:
-        command = command_to_test(first.directory)
+        command = command_to_test(tests[0].run.directory)
         raise UserError(f"the references of {len(unknown)} images are not stored, which a test does: {command}")
     references = [known[name] for name in names]
-    ours, theirs = (word_shares([own[name] for name in names], references) for own in captions)
-    values = [
-        {key: part / whole for key, (part, whole) in zip(SHARES, each.sum(0).tolist(), strict=True) if whole}
-        for each in (ours, theirs)
-    ]
-    table = score_rows(side_by_side(*values).dropna().drop("unsupported", errors="ignore"))
-    return table, dict(zip(SHARES, paired_shares(ours, theirs), strict=True))
+    counts = [word_shares([own[name] for name in names], references).reshape(len(names), -1) for own in captions]
+    shares = [dict(zip(SHARES, shares_of_sums(table.sum(0)).tolist(), strict=True)) for table in counts]
+    number = len(first)
+    table = scores_side_by_side(shares[:number], shares[number:], SHARES[1:])
+    found = paired_bootstrap(counts[:number], counts[number:], shares_of_sums)
+    return table, dict(zip(SHARES, found, strict=True))
+
+
+def require_same_images(tests: Sequence[Test], names: Sequence[Collection[str]]) -> None:
+    """Raises: UserError: a test is of other images than the first."""
+    for test, own in zip(tests, names, strict=True):
+        if set(own) != set(names[0]):
+            both = len(set(own) & set(names[0]))
+            raise UserError(
+                f"{tests[0].run.directory} was tested on {len(names[0])} images, {test.run.directory} on {len(own)}, "
+                f"and {both} are the same"
+            )
 
 
 def with_differences(table: pd.DataFrame, differences: Mapping[str, Difference | None]) -> pd.DataFrame:
@@ -365,15 +395,35 @@ def judged(key: str, difference: Difference | None) -> tuple[str, str]:
     return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", better
 
 
-def side_by_side(a: Mapping[str, Any], b: Mapping[str, Any]) -> pd.DataFrame:
-    """Return columns A and B with a row for each key of either, NaN where it has none."""
-    names = list(dict.fromkeys([*a, *b]))
-    return pd.DataFrame({"A": pd.Series(a, names, object), "B": pd.Series(b, names, object)})
+def differing_parameters(first: Sequence[Run], second: Sequence[Run]) -> pd.DataFrame:
+    """Return columns A and B of text: the parameters that differ between the sides or, but for the seed, within one."""
+    sides = [[run.parameters() for run in side] for side in (first, second)]
+    rows = {}
+    for name in dict.fromkeys(itertools.chain(*sides[0], *sides[1])):
+        a, b = (dict.fromkeys("-" if run.get(name) is None else plain(run[name]) for run in side) for side in sides)
+        if set(a) != set(b) or (len(a) > 1 and name != "seed"):
+            rows[name] = (", ".join(a), ", ".join(b))
+    return pd.DataFrame.from_dict(rows, "index", columns=["A", "B"])
 
 
-def score_rows(scores: pd.DataFrame) -> pd.DataFrame:
-    """Return the table with its scores as text; the rows keep their keys."""
-    return scores.apply(lambda row: row.map(lambda value: score_text(row.name, value)), axis=1)
+def scores_side_by_side(
+    first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]], keys: Sequence[str]
+) -> pd.DataFrame:
+    """Return columns A and B of text, with a row for each of these scores that all have."""
+    shared = [key for key in keys if all(is_number(row.get(key)) for row in (*first, *second))]
+    return pd.DataFrame(
+        {
+            name: [mean_text(key, [row[key] for row in side]) for key in shared]
+            for name, side in (("A", first), ("B", second))
+        },
+        shared,
+    )
+
+
+def mean_text(key: str, scores: Sequence[float]) -> str:
+    """Return the mean of a score over runs, with each in brackets where there are several."""
+    each = f" ({', '.join(score_text(key, score) for score in scores)})" if len(scores) > 1 else ""
+    return score_text(key, sum(scores) / len(scores)) + each
 
 
 def indented(table: pd.DataFrame) -> list[str]:
@@ -384,16 +434,12 @@ def indented(table: pd.DataFrame) -> list[str]:
     return [f"  {line}" for line in table_text(table)]
 
 
-def bootstrap(first: ByImage, second: ByImage) -> dict[str, Difference]:
-    """Return how much better the second is, with intervals over the images: `cider`, `rouge_l`, `wer`, `bleu4`.
+def bootstrap(first: Sequence[ByImage], second: Sequence[ByImage]) -> dict[str, Difference | None]:
+    """Return how much more the second have on average, with intervals over the images: the scores of `WITH_INTERVAL`.
 
-    Raises:
-        UserError: they are scores of different images.
+    The images are paired by name, whatever their order.
     """
-    if set(first.names) != set(second.names):
-        both = len(set(first.names) & set(second.names))
-        raise UserError(f"A scored {len(first.names)} images, B {len(second.names)}, and {both} are the same")
-    order = pd.Index(second.names).get_indexer(first.names)
-    other = ImageScores(*(values[order] for values in second.scores))
-    found = {k: paired_bootstrap(getattr(first.scores, k), getattr(other, k)) for k in ("cider", "rouge_l", "wer")}
-    return {**found, "bleu4": paired_bleu4(first.scores, other)}
+    names = first[0].names
+    tables = [each.scores.summands()[pd.Index(each.names).get_indexer(names)] for each in (*first, *second)]
+    found = paired_bootstrap(tables[: len(first)], tables[len(first) :], scores_of_sums)
+    return dict(zip(WITH_INTERVAL, found, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +21,8 @@ METRIC_NAMES = {
     "wer": "WER (min. over references)",
     "unsupported": "unsupported words",
 }
-MEANS = ("cider", "rouge_l", "wer")  # scores with an interval that are means over images; BLEU-4 is not
+MEANS = ("cider", "rouge_l", "wer")  # means over images; BLEU-4, made of summed counts, is not
+WITH_INTERVAL = (*MEANS, "bleu4")
 BLOCK = 1_000_000  # elements of a block of resampled images: 8 MB, a few such arrays at a time
 
 
@@ -40,6 +42,11 @@ class ImageScores(NamedTuple):
     def bleu_counts(self) -> np.ndarray:
         """Return what `corpus_bleu` sums over images: (n, 10)."""
         return np.column_stack([self.correct, self.guess, self.length, self.reference_length])
+
+    def summands(self) -> np.ndarray:
+        """Return what `scores_of_sums` sums over images: (n, 14)."""
+        means = [getattr(self, name) for name in MEANS]
+        return np.column_stack([*means, np.ones(len(self.cider)), self.bleu_counts()])
 
 
 def corpus_bleu(totals: np.ndarray) -> np.ndarray:
@@ -90,13 +97,18 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def scores_of_sums(sums: np.ndarray) -> np.ndarray:
+    """Return the scores of `WITH_INTERVAL` (..., 4) of sets of images, from the sums of `ImageScores.summands`."""
+    number = len(MEANS)
+    return np.concatenate(
+        [sums[..., :number] / sums[..., number, None], corpus_bleu(sums[..., number + 1 :])[3, ..., None]], -1
+    )
+
+
 def bootstrap_intervals(scores: ImageScores, samples: int = 2000, seed: int = 0) -> dict[str, tuple[float, float]]:
-    """Return intervals of 95 % over the choice of images: `cider`, `rouge_l`, `wer`, `bleu4`."""
-    means = np.column_stack([getattr(scores, name) for name in MEANS])
-    sums = resampled_sums(np.column_stack([means, scores.bleu_counts()]), samples, seed)
-    found = dict(zip(MEANS, sums[:, : len(MEANS)].T / len(means), strict=True))
-    found["bleu4"] = corpus_bleu(sums[:, len(MEANS) :])[3]
-    return {name: interval(values) for name, values in found.items()}
+    """Return intervals of 95 % over the choice of images, of the scores of `WITH_INTERVAL`."""
+    drawn = scores_of_sums(resampled_sums(scores.summands(), samples, seed))  # (samples, 4)
+    return {name: interval(values) for name, values in zip(WITH_INTERVAL, drawn.T, strict=True)}
 
 
 def by_rank(scores: np.ndarray, size: int) -> dict[str, np.ndarray]:
@@ -107,54 +119,48 @@ def by_rank(scores: np.ndarray, size: int) -> dict[str, np.ndarray]:
 
 
 class Difference(NamedTuple):
-    """How much better the second of two systems is on the same images, with the interval of 95 %."""
+    """How much more the second of two systems has than the first on the same images, with the interval of 95 %."""
 
     mean: float
     low: float
     high: float
 
 
-def paired_bootstrap(first: np.ndarray, second: np.ndarray, samples: int = 10_000, seed: int = 0) -> Difference:
-    """Draw the same images with replacement for both and see how the difference of means varies.
-
-    The interval covers the choice of images, not the seeds of training.
-
-    Args:
-        first, second: a score for each image (n,), in the same order.
-    """
-    differences = second - first
-    means = resampled_sums(differences[:, None], samples, seed)[:, 0] / len(differences)
-    return Difference(float(differences.mean()), *interval(means))
+def shares_of_sums(sums: np.ndarray) -> np.ndarray:
+    """Return k shares (..., k), NaN of nothing, from sums (..., 2 k): of each share the part, then the whole."""
+    with np.errstate(invalid="ignore"):
+        return np.asarray(sums[..., ::2] / sums[..., 1::2])
 
 
-def paired_shares(
-    first: np.ndarray, second: np.ndarray, samples: int = 10_000, seed: int = 0
+def paired_bootstrap(
+    first: Sequence[np.ndarray],
+    second: Sequence[np.ndarray],
+    scores: Callable[[np.ndarray], np.ndarray],
+    samples: int = 10_000,
+    seed: int = 0,
 ) -> list[Difference | None]:
-    """Do as `paired_bootstrap` for shares: a sum over images of parts, over that of wholes.
+    """Draw the same images with replacement for two systems and see how the difference of their scores varies.
+
+    A system of several trainings, say of three seeds, has the mean of their scores. The interval covers the choice of
+    images, not of seeds.
 
     Args:
-        first, second: (n, k, 2) part and whole of each image, for k shares.
+        first, second: of each of a system's trainings a table (n, c) with a row for each image, all in the same order.
+        scores: gets sums of rows (..., c) and returns k scores (..., k): `scores_of_sums` or `shares_of_sums`.
 
     Returns:
-        k differences; None where a whole is 0 in all images.
+        k differences; None where a score of all images is NaN.
     """
-    sums = resampled_sums(np.concatenate([first, second], 1).reshape(len(first), -1), samples, seed)
-    parts, wholes = np.moveaxis(sums.reshape(samples, 2, -1, 2), -1, 0)  # each (samples, 2, k)
-    with np.errstate(invalid="ignore"):
-        drawn = np.diff(parts / wholes, axis=1)[:, 0]
-        whole = np.diff([table.sum(0)[:, 0] / table.sum(0)[:, 1] for table in (first, second)], axis=0)[0]
+    tables = np.stack([*first, *second], 1)  # (n, trainings, c)
+
+    def difference(sums: np.ndarray) -> np.ndarray:
+        found = scores(sums.reshape(-1, *tables.shape[1:]))  # (samples, trainings, k)
+        return np.asarray(found[:, len(first) :].mean(1) - found[:, : len(first)].mean(1))
+
+    values = tables.reshape(len(tables), -1)
+    drawn = difference(resampled_sums(values, samples, seed))
     # A sample of images may lack a rare whole.
     return [
-        None if np.isnan(mean) else Difference(float(mean), *interval(values[np.isfinite(values)]))
-        for mean, values in zip(whole, drawn.T, strict=True)
+        None if np.isnan(mean) else Difference(float(mean), *interval(each[np.isfinite(each)]))
+        for mean, each in zip(difference(values.sum(0))[0], drawn.T, strict=True)
     ]
-
-
-def paired_bleu4(first: ImageScores, second: ImageScores, samples: int = 10_000, seed: int = 0) -> Difference:
-    """Do as `paired_bootstrap` for BLEU-4, which is not a mean over images but made of their summed counts."""
-    counts = np.column_stack([first.bleu_counts(), second.bleu_counts()])
-
-    def difference(totals: np.ndarray) -> np.ndarray:
-        return np.asarray(corpus_bleu(totals[..., 10:])[3] - corpus_bleu(totals[..., :10])[3])
-
-    return Difference(float(difference(counts.sum(0))), *interval(difference(resampled_sums(counts, samples, seed))))

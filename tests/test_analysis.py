@@ -18,7 +18,7 @@ from captioning.analysis import (
     word_shares,
 )
 from captioning.dataset import tokenize
-from captioning.scores import paired_shares
+from captioning.scores import paired_bootstrap, shares_of_sums
 from captioning.word_groups import FORMS, LISTS, stop_words
 from metrics_utils import person_scores
 
@@ -76,13 +76,14 @@ def test_what_goes_wrong_most_comes_first():
 
 
 def test_differences_of_shares_are_those_of_sums_over_images():
-    worse, better = word_shares(CAPTIONS, REFERENCES), word_shares(["a brown dog runs", "two men run", ""], REFERENCES)
-    found = dict(zip(SHARES, paired_shares(worse, better, samples=300), strict=True))
+    said = CAPTIONS, ["a brown dog runs", "two men run", ""]
+    worse, better = (word_shares(captions, REFERENCES).reshape(3, -1) for captions in said)
+    found = dict(zip(SHARES, paired_bootstrap([worse], [better], shares_of_sums, samples=300), strict=True))
     assert found["unsupported"].mean == pytest.approx(0 - 3 / 6)
     assert found["colours: recall"].mean == pytest.approx(1 / 2) and found["colours: precision"].mean == 1
     assert found["things: precision"] is None and found["counts: precision"] is None  # nothing said, in one or both
     assert found["colours: recall"].low <= 1 / 2 <= found["colours: recall"].high
-    same = paired_shares(better, better, samples=50)
+    same = paired_bootstrap([better], [better], shares_of_sums, samples=50)
     assert all(difference is None or difference == (0, 0, 0) for difference in same)
 
 

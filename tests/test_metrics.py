@@ -18,7 +18,7 @@ from pycocoevalcap.rouge.rouge import Rouge
 
 import metrics_utils
 from captioning.cider import cider_of_each
-from captioning.scores import ImageScores, bootstrap_intervals, corpus_bleu, paired_bleu4, paired_bootstrap
+from captioning.scores import ImageScores, bootstrap_intervals, corpus_bleu, paired_bootstrap, scores_of_sums
 from metrics_utils import MetricFailed, meteor_scores, score_captions, score_images, spice_scores, word_error_rates
 
 REFERENCES = [["a dog runs over the grass", "the dog is running"], ["two men sit on a bench", "men on a bench"]]
@@ -142,17 +142,36 @@ def test_resampling_ten_thousand_images_takes_little_memory():
     tracemalloc.start()
     try:
         bootstrap_intervals(first, samples=200)
-        paired_bootstrap(first.cider, second.cider, samples=200)
-        paired_bleu4(first, second, samples=200)
+        paired_bootstrap([first.summands()], [second.summands()], scores_of_sums, samples=200)
         assert tracemalloc.get_traced_memory()[1] < 50e6  # all 200 samples together are of two million images
     finally:
         tracemalloc.stop()
 
 
 def test_paired_differences_are_narrower_than_the_scores():
-    scores = np.random.default_rng(0).random(300)
-    found = paired_bootstrap(scores, scores + 0.01)
+    scores = random_scores(300, 0)
+    higher = scores._replace(cider=scores.cider + 0.01)
+    found = paired_bootstrap([scores.summands()], [higher.summands()], scores_of_sums)[0]
     assert found.mean == pytest.approx(0.01) and found.low == pytest.approx(found.high)
+
+
+def test_of_several_trainings_the_mean_is_compared_on_the_same_resampled_images():
+    first, second = [random_scores(50, seed) for seed in (0, 1, 2)], [random_scores(50, seed) for seed in (3, 4)]
+    drawn = np.random.default_rng(7).integers(50, size=(300, 50))
+
+    def scores(side: list[ImageScores], images: np.ndarray) -> np.ndarray:
+        each = [[*(values[images].mean() for values in (s.cider, s.rouge_l, s.wer)),
+                 corpus_bleu(s.bleu_counts()[images].sum(0))[3]] for s in side]  # fmt: skip
+        return np.mean(each, 0)
+
+    found = paired_bootstrap(
+        [each.summands() for each in first], [each.summands() for each in second], scores_of_sums, 300, seed=7
+    )
+    everything = np.arange(50)
+    expected = np.array([scores(second, images) - scores(first, images) for images in drawn])
+    assert [each.mean for each in found] == pytest.approx(scores(second, everything) - scores(first, everything))
+    bounds = np.array([each[1:] for each in found]).T
+    assert bounds == pytest.approx(np.quantile(expected, (0.025, 0.975), axis=0))
 
 
 def test_a_person_is_scored_against_the_others():

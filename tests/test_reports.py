@@ -237,7 +237,7 @@ def test_names_that_no_file_can_have_or_that_lead_elsewhere(runs, name):
     config = json.loads((runs / "one" / "run_config.json").read_text()) | {"data_dir": name, "feature_cache": name}
     (runs / "one" / "run_config.json").write_text(json.dumps(config))
     reports.write_report(runs / "one")
-    compared = comparison.compare(read_run(runs / "one"), read_run(runs / "two"))
+    compared = comparison.compare([read_run(runs / "one")], [read_run(runs / "two")])
     assert re.search(rf"No intervals of the scores' differences: [^\n]*{re.escape(str(runs / 'one'))}", compared), (
         compared
     )

@@ -17,6 +17,7 @@ import experiment_utils
 from captioning import comparison
 from captioning.io import UserError
 from captioning.runs import deletable_epochs, lock_run_directory, read_run, read_scores, stored_epoch
+from captioning.scores import WITH_INTERVAL, paired_bootstrap, scores_of_sums
 from metrics_utils import score_images, summarize
 
 
@@ -223,6 +224,36 @@ def test_diff_shows_what_differs_and_whether_the_scores_do(runs, capsys):
     assert "no test on the same split: python" in capsys.readouterr().out
 
 
+def test_means_of_several_runs_are_compared(runs, tmp_path, capsys):
+    seeds = [write_run(tmp_path / name, captions, seed=seed) for name, captions, seed in (
+        ("s0", CAPTIONS, 0), ("s1", [*CAPTIONS[:5], "a dog"], 1), ("s2", CAPTIONS, 2))]  # fmt: skip
+    assert command("diff", *seeds, "--against", runs / "two") == 0
+    out = capsys.readouterr().out
+    assert f"A  {seeds[0]}\n   {seeds[1]}\n   {seeds[2]}\nB  {runs / 'two'}\n" in out
+    assert re.search(r"decoder +lstm +attention", out) and re.search(r"seed +0, 1, 2 +0\n", out)
+    each = [100 * read_run(seed).scores()["cider"] for seed in seeds]
+    other = 100 * read_run(runs / "two").scores()["cider"]
+    text, mean = ", ".join(f"{score:.1f}" for score in each), sum(each) / 3
+    assert re.search(rf"CIDEr +{mean:.1f} \({text}\) +{other:.1f} +{other - mean:.1f} \[.* A is better", out)
+    assert re.search(r"animals: recall +[\d.]+ \(71\.4, [\d.]+, 71\.4\) +28\.6 +-", out)
+    assert "A and B are means over their runs" in out
+    assert command("diff", *seeds[:2], "--against", *seeds[1:]) == 2
+    assert "s1 is given more than once" in capsys.readouterr().err
+    for number in (1, 3):
+        assert command("diff", *seeds[:number]) == 2
+        assert f"diff compares two runs, not {number}; several with several: diff RUN" in capsys.readouterr().err
+    assert command("diff", *seeds[:2], "--against", runs / "three") == 0
+    assert "They have no test on the same split: python" in capsys.readouterr().out
+
+
+def test_parameters_that_differ_within_a_side_are_shown_but_for_the_seed(tmp_path, capsys):
+    sides = [[write_run(tmp_path / f"{side}{seed}", seed=seed, learning_rate=rate) for seed, rate in enumerate(rates)]
+             for side, rates in (("a", (0.1, 0.2)), ("b", (0.2, 0.1)))]  # fmt: skip
+    assert command("diff", *sides[0], "--against", *sides[1]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"differ\n +A +B\n  learning_rate +0\.1, 0\.2 +0\.2, 0\.1\n\n", out)
+
+
 def test_a_runs_own_tests_are_compared_where_one_thing_differs(runs, capsys):
     path = runs / "one" / "test_metrics.json"
     assert command("diff", runs / "one", runs / "one") == 0
@@ -255,15 +286,16 @@ def test_a_runs_own_tests_are_compared_where_one_thing_differs(runs, capsys):
 def test_images_are_paired_by_name_whatever_their_order(tmp_path):
     first = read_run(write_run(tmp_path / "a"))
     second = read_run(write_run(tmp_path / "b", order=(3, 5, 0, 1, 4, 2)))
-    same = comparison.bootstrap(*(read_scores(run, run.tests[0]) for run in (first, second)))
+    same = comparison.bootstrap(*([read_scores(run, run.tests[0])] for run in (first, second)))
     assert set(same) == {"cider", "rouge_l", "wer", "bleu4"} and all(each == (0, 0, 0) for each in same.values())
 
 
 def test_the_difference_of_bleu_is_that_of_the_corpora():
     better, worse = score_images(CAPTIONS, REFERENCES), score_images([*CAPTIONS[:5], "x"], REFERENCES)
-    found = comparison.paired_bleu4(worse, better, samples=500)
+    draw = lambda: paired_bootstrap([worse.summands()], [better.summands()], scores_of_sums, samples=500)  # noqa: E731
+    found = dict(zip(WITH_INTERVAL, draw(), strict=True))["bleu4"]
     assert found.mean == pytest.approx(summarize(better)["bleu4"] - summarize(worse)["bleu4"])
-    assert found.low <= found.mean <= found.high and found == comparison.paired_bleu4(worse, better, samples=500)
+    assert found.low <= found.mean <= found.high and found == draw()[-1]
 
 
 def test_diff_compares_groups_of_words_where_both_runs_have_captions_of_the_same_images(runs, capsys):
@@ -273,7 +305,7 @@ def test_diff_compares_groups_of_words_where_both_runs_have_captions_of_the_same
     path = runs / "one" / "test_captions.json"
     captions = path.read_text()
     for content, message in (
-        (captions.replace("p3.jpg", "q.jpg"), "A captioned 6 images, B 6, and 5 are the same"),
+        (captions.replace("p3.jpg", "q.jpg"), "two was tested on 6 images, .*one on 6, and 5 are the same"),
         ("{", r"cannot read .*test_captions\.json"),
         (None, "one does not have its captions: python"),
         (captions, "the references of 6 images are not stored, which a test does: python"),
@@ -298,7 +330,7 @@ def test_other_images_are_not_compared(runs, capsys):
     path = runs / "one" / "test_scores.json"
     path.write_text(path.read_text().replace("p3.jpg", "q.jpg"))
     assert command("diff", runs / "one", runs / "two") == 0
-    assert "A scored 6 images, B 6, and 5 are the same" in capsys.readouterr().out
+    assert "two on 6, and 5 are the same" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
