@@ -251,20 +251,31 @@ def compare(first: Sequence[Run], second: Sequence[Run]) -> str:
     if len(scores):
         epochs = " and ".join(", ".join(str((run.best or {}).get("epoch")) for run in side) for side in (first, second))
         lines += ["", f"Validation images, greedy captions, best epoch ({epochs})", *indented(scores)]
-    # The latest of each kind of test. Beam sizes may differ: the best of each run is what one compares.
-    kinds = [
-        {(plain(row.get("split")), row.get("beam_size") == 1, plain(row.get("consensus"))): row for row in run.tests}
-        for run in runs
-    ]
-    common = [kind for kind in kinds[0] if all(kind in tests for tests in kinds)]
+    tests = [tests_by_kind(run) for run in runs]
+    common = [kind for kind in tests[0] if all(kind in each for each in tests)]
     for kind in common:
-        tests = [Test(run, latest[kind]) for run, latest in zip(runs, kinds, strict=True)]
-        lines += ["", *compare_tests(tests[: len(first)], tests[len(first) :])]
+        # Like with like; without any, the latest of each, since every run may have a best beam of its own.
+        ways = [way for way in tests[0][kind] if all(way in each[kind] for each in tests)]
+        found = [[each[kind][way] for each in tests] for way in ways]
+        for rows in found or [[list(each[kind].values())[-1] for each in tests]]:
+            lines += ["", *compare_tests(rows[: len(first)], rows[len(first) :])]
     if not common:
         untested = next((run for run in runs if not run.tests), second[0])
         whose = "The two" if len(runs) == 2 else "They"
         lines += ["", f"{whose} have no test on the same split: {plain(command_to_test(untested.directory))}"]
     return "\n".join(lines)
+
+
+def tests_by_kind(run: Run) -> dict[Any, dict[Any, Test]]:
+    """Return a run's tests by split and kind of decoding, and by beam, penalty and views: the latest of each, in order."""
+    found: dict[Any, dict[Any, Test]] = {}
+    for row in run.tests:
+        beam, views = row.get("beam_size"), row.get("views", "whole")
+        kind = found.setdefault((plain(row.get("split")), beam == 1, plain(row.get("consensus"))), {})
+        way = (plain(beam), plain(row.get("length_penalty")), plain(views))
+        kind.pop(way, None)
+        kind[way] = Test(run, row)
+    return found
 
 
 def compare_tests_of(run: Run) -> str:

@@ -224,6 +224,20 @@ def test_diff_shows_what_differs_and_whether_the_scores_do(runs, capsys):
     assert "no test on the same split: python" in capsys.readouterr().out
 
 
+def test_tests_of_the_same_way_are_compared_or_else_the_latest(runs, capsys):
+    def headings(*beams: list[int]) -> list[str]:
+        for name, each in zip(("one", "two"), beams, strict=True):
+            path = runs / name / "test_metrics.json"
+            row = json.loads(path.read_text())[0]
+            path.write_text(json.dumps([row | {"beam_size": beam} for beam in each]))
+        assert command("diff", runs / "one", runs / "two") == 0
+        return [line.partition("images, ")[2] for line in capsys.readouterr().out.splitlines() if "Test on" in line]
+
+    penalty = ", length penalty 0.7"
+    assert headings([3, 5, 20], [20, 3]) == [f"beam 3{penalty}", f"beam 20{penalty}"]
+    assert headings([3, 5], [8, 2]) == [f"A beam 5{penalty}; B beam 2{penalty}"]
+
+
 def test_means_of_several_runs_are_compared(runs, tmp_path, capsys):
     seeds = [write_run(tmp_path / name, captions, seed=seed) for name, captions, seed in (
         ("s0", CAPTIONS, 0), ("s1", [*CAPTIONS[:5], "a dog"], 1), ("s2", CAPTIONS, 2))]  # fmt: skip
