@@ -43,6 +43,7 @@ from captioning.scores import (
 
 LOW_IS_GOOD = ("wer", "unsupported", "val_loss")
 SHOWN_SCORES = ("cider", "bleu4", "rouge_l", "meteor", "spice", "wer", "unsupported", "val_cider", "val_loss")
+USUAL = {"views": "whole", "checkpoint": "best.pt"}  # of a test; what differs from it is named
 UNLIMITED = 100_000  # columns, of an output that is not a terminal
 
 
@@ -270,7 +271,7 @@ def tests_by_kind(run: Run) -> dict[Any, dict[Any, Test]]:
     """Return a run's tests by split and kind of decoding, and by beam, penalty and views: the latest of each, in order."""
     found: dict[Any, dict[Any, Test]] = {}
     for row in run.tests:
-        beam, views = row.get("beam_size"), row.get("views", "whole")
+        beam, views = row.get("beam_size"), row.get("views", USUAL["views"])
         kind = found.setdefault((plain(row.get("split")), beam == 1, plain(row.get("consensus"))), {})
         way = (plain(beam), plain(row.get("length_penalty")), plain(views))
         kind.pop(way, None)
@@ -302,11 +303,7 @@ def compare_tests_of(run: Run) -> str:
 def compare_tests(first: Sequence[Test], second: Sequence[Test]) -> list[str]:
     """Compare two tests, or the means of two sets of tests, with the paired bootstrap where all have scores by image."""
     tests = [*first, *second]
-    shown = [
-        key
-        for key, usual in (("views", "whole"), ("checkpoint", "best.pt"))
-        if any(test.row.get(key, usual) != usual for test in tests)
-    ]
+    shown = [key for key, usual in USUAL.items() if any(test.row.get(key, usual) != usual for test in tests)]
     if all(test.run is tests[0].run for test in tests) and len({test.row.get("epoch") for test in tests}) > 1:
         shown.append("epoch")
     ways = [" and ".join(dict.fromkeys(way_of(test.row, shown) for test in side)) for side in (first, second)]
@@ -334,7 +331,7 @@ def compare_tests(first: Sequence[Test], second: Sequence[Test]) -> list[str]:
         if len(words):
             notes.insert(1, f"Of these {len(words)} intervals by group one in twenty excludes 0 by chance alone.")
     if len(tests) > 2:
-        notes.insert(0, "A and B are means over their runs, which are in brackets.")
+        notes.insert(0, "Of several runs the mean is compared, with each run in brackets.")
     row = tests[0].row
     lines = [f"Test on {plain(row.get('images'))} {plain(row.get('split'))} images, {way}", *indented(table)]
     if len(words):
@@ -344,10 +341,12 @@ def compare_tests(first: Sequence[Test], second: Sequence[Test]) -> list[str]:
 
 def way_of(row: Mapping[str, Any], shown: Sequence[str]) -> str:
     """Return how a test captioned, with these of its views, checkpoint and epoch."""
-    usual = {"views": "whole", "checkpoint": "best.pt"}
-    penalty = row.get("length_penalty")
-    parts = [decoding(row), *([] if penalty is None else [f"length penalty {plain(penalty)}"])]
-    parts += [f"{key} " * (key != "checkpoint") + plain(row.get(key, usual.get(key))) for key in shown]
+    parts = [decoding(row)]
+    if (penalty := row.get("length_penalty")) is not None:
+        parts.append(f"length penalty {plain(penalty)}")
+    for key in shown:
+        value = plain(row.get(key, USUAL.get(key)))
+        parts.append(value if key == "checkpoint" else f"{key} {value}")
     return ", ".join(parts)
 
 

@@ -250,7 +250,7 @@ def test_means_of_several_runs_are_compared(runs, tmp_path, capsys):
     text, mean = ", ".join(f"{score:.1f}" for score in each), sum(each) / 3
     assert re.search(rf"CIDEr +{mean:.1f} \({text}\) +{other:.1f} +{other - mean:.1f} \[.* A is better", out)
     assert re.search(r"animals: recall +[\d.]+ \(71\.4, [\d.]+, 71\.4\) +28\.6 +-", out)
-    assert "A and B are means over their runs" in out
+    assert "Of several runs the mean is compared" in out
     assert command("diff", *seeds[:2], "--against", *seeds[1:]) == 2
     assert "s1 is given more than once" in capsys.readouterr().err
     for number in (1, 3):
