@@ -316,13 +316,13 @@ def compare_tests(first: Sequence[Test], second: Sequence[Test]) -> list[str]:
         require_same_images(tests, [each.names for each in scored])
         differences |= bootstrap(scored[: len(first)], scored[len(first) :])
     except UserError as error:
-        notes.append(f"No intervals of the scores' differences: {error}")
+        notes.append(f"No intervals of the scores' differences: {plain(error)}")
     words = table[:0]
     try:
         words, by_group = compare_words(first, second)
         differences |= by_group
     except UserError as error:
-        notes.append(f"No precision and recall by groups of words: {error}")
+        notes.append(f"No precision and recall by groups of words: {plain(error)}")
     if differences:
         notes.insert(
             0, "B - A: mean and 95 % interval over the choice of images (paired bootstrap), not over training seeds."

@@ -267,6 +267,8 @@ def read_scores(run: Run, row: Mapping[str, Any]) -> ByImage:
             f"{run.directory} was tested before scores were stored by image: {command_to_test(run.directory)}"
         )
     path = run.directory / Path(name).name  # the row of a stranger's run names no file elsewhere
+    if not os.path.isfile(path):  # where Path raises over a name that no file can have
+        raise UserError(f"{path} is not there: {command_to_test(run.directory)}")
     content = read_json(path)
     field = "image_id"
     try:

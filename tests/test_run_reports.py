@@ -340,6 +340,19 @@ def test_without_scores_by_image_it_says_what_to_do(runs, capsys):
     assert "--mode test --model_path" in capsys.readouterr().out
 
 
+def test_a_missing_file_of_scores_is_named_with_what_to_do(runs, capsys):
+    (runs / "one" / "test_scores.json").unlink()
+    assert command("diff", runs / "one", runs / "two") == 0
+    assert re.search(
+        r"No intervals .*one.test_scores\.json is not there: python .* --mode test", capsys.readouterr().out
+    )
+    path = runs / "one" / "test_metrics.json"
+    path.write_text(json.dumps([json.loads(path.read_text())[0] | {"scores_file": "\x1b[2J"}]))
+    assert command("diff", runs / "one", runs / "two") == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "x1b[2J is not there" in out
+
+
 def test_other_images_are_not_compared(runs, capsys):
     path = runs / "one" / "test_scores.json"
     path.write_text(path.read_text().replace("p3.jpg", "q.jpg"))
