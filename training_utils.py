@@ -24,7 +24,8 @@ from captioning import distributed
 from captioning.batches import Batch, BatchMaker
 from captioning.decoders import Decoder, group_sizes
 from captioning.features import DeviceFeatures, Features, gather_views
-from captioning.io import UserError, format_bytes, log
+from captioning.io import Terminated, UserError, format_bytes, log
+from captioning.runs import reproducing_command
 from captioning.schedules import Schedule, cosine
 from captioning.scst import SelfCritic
 from captioning.settings import Settings
@@ -252,7 +253,7 @@ class TrainState:
         """
         (loss_sum,) = distributed.total(float(self.loss_sum))
         return {
-            "epoch": self.epoch, **constants, "decoder": self.decoder.state_dict(),
+            "epoch": self.epoch, **constants, "decoder": dict(self.decoder.state_dict()),
             "optimizer": self.optimizer.state_dict(), "scaler": self.precision.scaler.state_dict(),
             "schedule": self.schedule.state() if self.schedule else None,
             "progress": {
@@ -270,8 +271,8 @@ def make_optimizer(decoder: Decoder, settings: Settings) -> torch.optim.AdamW:
     """Return AdamW for a decoder; stages of the encoder that are trained with it are a group without weight decay."""
     parameters, (own, *stages) = list(decoder.parameters()), group_sizes(decoder)
     groups: list[dict[str, Any]] = [{"params": parameters[:own]}]
-    if stages:  # Betas of its own: a checkpoint in which one object lies in two places is refused.
-        groups.append({"params": parameters[own:], "weight_decay": 0.0, "betas": (0.9, 0.999)})
+    if stages:
+        groups.append({"params": parameters[own:], "weight_decay": 0.0})
     return torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
 
 
@@ -445,12 +446,12 @@ def multiplies_bf16(device: torch.device) -> bool:
 # Signals
 
 
-class Stopped(Exception):
+class Stopped(Terminated):
     """Training was stopped by a signal, after saving where it stood."""
 
-    def __init__(self, number: signal.Signals, directory: Path):
-        super().__init__(number.name)
-        self.signal, self.directory = number, directory
+    def __init__(self, number: int, directory: Path):
+        advice = f"Stopped. Continue where it stands: {reproducing_command(['--resume', str(directory)])}"
+        super().__init__(number, advice)
 
 
 class StopRequest:
@@ -460,7 +461,7 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
+        self.signal: int | None = None
         self.when = 0.0
 
     def __enter__(self) -> StopRequest:
@@ -477,15 +478,15 @@ class StopRequest:
         """Raise Stopped if a signal came to any process."""
         (asked,) = distributed.largest(self.signal or 0)
         if asked:
-            raise Stopped(signal.Signals(int(asked)), directory)
+            raise Stopped(int(asked), directory)
 
     def handle(self, number: int, _: FrameType | None) -> None:
         if self.signal is not None:
             if distributed.launched() and time.monotonic() - self.when < SAME_SIGNAL:
                 return
             raise KeyboardInterrupt
-        self.signal, self.when = signal.Signals(number), time.monotonic()
-        log.warning(f"\n{self.signal.name}: saving after this step; a second time stops at once")
+        self.signal, self.when = number, time.monotonic()
+        log.warning(f"\n{signal.Signals(number).name}: saving after this step; a second time stops at once")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from captioning.io import UserError, log
 from captioning.layouts import default_folder
 from captioning.runs import command_to_tune, find_checkpoint
 from captioning.settings import Settings, cache_folders
-from captioning.splits import StoredSplit, checkpoint_split, refuse_trained_images, same_split
+from captioning.splits import StoredSplit, refuse_trained_images, same_split
 
 # Where a data set is small. The recipe for own photos has 9,000 weights a caption on fifty photos, the original's defaults 300,000.
 MOST_WEIGHTS, FEWEST_STEPS, MOST_UNKNOWN = 50_000, 3, 0.2
@@ -185,8 +185,7 @@ def load_context(settings: Settings, splits: list[str]) -> tuple[EvalContext, np
     each = {path: settings.with_checkpoint(checkpoint, path) for path, checkpoint in checkpoints.items()}
     settings.require_effect(list(each.values()), "with these models")
     resolved = each[first_path]
-    stored = checkpoint_split(first, first_path)
-    data = build_data(resolved, stored)
+    data = build_data(resolved, first["split"])
     context = EvalContext(resolved, device, data, Vocabulary(first["vocabulary"]), [])
     images = images_of(data, splits)
     needed = np.union1d(images, images_to_draw(resolved, data, images))
@@ -201,9 +200,7 @@ def load_context(settings: Settings, splits: list[str]) -> tuple[EvalContext, np
         context.members += [(decoder.to(device), view) for view in views]
         if resolved.by_consensus:
             context.heads += [NgramHead(len(context.vocabulary), checkpoint["consensus"])] * len(views)
-        own_split = stored if checkpoint is first else checkpoint["split"]
-        if own_split:
-            refuse_trained_images(own_split, images_of(data, splits), data.names, views[0].versions, path)
+        refuse_trained_images(checkpoint["split"], images_of(data, splits), data.names, views[0].versions, path)
     context.calibration = None if others else first["confidence"]
     return context, images_of(data, splits), checkpoints  # without those that cannot be read
 

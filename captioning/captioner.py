@@ -36,7 +36,6 @@ from captioning.flags import FLAGS, chosen_beam
 from captioning.images import VIEW_SETS, ImageSource, UnreadableImage, grid_side, images_below, open_image
 from captioning.io import UserError
 from captioning.runs import PRETRAINED_MODEL, find_checkpoint
-from captioning.settings import parse_value
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -408,7 +407,7 @@ def as_grid(row: np.ndarray) -> np.ndarray:
 def checked(name: str, value: Any) -> Any:
     """Return the value of an option as the command line would parse it. Raises UserError where it would refuse it."""
     try:
-        return parse_value(FLAGS[name], str(value))
+        return FLAGS[name].parse(str(value))  # type: ignore[misc]  # none of these options is a switch
     except argparse.ArgumentTypeError as error:
         raise UserError(f"{name}: {error}") from None
 

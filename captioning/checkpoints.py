@@ -1,11 +1,13 @@
 """Checkpoints: written whole or not at all, read without executing anything, and checked field by field.
 
-A checkpoint comes from anybody. Its file is read through before anything is built (`captioning.tensor_files`),
-each field is compared with `CHECKPOINT`, and the weights with the decoder that the flags describe.
+A checkpoint comes from anybody: each field is compared with `CHECKPOINT`, and the weights with the decoder that the
+flags describe. What is not refused: a forged `.pt` may take much memory or time while PyTorch reads it. An exported
+folder cannot.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +20,10 @@ from captioning import registry
 from captioning.confidence import is_calibration
 from captioning.decoders import Decoder, build_decoder, group_sizes
 from captioning.encoders import encoder_of
-from captioning.flags import FLAGS, SCHEDULERS
+from captioning.flags import DEFAULTS, FLAGS, SCHEDULERS, Flag
 from captioning.io import (
     CONTROL_CHARACTERS,
+    EXPORTED_WEIGHTS,
     UserError,
     first_line,
     link_or_copy,
@@ -30,11 +33,11 @@ from captioning.io import (
     write_atomic,
 )
 from captioning.registry import LIMITS, size_problem
-from captioning.splits import is_stored, upgrade_split
+from captioning.splits import is_stored
 from captioning.tensor_files import read_tensors
 
-SCHEMA = 4  # of the checkpoint; a reader refuses what it does not know
-EXPORT_SCHEMA = 1  # of config.json in an exported folder
+SCHEMA = 5  # of the checkpoint; a reader refuses any other
+EXPORT_SCHEMA = 2  # of config.json in an exported folder
 HEAD = "consensus."  # begins the names of consensus decoding's tensors in an exported folder
 LARGEST_JSON = 64_000_000  # bytes of a file in an exported folder; the vocabulary of Flickr30k has 0.2 million
 
@@ -64,23 +67,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} cannot be read as a checkpoint (truncated, or not written by this program): {first_line(error)}. "
             "Use another model_epoch_N.pt of its run"
         ) from error
-    required = ("decoder", "decoder_type", "vocabulary", "flags", "encoder", "epoch")
-    if not isinstance(checkpoint, dict) or any(key not in checkpoint for key in required):
+    if type(checkpoint) is not dict or not {"schema", "decoder", "vocabulary", "flags"} <= checkpoint.keys():
         raise UserError(
             f"{path} is not a checkpoint of this program: give a model_epoch_N.pt, best.pt or a run directory"
         )
-    require_form(checkpoint, {"schema": whole()}, path)
-    if checkpoint["schema"] not in range(1, SCHEMA + 1):
-        raise UserError(f"{path} has checkpoint schema {checkpoint['schema']}, this program reads 1 to {SCHEMA}")
-    if checkpoint["schema"] == 1:
-        upgrade_from_1(checkpoint)
-    if checkpoint["schema"] < 3:
-        upgrade_from_2(checkpoint)
-    if checkpoint["schema"] < 4:
-        checkpoint["split"] = upgrade_split(checkpoint.get("split"))
-    checkpoint["schema"] = SCHEMA
-    add_later_flags(checkpoint)
-    add_later_fields(checkpoint)
+    require_schema(checkpoint["schema"], SCHEMA, path)
+    checkpoint["flags"] = with_defaults(checkpoint["flags"])
     require_form(checkpoint, CHECKPOINT, path)
     if checkpoint["decoding"] is None:
         checkpoint["decoding"] = tuned_decoding(path, checkpoint["epoch"])
@@ -89,42 +81,18 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def upgrade_from_1(checkpoint: dict[str, Any]) -> None:
-    """Add what schema 1 lacks: the precision, and the place within an epoch."""
-    checkpoint["scaler"] = {}
-    checkpoint["progress"] = {"first_epoch": checkpoint["epoch"], "step": 0, "loss_sum": 0.0, "tokens": 0}
-    if isinstance(checkpoint["flags"], dict):
-        checkpoint["flags"].setdefault("precision", "fp32")
+def require_schema(found: Any, read: int, path: Path) -> None:
+    """Raise UserError if a file is of another commit of this program."""
+    if type(found) is not int or found != read:
+        raise UserError(
+            f"{path} was written by another version of this program (schema {str(found)[:20]}, this one reads {read}): "
+            "train or export it again"
+        )
 
 
-def upgrade_from_2(checkpoint: dict[str, Any]) -> None:
-    """Add what schema 2 lacks: views, self-critical training, tuned decoding; its weight decay was AdamW's default."""
-    checkpoint["decoding"] = None
-    if isinstance(checkpoint.get("progress"), dict):
-        checkpoint["progress"].setdefault("reward_sum", 0.0)
-    if isinstance(checkpoint["flags"], dict):
-        checkpoint["flags"] = {"views": "whole", "weight_decay": 0.01} | checkpoint["flags"]
-
-
-def add_later_flags(checkpoint: Any) -> None:
-    """Add the flags that came within a schema, each with the value that changes nothing."""
-    if isinstance(checkpoint, dict) and isinstance(checkpoint.get("flags"), dict):
-        checkpoint["flags"] = {
-            "feature_type": "float16",
-            "fine_tune": 0,
-            "fine_tune_learning_rate": None,
-            "grid": None,
-            "num_heads": FLAGS["num_heads"].default,
-            "replay": 0.0,
-            "replay_data_dir": None,
-        } | checkpoint["flags"]
-
-
-def add_later_fields(checkpoint: Any) -> None:
-    """Add what `validation.learn_from_validation` finds, which older checkpoints and exported folders lack."""
-    if isinstance(checkpoint, dict):
-        checkpoint.setdefault("consensus", None)
-        checkpoint.setdefault("confidence", None)
+def with_defaults(flags: Any) -> Any:
+    """Return flags with the default of each that came after they were written."""
+    return DEFAULTS | flags if type(flags) is dict else flags
 
 
 def tuned_decoding(path: Path, epoch: int) -> Any:
@@ -159,36 +127,32 @@ def load_exported(path: Path) -> dict[str, Any]:
 
     place = path.with_name("config.json")
     config = read_exported_json(place)
-    add_later_flags(config)
-    add_later_fields(config)
+    require_schema(isinstance(config, dict) and config.get("schema"), EXPORT_SCHEMA, place)
+    config["flags"] = with_defaults(config.get("flags"))
     require_form(config, EXPORTED, place)
-    if config["schema"] != EXPORT_SCHEMA:
-        raise UserError(f"{place} has schema {config['schema']}, this program reads {EXPORT_SCHEMA}")
-    contents: dict[str, Any] = {"split.json": None}
-    for name in (path.name, "vocabulary.json", "split.json"):
-        if name in config["sha256"]:
-            file = path.with_name(name)
-            if not file.is_file():
-                raise UserError(f"{file} is not there: {path.parent} is not a complete exported model. Export it again")
-            if sha256(file) != config["sha256"][name]:
-                raise UserError(f"{file} is damaged (its SHA-256 is not that of {place}): copy or export it again")
-            if file != path:
-                contents[name] = read_exported_json(file)
+    contents: dict[str, Any] = {}
+    for name in EXPORTED["sha256"]:
+        file = path.with_name(name)
+        if not file.is_file():
+            raise UserError(f"{file} is not there: {path.parent} is not a complete exported model. Export it again")
+        if sha256(file) != config["sha256"][name]:
+            raise UserError(f"{file} is damaged (its SHA-256 is not that of {place}): copy or export it again")
+        if file != path:
+            contents[name] = read_exported_json(file)
     try:
         tensors = {name: each.float() if each.is_floating_point() else each for name, each in load_file(path).items()}
     except Exception as error:  # safetensors and torch each raise their own
         raise UserError(f"{path} cannot be read as safetensors: {first_line(error)}. Export it again") from error
     weights = {name: each for name, each in tensors.items() if not name.startswith(HEAD)}
     head = {name.removeprefix(HEAD): each for name, each in tensors.items() if name.startswith(HEAD)}
-    places = {name: None for name in CHECKPOINT["flags"] if name not in EXPORTED["flags"]}
-    flags = {name: config["flags"][name] for name in EXPORTED["flags"]}
+    flags = {name: config["flags"][name] if name in EXPORTED["flags"] else DEFAULTS[name] for name in CHECKPOINT["flags"]}
     checkpoint = {
-        "schema": SCHEMA, "epoch": config["epoch"], "decoder_type": config["flags"]["decoder"], "decoder": weights,
+        "schema": SCHEMA, "epoch": config["epoch"], "decoder": weights,
         "encoder": config["encoder"], "vocabulary": contents["vocabulary.json"],
-        "flags": {**flags, **places, "feature_cache": "feature_cache"}, "optimizer": None, "scaler": {},
+        "flags": flags, "optimizer": None, "scaler": {},
         "progress": {"first_epoch": config["epoch"], "step": 0, "loss_sum": 0.0, "reward_sum": 0.0, "tokens": 0},
         "schedule": None, "decoding": config["decoding"], "consensus": config["consensus"] and config["consensus"] | head,
-        "confidence": config["confidence"], "split": upgrade_split(contents["split.json"]), "loss_curve": {name: [] for name in CHECKPOINT["loss_curve"]},
+        "confidence": config["confidence"], "split": contents["split.json"], "loss_curve": {name: [] for name in CHECKPOINT["loss_curve"]},
         "metrics_history": [], "best": {"score": 0.0, "epoch": config["epoch"], "metric": flags["best_metric"]},
     }  # fmt: skip
     require_form(checkpoint, {name: form for name, form in CHECKPOINT.items() if name != "optimizer"}, path)
@@ -247,9 +211,20 @@ def one_of(*choices: str) -> Rule:
     return Rule(lambda value: type(value) is str and value in choices, f"one of {', '.join(choices)}")
 
 
-def choice_of(flag: str) -> Rule:
-    """One of the choices of the flag."""
-    return one_of(*FLAGS[flag].choices)
+def value_of(flag: Flag) -> Rule:
+    """What the command line takes, in the form that `Settings.stored` gives it."""
+
+    def fits(value: Any) -> bool:
+        if value is None or flag.parse is None:
+            return value is None and flag.default is None if flag.parse else type(value) is bool
+        try:
+            parsed = flag.parse(str(value))
+        except (argparse.ArgumentTypeError, ValueError):
+            return False
+        kinds = (int, float) if type(parsed) is float else (str,) if isinstance(parsed, Path) else (type(parsed),)
+        return type(value) in kinds and (not flag.choices or value in flag.choices)
+
+    return Rule(fits, f"a value that --{flag.name} takes")
 
 
 def is_text(value: Any) -> bool:
@@ -261,7 +236,7 @@ def is_list(value: Any, fits: Callable[[Any], bool]) -> bool:
 
 
 def is_table(value: Any, fits: Callable[[Any], bool]) -> bool:
-    return isinstance(value, dict) and all(is_text(key) and fits(entry) for key, entry in value.items())
+    return type(value) is dict and all(is_text(key) and fits(entry) for key, entry in value.items())
 
 
 def is_scalar(value: Any) -> bool:
@@ -290,7 +265,6 @@ def is_vocabulary(value: Any) -> bool:
 
 TEXT = Rule(is_text, "a text of one line")
 NUMBERS = Rule(lambda value: is_list(value, real().fits), "a list of numbers")
-DECODER = Rule(lambda value: type(value) is str and value in registry.DECODERS, "a decoder of this program")
 ENCODER = Rule(lambda value: type(value) is str and registry.is_encoder(value), "an encoder of this program")
 SCHEDULE = {
     "settings": {
@@ -311,23 +285,11 @@ CONSENSUS: dict[str, Any] = {  # what `consensus.NgramHead` takes; `check_consen
 # ignored.
 CHECKPOINT: dict[str, Any] = {
     "epoch": whole(),
-    "decoder_type": DECODER,
     "decoder": Rule(lambda value: is_table(value, is_tensor), "a table of float32 tensors with finite numbers"),
     "encoder": {"name": ENCODER, "weights_hash": TEXT, "transform": TEXT},
     "vocabulary": Rule(is_vocabulary, "a list of different words that begins with <PAD>, <SOS>, <EOS>, <UNK>"),
-    "flags": {
-        "decoder": DECODER, "encoder": ENCODER, "dataset_type": choice_of("dataset_type"),
-        "fine_tune": whole(0, LIMITS["fine_tune"]), "embed_size": size("embed_size"), "hidden_size": size("hidden_size"), "num_layers": size("num_layers"),
-        "num_heads": size("num_heads"), "attention_dim": size("attention_dim"), "grid": OrNone(size("grid")), "freq_threshold": size("freq_threshold"), "max_length": size("max_length"),
-        "batch_size": size("batch_size"), "seed": whole(0, LIMITS["seed"]),
-        "drop_prob": real(0, 0.95), "grad_clip": real(0, 1e30), "label_smoothing": real(0, 0.9),
-        "attention_reg": real(0, 1e30), "fine_tune_learning_rate": OrNone(real(0, 1e30)), "learning_rate": real(0, 1e30), "feature_cache": TEXT,
-        "views": choice_of("views"), "feature_type": choice_of("feature_type"), "weight_decay": real(0, 1e30),
-        "best_metric": choice_of("best_metric"), "precision": one_of("fp32", "bf16", "fp16"),
-        "data_dir": OrNone(TEXT), "image_dir": OrNone(TEXT),
-        "captions_file": OrNone(TEXT), "resnet_weights": OrNone(TEXT), "replay": real(0, 0.9), "replay_data_dir": OrNone(TEXT),
-    },
-    "optimizer": Rule(lambda value: isinstance(value, dict), "the state of an optimizer"),
+    "flags": {flag.name: value_of(flag) for flag in FLAGS.values() if flag.checkpoint},
+    "optimizer": Rule(lambda value: type(value) is dict, "the state of an optimizer"),
     "scaler": Rule(lambda value: is_table(value, is_scalar), "the state of a loss scaler"),
     "progress": {"first_epoch": whole(), "step": whole(), "loss_sum": real(-1e300, 1e300), "reward_sum": real(0, 1e300),
                  "tokens": whole()},
@@ -335,7 +297,7 @@ CHECKPOINT: dict[str, Any] = {
     "confidence": OrNone(Rule(is_calibration, "a table of rising scores and shares from 0 to 1, of beam or consensus,")),
     "decoding": OrNone({"beam_size": size("beam_size"), "length_penalty": real(0, LIMITS["length_penalty"]), "cider": real(), "images": whole()}),
     "schedule": OrNone(SCHEDULE),
-    "split": OrNone(Rule(is_stored, "a split by image name, size and hash")),
+    "split": Rule(is_stored, "a split by image name, size and hash"),
     "loss_curve": dict.fromkeys(("epochs", "training_losses", "validation_losses", "learning_rates"), NUMBERS),
     "metrics_history": Rule(
         lambda value: is_list(value, lambda entry: is_table(entry, is_scalar)), "a list of tables of scores"
@@ -352,12 +314,8 @@ EXPORTED: dict[str, Any] = {
     "decoding": CHECKPOINT["decoding"],
     "consensus": OrNone({name: CONSENSUS[name] for name in ("log_images", "weight")}),
     "confidence": CHECKPOINT["confidence"],
-    "flags": {
-        name: form
-        for name, form in CHECKPOINT["flags"].items()
-        if name not in ("data_dir", "image_dir", "captions_file", "resnet_weights", "feature_cache", "replay_data_dir")
-    },
-    "sha256": {"model.safetensors": TEXT, "vocabulary.json": TEXT},
+    "flags": {name: form for name, form in CHECKPOINT["flags"].items() if not FLAGS[name].place},
+    "sha256": dict.fromkeys((EXPORTED_WEIGHTS, "vocabulary.json", "split.json"), TEXT),
 }
 
 
@@ -373,7 +331,7 @@ def require_form(value: Any, form: Any, path: Path, where: str = "") -> None:
     elif isinstance(form, Rule):
         if not form.fits(value):
             raise malformed(path, f"{where} is a {type(value).__name__} where {form.expected} belongs")
-    elif not isinstance(value, dict) or not form.keys() <= value.keys():
+    elif type(value) is not dict or not form.keys() <= value.keys():
         raise malformed(path, f"{where or 'it'} lacks some of {', '.join(form)}")
     else:
         for key, part in form.items():
@@ -402,8 +360,8 @@ def check_architecture(checkpoint: dict[str, Any], path: Path) -> Decoder:
         UserError: they describe different networks, or lists that belong together differ in length.
     """
     flags, weights, encoder = checkpoint["flags"], checkpoint["decoder"], checkpoint["encoder"]
-    if flags["decoder"] != checkpoint["decoder_type"] or flags["encoder"] != encoder["name"]:
-        raise malformed(path, "its flags name another decoder or encoder than it holds")
+    if flags["encoder"] != encoder["name"]:
+        raise malformed(path, "its flags name another encoder than it holds")
     if problem := size_problem(flags):
         raise malformed(path, problem)
     try:
@@ -468,7 +426,7 @@ def check_optimizer(optimizer: dict[str, Any], decoder: Decoder, path: Path) -> 
     """
     weights = list(decoder.parameters())
     state, groups = optimizer.get("state"), optimizer.get("param_groups") or []
-    if not isinstance(state, dict) or not is_list(groups, lambda group: isinstance(group, dict)):
+    if type(state) is not dict or not is_list(groups, lambda group: type(group) is dict):
         raise malformed(path, "optimizer has no state and no groups of parameters")
     for number, moments in state.items():
         if type(number) is not int or not 0 <= number < len(weights):

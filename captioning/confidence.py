@@ -79,14 +79,14 @@ def calibrate(scores: np.ndarray, supported: np.ndarray) -> dict[str, Any]:
 def is_calibration(value: Any) -> bool:
     """Whether this, from outside, is a table for one or both ways of decoding."""
     return (
-        isinstance(value, dict)
+        type(value) is dict
         and 0 < len(value.keys() & {BEAM, CONSENSUS}) == len(value)
         and all(map(is_table, value.values()))
     )
 
 
 def is_table(value: Any) -> bool:
-    if not isinstance(value, dict) or type(value.get("images")) is not int or value["images"] < 1:
+    if type(value) is not dict or type(value.get("images")) is not int or value["images"] < 1:
         return False
     scores, shares = value.get("scores"), value.get("shares")
     if not (type(scores) is type(shares) is list and 0 < len(scores) == len(shares) <= value["images"]):

@@ -472,7 +472,7 @@ def load_weights(network: nn.Module, path: Path) -> None:
 
             state = load_file(path)
         else:
-            state = read_tensors(path, old_form=True)  # EfficientNet-Lite's are of before PyTorch 1.6
+            state = read_tensors(path)
         missing, unexpected = network.load_state_dict(state, strict=False)
     except Exception as error:  # unpickling, zip and shape errors all mean the same to the user
         raise UserError(f"{path} cannot be read as {type(network).__name__} weights: {first_line(error)}") from error

@@ -106,6 +106,11 @@ class Flag:
     def switch(self) -> bool:
         return self.parse is None
 
+    @property
+    def place(self) -> bool:
+        """Whether it says where something lies on one machine, so that an exported model is without it."""
+        return self.parse is path or self.name == "feature_cache"
+
 
 # What a run with --init_from has unless it is given: for some tens to a thousand images (benchmarks/adaptation.py).
 ADAPTATION: dict[str, Any] = {
@@ -115,7 +120,7 @@ ADAPTATION: dict[str, Any] = {
 # What --init_from does not take from the other model, although a checkpoint decides it elsewhere.
 NOT_INHERITED = {
     *ADAPTATION, "data_dir", "image_dir", "captions_file", "seed", "precision", "fine_tune_learning_rate", "replay",
-    "replay_data_dir",
+    "replay_data_dir", "feature_cache",
 }  # fmt: skip
 count, positive, whole = number(int, 1, 10**9), number(float, 0, 1e30, above=True), number(int, 0, 10**9)
 weight = number(float, 0, 1e30)
@@ -150,7 +155,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("batch_size", "captions in a batch (whole images; fewer if memory runs out)", size("batch_size"), 128,
             modes=("train",), checkpoint="train"),
         Flag("learning_rate", "initial rate; the peak for one_cycle. 1e-3 suits Flickr8k", positive, 0.0001,
-            modes=("train",)),
+            modes=("train",), checkpoint="train"),
     ),
     "data": (
         Flag("data_dir", "data set folder (default: data/<dataset_type>)", path, modes=(*DATA_MODES, "serve"),
@@ -170,7 +175,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("feature_type", "of encoded regions in the cache: int8 takes half the bytes", str, "float16",
             ("float16", "int8"), modes=DATA_MODES, checkpoint="kept"),
         Flag("feature_cache", "folder of encoded images; 'off' encodes them in every batch", text, "feature_cache",
-            modes=DATA_MODES, resume=True, parameter=False),
+            modes=DATA_MODES, resume=True, checkpoint="kept", parameter=False),
     ),
     "model": (
         Flag("encoder", "frozen image encoder: resnet50, efficientnet_lite0 (needs no download) and others, or any of "
@@ -305,6 +310,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
     ),
 }  # fmt: skip
 FLAGS: dict[str, Flag] = {flag.name: flag for flags in GROUPS.values() for flag in flags}
+DEFAULTS: dict[str, Any] = {name: False if flag.switch else flag.default for name, flag in FLAGS.items()}
 CONSENSUS_BEAM = 20  # hypotheses, unless --beam_size is given: consensus needs many captions to choose from
 
 
@@ -327,10 +333,3 @@ def chosen_beam(given: Collection[str], tuned: Mapping[str, Any] | None, consens
 # Keys of run_config.json that are facts of a run, and flags that say which run it is: `--config` passes over them.
 NOT_CONFIGURABLE = ("timestamp", "command", "explicit", "mode", "model_path", "config", "resume", "output")
 CONFIG_NAMES = {"decoder": "decoder_type"}  # flags under the names that the original's run_config.json has
-GONE: dict[str, str] = {  # flags and values of earlier versions, and what took their place
-    "compile": "on a CPU, OpenVINO runs the encoder (requirements.txt), faster than compiled PyTorch",
-    **{
-        f"consensus={old}": "--consensus is on or off: what it needs is in the checkpoint, and --mode tune adds it to older runs"
-        for old in ("beam", "regression", "neighbours")
-    },
-}

@@ -14,7 +14,6 @@ import shutil
 import signal
 import sys
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
@@ -205,9 +204,10 @@ class UserError(Exception):
 class Terminated(BaseException):
     """SIGTERM or SIGHUP came: what is in hand is put away, then the program ends."""
 
-    def __init__(self, number: int):
+    def __init__(self, number: int, advice: str = ""):
+        """Args: advice: what to print instead of the command's own last line."""
         super().__init__(number)
-        self.number = number
+        self.number, self.advice = number, advice
 
 
 def terminate(number: int, _: object) -> NoReturn:
@@ -245,7 +245,7 @@ def run_command(command: Callable[[], int], stopped: str) -> int:
         print(f"\n{stopped}", file=sys.stderr)
         return 130
     except Terminated as ended:
-        print(f"\n{stopped}", file=sys.stderr)
+        print(f"\n{ended.advice or stopped}", file=sys.stderr)
         return 128 + ended.number
     finally:
         with contextlib.suppress(ValueError):
@@ -356,27 +356,6 @@ def sha256(path: Path) -> str:
 def first_line(error: Exception) -> str:
     """Return the first line of another library's error message, shortened."""
     return str(error).strip().split("\n")[0][:200] or type(error).__name__
-
-
-def check_tensor_zip(path: Path) -> None:
-    """Check a PyTorch file before memory is allocated for its tensors.
-
-    PyTorch stores its records uncompressed, so records cannot be larger than their file, and with checksums, which it
-    does not compare itself.
-
-    Raises:
-        zipfile.BadZipFile: compressed, larger inside than outside, a record twice, or damaged.
-    """
-    with zipfile.ZipFile(path) as archive:
-        records = archive.infolist()
-        if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-            raise zipfile.BadZipFile("its records are compressed, which PyTorch's never are")
-        if sum(record.file_size for record in records) > path.stat().st_size:
-            raise zipfile.BadZipFile("its records claim to be larger than the file")
-        if len({record.filename for record in records}) < len(records):
-            raise zipfile.BadZipFile("it has a record twice")
-        if (damaged := archive.testzip()) is not None:
-            raise zipfile.BadZipFile(f"its record {damaged} is damaged (checksum differs)")
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -24,7 +24,6 @@ from captioning.flags import CONFIG_NAMES, FLAGS, NOT_CONFIGURABLE
 from captioning.io import (
     EXPORTED_WEIGHTS,
     UserError,
-    check_tensor_zip,
     first_line,
     log,
     printable,
@@ -508,7 +507,9 @@ def deletable_epochs(directory: Path) -> Epochs:
     kept = [directory / "best.pt", directory / "last.pt"]
     for path in kept:
         try:
-            check_tensor_zip(path)
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise zipfile.BadZipFile(f"its record {damaged} is damaged")
         except Exception as error:  # whatever is wrong with it
             problem = "is not there" if not path.exists() else f"cannot be read ({first_line(error)})"
             raise UserError(f"{path} {problem}: the epoch files of this run stay") from None

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
-import functools
 import importlib.util
 import os
 import sys
@@ -21,8 +20,8 @@ from captioning.flags import (
     ADAPTATION,
     CONFIG_NAMES,
     DATA_MODES,
+    DEFAULTS,
     FLAGS,
-    GONE,
     GROUPS,
     NOT_CONFIGURABLE,
     NOT_INHERITED,
@@ -106,14 +105,8 @@ class Settings(argparse.Namespace):
                 continue
             if flag.checkpoint == "fixed" or (kept and name not in self.explicit):
                 found[name] = Path(saved[name]) if flag.parse is path and saved[name] else saved[name]
-        if self.mode == "train" and not self.adapts and "learning_rate" not in self.explicit:
-            found["learning_rate"] = saved["learning_rate"]
-        # Whoever wrote the checkpoint makes no cache elsewhere: only a folder that is a cache already is used.
-        caches = cache_folders(saved["feature_cache"])
-        if not (self.adapts or "feature_cache" in self.explicit):
-            with contextlib.suppress(OSError):  # of a folder of another user's
-                if not caches or any(any(cache.glob(f"{folder_name(saved['encoder'])}-*")) for cache in caches):
-                    found["feature_cache"] = saved["feature_cache"]
+        if not has_cache(found.get("feature_cache", "off"), saved["encoder"]):
+            del found["feature_cache"]
         consensus = self.by_consensus and checkpoint["consensus"] is not None
         found |= chosen_beam(self.explicit, checkpoint["decoding"], consensus)
         settings = self.with_values(**found)
@@ -131,6 +124,16 @@ class Settings(argparse.Namespace):
             names = {getattr(model, kind) for model in models}
             for flag in sorted(self.explicit.intersection(*(idle_flags(entries, name) for name in names))):
                 raise UserError(f"--{flag} has no effect {where}, whose {kind} is {' or '.join(sorted(names))}")
+
+
+def has_cache(feature_cache: str, encoder: str) -> bool:
+    """Return whether a checkpoint's cache is used: whoever wrote the checkpoint makes no folder elsewhere."""
+    if feature_cache == "off":
+        return True
+    try:
+        return any(Path(feature_cache).glob(f"{folder_name(encoder)}-*"))
+    except OSError:  # of a folder of another user's
+        return False
 
 
 def cache_folders(text: str) -> list[Path]:
@@ -165,21 +168,13 @@ def get_parser() -> argparse.ArgumentParser:
                 about["action"] = "store_true"
             else:
                 about |= {
-                    "type": functools.partial(parse_value, flag),
+                    "type": flag.parse,
                     "choices": flag.choices or None,
                     "metavar": flag.metavar,
                 }
                 about |= {"nargs": "+"} if flag.many else {}
             group.add_argument(f"--{flag.name}", **about)
     return parser
-
-
-def parse_value(flag: Flag, value: str) -> Any:
-    """Parse one value of a flag; a value of an earlier version names what took its place."""
-    if f"{flag.name}={value}" in GONE:
-        raise argparse.ArgumentTypeError(f"{value} is gone: {GONE[f'{flag.name}={value}']}")
-    assert flag.parse is not None
-    return flag.parse(value)
 
 
 def shown(value: Any) -> str:
@@ -204,7 +199,7 @@ def parse_flags(argv: list[str]) -> Settings:
     if unknown:
         refuse_unknown(parser, unknown[0])
     typed = vars(namespace)
-    defaults: dict[str, Any] = {name: False if flag.switch else flag.default for name, flag in FLAGS.items()}
+    defaults = dict(DEFAULTS)
     config: dict[str, Any] = {}
     explicit = set(typed)
     if "resume" in typed:
@@ -292,8 +287,6 @@ def resume_advice(path: Path) -> str:
 
 def refuse_unknown(parser: argparse.ArgumentParser, word: str) -> NoReturn:
     name = word.partition("=")[0].lstrip("-").replace("-", "_")
-    if name in GONE:
-        parser.error(f"--{name} is gone: {GONE[name]}")
     parser.error(f"unrecognized argument {word}{suggestion(name, FLAGS, '--')}")
 
 
@@ -305,8 +298,8 @@ def suggestion(name: str, known: Iterable[str], prefix: str = "") -> str:
 def config_flags(parser: argparse.ArgumentParser, file: Path) -> tuple[dict[str, Any], set[str]]:
     """Read the flags in a YAML or JSON file, e.g. a `run_config.json`, as if they stood on the command line.
 
-    A file that this program wrote lists its explicit flags; one of before that list counts a value that differs from
-    the default. In a hand-written file every flag counts. Facts of a run and flags without a value are passed over.
+    In a file that this program wrote, the flags that it lists under `explicit` count as explicit; in any other file all
+    do. Facts of a run and flags without a value are passed over.
 
     Returns:
         the flags by name, and the names of those that count as explicit.
@@ -323,18 +316,11 @@ def config_flags(parser: argparse.ArgumentParser, file: Path) -> tuple[dict[str,
         name = ours.get(key, key)
         if name in NOT_CONFIGURABLE or value is None:
             continue
-        if name in GONE:
-            if "timestamp" not in content:  # written by hand
-                parser.error(f"{file}: {name} is gone: {GONE[name]}. Remove the line")
-            continue
         if name not in FLAGS:
             parser.error(f"{file}: unknown flag {name!r}{suggestion(str(name), FLAGS)}")
         flags[name] = config_value(parser, file, FLAGS[name], value)
     if isinstance(recorded, list):
         explicit = {name for name in recorded if isinstance(name, str) and name in flags}
-    elif "command" in content and "timestamp" in content:
-        read = {name for name in flags if "train" in FLAGS[name].modes}  # another flag's default may have changed
-        explicit = {name for name in read if flags[name] != FLAGS[name].default}
     else:
         explicit = set(flags)
     return flags, {name for name in explicit if not (FLAGS[name].switch and not flags[name])}
@@ -354,7 +340,7 @@ def config_value(parser: argparse.ArgumentParser, file: Path, flag: Flag, value:
         try:
             if (flag.many and type(value) is not list) or type(entry) not in (str, int, float):
                 raise ValueError("expected a list of names" if flag.many else "expected a number or a text of one line")
-            parsed.append(parse_value(flag, text(str(entry))))
+            parsed.append(flag.parse(text(str(entry))))
         except (argparse.ArgumentTypeError, ValueError, OverflowError) as error:
             parser.error(where + str(error))
         if flag.choices and parsed[-1] not in flag.choices:

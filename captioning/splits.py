@@ -4,8 +4,8 @@ A split is settled once, when a model is trained, and then lies in the model's c
 CRC-32: no image that a model was trained on is ever scored as a validation or test image.
 
 Stored form, plain types: `{"train": part, "val": part, "test": part, "inherited": part}` with
-`part = {"names": [str], "sizes": [int] or None, "hashes": [int] or None}`. `inherited` are the training images of the
-models that this one was trained on from. Checkpoints of older versions have no sizes, and may lack `train`.
+`part = {"names": [str], "sizes": [int], "hashes": [int]}`. `inherited` are the training images of the models that this
+one was trained on from.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from captioning.io import CONTROL_CHARACTERS, UserError, log, printable, read_json
+from captioning.io import CONTROL_CHARACTERS, UserError, log, printable
 from captioning.layouts import SPLITS, karpathy_split, split_lists
 
 COCO_HELD_OUT = 5000  # validation and test images of COCO, as many as Karpathy's split has
@@ -25,7 +25,6 @@ SAME_SET, LEAST_SHARE = 0.9, 0.5
 MOST_COPIES = 0.02  # of the images to score, that may be training images under other names
 Part = dict[str, Any]
 StoredSplit = dict[str, Part]
-NOBODY: Part = {"names": [], "sizes": [], "hashes": []}
 
 
 def find_splits(
@@ -120,11 +119,9 @@ def stored_lists(
     An image is known by name and size, since many folders have an `IMG_1.jpg`. Where nearly all names are known
     (`same_names`), the set is the checkpoint's own, and files of other sizes are its images encoded anew.
     """
-    known_sizes = {name: size for split in SPLITS if split in stored for name, size in sized(stored[split])}
-    if "train" not in stored:  # drawn by a version that kept the held-out images alone
-        known_sizes = dict.fromkeys(names) | known_sizes
+    known_sizes = {name: size for split in SPLITS for name, size, _ in keys(stored[split])}
     named = [(name, size) for name, size in zip(names, sizes, strict=True) if name in known_sizes]
-    changed = {name for name, size in named if known_sizes[name] not in (None, size)}
+    changed = {name for name, size in named if known_sizes[name] != size}
     if not same_names(known_sizes, names):
         known_sizes = {name: size for name, size in known_sizes.items() if name not in changed}
         if len(changed) == len(named):
@@ -135,14 +132,9 @@ def stored_lists(
             return None, ""
     elif changed:
         notes.append(f"{len(changed)} image(s) have another size than at training: {few(changed)}")
-    lists = {split: [name for name in stored[split]["names"] if name in known_sizes] for split in ("val", "test")}
-    if not (set(lists["val"]) | set(lists["test"])) & set(names):
+    lists = {split: [name for name in stored[split]["names"] if name in known_sizes] for split in SPLITS}
+    if not {*lists["val"], *lists["test"]} & set(names):
         return None, ""
-    if "train" in stored:
-        lists["train"] = [name for name in stored["train"]["names"] if name in known_sizes]
-    else:
-        held_out = set(lists["val"]) | set(lists["test"])
-        lists["train"] = [name for name in names if name not in held_out]
     return lists, "the checkpoint"
 
 
@@ -158,10 +150,6 @@ def same_names(known: Collection[str], names: Collection[str]) -> bool:
     """
     common = len(set(known) & set(names))
     return common >= SAME_SET * len(names) or common >= max(SAME_SET * len(known), LEAST_SHARE * len(names))
-
-
-def sized(part: Part) -> Iterable[tuple[str, int | None]]:
-    return zip(part["names"], part["sizes"] or [None] * len(part["names"]), strict=True)
 
 
 def few(names: Iterable[str]) -> str:
@@ -197,31 +185,19 @@ def store_split(
     return stored
 
 
-def same_split(first: StoredSplit | None, second: StoredSplit | None) -> bool:
-    """Return whether two models hold out the same images, so that their scores can be compared.
-
-    Images are the same by name, size and CRC-32; by name alone where an older version kept no more.
-    """
-    if first is None or second is None:
-        return first is second
-    for part in ("val", "test"):
-        known = [list(keys(stored[part])) for stored in (first, second)]
-        if any(key[1:] == (-1, -1) for part_keys in known for key in part_keys):
-            known = [[(name, -1, -1) for name, _, _ in part_keys] for part_keys in known]
-        if set(known[0]) != set(known[1]):
-            return False
-    return True
+def same_split(first: StoredSplit, second: StoredSplit) -> bool:
+    """Return whether two models hold out the same images, so that their scores can be compared."""
+    return all(set(keys(first[part])) == set(keys(second[part])) for part in ("val", "test"))
 
 
 def keys(part: Part) -> Iterable[tuple[str, int, int]]:
-    """Return (name, size, CRC-32) of each image; -1 where a version of before kept none."""
-    nothing = [-1] * len(part["names"])
-    return zip(part["names"], part["sizes"] or nothing, part["hashes"] or nothing, strict=True)
+    """Return (name, size, CRC-32) of each image."""
+    return zip(part["names"], part["sizes"], part["hashes"], strict=True)
 
 
 def trained_on(stored: StoredSplit) -> list[tuple[str, int, int]]:
     """Return the keys of all images that a model has seen in training, its ancestors' included."""
-    return [key for part in ("train", "inherited") for key in keys(stored.get(part, NOBODY))]
+    return [key for part in ("train", "inherited") for key in keys(stored[part])]
 
 
 def seen_in_training(
@@ -233,9 +209,9 @@ def seen_in_training(
         versions: int64 (all images, 2), as `Features.versions`.
     """
     trained = set(trained_on(stored))
-    contents = {key[1:] for key in trained} - {(-1, -1)}
+    contents = {key[1:] for key in trained}
     found = {i: (names[i], *version) for i, version in zip(images.tolist(), versions[images].tolist(), strict=True)}
-    seen = [i for i, key in found.items() if key in trained or (key[0], -1, -1) in trained]
+    seen = [i for i, key in found.items() if key in trained]
     return seen, [i for i in sorted(found.keys() - set(seen)) if found[i][1:] in contents]
 
 
@@ -266,69 +242,20 @@ def refuse_trained_images(
         )
 
 
-def upgrade_split(value: Any) -> Any:
-    """Return the stored form of a split of schema 3, which had the names of a drawn split's val and test."""
-    if isinstance(value, dict) and all(isinstance(part, list) for part in value.values()):
-        return {split: {"names": names, "sizes": None, "hashes": None} for split, names in value.items()}
-    return value
-
-
 def is_stored(value: Any) -> bool:
     """Return whether a value from a file has the stored form."""
 
     def is_part(part: Any) -> bool:
-        if not isinstance(part, dict) or not {"names", "sizes", "hashes"} <= part.keys():
+        if type(part) is not dict or not {"names", "sizes", "hashes"} <= part.keys():
             return False
         names, numbers = part["names"], (part["sizes"], part["hashes"])
         return (
             isinstance(names, list)
             and all(type(name) is str and not CONTROL_CHARACTERS.search(name) for name in names)
             and all(
-                column is None
-                or (isinstance(column, list) and len(column) == len(names) and all(type(n) is int for n in column))
+                isinstance(column, list) and len(column) == len(names) and all(type(n) is int for n in column)
                 for column in numbers
             )
         )
 
-    return isinstance(value, dict) and {"val", "test"} <= value.keys() and all(map(is_part, value.values()))
-
-
-def split_of_run(directory: Path) -> StoredSplit | None:
-    """Return the split that a run of an older version wrote beside its checkpoints, or None.
-
-    Raises:
-        UserError: the file has another form.
-    """
-    path = directory / "split.json"
-    if not path.is_file():
-        return None
-    content = read_json(path)
-    found: StoredSplit = {}
-    for split in SPLITS:
-        part = content.get(split) if isinstance(content, dict) else None
-        names = part.get("names") if isinstance(part, dict) else part
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise UserError(f"{path}: {split} is not a list of image names: restore the file, or remove it")
-        found[split] = {"names": names, "sizes": None, "hashes": None}
-    return found
-
-
-def stored_split(checkpoint: Mapping[str, Any], path: Path) -> StoredSplit | None:
-    """Return the split in a checkpoint, or that which an older version wrote beside it, or None."""
-    stored: StoredSplit | None = checkpoint["split"]
-    return stored if stored and "train" in stored else split_of_run(path.parent) or stored
-
-
-def checkpoint_split(checkpoint: Mapping[str, Any], path: Path) -> StoredSplit | None:
-    """Return the split that a checkpoint was trained with; warn where only the data set's lists can tell.
-
-    Args:
-        path: the checkpoint's file.
-    """
-    stored = stored_split(checkpoint, path)
-    if stored is None:
-        log.warning(
-            f"Warning: {path} does not say which images it was trained on (an older version wrote it); the split is "
-            "taken from the data set's lists"
-        )
-    return stored
+    return type(value) is dict and {*SPLITS, "inherited"} == value.keys() and all(map(is_part, value.values()))

@@ -102,7 +102,7 @@ class TimmSpec(EncoderSpec):
             torch.manual_seed(0)
             try:
                 if weights is not None and weights.suffix != ".safetensors":
-                    read_tensors(weights, old_form=True)  # refuses what timm would not
+                    read_tensors(weights)  # refuses what timm would not
                 filled: dict[str, Any] = {} if weights is None else {"pretrained_cfg_overlay": {"file": str(weights)}}
                 network = build(model, config, arguments, pretrained=weights is not None, **filled)
             except Exception as error:  # of safetensors, pickle, torch and timm

@@ -21,7 +21,7 @@ from captioning.dataset import EOS, SOS, build_vocabulary, load_caption_set, tok
 from captioning.images import UnreadableImage, load_views, open_image
 from captioning.io import UserError
 from captioning.layouts import read_captions
-from captioning.splits import upgrade_split
+from captioning.splits import store_split
 
 
 def test_tokens_are_lower_case_without_punctuation():
@@ -202,8 +202,10 @@ def test_split_is_by_image_and_seeded(tiny):
 
 
 def test_a_split_kept_in_a_checkpoint_wins(tiny):
-    stored = upgrade_split({"val": ["p00.jpg"], "test": ["p01.jpg", "p02.jpg"]})  # of schema 3
-    data = load_caption_set(tiny, stored=stored)
+    whole = load_caption_set(tiny)
+    splits = {"train": np.arange(3, 20), "val": np.array([0]), "test": np.array([1, 2])}
+    versions = np.array([(path.stat().st_size, 7) for path in whole.paths()])
+    data = load_caption_set(tiny, stored=store_split(splits, whole.names, versions, parent=None))
     assert data.splits["val"].tolist() == [0] and data.splits["test"].tolist() == [1, 2]
 
 

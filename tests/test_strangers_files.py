@@ -4,7 +4,6 @@ import io
 import json
 import pickle
 import struct
-import zipfile
 import zlib
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from run_files import png_of
 from safetensors.torch import save
 
 from captioning import dataset as caption_data
-from captioning import tensor_files
 from captioning.checkpoints import load_checkpoint
 from captioning.dataset import load_caption_set, pack_tokens, tokenize, tokenize_cached, unpack_tokens
 from captioning.encoders import load_weights
@@ -184,19 +182,12 @@ def old_form(value: object) -> bytes:
 
 def test_files_that_are_no_checkpoints(tmp_path):
     refused(tmp_path, b"", "cannot be read")
-    refused(tmp_path, pickle.dumps(sound_checkpoint()), "not a zip file")
-    refused(tmp_path, zipped(checkpoint_records(), zipfile.ZIP_DEFLATED), "records are compressed")
-    refused(tmp_path, old_form(sound_checkpoint()), "not a zip file")
+    refused(tmp_path, pickle.dumps(sound_checkpoint()), "cannot be read")
     whole = saved(sound_checkpoint())
     refused(tmp_path, whole[: len(whole) // 2], "cannot be read as a checkpoint")
     refused(tmp_path, saved({"weights": torch.zeros(3)}), "not a checkpoint of this program")
-    refused(tmp_path, saved(sound_checkpoint() | {"schema": 99}), "schema 99")
-
-
-def test_a_record_that_claims_to_be_larger_than_its_file(tmp_path):
-    raw = zipped({"archive/data.pkl": b"abc"})
-    claim = raw.replace(struct.pack("<II", 3, 3), struct.pack("<II", 2_000_000_000, 2_000_000_000))
-    refused(tmp_path, claim, "claim to be larger")
+    for schema in (4, 99, True, torch.zeros(3)):
+        refused(tmp_path, saved(sound_checkpoint() | {"schema": schema}), "written by another version .* train or export it again")
 
 
 def test_a_flipped_bit_in_a_weight_is_noticed(tmp_path):
@@ -214,16 +205,12 @@ def test_a_storage_that_claims_more_than_its_record(tmp_path):
     refused(tmp_path, zipped(records | {name: records[name][:8]}), "cannot be read")
 
 
-EXPANDED = torch.zeros(()).expand(10**6, 10**6)
-
-
 @pytest.mark.parametrize(
     "place, value, message",
     [
         ("epoch", "1", "epoch is a str where a whole number"),
         ("epoch", True, "epoch is a bool"),
-        ("schema", torch.zeros(3), "schema is a Tensor"),
-        ("decoder_type", "gpt", "a decoder of this program"),
+        ("flags.decoder", "gpt", "flags.decoder is a str where a value that --decoder takes"),
         ("vocabulary", ["<PAD>", "a"], "begins with <PAD>"),
         ("vocabulary", ["<PAD>", "<SOS>", "<EOS>", "<UNK>", "a", "a"], "different words"),
         ("vocabulary", ["<PAD>", "<SOS>", "<EOS>", "<UNK>", "a", "\x1b[2J"], "vocabulary is a list"),
@@ -232,14 +219,14 @@ EXPANDED = torch.zeros(()).expand(10**6, 10**6)
         ("decoder.embed.weight", torch.zeros(6, 3, dtype=torch.float64), "float32"),
         ("decoder.embed.weight", torch.full((6, 3), torch.nan), "finite"),
         ("decoder.embed.weight", torch.zeros(3, 6).T, "a table of float32 tensors"),
-        ("decoder.embed.weight", EXPANDED, "larger than its storage"),
-        ("decoder.embed.weight", torch.zeros(6, 3, device="meta"), "it names torch._utils._rebuild_meta_tensor"),
+        ("decoder.embed.weight", torch.zeros(()).expand(10**6, 10**6), "a table of float32 tensors"),
+        ("decoder.embed.weight", torch.zeros(6, 3, device="meta"), "a table of float32 tensors"),
         ("decoder.more", torch.zeros(6), "more is .6. rather than absent"),
         ("flags.hidden_size", 3, "another architecture .* lstm.weight_ih_l0 is .8, 3. rather than .12, 3."),
         ("flags.num_layers", 2, "lstm.weight_ih_l1 is absent rather than .8, 2."),
         ("flags.attention_dim", 3, "key.weight is"),
         *(
-            (f"flags.{name}", high + 1, f"flags.{name} is a int where a whole number, .* at most {high} belongs")
+            (f"flags.{name}", high + 1, f"flags.{name} is a int where a value that --{name} takes belongs")
             for name, high in LIMITS.items()
             if name not in ("beam_size", "epochs", "length_penalty", "seed")
         ),
@@ -247,12 +234,16 @@ EXPANDED = torch.zeros(()).expand(10**6, 10**6)
         ("decoding", {"beam_size": 1001, "length_penalty": 1.0, "cider": 0.5, "images": 3}, "decoding.beam_size"),
         ("decoding", {"beam_size": 3, "length_penalty": 200, "cider": 0.5, "images": 3}, "from 0 to 100"),
         ("encoder.transform", "squash256", "encoder.transform is not squash224"),
-        ("flags.dataset_type", "../../elsewhere", "flags.dataset_type is a str where one of flickr8k"),
+        ("flags.dataset_type", "../../elsewhere", "flags.dataset_type is a str where a value that"),
         ("flags.data_dir", 3, "flags.data_dir is a int"),
-        ("flags.max_length", -1, "at least 1"),
+        ("flags.max_length", -1, "flags.max_length is a int"),
+        ("flags.hidden_size", True, "flags.hidden_size is a bool"),
+        ("flags.hidden_size", None, "flags.hidden_size is a NoneType"),
+        ("flags.drop_prob", float("nan"), "flags.drop_prob is a float"),
+        ("flags.views", "both", "flags.views is a str"),
         ("flags", [], "flags lacks"),
         ("encoder", {"name": "resnet50"}, "encoder lacks"),
-        ("encoder.name", "efficientnet_lite0", "another decoder or encoder"),
+        ("encoder.name", "efficientnet_lite0", "another encoder"),
         ("split", {"val": "a.jpg", "test": []}, "split is a dict where a split by image name"),
         ("schedule.settings.t_max", 0, "schedule.settings.t_max"),
         ("schedule.settings.more", 0, "unknown fields"),
@@ -286,76 +277,28 @@ def test_heads_that_do_not_divide_the_width_are_a_malformed_checkpoint(tmp_path)
     refused(tmp_path, saved(checkpoint | changed), "--embed_size 3 cannot be divided among --num_heads 2")
 
 
-def forged(pickled: bytes) -> bytes:
-    """A checkpoint's file with another pickle in it."""
-    return zipped({name: pickled if name.endswith("data.pkl") else raw for name, raw in checkpoint_records().items()})
-
-
-TWICE = b"".join(b"q%c0h%ch%c\x86" % (n, n, n) for n in range(40))  # a tuple that has the one before in both places
-STORAGE = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\1\0\0\0%cX\3\0\0\0cpu%stQ"
-
-
-def tensor(items: bytes, shape: bytes, stride: bytes, key: bytes = b"0") -> bytes:
-    """The pickle of a tensor of one dimension over a storage of so many items."""
-    head = b"\x80\2ctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE % (key, items) + b"K\0"
-    return head + shape + b"\x85" + stride + b"\x85\x89ccollections\nOrderedDict\n)RtR."
-
-
-BOMBS = {
-    "two gigabytes for thirty bytes": (b"\x80\2cbuiltins\nbytearray\n\x8a\4\0\x94\x35\x77\x85R.", "it names builtins.bytearray"),
-    "a key whose hash takes hours": (b"\x80\2}K\1\x85" + TWICE.replace(b"0h", b"h") + b"K\1s.", "a container lies in two places"),
-    "a list that holds itself": (b"\x80\2]q\0h\0a.", "a container lies in two places"),
-    "a tuple as a key": (b"\x80\2}K\1\x85K\1s.", "a key that is neither text nor a number"),
-    "lists in lists": (b"\x80\2" + b"]" * 100_000 + b"a" * 99_999 + b".", "more than 16 deep"),
-    "a set": (b"\x80\4\x8f.", "the opcode EMPTY_SET"),
-    "code": (b"cos\nsystem\n(X\2\0\0\0lstR.", "it names os.system"),
-    "bytes without end": (b"\x80\2X\xff\xff\xff\x7fabc", "expected 2147483647 bytes"),
-    "no end": (b"\x80\2]", "pickle exhausted"),
-    "nothing on the stack": (b"\x80\2s.", "cannot be read"),
-    "an attribute over a method": (
-        b"\x80\2ccollections\nOrderedDict\n)R}X\4\0\0\0keysK\1sb.", "sets attributes that no file of weights has"
-    ),
-    "a tensor larger than its record": (tensor(b"J\0\0\0\x10", b"K\1", b"K\1"), "data/0 is larger than its record"),
-    "a tensor larger than its storage": (tensor(b"K\1", b"J\0\0\0\x7f", b"K\1"), "larger than its storage"),
-    "a tensor beyond its storage": (tensor(b"K\2", b"K\2", b"K\3"), "larger than its storage"),
-    "a tensor of a negative size": (tensor(b"K\1", b"J\xff\xff\xff\xff", b"K\1"), "larger than its storage"),
-    "a storage of a negative size": (tensor(b"J\xff\xff\xff\xff", b"K\0", b"K\1"), "in an unknown form"),
-    "something else than a storage": (b"\x80\2(X\6\0\0\0moduleK\1tQ.", "in an unknown form"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", BOMBS)
-def test_a_forged_pickle_is_refused_before_anything_is_built(tmp_path, monkeypatch, name):
-    pickled, message = BOMBS[name]
-    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was to be loaded"))
-    refused(tmp_path, forged(pickled), message)
-
-
-def test_too_many_opcodes_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(tensor_files, "MOST_OPCODES", 1000)
-    refused(tmp_path, forged(b"\x80\2]" + b"K\1a" * 1000 + b"."), "more than 1000 opcodes")
-    monkeypatch.setattr(tensor_files, "LARGEST_PICKLE", 1000)
-    refused(tmp_path, forged(b"\x80\2]" + b"K\1a" * 1000 + b"."), "larger than 1000 bytes")
-
-
-def test_a_file_that_python_and_pytorch_would_read_differently_is_refused(tmp_path):
-    """Python finds a zip file behind anything else; PyTorch reads from the first byte on."""
-    sound = zipped(checkpoint_records())
-    refused(tmp_path, sound + sound, "something lies before its first record")
-    refused(tmp_path, pickle.dumps(bytearray(9), 2) + sound, "not a zip file")
+@pytest.mark.parametrize(
+    "pickled, message",
+    [
+        (b"cos\nsystem\n(X\2\0\0\0lstR.", "cannot be read"),
+        (b"cbuiltins\neval\n(X\1\0\0\0otR.", "cannot be read"),
+        (b"\x80\2]", "cannot be read"),
+        (b"\x80\2s.", "cannot be read"),
+        (b"\x80\2ccollections\nOrderedDict\n)R}X\4\0\0\0keysK\1sb.", "not a checkpoint of this program"),
+    ],
+    ids=["code", "a builtin", "no end", "nothing on the stack", "an attribute over a method"],
+)  # fmt: skip
+def test_nothing_in_a_forged_pickle_is_executed(tmp_path, pickled, message):
+    records = checkpoint_records()
+    forged = {name: pickled if name.endswith("data.pkl") else raw for name, raw in records.items()}
+    refused(tmp_path, zipped(forged), message)
 
 
 def test_encoder_weights_are_read_as_warily(tmp_path):
     network = torch.nn.Linear(2, 2)
-    whole = old_form({})
-    head = whole[: whole.rindex(b"\x80\2", 0, whole.rindex(b"\x80\2"))]  # the pickles before the content
     for name, content, message in (
         ("text", b"hello", "cannot be read as Linear weights"),
-        ("deflated", zipped({"archive/data.pkl": bytes(10**6)}, zipfile.ZIP_DEFLATED), "records are compressed"),
-        ("bytearray", forged(BOMBS["two gigabytes for thirty bytes"][0]), "it names builtins.bytearray"),
-        ("old_bytearray", head + BOMBS["two gigabytes for thirty bytes"][0], "it names builtins.bytearray"),
-        ("old_large", head + tensor(b"J\0\0\0\x10", b"K\1", b"K\1") + b"\x80\2]X\1\0\0\x000a.", "larger than the file"),
-        ("old_empty", b"", "cannot be read as Linear weights"),
+        ("empty", b"", "cannot be read as Linear weights"),
         ("other", saved({"weight": torch.zeros(2, 2)}), "bias is missing"),
         ("old_other", old_form({"weight": torch.zeros(2, 2)}), "bias is missing"),
         ("other.safetensors", save({"weight": torch.zeros(2, 2)}), "bias is missing"),
@@ -373,14 +316,6 @@ def test_encoder_weights_are_read_as_warily(tmp_path):
         again = torch.nn.Linear(2, 2)
         load_weights(again, tmp_path / name)
         assert torch.equal(again.weight, network.weight)
-
-
-def test_weights_that_python_2_wrote_are_read():
-    """An OrderedDict of before Python 3 is called with a list of pairs."""
-    pairs = b"\x80\2ccollections\nOrderedDict\n](](U\1aK\1e](U\1bK\2ee\x85R."
-    assert tensor_files.check_pickle(io.BytesIO(pairs)) == []
-    with pytest.raises(tensor_files.Refused, match="neither text nor a number"):
-        tensor_files.check_pickle(io.BytesIO(pairs.replace(b"U\1a", b"K\1\x85")))
 
 
 # --------------------------------------------------------------------------------------------------
