@@ -26,7 +26,6 @@ from __future__ import annotations
 import functools
 import logging
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -34,7 +33,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from captioning.flags import DATA_MODES
 from captioning.io import UserError, bars_off, duration, format_bytes, log, prepare_process, run_command, steady_streams
 from captioning.settings import Settings, answer_flags, parse_flags
 
@@ -68,7 +66,7 @@ from captioning.features import Features
 from captioning.runs import find_checkpoint, lock_run_directory, reproducing_command, start_command
 from captioning.schedules import choose_schedule
 from captioning.scst import SelfCritic
-from captioning.splits import checkpoint_split, refuse_trained_images, same_split, store_split, stored_split
+from captioning.splits import refuse_trained_images, same_split, store_split
 from captioning.validation import complete_checkpoint
 from experiment_utils import create_run_directory, require_room, write_epoch_files, write_run_files, write_summary
 from metrics_utils import score_captions
@@ -132,7 +130,7 @@ def build_run(
     """Build data, features, vocabulary, batches, decoder and optimizer, from nothing or from a checkpoint."""
     settings = resolve(settings, checkpoint, source)
     device = distributed.pick_device(settings.device)
-    stored = checkpoint_split(checkpoint, source) if checkpoint and source else None
+    stored = checkpoint["split"] if checkpoint else None
     data = build_data(settings, None if settings.adapts else stored)
     images = np.unique(np.concatenate([*data.splits.values(), images_to_draw(settings, data, data.splits["test"])]))
     known_hash = checkpoint["encoder"]["weights_hash"] if checkpoint else None
@@ -168,7 +166,7 @@ def build_run(
         warn_of_small_data(data, batches, loader.steps, size)
     spec = encoder_of(settings.values())
     constants = {
-        "decoder_type": settings.decoder, "vocabulary": vocabulary.words, "split": split,
+        "vocabulary": vocabulary.words, "split": split,
         "encoder": {"name": spec.name, "weights_hash": weights_hash, "transform": spec.transform},
         "decoding": None, "consensus": None,
         "confidence": checkpoint["confidence"] if checkpoint and len(data.splits["val"]) < FEWEST else None,
@@ -197,7 +195,7 @@ def new_run(settings: Settings, argv: list[str]) -> tuple[Run, TrainState]:
     if state.schedule and not settings.use_scheduler:  # the checkpoint's, which goes on
         run.constants["flags"] |= state.schedule.flags()
     same_bar = checkpoint and checkpoint["best"]["metric"] == settings.best_metric
-    if checkpoint and source and same_bar and same_split(stored_split(checkpoint, source), run.constants["split"]):
+    if checkpoint and source and same_bar and same_split(checkpoint["split"], run.constants["split"]):
         carried: dict[str, Any] | None = distributed.from_first(lambda: carry_best(checkpoint, source, directory))
         state.best = carried or state.best
     if distributed.is_first():
@@ -205,7 +203,6 @@ def new_run(settings: Settings, argv: list[str]) -> tuple[Run, TrainState]:
         write_run_files(
             directory, run.constants["flags"], settings.explicit, reproducing_command(argv), run.context.data
         )
-    distributed.remember("run directory", str(directory))  # for a restart by torchrun
     save_last(run, state)  # from here on the run can be resumed
     return run, state
 
@@ -278,7 +275,7 @@ def train_one_epoch(
             if save or asked:
                 save_last()
             if asked:
-                raise Stopped(signal.Signals(asked), monitor.directory)
+                raise Stopped(asked, monitor.directory)
         bar.update()
         clock.lap("backward and update")
     bar.close()
@@ -417,6 +414,7 @@ def finish(run: Run, state: TrainState, minutes: float) -> None:
 # Command line
 
 
+@distributed.one_error
 def dispatch(settings: Settings, argv: list[str]) -> int:
     """Do what the flags ask for; return the exit code."""
     log.setLevel(logging.WARNING if settings.quiet else logging.DEBUG if settings.verbose else logging.INFO)
@@ -428,43 +426,40 @@ def dispatch(settings: Settings, argv: list[str]) -> int:
         from captioning.modes.serve import serve_page
 
         return serve_page(settings)
-    distributed.join()
-    if settings.mode == "train":
-        interrupted = None if settings.resume else distributed.recall("run directory")
-        if interrupted is not None:  # torchrun has restarted all processes after one was lost
-            log.warning(f"Going on with {interrupted}, which this torchrun started")
-            argv = ["--resume", interrupted]
-            settings = parse_flags(argv)
-        directory = train(settings, argv)
-        if settings.dry_run:
-            test_dry_run(directory, settings)
-    elif settings.mode == "export":
+    if settings.mode == "export":
         from captioning.modes.export import export
 
         path = find_checkpoint(settings.model_path[0])
         export(load_checkpoint(path), path, settings.output, settings.onnx, settings.resnet_weights)
-    elif settings.mode == "tune":
-        from captioning.modes import tune
+        return 0
+    from captioning.modes import test, tune
 
-        context, _, checkpoints = load_context(settings, ["val"])
-        ((path, checkpoint),) = checkpoints.items()
-        tune.run(context, path, checkpoint)
-    else:
-        from captioning.modes import test
-
-        if settings.predictions is not None:
+    with steady_streams():  # training goes on where its messages cannot be printed
+        distributed.join()
+        if settings.mode == "train":
+            directory = train(settings, argv)
+            if settings.dry_run:
+                test_dry_run(directory, settings)
+        elif settings.mode == "tune":
+            context, _, checkpoints = load_context(settings, ["val"])
+            ((path, checkpoint),) = checkpoints.items()
+            tune.run(context, path, checkpoint)
+        elif settings.predictions is not None:
             test.score_predictions(build_data(settings, None), settings)
         else:
             test.run(*load_context(settings, settings.split.split("+")))
+        distributed.leave()
     return 0
 
 
 def test_dry_run(directory: Path, settings: Settings) -> None:
     """Test what a dry run trained, then delete it."""
-    test = Settings(parse_flags(["--mode", "test", "--dry_run", "--model_path", str(directory)]).values())
+    from captioning.modes import test
+
+    testing = Settings(parse_flags(["--mode", "test", "--dry_run", "--model_path", str(directory)]).values())
     same = {name: getattr(settings, name) for name in ("device", "resnet_weights", "quiet", "verbose")}
     try:
-        dispatch(test.with_values(**same), [])
+        test.run(*load_context(testing.with_values(**same), ["test"]))
         distributed.wait_for_all()
     finally:
         if distributed.is_first() and settings.resume is None:
@@ -475,25 +470,11 @@ def test_dry_run(directory: Path, settings: Settings) -> None:
 def main(argv: list[str] | None = None, settings: Settings | None = None) -> int:
     """Run the program; return the exit code (2 for a user's mistake, 130 or 143 after SIGINT or SIGTERM)."""
     argv = sys.argv[1:] if argv is None else argv
-
-    def command() -> int:
-        resolved = settings or parse_flags(argv)
-        with steady_streams(resolved.mode in DATA_MODES):
-            code = dispatch(resolved, argv)
-            distributed.leave()
-        return code
-
-    try:
-        return run_command(
-            lambda: distributed.report_error_once(command),
-            "Stopped. What is saved stays. Run the same command again; or, where a run directory is named above, continue "
-            "with --resume.",
-        )
-    except Stopped as stopped:
-        resume = reproducing_command(["--resume", str(stopped.directory)])
-        if distributed.is_first():
-            print(f"\nStopped. Continue where it stands: {resume}", file=sys.stderr)
-        return 128 + stopped.signal
+    stopped = (
+        "Stopped. What is saved stays. Run the same command again; or, where a run directory is named above, continue "
+        "with --resume."
+    )
+    return run_command(lambda: dispatch(settings or parse_flags(argv), argv), stopped)
 
 
 if __name__ == "__main__":

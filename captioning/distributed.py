@@ -8,29 +8,29 @@ Without `torchrun` there is one process, and every function returns at once what
 from __future__ import annotations
 
 import datetime
+import functools
 import os
+import signal
 import sys
 import time
-import uuid
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from captioning.io import UserError, first_line, log
+from captioning.io import Terminated, UserError, first_line, log
 
 T = TypeVar("T")
+P = ParamSpec("P")
 # How long one process waits for another: longer than the processes' shares of the encoding end apart. torchrun notices
 # at once that a process died, and TCP after some minutes that a machine vanished.
 PATIENCE = datetime.timedelta(hours=6)
 SAME_COMMAND = "Start every process with the same command and files, on the same PyTorch"
 SAME_FILES = "Processes on several machines need the same data and weights, and disks that they share"
-_launcher_store: Any = None  # torchrun's, which outlives a restart of the processes
-_store: Any = None  # the part of it that this start of the processes uses
 
 
 def rank() -> int:
@@ -68,44 +68,28 @@ def join() -> None:
     """Connect to the other processes, if there are any. Only the first prints from here on.
 
     Gradients go through NCCL on GPUs and Gloo on CPUs, everything else, which is small, through Gloo.
+
+    Raises:
+        UserError: torchrun has started this process anew after another one was lost.
     """
-    global _launcher_store, _store
     if not launched() or dist.is_initialized():
         return
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        if os.environ["RANK"] != "0":
+            end(2)
+        raise UserError(
+            "torchrun lost a process and has started all anew, which begins no second run: continue the one that it "
+            "named as its run directory with --resume RUN, and start torchrun without --max_restarts"
+        )
     if os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default for several processes
         torch.set_num_threads(local_cores())
     with_gpus = torch.cuda.is_available() and dist.is_nccl_available()
-    _launcher_store, number, count = next(iter(dist.rendezvous("env://")))
-    _store = fresh_store(_launcher_store, number, count)
-    backends = "cpu:gloo,cuda:nccl" if with_gpus else "gloo"
-    dist.init_process_group(backends, store=_store, rank=number, world_size=count, timeout=PATIENCE)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if with_gpus else "gloo", timeout=PATIENCE)
     if not is_first():
         log.disabled = True
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (for as long as the process lives)
-    if count > 1:
-        log.info(f"{count} processes, {local_cores()} of the cores each")
-
-
-def fresh_store(store: Any, number: int, count: int) -> Any:
-    """Return a part of torchrun's store that only this start of the processes uses.
-
-    After a restart the store still holds the addresses of the dead processes, and PyTorch may connect to those. The
-    restart's number cannot tell the starts apart, since every machine counts its own. So the first process invents a
-    name and repeats it until all others have answered to it.
-    """
-    name = ""
-    if number == 0:
-        name = uuid.uuid4().hex
-        store.set("start", name)
-        if count > 1:
-            store.wait([f"{name} {other}" for other in range(1, count)])
-        store.set("start", "")  # before "go": a process of the next start finds no name that was let go
-        store.set(f"{name} go", "")
-    while not (name and store.check([f"{name} go"])):
-        name = store.get("start").decode() or name
-        store.set(f"{name} {number}", "")
-        time.sleep(0.02)
-    return dist.PrefixStore(name, store)
+    if size() > 1:
+        log.info(f"{size()} processes, {local_cores()} of the cores each")
 
 
 def leave() -> None:
@@ -233,47 +217,44 @@ def check_file(path: Path) -> None:
     check_agreement({f"whether {path} exists": path.is_file()}, SAME_FILES)
 
 
-def remember(key: str, value: str) -> None:
-    """Keep the first process's value for `recall` after a restart, as long as this `torchrun` runs."""
-    if _launcher_store is not None and is_first():
-        _launcher_store.set(f"remember {key}", value)
+def one_error(command: Callable[P, int]) -> Callable[P, int]:
+    """Decorate a command: an error or a signal that several processes meet alike is raised in one of them.
 
+    The others return its exit code.
+    """
 
-def recall(key: str) -> str | None:
-    """Return what `remember` kept before `torchrun` restarted the processes, in every process; None if nothing."""
-    store, key = _launcher_store, f"remember {key}"
-    return from_first(lambda: store.get(key).decode() if store is not None and store.check([key]) else None)
+    @functools.wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> int:
+        try:
+            return command(*args, **kwargs)
+        except UserError as error:
+            if not is_first():
+                time.sleep(1)  # the first has mostly found the same, and torchrun then ends this process
+            if not claim_message(str(error)):
+                return 2
+            if is_first():
+                raise
+            raise UserError(f"rank {rank()}: {error}") from error
+        except (KeyboardInterrupt, Terminated) as stop:
+            if is_first():
+                raise
+            return 128 + (stop.number if isinstance(stop, Terminated) else signal.SIGINT)
+        except RuntimeError as error:
+            if size() == 1 or not any(word in str(error).lower() for word in ("gloo", "nccl", "connection")):
+                raise
+            print(f"rank {rank()} has lost another process ({first_line(error)}) and ends", file=sys.stderr)
+            return 1
 
-
-def report_error_once(command: Callable[[], int]) -> int:
-    """Run a command and return its exit code; an error that several processes find alike is raised in one of them."""
-    try:
-        return command()
-    except UserError as error:
-        if not is_first():
-            time.sleep(1)  # the first has mostly found the same, and torchrun then ends this process
-        if not claim_message(str(error)):
-            return 2
-        if is_first():
-            raise
-        raise UserError(f"rank {rank()}: {error}") from error
-    except KeyboardInterrupt:
-        if is_first():
-            raise
-        return 130
-    except RuntimeError as error:
-        if size() == 1 or not any(word in str(error).lower() for word in ("gloo", "nccl", "connection")):
-            raise
-        print(f"rank {rank()} has lost another process ({first_line(error)}) and ends", file=sys.stderr)
-        return 1
+    return wrapped
 
 
 def claim_message(message: str) -> bool:
     """Tell whether no other process has claimed this message yet."""
-    if _store is None:
+    if not dist.is_initialized():
         return True
     try:
-        return int(_store.add(f"message {zlib.crc32(message.encode())}", 1)) == 1
+        store = dist.distributed_c10d._get_default_store()
+        return int(store.add(f"message {zlib.crc32(message.encode())}", 1)) == 1
     except RuntimeError:  # the process that kept the store has ended
         return True
 
