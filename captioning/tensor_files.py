@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 import zipfile
 from pathlib import Path
@@ -22,4 +23,7 @@ def read_tensors(path: Path) -> Any:
                 raise zipfile.BadZipFile(f"its record {damaged} is damaged (checksum differs)")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # over pickles that PyTorch did not write, which it then refuses
-        return torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:  # whose message says how to execute the file all the same
+            raise ValueError("it holds something else than tensors and plain values") from error
