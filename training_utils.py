@@ -264,7 +264,7 @@ class TrainState:
         }  # fmt: skip
 
 
-FINE_TUNE_RATE = 0.3  # of the decoder's learning rate, for stages of the encoder that are trained (docs/experiments.md)
+FINE_TUNE_RATE = 0.3  # of the decoder's learning rate, for stages of the encoder that are trained (docs/lab/results.md)
 
 
 def make_optimizer(decoder: Decoder, settings: Settings) -> torch.optim.AdamW:

@@ -13,7 +13,7 @@ import numpy as np
 
 from captioning.analysis import unsupported_counts
 
-# Chosen on the validation images of Flickr8k (docs/decoding.md). What consensus expects of its own caption ranks no better.
+# Chosen on the validation images of Flickr8k (docs/lab/log.md). What consensus expects of its own caption ranks no better.
 LENGTH_EXPONENT = 0.7
 FEWEST = 100  # validation images: with fewer the confidence is five points off and more
 GROUP = 10  # captions that count as one in the regression

@@ -21,7 +21,7 @@ from captioning.decoding import Hypothesis, Member, beam_search
 from captioning.io import log
 
 CANDIDATES = 100  # captions of an image at most, best first; a beam of 20 ends with about as many
-# Tuned on the validation images of Flickr8k by consensus_settings.py, in the history (docs/experiments.md).
+# Tuned on the validation images of Flickr8k by consensus_settings.py, in the history (docs/lab/log.md).
 TEMPERATURE = 3.0  # divides the beam's log-probabilities: a beam is overconfident of its first captions
 RIDGE, RANK = 0.3, 160  # of the regression
 FEWEST_TRAINING_IMAGES = 100  # of which a regression can learn

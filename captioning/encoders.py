@@ -27,7 +27,7 @@ from captioning.openvino_form import openvino_form
 from captioning.tensor_files import read_tensors
 
 ENCODE_BATCH = 32  # images that go through the encoder together
-MANY = 64  # from so many images on OpenVINO saves more time than compiling for it takes (docs/benchmarks.md)
+MANY = 64  # from so many images on OpenVINO saves more time than compiling for it takes (docs/lab/log.md)
 WEIGHTS_PLACES = (Path("resources/models"), Path("../../resources/models"))
 RANDOM, RANDOM_HASH = "random", "random0000000000"  # what --resnet_weights calls untrained weights, and their hash
 

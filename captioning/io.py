@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # Not allowed in a name or a caption: each breaks a message's line, a terminal or a UTF-8 file.
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")  # names of half-written files
-KERNELS = 128  # that oneDNN keeps, one for each shape of a product in bf16; a few MB each (docs/benchmarks.md)
+KERNELS = 128  # that oneDNN keeps, one for each shape of a product in bf16; a few MB each (docs/lab/log.md)
 EXPORTED_WEIGHTS = "model.safetensors"  # what `--mode export` writes, beside config.json and vocabulary.json
 STALE_SECONDS = 600  # no file takes longer to write; what a killed process left is older
 

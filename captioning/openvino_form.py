@@ -1,4 +1,4 @@
-"""Encoders on a CPU through OpenVINO, several times as fast as through PyTorch (docs/benchmarks.md)."""
+"""Encoders on a CPU through OpenVINO, several times as fast as through PyTorch (docs/lab/results.md)."""
 
 from __future__ import annotations
 

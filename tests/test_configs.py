@@ -1,5 +1,7 @@
 """The recipes under configs/ are flags that the program takes, and train."""
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -31,12 +33,19 @@ def test_a_recipe_is_what_its_name_says(path):
     decoder, _, place = rest.rpartition("_")
     assert (args.dataset_type, args.decoder) == (data, decoder)
     assert args.encoder == ("efficientnet_lite0" if place == "cpu" else "resnet50")
-    assert f"--config configs/{path.name}" in path.read_text()
     assert args.warmup_epochs < args.epochs and args.views == "all"
 
 
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_command_in_a_recipe_is_accepted(path, monkeypatch):
+    (command,) = re.findall(r"^#   python (.+)$", path.read_text("utf-8"), re.MULTILINE)
+    script, *flags = shlex.split(command)
+    monkeypatch.chdir(CONFIGS.parent)
+    assert script == Path(trainer.__file__).name and f"configs/{path.name}" in flags
+    trainer.parse_flags(flags)
+
+
 def test_the_recipe_for_own_photos_trains_captions_and_needs_no_more_flags(tiny, monkeypatch, capsys):
-    """16.23."""
     monkeypatch.chdir(tiny.parent)
     skip_pictures(monkeypatch)
     recipe = ["--config", str(CONFIGS / "own_photos_from_nothing.yaml"), "--data_dir", str(tiny)]

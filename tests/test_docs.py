@@ -1,30 +1,33 @@
-"""The documentation names what there is: flags, commands, files, and a table of flags made from the program's own.
+"""The documentation names what there is: commands that the parsers take, flags, files, links, and the table of flags.
 
 python -m tests.test_docs     # write docs/flags.md anew
 """
 
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch.distributed.run
 
-from captioning.flags import FLAGS, GONE, GROUPS, MODES, Flag
-from captioning.io import SCRIPT
+import download_datasets
+import experiment_utils
+from captioning.flags import FLAGS, GROUPS, MODES, Flag
+from captioning.io import DATA_SCRIPT, SCRIPT
 from captioning.settings import parse_flags, shown
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-FOREIGN = {  # flags of other programs that the pages name
-    "torchrun": "nproc_per_node nnodes max_restarts rdzv_backend rdzv_endpoint rdzv_id shutdown-timeout standalone "
-    "local_addr master_addr",
-    "unshare": "map-root-user net",
-    "curl": "data-binary",
-    "pip": "index-url",
-    "tensorboard": "logdir",
-    "git": "diff-filter stat",
-}  # fmt: skip
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+WITHOUT_COMMANDS = {"architecture.md", "data_licences.md", "log.md", "python.md"}  # test_python.py runs the last
+PARSERS = {
+    **dict.fromkeys((SCRIPT, "captioning", "flickr-caption"), parse_flags),
+    **dict.fromkeys((DATA_SCRIPT, "flickr-caption-data"), download_datasets.get_parser().parse_args),
+    **dict.fromkeys(("experiment_utils.py", "experiment_utils"), experiment_utils.get_parser().parse_args),
+}
+OTHERS = {"curl", "find", "hf", "ip", "nvidia-smi", "source", "./setup.sh", "unshare", "-c", "pip", "venv"}
+FOREIGN = "index-url local_addr logdir max_restarts rdzv_endpoint shutdown-timeout"  # flags of other programs
 
 FLAGS_PAGE = f"""# All flags of `{SCRIPT}`
 
@@ -64,67 +67,81 @@ def test_the_page_of_flags_is_the_programs_table() -> None:
     assert written == flags_page(), "write it anew: python -m tests.test_docs"
 
 
+def parts(page: Path) -> tuple[str, str]:
+    """The blocks of shell of a page, and what is outside of all blocks."""
+    text = page.read_text("utf-8").replace("\\\n", " ")
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    assert {kind for kind, _ in blocks} <= {"bash", "csv", "json", "nginx", "python"}
+    return "".join(block for kind, block in blocks if kind == "bash"), re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """The commands of a page: in blocks, in sentences, and in a table whose head has their beginning."""
+    shell, prose = parts(page)
+    named = dict(re.findall(r'^([A-Z]+)="(.*?)"', shell, re.MULTILINE))
+    lines = shell.splitlines() + re.findall(r"`((?:python|torchrun|flickr-|\$[A-Z])[^`]*\s[^`]*)`", prose)
+    for table in re.findall(rf"`python {SCRIPT} \.\.\.` \|\n((?:\|.*\n)+)", prose):
+        lines += [f"python {SCRIPT} {flags}" for flags in re.findall(r"^\|[^|]*\| `([^`]*)`", table, re.MULTILINE)]
+    for line in lines:
+        for _ in named:  # a name may stand for one that stands for another
+            line = re.sub(r"\$([A-Z]+)", lambda name: named.get(name[1], name[0]), line)
+        if not re.match(r"[A-Z]+=", line) and not line.endswith(" ..."):
+            yield from filter(None, (shlex.split(part, comments=True) for part in re.split(r" (?:&&|\|) ", line)))
+
+
+def check(command: list[str]) -> None:
+    """Parse a command as its program does; fail where it refuses, or where nothing here knows the program."""
+    program, *words = command
+    if program == "torchrun":
+        launch = torch.distributed.run.get_args_parser().parse_args(words)
+        check([launch.training_script, *launch.training_script_args])
+    elif program in ("python", "-m"):
+        check(words)
+    elif program in PARSERS and words[:2] != ["--encoder", "list"]:  # test_timm_encoders.py runs it
+        try:
+            PARSERS[program](words)
+        except SystemExit:
+            pytest.fail(f"refused: {shlex.join(command)}")
+    elif program not in PARSERS:
+        script = re.fullmatch(r"(benchmarks|tests)[/.]\w+(\.py)?", program)  # they exist, says another test
+        assert script or program in OTHERS, f"unknown to this test: {shlex.join(command)}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_are_accepted(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")  # what parsing reads
+    (tmp_path / "RUN").mkdir()
+    (tmp_path / "RUN" / "run_config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    found = list(commands(page))
+    assert bool(found) != (page.name in WITHOUT_COMMANDS)
+    for command in found:
+        check(command)
+
+
 def anchors(page: Path) -> set[str]:
     """The places of a page that a link can name, as GitHub makes them of headings."""
     headings = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path) -> None:
-    links = re.findall(r"\]\((?!https?:)([^)\s#]*)#?([^)\s]*)\)", page.read_text("utf-8"))
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
+def test_links_and_files_that_are_named_exist(page: Path) -> None:
+    text = page.read_text("utf-8")
+    links = re.findall(r"\]\((?!https?:)([^)\s#]*)#?([^)\s]*)\)", text)
     targets = [(page.parent / file if file else page, anchor) for file, anchor in links]
-    assert [
-        target for target in targets if not target[0].exists() or (target[1] and target[1] not in anchors(target[0]))
-    ] == []
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_files_that_are_named_are_there(page: Path) -> None:
-    """Those of the repository's own folders."""
-    named = re.findall(
-        r"\b((?:captioning|tests|benchmarks|configs|docs)/[\w/]+\.(?:py|md|yaml|html|jpg))\b", page.read_text("utf-8")
-    )
-    assert sorted({name for name in named if not (ROOT / name).exists()}) == []
+    assert [file for file, anchor in targets if not file.exists() or (anchor and anchor not in anchors(file))] == []
+    named = re.findall(r"\b((?:captioning|tests|benchmarks|configs|docs)/[\w/]+\.(?:py|md|yaml|html|jpg))\b", text)
+    assert page.name == "CHANGELOG.md" or [name for name in named if not (ROOT / name).exists()] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_flags_that_are_named_exist(page: Path) -> None:
+    """Outside of the blocks, whose commands are parsed. The log names flags that are gone."""
     scripts = [*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py"), ROOT / "setup.sh"]
     ours = {flag for path in scripts for flag in re.findall(r"""["' ]--([a-z][\w-]*)["')]""", path.read_text("utf-8"))}
-    known = ours.union(FLAGS, GONE, *map(str.split, FOREIGN.values()))
-    assert set(re.findall(r"(?<![\w-])--([A-Za-z][\w-]*)", page.read_text("utf-8"))) - known == set()
-
-
-def commands(page: Path) -> Iterator[list[str]]:
-    """The arguments of each command of the main script in the code blocks of a page, $NAMES being what it says."""
-    text = page.read_text("utf-8")
-    named = dict(re.findall(r'^([A-Z]+)="(.*?)"', text, re.MULTILINE))
-    for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
-        block = block.replace("\\\n", " ")
-        for _ in named:  # a name may stand for one that stands for another
-            block = re.sub(r"\$([A-Z]+)", lambda name: named.get(name[1], name[0]), block)
-        for line in block.splitlines():
-            words = shlex.split(line, comments=True)
-            if SCRIPT in words and "..." not in line:
-                yield words[words.index(SCRIPT) + 1 :]
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_are_accepted(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the parser and the rules on flags that go together; what reads a run or a file that is not here is left out."""
-    monkeypatch.chdir(ROOT)
-    for words in commands(page):
-        file = Path(words[words.index("--config") + 1]) if "--config" in words else None
-        if "--resume" not in words and (file is None or file.is_file()):
-            parse_flags(words)
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_prose_wraps_at_100_characters(page: Path) -> None:
-    text = re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.DOTALL)
-    long = [line for line in text.splitlines() if len(line) > 100 and not line.startswith(("|", "    ", "!["))]
-    assert long == []
+    named = set(re.findall(r"(?<![\w-])--([A-Za-z][\w-]*)", parts(page)[1]))
+    assert page.name == "log.md" or named <= ours.union(FLAGS, FOREIGN.split())
 
 
 if __name__ == "__main__":
