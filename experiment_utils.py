@@ -200,16 +200,14 @@ def prune(folder: Path, ask: Callable[[str], bool]) -> str:
     for directory in run_directories(folder):
         try:
             lock = lock_run_directory(directory)
-            epochs = deletable_epochs(directory)
+            paths, size = deletable_epochs(directory)
         except (UserError, OSError) as error:
             print(printable(f"Skipped: {error}"))
             continue
-        for path in epochs.others:
-            print(printable(f"Kept: {path} (not an epoch file that a run wrote)"))
-        if epochs.files:
-            found.append((lock, epochs.files))
-            freed += epochs.freed
-            print(printable(f"{directory}: {len(epochs.files)} epoch files, {format_bytes(epochs.freed)}"))
+        if paths:
+            found.append((lock, paths))
+            freed += size
+            print(printable(f"{directory}: {len(paths)} epoch files, {format_bytes(size)}"))
     files = [path for _, paths in found for path in paths]
     if not files:
         return "Nothing to delete"

@@ -53,12 +53,17 @@ def write_run(directory: Path, captions: list[str] | None = CAPTIONS, order=rang
         rows = {field: values[list(order)].tolist() for field, values in each._asdict().items()}
         names = [NAMES[n] for n in order]
         bleu = {key: rows[key] for key in ("guess", "correct", "length", "reference_length")}
-        scores = {"image_id": names, **{key: rows[key] for key in ("cider", "rouge_l", "wer")}, "bleu": bleu}
+        scores = {
+            "image_id": names,
+            **{key: rows[key] for key in ("cider", "rouge_l", "wer", "sentence_bleu4")},
+            "bleu": bleu,
+        }
         (directory / "test_scores.json").write_text(json.dumps(scores))
         said = [{"image_id": name, "caption": captions[n]} for name, n in zip(names, order, strict=True)]
         (directory / "test_captions.json").write_text(json.dumps(said))
         row = {
-            "split": "test", "images": 6, "beam_size": 3, "length_penalty": 0.7, "captions_file": "test_captions.json",
+            "checkpoint": "best.pt", "epoch": 2, "split": "test", "images": 6, "views": "whole", "beam_size": 3,
+            "length_penalty": 0.7, "consensus": None, "captions_file": "test_captions.json",
             "scores_file": "test_scores.json", **summarize(each), "cider_interval": [0.25, 1.75],
             "unsupported": unsupported_share(captions, REFERENCES),
         }  # fmt: skip
