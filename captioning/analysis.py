@@ -14,13 +14,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from pycocoevalcap.rouge.rouge import my_lcs
-
-if TYPE_CHECKING:
-    from captioning.dataset import Tokens
 
 
 @dataclass(frozen=True)
@@ -31,13 +26,6 @@ class Errors:
     person_unsupported: float | None  # None where no image has two references
     invented: list[tuple[str, int, int]]  # word, captions that say it without any reference, captions that say it
     missed: list[tuple[str, int, int]]  # word, images where it is expected and not said, images where it is expected
-
-
-class Nearest(NamedTuple):
-    """The text that is closest to a caption."""
-
-    text: int  # its number
-    similarity: float  # 0 .. 1
 
 
 # --------------------------------------------------------------------------------------------------
@@ -127,39 +115,3 @@ def find_errors(captions: Sequence[str], references: Sequence[Sequence[str]], si
     person = statistics.fmean(shares) if shares else None
     unsupported = unsupported_share(captions, references)
     return Errors(unsupported, person, ranked(invented, said), ranked(missed, expected))
-
-
-# --------------------------------------------------------------------------------------------------
-# Copies
-
-
-def nearest_texts(captions: Sequence[str], tokens: Tokens, texts: np.ndarray) -> list[Nearest]:
-    """Return for each caption the closest of some texts.
-
-    The similarity is ROUGE-L (Lin, 2004) with equal weights: 2 x the longest common subsequence of words, over the
-    words of both. Words in common bound it from above, so that few subsequences have to be computed.
-
-    Args:
-        tokens: of a data set.
-        texts: int64 (T,) numbers of the texts to choose from, at least one.
-    """
-    number = {word: n for n, word in enumerate(tokens.words)}
-    starts, ends = tokens.offsets[texts], tokens.offsets[texts + 1]
-    found = []
-    for caption in captions:
-        words = [number.get(word, -1) for word in caption.split()]
-        has = np.zeros(len(tokens.words) + 1, bool)
-        has[words] = True
-        has[-1] = False  # words that the data set lacks
-        shared = np.concatenate([[0], np.cumsum(has[tokens.ids])])
-        sizes = np.maximum(1, len(words) + ends - starts)
-        bounds = 2 * np.minimum(shared[ends] - shared[starts], len(words)) / sizes
-        best = Nearest(int(texts[0]), 0.0)
-        for place in np.argsort(-bounds, kind="stable").tolist():
-            if bounds[place] <= best.similarity:
-                break
-            common = my_lcs(words, tokens.ids[starts[place] : ends[place]].tolist())
-            if 2 * common / sizes[place] > best.similarity:
-                best = Nearest(int(texts[place]), float(2 * common / sizes[place]))
-        found.append(best)
-    return found

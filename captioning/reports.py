@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from captioning.analysis import find_errors, nearest_texts, unsupported_words
+from captioning.analysis import find_errors, unsupported_words
 from captioning.confidence import FEWEST, calibration_error, reliability
 from captioning.images import UnreadableImage, open_image
 from captioning.io import CONTROL_CHARACTERS, UserError, read_json, write_atomic
@@ -262,60 +262,57 @@ def gallery(
     Args:
         predictions: the captions of the latest test by image id; empty where there was none, or they are gone.
     """
-    found: dict[str, Any] = {"notes": [], "groups": []}
-    if not predictions:
-        return found
-    if data is None:
-        return found | {"notes": [problem]}
-    position = {str(data.image_id(number)): number for number in range(len(data.names))}
-    names = [name for name in predictions if name in position]
-    if not names:
-        return found | {"notes": [f"None of the images that were captioned is in {data.image_dir}."]}
-    size = max(1, min(GROUP, len(names) // 4))
-    seed = run.flags.get("seed")
-    drawn = np.random.default_rng(seed if type(seed) is int and seed >= 0 else 0).permutation(len(names))[:size]
-    groups = {f"Random (--seed {seed})": drawn}
-    found["notes"].append(f"The latest test: {', '.join(describe(run.latest))}. Bold: the model; below: people.")
-    scores: dict[str, np.ndarray] = {}
+    if not predictions or data is None:
+        return {"notes": [problem] if predictions else [], "groups": []}
     try:
         stored = read_scores(run, run.latest)
-        place = {name: number for number, name in enumerate(stored.names)}
-        order = [place[name] for name in names]
-        scores = {"CIDEr": stored.scores.cider[order], "sentence BLEU-4": stored.scores.sentence_bleu4[order]}
-        groups = {**by_rank(scores["CIDEr"], size), **groups}
-    except (UserError, KeyError) as error:
-        reason = str(error) if isinstance(error, UserError) else f"no score of {error}"
-        found["notes"].append(f"Not ranked, since the CIDEr of each image is missing: {reason}")
-    nearest = nearest_training(run, data, [predictions[names[n]] for places in groups.values() for n in places])
-    for title, places in groups.items():
-        cards = []
-        for number in places.tolist():
-            image, caption = position[names[number]], predictions[names[number]]
-            cards.append({
-                "picture": pictures.uri(data.image_dir / data.names[image], 480), "name": names[number],
-                "caption": caption, "people": data.references(image)[:5], "nearest": nearest.get(caption, ""),
-                "unsupported": unsupported_words(caption, data.references(image)),
-                "scores": [f"{label} {100 * each[number]:.0f}" for label, each in scores.items()],
-            })  # fmt: skip
-        found["groups"].append((title, cards))
-    return found
+    except UserError as error:
+        return {"notes": [f"Not ranked: {error}"], "groups": []}
+    position = {str(data.image_id(number)): number for number in range(len(data.names))}
+    places = [place for place, name in enumerate(stored.names) if name in predictions and name in position]
+    if not places:
+        return {"notes": [f"None of the images that were captioned is in {data.image_dir}."], "groups": []}
+    size = max(1, min(GROUP, len(places) // 4))
+    seed = run.flags.get("seed")
+    drawn = np.random.default_rng(seed if type(seed) is int and seed >= 0 else 0).permutation(len(places))[:size]
+    ranked = by_rank(stored.scores.cider[places], size) | {f"Random (--seed {seed})": drawn}
+    groups = {title: [places[n] for n in chosen] for title, chosen in ranked.items()}
+    captions = {place: predictions[stored.names[place]] for chosen in groups.values() for place in chosen}
+    nearest = nearest_training(run, data, list(captions.values()))
+
+    def card(place: int) -> dict[str, Any]:
+        name, caption = stored.names[place], captions[place]
+        image, cider, bleu = position[name], stored.scores.cider[place], stored.scores.sentence_bleu4[place]
+        return {
+            "picture": pictures.uri(data.image_dir / data.names[image], 480), "name": name,
+            "caption": caption, "people": data.references(image)[:5], "nearest": nearest.get(caption, ""),
+            "unsupported": unsupported_words(caption, data.references(image)),
+            "scores": [f"CIDEr {100 * cider:.0f}", f"sentence BLEU-4 {100 * bleu:.0f}"],
+        }  # fmt: skip
+
+    note = f"The latest test: {', '.join(describe(run.latest))}. Bold: the model; below: people."
+    return {"notes": [note], "groups": [(title, list(map(card, chosen))) for title, chosen in groups.items()]}
 
 
 def nearest_training(run: Run, data: CaptionSet, captions: Sequence[str]) -> dict[str, str]:
-    """Return by caption the closest of the run's training captions, with its similarity and image; none without a split."""
-    from captioning.dataset import captions_of
+    """Return by caption the closest of the run's training captions, with its similarity and image; none without a split.
+
+    The similarity is ROUGE-L (Lin, 2004) with equal weights: 2 x the longest common subsequence of words, over the words
+    of both.
+    """
+    from rapidfuzz import process
+    from rapidfuzz.distance import Indel
 
     try:
-        names = set(read_json(run.directory / "split.json")["train"])
+        training = set(read_json(run.directory / "split.json")["train"])
     except (UserError, KeyError, TypeError):
         return {}
-    texts = captions_of(data, np.array([n for n, name in enumerate(data.names) if name in names], np.int64))
-    if not len(texts):
-        return {}
+    known = [(text, name) for n, name in enumerate(data.names) if name in training for text in data.references(n)]
+    choices = [text.split() for text, _ in known]
     found = {}
-    for caption, (text, similarity) in zip(captions, nearest_texts(captions, data.tokens, texts), strict=True):
-        name = data.names[np.searchsorted(data.first_caption, text, "right") - 1]
-        found[caption] = f"ROUGE-L {100 * similarity:.0f}: {data.tokens.text(text)} ({name})"
+    for caption in captions if known else ():
+        _, similarity, number = process.extractOne(caption.split(), choices, scorer=Indel.normalized_similarity)
+        found[caption] = f"ROUGE-L {100 * similarity:.0f}: {known[number][0]} ({known[number][1]})"
     return found
 
 
