@@ -291,7 +291,8 @@ def run(args: argparse.Namespace) -> int:
     from captioning import comparison
 
     if args.command == "list":
-        runs = comparison.sort_runs(comparison.select_runs(comparison.read_runs(args.folder), args.where), args.sort)
+        runs = [read_run(directory) for directory in run_directories(args.folder)]
+        runs = comparison.sort_runs(comparison.select_runs(runs, args.where), args.sort)
         print(comparison.runs_csv(runs) if args.csv else comparison.runs_table(runs, args.folder))
     else:
         first, second = sides_to_compare(args.runs, args.against)

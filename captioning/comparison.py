@@ -5,6 +5,7 @@ Imports pandas, so import it where a table is made.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import itertools
 import shutil
@@ -23,9 +24,7 @@ from captioning.runs import (
     decoding,
     is_number,
     plain,
-    read_run,
     read_scores,
-    run_directories,
     score_text,
 )
 from captioning.scores import METRIC_NAMES, Difference, paired_bootstrap
@@ -45,15 +44,6 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
 
 # --------------------------------------------------------------------------------------------------
 # Choosing and sorting runs
-
-
-def read_runs(folder: Path) -> list[Run]:
-    """Read all runs at or below a folder, oldest first.
-
-    Raises:
-        UserError: there is none.
-    """
-    return [read_run(directory) for directory in run_directories(folder)]
 
 
 def select_runs(runs: Sequence[Run], conditions: Iterable[str]) -> list[Run]:
@@ -78,11 +68,9 @@ def select_runs(runs: Sequence[Run], conditions: Iterable[str]) -> list[Run]:
 
 def has_value(value: Any, text: str) -> bool:
     if type(value) in (int, float):
-        try:
+        with contextlib.suppress(ValueError):
             return bool(float(text) == value)
-        except ValueError:
-            return False
-    return text.lower() == str(value).lower() if value is None or type(value) is bool else text == str(value)
+    return text.lower() == str(value).lower()
 
 
 def sort_runs(runs: Sequence[Run], key: str | None) -> list[Run]:
@@ -130,7 +118,8 @@ def runs_table(runs: Sequence[Run], folder: Path) -> str:
     for key in scores:
         cells = zip(scores[key], best[key], strict=True)
         table[key] = ["- " if np.isnan(score) else score_text(key, score) + " *"[star] for score, star in cells]
-    table["tested on"] = [tested(run) for run in runs]
+    rows = [run.latest for run in runs]
+    table["tested on"] = [f"{plain(r['split'])} {plain(r['images'])}, {decoding(r)}" if r else "-" for r in rows]
     table["best epoch"] = [f"{(run.best or {}).get('epoch', 0)} of {len(run.epochs)}" for run in runs]
     table = table.join(parameters[values.index[values > 1]].fillna("-"))
     table.index += 1
@@ -138,18 +127,12 @@ def runs_table(runs: Sequence[Run], folder: Path) -> str:
     same = parameters[values.index[values == 1]].bfill().iloc[0]
     shared = ", ".join(f"{name} {value}" for name, value in same.items() if value != "None")
     notes = [f"The same in all: {shared}", "*: the best of its column. val_...: the best epoch, greedy."]
-    if len({(row["split"], row["images"]) for run in runs for row in run.tests[-1:]}) > 1:
+    if len({(row["split"], row["images"]) for row in rows if row}) > 1:
         notes.append("Note: not all were tested on the same images, and CIDEr depends on them.")
     lines = [table.to_string(line_width=width), "", *(textwrap.fill(n, width, break_on_hyphens=False) for n in notes)]
     if untested := [run for run in runs if not run.tests]:
         lines.append(f"{len(untested)} without a test: {plain(command_to_test(untested[0].directory))}")
     return "\n".join(lines)
-
-
-def tested(run: Run) -> str:
-    """Return what the test scores are of, e.g. `test 1000, beam 3`."""
-    row = run.latest
-    return f"{plain(row['split'])} {plain(row['images'])}, {decoding(row)}" if row else "-"
 
 
 def runs_csv(runs: Sequence[Run]) -> str:
@@ -201,8 +184,7 @@ def compare(first: Sequence[Run], second: Sequence[Run]) -> str:
             lines += ["", compare_tests(first, second, rows)]
     if not common:
         untested = next((run for run in runs if not run.tests), second[0])
-        whose = "The two" if len(runs) == 2 else "They"
-        lines += ["", f"{whose} have no test on the same split: {plain(command_to_test(untested.directory))}"]
+        lines += ["", f"They have no test on the same split: {plain(command_to_test(untested.directory))}"]
     return "\n".join(lines)
 
 
@@ -257,9 +239,7 @@ def compare_tests(first: Sequence[Run], second: Sequence[Run], rows: Sequence[Ro
         cells = {METRIC_NAMES[key]: judged(key, difference) for key, difference in differences.items()}
         for place, column in enumerate(("B - A", "")):
             table[column] = [cells[name][place] if name in cells else "" for name in table.index]
-        notes.append(
-            "B - A: mean and 95 % interval over the choice of images (paired bootstrap), not over training seeds."
-        )
+        notes.append("B - A: mean and 95 % interval over images (paired bootstrap), not over training seeds.")
     heading = f"Test on {plain(rows[0]['images'])} {plain(rows[0]['split'])} images, {way}"
     return "\n".join([heading, table.to_string(), *notes])
 

@@ -175,8 +175,6 @@ def learning_rate_figure(
     curve: Mapping[str, Sequence[Any]], best_epoch: int | None, history: Sequence[Mapping[str, Any]] = ()
 ) -> Figure:
     """The learning rate by epoch, logarithmic if it spans more than a decade; args and errors as in `draw_curves`."""
-    from matplotlib.ticker import FuncFormatter
-
     epochs, rates = _columns(curve, "learning_rates")
     figure, (axes,) = _curve_axes(epochs, "learning rate")
     _plot(axes, epochs, rates, "learning rate", BLUE, "o")
@@ -187,7 +185,7 @@ def learning_rate_figure(
         axes.set_ylabel("learning rate (log scale)")
     else:
         axes.set_ylim(0, 1.1 * known.max() if len(known) and known.max() > 0 else 1)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:.6g}"))
+        axes.yaxis.set_major_formatter("{x:.6g}")
     _finish(figure, "Learning rate by epoch", _self_critical(history))
     return figure
 
@@ -292,8 +290,6 @@ def captions_figure(samples: Sequence[Mapping[str, Any]]) -> Figure:
             the first two references are shown. With a `group` each, consecutive samples of one group stand
             in rows of their own under the group's name.
     """
-    if not samples:
-        raise ValueError("a gallery needs at least one sample")
     groups = [(name, list(found)) for name, found in groupby(samples[:MAX_SAMPLES], lambda each: each.get("group", ""))]
     columns = min(max(len(found) for _, found in groups), 4)
     rows = [

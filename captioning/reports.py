@@ -41,6 +41,7 @@ MAX_PICTURES = 3_300_000  # bytes of pictures; as base64 they are a third more, 
 GROUP = 4  # captions in each group of the gallery, and attention pictures
 FREQUENT = 12  # words in each list of words
 SHOWN_TESTS = 6
+FACTS = ("Minutes", "Device", "Machine", "Images", "Vocabulary")  # of run_summary.txt
 CURVES = ("training_losses.png", "learning_rate.png", "validation_scores.png")
 
 
@@ -152,9 +153,7 @@ def facts(run: Run) -> list[tuple[str, Any]]:
     found = [(name, run.flags[key]) for key, name in names.items() if run.flags.get(key)]
     if run.best:
         found.append(("Best epoch", f"{run.best['epoch']} of {len(run.epochs)}"))
-    return found + [
-        (k, run.facts[k]) for k in ("Minutes", "Device", "Machine", "Images", "Vocabulary") if k in run.facts
-    ]
+    return found + [(name, run.facts[name]) for name in FACTS if name in run.facts]
 
 
 def headline(run: Run) -> dict[str, Any]:
@@ -175,8 +174,6 @@ def describe(row: Mapping[str, Any]) -> list[str]:
         lines.append(f"views {row['views']}")
     if isinstance(row["checkpoint"], str) and row["checkpoint"] != "best.pt":
         lines.append(f"{row['checkpoint']}, epoch {row['epoch']}")
-    if is_number(row.get("consensus_weight")):
-        lines.append(f"weight {row['consensus_weight']:g}")
     if row["consensus"] and "val" in str(row["split"]).split("+"):
         lines.append("the weight was chosen on validation images")
     return lines
@@ -357,8 +354,6 @@ def attention(run: Run, pictures: Pictures) -> dict[str, Any]:
     """Return the run's first attention pictures, and the names of the others."""
     names = sorted((path.name for path in run.directory.glob("*attention_viz_sample_*.*")), key=lambda n: (len(n), n))
     names = [name for name in names if not name.endswith(".json")]
-    shown_names = [name for name in names if name.startswith("attention") and not name.endswith(".pdf")][:GROUP]
-    found = [
-        (name, pictures.uri(run.directory / name, None if name.endswith(".svg") else 1500)) for name in shown_names
-    ]
-    return {"pictures": found, "named": [name for name in names if name not in shown_names]}
+    first = [name for name in names if name.startswith("attention") and not name.endswith(".pdf")][:GROUP]
+    found = [(name, pictures.uri(run.directory / name, None if name.endswith(".svg") else 1500)) for name in first]
+    return {"pictures": found, "named": [name for name in names if name not in first]}

@@ -210,12 +210,8 @@ def fits(key: str, value: Any) -> bool:
     """Whether a field of a table of scores has the form that this program writes."""
     if key.endswith("_interval"):
         return isinstance(value, list) and len(value) == 2 and all(map(is_number, value))
-    if key in ("checkpoint", "epoch"):  # of an ensemble a list
-        is_one = is_epoch if key == "epoch" else is_plain
-        return all(map(is_one, value if isinstance(value, list) else [value]))
-    if key in METRIC_NAMES:
-        return is_number(value)
-    return isinstance(value, str) if key.endswith("_file") else is_plain(value)
+    values = value if key in ("checkpoint", "epoch") and isinstance(value, list) else [value]  # a list: of an ensemble
+    return all(map(is_epoch if key == "epoch" else is_number if key in METRIC_NAMES else is_plain, values))
 
 
 def read_facts(path: Path) -> dict[str, str]:
@@ -255,7 +251,7 @@ def read_scores(run: Run, row: Mapping[str, Any]) -> ByImage:
     Raises:
         UserError: there is none, or it has another form.
     """
-    path = run.directory / Path(row["scores_file"]).name  # the row of a stranger's run names no file elsewhere
+    path = run.directory / Path(str(row["scores_file"])).name  # the row of a stranger's run names no file elsewhere
     if not os.path.isfile(path):  # where Path raises over a name that no file can have
         raise UserError(f"{path} is not there: {command_to_test(run.directory)}")
     content = read_json(path)
@@ -279,13 +275,13 @@ def read_scores(run: Run, row: Mapping[str, Any]) -> ByImage:
     return ByImage(names, ImageScores(**means, **counts, rouge=np.full(len(names), np.nan)), **calibrated)
 
 
-def read_texts(run: Run, name: str) -> dict[str, list[str]]:
+def read_texts(run: Run, name: Any) -> dict[str, list[str]]:
     """Read the captions in a file of a run, by image id: COCO's number or the file name; empty where it is absent.
 
     Raises:
         UserError: the file has another form than COCO's results or annotations.
     """
-    path = run.directory / Path(name).name
+    path = run.directory / Path(str(name)).name
     if not os.path.isfile(path):
         return {}
     content = read_json(path)
@@ -475,13 +471,12 @@ def deletable_epochs(directory: Path) -> tuple[list[Path], int]:
         if damaged:
             raise UserError(f"{path} is missing or damaged: the epoch files of this run stay")
     written = kept[1].stat().st_mtime_ns
-    files = []
-    for path in directory.glob("model_epoch_*.pt"):
-        name = EPOCH_FILE.fullmatch(path.name)
-        if name is None or not path.is_file() or path.is_symlink() or path.stat().st_mtime_ns > written:
-            continue
-        if stored_epoch(path) == int(name[1]):
-            files.append(path)
+    files = [
+        path
+        for path in directory.glob("model_epoch_*.pt")
+        if (name := EPOCH_FILE.fullmatch(path.name)) and path.is_file() and not path.is_symlink()
+        if path.stat().st_mtime_ns <= written and stored_epoch(path) == int(name[1])
+    ]
     freed = sum(path.stat().st_size for path in files if path.stat().st_nlink == 1)
     return sorted(files), freed
 
@@ -497,9 +492,9 @@ def plain(value: Any) -> str:
     return printable(f"{value:g}" if type(value) is float else str(value))
 
 
-def score_text(key: str, value: float | None) -> str:
+def score_text(key: str, value: float) -> str:
     """Return a score as papers write it, in hundredths; losses as they are."""
-    return "-" if value is None else f"{value:.3f}" if key.endswith("loss") else f"{100 * value:.1f}"
+    return f"{value:.3f}" if key.endswith("loss") else f"{100 * value:.1f}"
 
 
 def decoding(row: Mapping[str, Any]) -> str:
