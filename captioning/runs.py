@@ -170,8 +170,7 @@ def read_checked(path: Path, kind: type, problem: Callable[[Any], str]) -> Any:
         UserError: it cannot be read, is of another kind, or `problem` says what is wrong in it.
     """
     content = read_json(path) if path.is_file() else kind()
-    of_kind = isinstance(content, kind)
-    wrong = problem(content) if of_kind else f"expected {'an object' if kind is dict else 'a list'}"
+    wrong = problem(content) if isinstance(content, kind) else f"expected {'an object' if kind is dict else 'a list'}"
     if wrong:
         raise UserError(f"{path}: {wrong}")
     return content

@@ -61,11 +61,8 @@ def write_run(directory: Path, captions: list[str] | None = CAPTIONS, order=rang
             "scores_file": "test_scores.json", **summarize(each), "cider_interval": [0.25, 1.75],
             "unsupported": unsupported_share(captions, REFERENCES),
         }  # fmt: skip
-        known = [
-            {"id": 0, "image_id": name, "caption": text}
-            for name, texts in zip(NAMES, REFERENCES, strict=True)
-            for text in texts
-        ]
+        texts = [(name, text) for name, texts in zip(NAMES, REFERENCES, strict=True) for text in texts]
+        known = [{"id": 0, "image_id": name, "caption": text} for name, text in texts]
         (directory / "test_references.json").write_text(json.dumps({"annotations": known}))
         (directory / "test_metrics.json").write_text(json.dumps([row]))
     return directory

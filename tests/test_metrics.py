@@ -164,12 +164,12 @@ def test_of_several_trainings_the_mean_is_compared_on_the_same_resampled_images(
                  corpus_bleu(s.bleu_counts()[images].sum(0))[3]] for s in side]  # fmt: skip
         return np.mean(each, 0)
 
-    found = paired_bootstrap(
-        [each.summands() for each in first], [each.summands() for each in second], 300, seed=7
-    )
+    found = paired_bootstrap([each.summands() for each in first], [each.summands() for each in second], 300, seed=7)
     everything = np.arange(50)
     expected = np.array([scores(second, images) - scores(first, images) for images in drawn])
-    assert [each.mean for each in found.values()] == pytest.approx(scores(second, everything) - scores(first, everything))
+    assert [each.mean for each in found.values()] == pytest.approx(
+        scores(second, everything) - scores(first, everything)
+    )
     bounds = np.array([each[1:] for each in found.values()]).T
     assert bounds == pytest.approx(np.quantile(expected, (0.025, 0.975), axis=0))
 
