@@ -14,7 +14,7 @@ import contextlib
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -184,43 +184,45 @@ def save_numbered(directory: Path, name: str, content: Sequence[Mapping[str, Any
     return path.name
 
 
-def prune(folder: Path, ask: Callable[[str], bool]) -> str:
+def prune(folder: Path, yes: bool) -> str:
     """Delete the epoch files of a run, or of all runs below a folder, after asking; best.pt and last.pt stay.
 
     Runs that are trained in, or that lack a whole best.pt or last.pt, are skipped with a printed line.
 
     Args:
-        ask: gets the question and returns whether to delete.
+        yes: do not ask.
 
     Returns:
         what was done, in a line.
+
+    Raises:
+        UserError: there is nobody to answer.
     """
     found: list[tuple[Any, list[Path]]] = []  # a lock keeps its run from being resumed meanwhile
     freed = 0
     for directory in run_directories(folder):
         try:
             lock = lock_run_directory(directory)
-            epochs = deletable_epochs(directory)
+            paths, size = deletable_epochs(directory)
         except (UserError, OSError) as error:
             print(printable(f"Skipped: {error}"))
             continue
-        for path in epochs.others:
-            print(printable(f"Kept: {path} (not an epoch file that a run wrote)"))
-        if epochs.files:
-            found.append((lock, epochs.files))
-            freed += epochs.freed
-            print(printable(f"{directory}: {len(epochs.files)} epoch files, {format_bytes(epochs.freed)}"))
+        if paths:
+            found.append((lock, paths))
+            freed += size
+            print(printable(f"{directory}: {len(paths)} epoch files, {format_bytes(size)}"))
     files = [path for _, paths in found for path in paths]
     if not files:
         return "Nothing to delete"
     what = f"{len(files)} epoch files of {len(found)} run(s), which frees {format_bytes(freed)}"
-    if not ask(f"Delete {what}? best.pt and last.pt stay"):
+    try:
+        delete = yes or input(f"Delete {what}? best.pt and last.pt stay [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        raise UserError("nobody answered, so nothing was deleted: add --yes") from None
+    if not delete:
         return "Nothing was deleted"
     for path in files:
-        try:
-            path.unlink()
-        except OSError as error:
-            raise UserError(f"cannot delete {path}: {error.strerror}. Others of the list may be gone") from error
+        path.unlink()
     return f"Deleted {len(files)} epoch files; {format_bytes(freed)} are free again"
 
 
@@ -248,18 +250,6 @@ def get_parser() -> argparse.ArgumentParser:
     add("folder", type=Path, metavar="RUN_OR_FOLDER", help="a run directory, or a folder of runs")
     add("--yes", action="store_true", help="do not ask")
     return parser
-
-
-def confirmed(question: str) -> bool:
-    """Ask on the terminal.
-
-    Raises:
-        UserError: there is nobody to answer.
-    """
-    try:
-        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
-    except EOFError:
-        raise UserError("nobody answered, so nothing was deleted: add --yes") from None
 
 
 def sides_to_compare(paths: Sequence[Path], against: Sequence[Path] | None) -> tuple[list[Run], list[Run]]:
@@ -291,7 +281,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     if args.command == "prune":
-        print(prune(args.folder, lambda question: args.yes or confirmed(question)))
+        print(prune(args.folder, args.yes))
         return 0
     if args.command == "report":
         from captioning.reports import write_report
@@ -301,7 +291,8 @@ def run(args: argparse.Namespace) -> int:
     from captioning import comparison
 
     if args.command == "list":
-        runs = comparison.sort_runs(comparison.select_runs(comparison.read_runs(args.folder), args.where), args.sort)
+        runs = [read_run(directory) for directory in run_directories(args.folder)]
+        runs = comparison.sort_runs(comparison.select_runs(runs, args.where), args.sort)
         print(comparison.runs_csv(runs) if args.csv else comparison.runs_table(runs, args.folder))
     else:
         first, second = sides_to_compare(args.runs, args.against)

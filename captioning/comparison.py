@@ -5,64 +5,33 @@ Imports pandas, so import it where a table is made.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import itertools
 import shutil
 import textwrap
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from captioning.analysis import SHARES, word_shares
 from captioning.io import UserError, csv_cell
 from captioning.runs import (
-    ByImage,
     Run,
     command_to_test,
     decoding,
     is_number,
     plain,
-    read_run,
     read_scores,
-    read_test_captions,
-    read_test_references,
-    run_directories,
     score_text,
 )
-from captioning.scores import (
-    METRIC_NAMES,
-    WITH_INTERVAL,
-    Difference,
-    paired_bootstrap,
-    scores_of_sums,
-    shares_of_sums,
-)
+from captioning.scores import METRIC_NAMES, Difference, paired_bootstrap
 
 LOW_IS_GOOD = ("wer", "unsupported", "val_loss")
-SHOWN_SCORES = ("cider", "bleu4", "rouge_l", "meteor", "spice", "wer", "unsupported", "val_cider", "val_loss")
-USUAL = {"views": "whole", "checkpoint": "best.pt"}  # of a test; what differs from it is named
-UNLIMITED = 100_000  # columns, of an output that is not a terminal
-
-
-# --------------------------------------------------------------------------------------------------
-# Text and CSV
-
-
-def table_text(table: pd.DataFrame, right: Sequence[str] = ()) -> list[str]:
-    """Return the lines of a table of text, with the columns of `right` flush right."""
-    rows = [list(table.columns), *table.to_numpy().tolist()]
-    flush = [name in right for name in table.columns]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if is_right else cell.ljust(width)
-            for cell, width, is_right in zip(row, widths, flush, strict=True)
-        ).rstrip()
-        for row in rows
-    ]
+SHOWN_SCORES = ("cider", "bleu4", "rouge_l", "meteor", "wer", "unsupported", "val_cider", "val_loss")
+Row = Mapping[str, Any]  # of test_metrics.json
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -75,15 +44,6 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
 
 # --------------------------------------------------------------------------------------------------
 # Choosing and sorting runs
-
-
-def read_runs(folder: Path) -> list[Run]:
-    """Read all runs at or below a folder, oldest first.
-
-    Raises:
-        UserError: there is none.
-    """
-    return [read_run(directory) for directory in run_directories(folder)]
 
 
 def select_runs(runs: Sequence[Run], conditions: Iterable[str]) -> list[Run]:
@@ -108,11 +68,9 @@ def select_runs(runs: Sequence[Run], conditions: Iterable[str]) -> list[Run]:
 
 def has_value(value: Any, text: str) -> bool:
     if type(value) in (int, float):
-        try:
+        with contextlib.suppress(ValueError):
             return bool(float(text) == value)
-        except ValueError:
-            return False
-    return text.lower() == str(value).lower() if value is None or type(value) is bool else text == str(value)
+    return text.lower() == str(value).lower()
 
 
 def sort_runs(runs: Sequence[Run], key: str | None) -> list[Run]:
@@ -143,67 +101,38 @@ def score_table(runs: Sequence[Run]) -> pd.DataFrame:
 def runs_table(runs: Sequence[Run], folder: Path) -> str:
     """Return a line per run: name, scores (the best of each starred), and the parameters that differ.
 
-    Columns that do not fit into the terminal are left out, and a line below names them; a file has room for all.
+    Columns that have no room in the terminal are in a block below, where the runs have the same numbers.
     """
-    width = shutil.get_terminal_size((UNLIMITED, 24)).columns
+    width = shutil.get_terminal_size((100_000, 24)).columns  # an output that is no terminal has room for all
     scores = score_table(runs)
     scores = scores[[key for key in SHOWN_SCORES if key in scores]]
     signed = scores * [-1 if key in LOW_IS_GOOD else 1 for key in scores]
     best = signed.eq(signed.max()) & (scores.notna().sum() > 1)
     parameters = pd.DataFrame([{plain(k): plain(v) for k, v in run.parameters().items()} for run in runs])
-    values = parameters.nunique()  # a parameter that an older run lacks does not differ
-    differing = parameters[values.index[values > 1]].fillna("-")
+    values = parameters.nunique()  # a parameter that a run lacks does not differ
 
-    names = [str(run.directory if run.directory == folder else run.directory.relative_to(folder)) for run in runs]
-    table = pd.DataFrame({"run": [plain(n) + " (damaged)" * bool(r.damage) for n, r in zip(names, runs, strict=True)]})
+    names = [run.directory if run.directory == folder else run.directory.relative_to(folder) for run in runs]
+    column = ["run", *(plain(name) + " (damaged)" * bool(r.damage) for name, r in zip(names, runs, strict=True))]
+    head, *labels = (label.ljust(max(map(len, column))) for label in column)  # pandas puts text at the right
+    table = pd.DataFrame({head: labels})
     for key in scores:
         cells = zip(scores[key], best[key], strict=True)
         table[key] = ["- " if np.isnan(score) else score_text(key, score) + " *"[star] for score, star in cells]
-    table["tested on"] = [tested(run) for run in runs]
+    rows = [run.latest for run in runs]
+    table["tested on"] = [f"{plain(r['split'])} {plain(r['images'])}, {decoding(r)}" if r else "-" for r in rows]
     table["best epoch"] = [f"{(run.best or {}).get('epoch', 0)} of {len(run.epochs)}" for run in runs]
-    lines, left_out = fitted(table.join(differing), list(scores), width)
+    table = table.join(parameters[values.index[values > 1]].fillna("-"))
+    table.index += 1
 
     same = parameters[values.index[values == 1]].bfill().iloc[0]
     shared = ", ".join(f"{name} {value}" for name, value in same.items() if value != "None")
     notes = [f"The same in all: {shared}", "*: the best of its column. val_...: the best epoch, greedy."]
-    if left_out:
-        notes.append(f"Too wide for this terminal: {', '.join(left_out)}. A wider one or --csv shows them.")
-    if len({(row.get("split"), row.get("images")) for run in runs for row in run.tests[-1:]}) > 1:
+    if len({(row["split"], row["images"]) for row in rows if row}) > 1:
         notes.append("Note: not all were tested on the same images, and CIDEr depends on them.")
-    lines += ["", *itertools.chain.from_iterable(textwrap.wrap(note, width, break_on_hyphens=False) for note in notes)]
+    lines = [table.to_string(line_width=width), "", *(textwrap.fill(n, width, break_on_hyphens=False) for n in notes)]
     if untested := [run for run in runs if not run.tests]:
         lines.append(f"{len(untested)} without a test: {plain(command_to_test(untested[0].directory))}")
     return "\n".join(lines)
-
-
-def fitted(table: pd.DataFrame, right: Sequence[str], width: int) -> tuple[list[str], list[str]]:
-    """Return a table's lines, no longer than `width` but for the first column, and the columns that have no room.
-
-    A first column of more than half of the width gets lines of its own.
-    """
-    widths = {name: max(map(len, [name, *table[name]])) for name in table}
-    first, *others = table.columns
-    apart = widths[first] > width // 2 and sum(widths.values()) + 2 * len(others) > width
-    room, shown, left_out = width - (2 if apart else widths[first]), [], []
-    for name in others:
-        if widths[name] + 2 <= room:
-            room -= widths[name] + 2
-            shown.append(name)
-        else:
-            left_out.append(name)
-    if not apart:
-        return table_text(table[[first, *shown]], right), left_out
-    below = [f"    {line}" for line in table_text(table[shown], right)]
-    names = [first, *table[first]]
-    return [line for pair in zip(names, below, strict=True) for line in pair], left_out
-
-
-def tested(run: Run) -> str:
-    """Return what the test scores are of, e.g. `test 1000, beam 3`."""
-    if not run.tests:
-        return "-"
-    row = run.tests[-1]
-    return f"{plain(row.get('split'))} {plain(row.get('images'))}, {decoding(row)}"
 
 
 def runs_csv(runs: Sequence[Run]) -> str:
@@ -225,17 +154,10 @@ def runs_csv(runs: Sequence[Run]) -> str:
 # Two runs, or several against several
 
 
-class Test(NamedTuple):
-    """A test of a run."""
-
-    run: Run
-    row: Mapping[str, Any]  # of test_metrics.json
-
-
 def compare(first: Sequence[Run], second: Sequence[Run]) -> str:
     """Compare two runs, or the means of two sets of runs: parameters, validation scores, and each kind of test.
 
-    Of one run twice, its own tests of the same images are compared, each with the next.
+    Of one run twice, its own tests of the same images are compared that differ in one thing.
     """
     runs = [*first, *second]
     if len(runs) == 2 and first[0].directory.resolve() == second[0].directory.resolve():
@@ -246,12 +168,12 @@ def compare(first: Sequence[Run], second: Sequence[Run]) -> str:
         for number, run in enumerate(side)
     ]
     flags = differing_parameters(first, second)
-    lines += ["", "Parameters that differ", *(indented(flags) if len(flags) else ["  none"])]
+    lines += ["", "Parameters that differ", flags.to_string() if len(flags) else "  none"]
     keys = ["val_loss", *(f"val_{name}" for name in METRIC_NAMES)]
     scores = scores_side_by_side([run.scores() for run in first], [run.scores() for run in second], keys)
     if len(scores):
         epochs = " and ".join(", ".join(str((run.best or {}).get("epoch")) for run in side) for side in (first, second))
-        lines += ["", f"Validation images, greedy captions, best epoch ({epochs})", *indented(scores)]
+        lines += ["", f"Validation images, greedy captions, best epoch ({epochs})", scores.to_string()]
     tests = [tests_by_kind(run) for run in runs]
     common = [kind for kind in tests[0] if all(kind in each for each in tests)]
     for kind in common:
@@ -259,147 +181,103 @@ def compare(first: Sequence[Run], second: Sequence[Run]) -> str:
         ways = [way for way in tests[0][kind] if all(way in each[kind] for each in tests)]
         found = [[each[kind][way] for each in tests] for way in ways]
         for rows in found or [[list(each[kind].values())[-1] for each in tests]]:
-            lines += ["", *compare_tests(rows[: len(first)], rows[len(first) :])]
+            lines += ["", compare_tests(first, second, rows)]
     if not common:
         untested = next((run for run in runs if not run.tests), second[0])
-        whose = "The two" if len(runs) == 2 else "They"
-        lines += ["", f"{whose} have no test on the same split: {plain(command_to_test(untested.directory))}"]
+        lines += ["", f"They have no test on the same split: {plain(command_to_test(untested.directory))}"]
     return "\n".join(lines)
 
 
-def tests_by_kind(run: Run) -> dict[Any, dict[Any, Test]]:
+def tests_by_kind(run: Run) -> dict[Any, dict[Any, Row]]:
     """Return a run's tests by split and kind of decoding, and by beam, penalty and views: the latest of each, in order."""
-    found: dict[Any, dict[Any, Test]] = {}
+    found: dict[Any, dict[Any, Row]] = {}
     for row in run.tests:
-        beam, views = row.get("beam_size"), row.get("views", USUAL["views"])
-        kind = found.setdefault((plain(row.get("split")), beam == 1, plain(row.get("consensus"))), {})
-        way = (plain(beam), plain(row.get("length_penalty")), plain(views))
+        kind = found.setdefault((row["split"], row["beam_size"] == 1, row["consensus"]), {})
+        way = (row["beam_size"], row["length_penalty"], row["views"])
         kind.pop(way, None)
-        kind[way] = Test(run, row)
+        kind[way] = row
     return found
 
 
 def compare_tests_of(run: Run) -> str:
     """Compare a run's tests that differ in one thing: the way of decoding, the images' views, or the checkpoint."""
-    latest: dict[Any, dict[str, Any]] = {}
-    for row in (*run.tests, *run.ensembles):
-        things = (("split", "images"), ("length_penalty",), ("views",), ("checkpoint", "epoch"))
-        images, penalty, views, checkpoint = (tuple(plain(row.get(key)) for key in keys) for keys in things)
-        latest[images, (decoding(row), *penalty), views, checkpoint] = row
+
+    def things(row: Row) -> list[Any]:
+        return [way_of(row), row["views"], (row["checkpoint"], row["epoch"])]
+
     lines = [f"A and B  {plain(run.directory)}"]
-    for thing in (1, 2, 3):
-        alike: dict[Any, list[dict[str, Any]]] = {}
-        for key, row in latest.items():
-            alike.setdefault((*key[:thing], *key[thing + 1 :]), []).append(row)
-        for rows in alike.values():
-            for a, b in itertools.pairwise(rows):
-                lines += ["", *compare_tests([Test(run, a)], [Test(run, b)])]
+    for a, b in itertools.combinations([*run.tests, *run.ensembles], 2):
+        same_images = a["split"] == b["split"] and a["images"] == b["images"]
+        if same_images and sum(x != y for x, y in zip(things(a), things(b), strict=True)) == 1:
+            lines += ["", compare_tests([run], [run], [a, b])]
     if len(lines) == 1:
         command = plain(command_to_test(run.directory))
         lines += ["", f"The run has no two tests of the same images that differ in one thing alone: {command}"]
     return "\n".join(lines)
 
 
-def compare_tests(first: Sequence[Test], second: Sequence[Test]) -> list[str]:
-    """Compare two tests, or the means of two sets of tests, with the paired bootstrap where all have scores by image."""
-    tests = [*first, *second]
-    shown = [key for key, usual in USUAL.items() if any(test.row.get(key, usual) != usual for test in tests)]
-    if all(test.run is tests[0].run for test in tests) and len({test.row.get("epoch") for test in tests}) > 1:
-        shown.append("epoch")
-    ways = [" and ".join(dict.fromkeys(way_of(test.row, shown) for test in side)) for side in (first, second)]
+def compare_tests(first: Sequence[Run], second: Sequence[Run], rows: Sequence[Row]) -> str:
+    """Compare two tests, or the means of two sets of tests, with the paired bootstrap where all have scores by image.
+
+    Args:
+        rows: the test of each run, those of the first before those of the second.
+    """
+    number = len(first)
+    sides = rows[:number], rows[number:]
+    views = any(row["views"] != "whole" for row in rows)
+    epochs_differ = first[0] is second[0] and rows[0]["epoch"] != rows[1]["epoch"]
+    checkpoint = epochs_differ or any(row["checkpoint"] != "best.pt" for row in rows)
+    ways = [" and ".join(dict.fromkeys(way_of(row, views, checkpoint) for row in side)) for side in sides]
     way = ways[0] if ways[0] == ways[1] else f"A {ways[0]}; B {ways[1]}"
-    table = scores_side_by_side([test.row for test in first], [test.row for test in second], list(METRIC_NAMES))
-    differences: dict[str, Difference | None] = {}
-    notes = []
+    table = scores_side_by_side(*sides, list(METRIC_NAMES))
+    notes = ["Of several runs the mean is compared, with each run in brackets."] if len(rows) > 2 else []
     try:
-        scored = [read_scores(*test) for test in tests]
-        require_same_images(tests, [each.names for each in scored])
-        differences |= bootstrap(scored[: len(first)], scored[len(first) :])
+        differences = bootstrap([*first, *second], rows, number)
     except UserError as error:
         notes.append(f"No intervals of the scores' differences: {plain(error)}")
-    words = table[:0]
-    try:
-        words, by_group = compare_words(first, second)
-        differences |= by_group
-    except UserError as error:
-        notes.append(f"No precision and recall by groups of words: {plain(error)}")
-    if differences:
-        notes.insert(
-            0, "B - A: mean and 95 % interval over the choice of images (paired bootstrap), not over training seeds."
-        )
-        table, words = (with_differences(each, differences) for each in (table, words))
-        if len(words):
-            notes.insert(1, f"Of these {len(words)} intervals by group one in twenty excludes 0 by chance alone.")
-    if len(tests) > 2:
-        notes.insert(0, "Of several runs the mean is compared, with each run in brackets.")
-    row = tests[0].row
-    lines = [f"Test on {plain(row.get('images'))} {plain(row.get('split'))} images, {way}", *indented(table)]
-    if len(words):
-        lines += ["", "  Words, by group", *indented(words)]
-    return [*lines, *(f"  {note}" for note in notes)]
+    else:
+        cells = {METRIC_NAMES[key]: judged(key, difference) for key, difference in differences.items()}
+        for place, column in enumerate(("B - A", "")):
+            table[column] = [cells[name][place] if name in cells else "" for name in table.index]
+        notes.append("B - A: mean and 95 % interval over images (paired bootstrap), not over training seeds.")
+    heading = f"Test on {plain(rows[0]['images'])} {plain(rows[0]['split'])} images, {way}"
+    return "\n".join([heading, table.to_string(), *notes])
 
 
-def way_of(row: Mapping[str, Any], shown: Sequence[str]) -> str:
-    """Return how a test captioned, with these of its views, checkpoint and epoch."""
+def way_of(row: Row, views: bool = False, checkpoint: bool = False) -> str:
+    """Return how a test captioned, with its views or checkpoint where asked for."""
     parts = [decoding(row)]
-    if (penalty := row.get("length_penalty")) is not None:
-        parts.append(f"length penalty {plain(penalty)}")
-    for key in shown:
-        value = plain(row.get(key, USUAL.get(key)))
-        parts.append(value if key == "checkpoint" else f"{key} {value}")
+    if row["length_penalty"] is not None:
+        parts.append(f"length penalty {plain(row['length_penalty'])}")
+    if views:
+        parts.append(f"views {plain(row['views'])}")
+    if checkpoint:
+        parts.append(f"{plain(row['checkpoint'])}, epoch {plain(row['epoch'])}")
     return ", ".join(parts)
 
 
-def compare_words(first: Sequence[Test], second: Sequence[Test]) -> tuple[pd.DataFrame, dict[str, Difference | None]]:
-    """Compare precision and recall by groups of words, and the share of unsupported words.
+def bootstrap(runs: Sequence[Run], rows: Sequence[Row], number: int) -> dict[str, Difference]:
+    """Return how much more the others have on average than the first `number`, with intervals over the images.
 
-    Returns:
-        precision and recall of each group as text, and the differences, under `unsupported` the share's.
+    The images are paired by name, whatever their order.
 
     Raises:
-        UserError: captions or references are not stored, damaged, or of different images.
+        UserError: scores by image are not stored or damaged, or the tests are not of the same images.
     """
-    tests = [*first, *second]
-    captions = [read_test_captions(*test) for test in tests]
-    for test, own in zip(tests, captions, strict=True):
-        if not own:
-            raise UserError(f"{test.run.directory} does not have its captions: {command_to_test(test.run.directory)}")
-    require_same_images(tests, captions)
-    names = list(captions[0])
-    known = next(filter(None, (read_test_references(*test) for test in tests)), {})
-    if unknown := [name for name in names if name not in known]:
-        command = command_to_test(tests[0].run.directory)
-        raise UserError(f"the references of {len(unknown)} images are not stored, which a test does: {command}")
-    references = [known[name] for name in names]
-    counts = [word_shares([own[name] for name in names], references).reshape(len(names), -1) for own in captions]
-    shares = [dict(zip(SHARES, shares_of_sums(table.sum(0)).tolist(), strict=True)) for table in counts]
-    number = len(first)
-    table = scores_side_by_side(shares[:number], shares[number:], SHARES[1:])
-    found = paired_bootstrap(counts[:number], counts[number:], shares_of_sums)
-    return table, dict(zip(SHARES, found, strict=True))
-
-
-def require_same_images(tests: Sequence[Test], names: Sequence[Collection[str]]) -> None:
-    """Raises: UserError: a test is of other images than the first."""
-    for test, own in zip(tests, names, strict=True):
-        if set(own) != set(names[0]):
-            both = len(set(own) & set(names[0]))
+    each = [read_scores(run, row) for run, row in zip(runs, rows, strict=True)]
+    names = each[0].names
+    for run, own in zip(runs, each, strict=True):
+        if set(own.names) != set(names):
             raise UserError(
-                f"{tests[0].run.directory} was tested on {len(names[0])} images, {test.run.directory} on {len(own)}, "
-                f"and {both} are the same"
+                f"{runs[0].directory} was tested on {len(names)} images, {run.directory} on {len(own.names)}, and "
+                f"{len(set(own.names) & set(names))} are the same"
             )
+    tables = [own.scores.summands()[pd.Index(own.names).get_indexer(names)] for own in each]
+    return paired_bootstrap(tables[:number], tables[number:])
 
 
-def with_differences(table: pd.DataFrame, differences: Mapping[str, Difference | None]) -> pd.DataFrame:
-    """Return the table with a column of the differences of its rows, and one of which test they show to be better."""
-    cells = [judged(key, differences.get(key)) for key in table.index]
-    return table.assign(**{"B - A": [text for text, _ in cells], "": [better for _, better in cells]})
-
-
-def judged(key: str, difference: Difference | None) -> tuple[str, str]:
+def judged(key: str, difference: Difference) -> tuple[str, str]:
     """Return a difference with its interval as text, and which of the two it shows to be better."""
-    if difference is None:
-        return "", ""
     mean, low, high = (100 * value for value in difference)
     better = "" if low <= 0 <= high else "B is better" if (low > 0) != (key in LOW_IS_GOOD) else "A is better"
     return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", better
@@ -412,21 +290,17 @@ def differing_parameters(first: Sequence[Run], second: Sequence[Run]) -> pd.Data
     for name in dict.fromkeys(itertools.chain(*sides[0], *sides[1])):
         a, b = (dict.fromkeys("-" if run.get(name) is None else plain(run[name]) for run in side) for side in sides)
         if set(a) != set(b) or (len(a) > 1 and name != "seed"):
-            rows[name] = (", ".join(a), ", ".join(b))
+            rows[plain(name)] = (", ".join(a), ", ".join(b))
     return pd.DataFrame.from_dict(rows, "index", columns=["A", "B"])
 
 
-def scores_side_by_side(
-    first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]], keys: Sequence[str]
-) -> pd.DataFrame:
+def scores_side_by_side(first: Sequence[Row], second: Sequence[Row], keys: Sequence[str]) -> pd.DataFrame:
     """Return columns A and B of text, with a row for each of these scores that all have."""
     shared = [key for key in keys if all(is_number(row.get(key)) for row in (*first, *second))]
+    names = [METRIC_NAMES.get(key.removeprefix("val_"), key.removeprefix("val_")) for key in shared]
+    sides = (("A", first), ("B", second))
     return pd.DataFrame(
-        {
-            name: [mean_text(key, [row[key] for row in side]) for key in shared]
-            for name, side in (("A", first), ("B", second))
-        },
-        shared,
+        {name: [mean_text(key, [r[key] for r in side]) for key in shared] for name, side in sides}, names
     )
 
 
@@ -434,22 +308,3 @@ def mean_text(key: str, scores: Sequence[float]) -> str:
     """Return the mean of a score over runs, with each in brackets where there are several."""
     each = f" ({', '.join(score_text(key, score) for score in scores)})" if len(scores) > 1 else ""
     return score_text(key, sum(scores) / len(scores)) + each
-
-
-def indented(table: pd.DataFrame) -> list[str]:
-    """Return the lines of a table, each row with the name of its key before it."""
-    names = [key.removeprefix("val_") for key in table.index]
-    table = table.copy()
-    table.insert(0, "", [plain(METRIC_NAMES.get(name, name)) for name in names], allow_duplicates=True)
-    return [f"  {line}" for line in table_text(table)]
-
-
-def bootstrap(first: Sequence[ByImage], second: Sequence[ByImage]) -> dict[str, Difference | None]:
-    """Return how much more the second have on average, with intervals over the images: the scores of `WITH_INTERVAL`.
-
-    The images are paired by name, whatever their order.
-    """
-    names = first[0].names
-    tables = [each.scores.summands()[pd.Index(each.names).get_indexer(names)] for each in (*first, *second)]
-    found = paired_bootstrap(tables[: len(first)], tables[len(first) :], scores_of_sums)
-    return dict(zip(WITH_INTERVAL, found, strict=True))

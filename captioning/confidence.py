@@ -114,18 +114,3 @@ def calibration_error(bins: Sequence[Bin]) -> float:
     """Return the expected calibration error (Guo et al., 2017): the mean distance of a caption's bin from the truth."""
     total = sum(each.captions for each in bins)
     return sum(each.captions * abs(each.confidence - each.supported) for each in bins) / total
-
-
-def kept_means(confidence: np.ndarray, scores: np.ndarray, shares: Sequence[float]) -> list[float]:
-    """Return the mean score of the captions that are left where only the most confident share of them is kept.
-
-    Captions of equal confidence count with their mean.
-
-    Args:
-        confidence, scores: (n,) of each caption.
-        shares: above 0 and at most 1.
-    """
-    _, tie, times = np.unique(-confidence, return_inverse=True, return_counts=True)
-    ranked = np.repeat(np.bincount(tie, scores) / times, times)
-    sums = ranked.cumsum()
-    return [float(sums[kept - 1] / kept) for kept in (max(1, round(share * len(ranked))) for share in shares)]

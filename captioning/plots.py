@@ -146,7 +146,6 @@ def draw_curves(
         best_epoch: the epoch whose weights became `best.pt`; marked where it is among the epochs.
 
     Raises:
-        ValueError: the lists are empty or of different lengths.
         UserError: a file cannot be written.
     """
     save_figure(losses_figure(curve, best_epoch, history), directory / "training_losses.png")
@@ -176,8 +175,6 @@ def learning_rate_figure(
     curve: Mapping[str, Sequence[Any]], best_epoch: int | None, history: Sequence[Mapping[str, Any]] = ()
 ) -> Figure:
     """The learning rate by epoch, logarithmic if it spans more than a decade; args and errors as in `draw_curves`."""
-    from matplotlib.ticker import FuncFormatter
-
     epochs, rates = _columns(curve, "learning_rates")
     figure, (axes,) = _curve_axes(epochs, "learning rate")
     _plot(axes, epochs, rates, "learning rate", BLUE, "o")
@@ -188,7 +185,7 @@ def learning_rate_figure(
         axes.set_ylabel("learning rate (log scale)")
     else:
         axes.set_ylim(0, 1.1 * known.max() if len(known) and known.max() > 0 else 1)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:.6g}"))
+        axes.yaxis.set_major_formatter("{x:.6g}")
     _finish(figure, "Learning rate by epoch", _self_critical(history))
     return figure
 
@@ -214,9 +211,6 @@ def _columns(curve: Mapping[str, Sequence[Any]], *keys: str) -> list[np.ndarray]
     """The epochs and the named lists as arrays; whatever is not a finite number becomes NaN, which is not drawn."""
     epochs = np.asarray(curve["epochs"], dtype=np.int64)
     columns = [np.array(curve[key], dtype=np.float64) for key in keys]
-    if len(epochs) == 0 or any(column.shape != epochs.shape for column in columns):
-        sizes = {key: len(curve[key]) for key in ("epochs", *keys)}
-        raise ValueError(f"a curve needs lists of one length and at least one epoch, got {sizes}")
     return [epochs, *(np.where(np.isfinite(column), column, np.nan) for column in columns)]
 
 
@@ -296,11 +290,8 @@ def captions_figure(samples: Sequence[Mapping[str, Any]]) -> Figure:
             the first two references are shown. With a `group` each, consecutive samples of one group stand
             in rows of their own under the group's name.
     """
-    if not samples:
-        raise ValueError("a gallery needs at least one sample")
     groups = [(name, list(found)) for name, found in groupby(samples[:MAX_SAMPLES], lambda each: each.get("group", ""))]
-    largest = max(len(found) for _, found in groups)
-    columns = {1: 1, 2: 2, 3: 3, 5: 3, 6: 3, 9: 3}.get(largest, 4) if len(groups) == 1 else min(largest, 4)
+    columns = min(max(len(found) for _, found in groups), 4)
     rows = [
         (name if first == 0 else "", [(each, _caption_lines(each)) for each in found[first : first + columns]])
         for name, found in groups

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import base64
 import io
-import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,23 +17,19 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from captioning.analysis import find_errors, nearest_texts, unsupported_words
-from captioning.confidence import FEWEST, calibration_error, kept_means, reliability
-from captioning.images import UnreadableImage, check_weights, entropy, open_image, upsample
+from captioning.analysis import find_errors, unsupported_words
+from captioning.confidence import FEWEST, calibration_error, reliability
+from captioning.images import UnreadableImage, open_image
 from captioning.io import CONTROL_CHARACTERS, UserError, read_json, write_atomic
 from captioning.layouts import default_folder
-from captioning.plots import new_figure
 from captioning.runs import (
-    MEMBERS,
     Run,
     command_to_test,
     decoding,
-    is_ensemble,
     is_number,
     read_run,
     read_scores,
-    read_test_captions,
-    read_test_references,
+    read_texts,
     score_text,
 )
 from captioning.scores import METRIC_NAMES, by_rank
@@ -47,22 +41,13 @@ MAX_PICTURES = 3_300_000  # bytes of pictures; as base64 they are a third more, 
 GROUP = 4  # captions in each group of the gallery, and attention pictures
 FREQUENT = 12  # words in each list of words
 SHOWN_TESTS = 6
-LARGEST = 1e100  # beyond it matplotlib's scales overflow
-CHARTS = (
-    ("Loss", {"training_loss": "training", "validation_loss": "validation"}, 1, False),
-    ("Learning rate", {"learning_rate": "learning rate"}, 1, True),
-    ("Validation CIDEr, in hundredths", {"cider": "CIDEr"}, 100, False),
-    ("Validation ROUGE-L and BLEU-4, in hundredths", {"rouge_l": "ROUGE-L", "bleu4": "BLEU-4"}, 100, False),
-)
-# Colours that matplotlib draws with, and the page's colours that take their place: two schemes, one chart.
-LINES = {"#010101": "var(--c1)", "#010102": "var(--c2)"}
-TEXT, AXIS = "#020202", "#030303"
-COLORS = {**LINES, TEXT: "var(--soft)", AXIS: "var(--line)"}
+FACTS = ("Minutes", "Device", "Machine", "Images", "Vocabulary")  # of run_summary.txt
+CURVES = ("training_losses.png", "learning_rate.png", "validation_scores.png")
 
 
 def shown(value: Any) -> Any:
     """Return a value as the text of a page; whoever wrote it, it has no control characters."""
-    if isinstance(value, Markup):
+    if isinstance(value, Markup):  # of a macro
         return value
     return CONTROL_CHARACTERS.sub("\N{REPLACEMENT CHARACTER}", f"{value:g}" if type(value) is float else str(value))
 
@@ -124,12 +109,7 @@ def load_data(run: Run, data_dir: Path | None) -> CaptionSet:
 def page(run: Run, data: CaptionSet | None, problem: str) -> dict[str, Any]:
     """Return what the template shows."""
     pictures = Pictures()
-    try:
-        predictions = read_test_captions(run, run.latest)
-    except UserError as error:
-        predictions = {}
-        run.damage.append(str(error))
-    known = known_references(run, data)
+    predictions, references = test_texts(run)
     command = run.flags.get("command")
     hidden = {"command", "mode", "resume", "config"}
     return {
@@ -137,38 +117,43 @@ def page(run: Run, data: CaptionSet | None, problem: str) -> dict[str, Any]:
         "facts": facts(run),
         "headline": headline(run),
         "scores": score_table(run.tests[-SHOWN_TESTS:], run.best),
-        "pointing_game": run.latest.get("pointing_game"),
         "test_command": "" if run.tests else command_to_test(run.directory),
-        "ensembles": ensembles(run),
-        "training": training(run),
+        "ensembles": [(row["checkpoint"], score_table([row])) for row in run.ensembles],
+        "training": training(run, pictures),
         "gallery": gallery(run, predictions, data, problem, pictures),
-        "errors": errors(run, predictions, known),
+        "errors": errors(run, predictions, references),
         "confidence": confidence(run),
-        "attention": attention(run, data, pictures),
-        "words": words(run, predictions, known),
+        "attention": attention(run, pictures),
         "parameters": [(k, v) for k, v in run.flags.items() if k not in hidden and v not in (None, "", [])],
         "command": command if isinstance(command, str) else "",
         "damage": run.damage,
     }
 
 
+def test_texts(run: Run) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Return the captions of the latest test and the references of its images, by image id; empty where they are gone."""
+    texts: list[dict[str, list[str]]] = [{}, {}]
+    if run.tests:
+        references = f"{str(run.latest['split']).replace('+', '_')}_references.json"
+        for number, name in enumerate((run.latest["captions_file"], references)):
+            try:
+                texts[number] = read_texts(run, name)
+            except UserError as error:
+                run.damage.append(str(error))
+    return {name: captions[0] for name, captions in texts[0].items()}, texts[1]
+
+
 # --------------------------------------------------------------------------------------------------
 # Scores
 
 
-def facts(run: Run) -> list[tuple[str, str]]:
+def facts(run: Run) -> list[tuple[str, Any]]:
     """Return names and values of what there is to say about the run as a whole."""
     names = {"dataset_type": "Data set", "encoder": "Encoder", "decoder": "Decoder"}
-    found = {name: str(run.flags[key]) for key, name in names.items() if run.flags.get(key)}
+    found = [(name, run.flags[key]) for key, name in names.items() if run.flags.get(key)]
     if run.best:
-        found["Best epoch"] = f"{run.best['epoch']} of {len(run.epochs)}"
-    if minutes := re.match(r"(\d+(?:\.\d+)?)(.*)", run.facts.get("Minutes", "")):
-        length = float(minutes[1])
-        text = f"{60 * length:.0f} s" if length < 1 else f"{length // 60:.0f} h {length % 60:.0f} min"
-        found["Training time"] = text.removeprefix("0 h ") + minutes[2]
-    machine = (run.facts.get(name) for name in ("Device", "Machine"))
-    found["Machine"] = ", ".join(filter(None, machine)) or "not recorded"
-    return list(found.items())
+        found.append(("Best epoch", f"{run.best['epoch']} of {len(run.epochs)}"))
+    return found + [(name, run.facts[name]) for name in FACTS if name in run.facts]
 
 
 def headline(run: Run) -> dict[str, Any]:
@@ -184,14 +169,12 @@ def headline(run: Run) -> dict[str, Any]:
 
 def describe(row: Mapping[str, Any]) -> list[str]:
     """Return what a test was of, in lines: the way of decoding, the images, and what is not as usual."""
-    lines = [decoding(row), f"{row.get('split')}, {row.get('images')} images"]
-    if row.get("views", "whole") != "whole":
+    lines = [decoding(row), f"{row['split']}, {row['images']} images"]
+    if row["views"] != "whole":
         lines.append(f"views {row['views']}")
-    if row.get("checkpoint", "best.pt") != "best.pt" and not is_ensemble(row):
-        lines.append(f"{row['checkpoint']}, epoch {row.get('epoch')}")
-    if is_number(row.get("consensus_weight")):
-        lines.append(f"weight {row['consensus_weight']:g}")
-    if row.get("consensus") == "regression" and "val" in str(row.get("split")).split("+"):
+    if isinstance(row["checkpoint"], str) and row["checkpoint"] != "best.pt":
+        lines.append(f"{row['checkpoint']}, epoch {row['epoch']}")
+    if row["consensus"] and "val" in str(row["split"]).split("+"):
         lines.append("the weight was chosen on validation images")
     return lines
 
@@ -214,6 +197,11 @@ def score_table(tests: Sequence[Mapping[str, Any]], best: Mapping[str, Any] | No
                 for _, row in columns])
         for key, name in METRIC_NAMES.items() if any(is_number(row.get(key)) for _, row in columns)
     ]  # fmt: skip
+    for key, name, scale in (("distinct_words", "distinct words", 1), ("mean_length", "words a caption", 1),
+                             ("in_training", "% of captions in training", 100)):  # fmt: skip
+        if any(is_number(row.get(key)) for row in tests):
+            values = (row.get(key) for _, row in columns)
+            rows.append((name, [(f"{scale * value:.4g}" if is_number(value) else "-", "") for value in values]))
     return {"heads": [lines for lines, _ in columns], "rows": rows}
 
 
@@ -222,84 +210,16 @@ def interval_text(key: str, row: Mapping[str, Any]) -> str:
     return f"{score_text(key, bounds[0])} to {score_text(key, bounds[1])}" if bounds else ""
 
 
-def ensembles(run: Run) -> list[dict[str, Any]]:
-    """Return the members of each ensemble and the scores of its tests."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in run.ensembles:
-        groups.setdefault(str(row.get("checkpoint")), []).append(row)
-    return [{"members": name.split(MEMBERS), "scores": score_table(rows)} for name, rows in groups.items()]
-
-
 # --------------------------------------------------------------------------------------------------
 # Curves
 
 
-def training(run: Run) -> dict[str, Any]:
-    """Return the charts by epoch, and the same as a table."""
-    best = run.best["epoch"] if run.best else None
-    charts = []
-    for title, names, scale, logarithmic in CHARTS:
-        lines = {
-            label: [scale * row[key] if is_number(row.get(key)) else math.nan for row in run.epochs]
-            for key, label in names.items()
-        }
-        svg = chart(title, "epoch", [row["epoch"] for row in run.epochs], lines, best, logarithmic)
-        charts += [(title, svg)] if svg else []
+def training(run: Run, pictures: Pictures) -> dict[str, Any]:
+    """Return the pictures of the curves as training drew them, and the figures by epoch as a table."""
+    curves = [(name, pictures.uri(run.directory / name)) for name in CURVES if (run.directory / name).is_file()]
     columns = list(dict.fromkeys(name for row in run.epochs for name, value in row.items() if is_number(value)))
     rows = [[f"{row[name]:.4g}" if is_number(row.get(name)) else "" for name in columns] for row in run.epochs]
-    return {"charts": charts, "columns": columns, "rows": rows, "best": best}
-
-
-def chart(
-    title: str, x_label: str, x: Sequence[float], lines: Mapping[str, Sequence[float]], marked: float | None = None,
-    logarithmic: bool = False,
-) -> Markup:  # fmt: skip
-    """Draw a line chart as an inline SVG in the page's colours and letters; empty where there is nothing to draw.
-
-    Args:
-        lines: label -> values, as many as `x`, up to two; NaN leaves a gap.
-        marked: an x with a dashed line through it.
-        logarithmic: where the values span more than a decade and are above zero.
-    """
-    values = np.array([list(line) for line in lines.values()], dtype=np.float64)
-    values = np.where(np.abs(values) < LARGEST, values, np.nan)
-    known = values[np.isfinite(values)]
-    if not len(known):
-        return Markup()
-    from matplotlib import rc_context
-    from matplotlib.ticker import MaxNLocator
-
-    figure = new_figure(6.1, 3.6, 72)  # a point is about a pixel of the page
-    axes = figure.add_axes((0.14, 0.15, 0.84, 0.74))
-    for (label, _), row, color in zip(lines.items(), values, LINES, strict=False):
-        axes.plot(list(x), row, "-o", color=color, label=label, linewidth=2.2, markersize=6)
-    if marked is not None and x[0] <= marked <= x[-1]:
-        axes.axvline(marked, color=TEXT, linestyle=(0, (5, 4)), linewidth=1)
-    if logarithmic and known.min() > 0 and known.max() > 10 * known.min():
-        axes.set_yscale("log")
-    elif known.min() >= 0:
-        axes.set_ylim(0, 1.05 * known.max() or 1)
-    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    axes.yaxis.set_major_formatter("{x:.6g}")
-    axes.minorticks_off()
-    axes.set_xlabel(x_label, color=TEXT, fontsize=14)
-    axes.tick_params(color=AXIS, labelcolor=TEXT, labelsize=13)
-    axes.grid(axis="y", color=AXIS)
-    axes.set_axisbelow(True)
-    axes.spines[:].set_visible(False)
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, labelcolor="linecolor", fontsize=14)
-    file = io.StringIO()
-    undocumented = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    # The hash names what the chart refers to, so that no two charts of a page share an id.
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
-        figure.savefig(file, format="svg", transparent=True, metadata=undocumented)
-    label = Markup.escape(f"{title} by {x_label}: " + ", ".join(lines))
-    svg = file.getvalue()
-    svg = re.sub(r"^.*?<svg [^>]*viewBox", f'<svg role="img" aria-label="{label}" viewBox', svg, flags=re.DOTALL)
-    svg = re.sub(r'<style type="text/css">.*?</style>|(?<=<g) id="[^"]*"', "", svg, flags=re.DOTALL)
-    for color, ours in COLORS.items():
-        svg = svg.replace(color, ours)
-    return Markup(re.sub(r' xmlns="[^"]*"| version="1.1"', "", svg))
+    return {"curves": curves, "columns": columns, "rows": rows}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -312,46 +232,23 @@ class Pictures:
     def __init__(self) -> None:
         self.left = MAX_PICTURES
 
-    def uri(self, path: Path, longest: int) -> str | None:
-        """Return a small JPEG of a picture, or an SVG as it is; None where it cannot be read or there is no room."""
-        if path.suffix == ".svg":  # as an image a browser runs and loads nothing of it
-            return self.fitted("image/svg+xml", path.read_bytes()) if path.stat().st_size <= self.left else None
-        small = small_image(path, longest)
-        return self.fitted("image/jpeg", encoded(small, "JPEG", quality=82, optimize=True)) if small else None
-
-    def fitted(self, kind: str, content: bytes) -> str | None:
-        if len(content) > self.left:
+    def uri(self, path: Path, longest: int | None = None) -> str | None:
+        """Return a picture as it is, or a JPEG no side of which is longer; None where it cannot be read or has no room."""
+        kind, content = {".png": "image/png", ".svg": "image/svg+xml"}.get(path.suffix, ""), b""
+        try:
+            if longest is None:  # in an image a browser runs and loads nothing of an SVG
+                content = path.read_bytes() if path.stat().st_size <= self.left else b""
+            else:
+                picture, file = open_image(path, at_least=longest), io.BytesIO()
+                picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+                picture.save(file, "JPEG", quality=82, optimize=True)
+                kind, content = "image/jpeg", file.getvalue()
+        except (OSError, UnreadableImage):
+            return None
+        if not content or len(content) > self.left:
             return None
         self.left -= len(content)
         return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def small_image(path: Path, longest: int) -> Image.Image | None:
-    """Return a picture with no side longer than `longest` pixels, None where it cannot be read."""
-    try:
-        picture = open_image(path, at_least=longest)
-    except UnreadableImage:
-        return None
-    picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
-    return picture
-
-
-def encoded(picture: Image.Image, form: str, **options: Any) -> bytes:
-    file = io.BytesIO()
-    picture.save(file, form, **options)
-    return file.getvalue()
-
-
-def known_references(run: Run, data: CaptionSet | None) -> dict[str, list[str]]:
-    """Return the references by image id, of the latest test or else of the data set; none without either."""
-    try:
-        found = read_test_references(run, run.latest)
-    except UserError as error:
-        found = {}
-        run.damage.append(str(error))
-    if not found and data is not None:
-        found = {str(data.image_id(n)): data.references(n) for n in range(len(data.names))}
-    return found
 
 
 def gallery(
@@ -362,70 +259,58 @@ def gallery(
     Args:
         predictions: the captions of the latest test by image id; empty where there was none, or they are gone.
     """
-    found: dict[str, Any] = {"notes": [], "groups": []}
-    if not predictions:
-        return found
-    if data is None:
-        return found | {"notes": [problem]}
-    position = {str(data.image_id(number)): number for number in range(len(data.names))}
-    names = [name for name in predictions if name in position]
-    if not names:
-        return found | {"notes": [f"None of the images that were captioned is in {data.image_dir}."]}
-    size = max(1, min(GROUP, len(names) // 4))
-    seed = run.flags.get("seed")
-    drawn = np.random.default_rng(seed if type(seed) is int and seed >= 0 else 0).permutation(len(names))[:size]
-    groups = {f"Random (--seed {seed})": drawn}
-    found["notes"].append(f"The latest test: {', '.join(describe(run.latest))}. Bold: the model; below: people.")
-    scores: dict[str, np.ndarray] = {}
+    if not predictions or data is None:
+        return {"notes": [problem] if predictions else [], "groups": []}
     try:
         stored = read_scores(run, run.latest)
-        place = {name: number for number, name in enumerate(stored.names)}
-        order = [place[name] for name in names]
-        scores = {"CIDEr": stored.scores.cider[order]}
-        sentence_bleu = stored.scores.sentence_bleu4[order]  # NaN in older files
-        scores |= {} if np.isnan(sentence_bleu).any() else {"sentence BLEU-4": sentence_bleu}
-        groups = {**by_rank(scores["CIDEr"], size), **groups}
-    except (UserError, KeyError) as error:
-        reason = str(error) if isinstance(error, UserError) else f"no score of {error}"
-        found["notes"].append(f"Not ranked, since the CIDEr of each image is missing: {reason}")
-    texts = training_texts(run, data)
-    if not len(texts):
-        found["notes"].append("The closest training captions are not known: no image of the run's split.json is here.")
-    for title, places in groups.items():
-        captions = [predictions[names[number]] for number in places.tolist()]
-        cards = []
-        for number, caption, nearest in zip(
-            places.tolist(), captions, nearest_training(data, texts, captions), strict=True
-        ):
-            image = position[names[number]]
-            cards.append({
-                "picture": pictures.uri(data.image_dir / data.names[image], 480), "name": names[number],
-                "caption": caption, "people": data.references(image)[:5], "nearest": nearest,
-                "unsupported": unsupported_words(caption, data.references(image)),
-                "scores": [f"{label} {100 * each[number]:.0f}" for label, each in scores.items()],
-            })  # fmt: skip
-        found["groups"].append((title, cards))
-    return found
+    except UserError as error:
+        return {"notes": [f"Not ranked: {error}"], "groups": []}
+    position = {str(data.image_id(number)): number for number in range(len(data.names))}
+    places = [place for place, name in enumerate(stored.names) if name in predictions and name in position]
+    if not places:
+        return {"notes": [f"None of the images that were captioned is in {data.image_dir}."], "groups": []}
+    size = max(1, min(GROUP, len(places) // 4))
+    seed = run.flags.get("seed")
+    drawn = np.random.default_rng(seed if type(seed) is int and seed >= 0 else 0).permutation(len(places))[:size]
+    ranked = by_rank(stored.scores.cider[places], size) | {f"Random (--seed {seed})": drawn}
+    groups = {title: [places[n] for n in chosen] for title, chosen in ranked.items()}
+    captions = {place: predictions[stored.names[place]] for chosen in groups.values() for place in chosen}
+    nearest = nearest_training(run, data, list(captions.values()))
+
+    def card(place: int) -> dict[str, Any]:
+        name, caption = stored.names[place], captions[place]
+        image, cider, bleu = position[name], stored.scores.cider[place], stored.scores.sentence_bleu4[place]
+        return {
+            "picture": pictures.uri(data.image_dir / data.names[image], 480), "name": name,
+            "caption": caption, "people": data.references(image)[:5], "nearest": nearest.get(caption, ""),
+            "unsupported": unsupported_words(caption, data.references(image)),
+            "scores": [f"CIDEr {100 * cider:.0f}", f"sentence BLEU-4 {100 * bleu:.0f}"],
+        }  # fmt: skip
+
+    note = f"The latest test: {', '.join(describe(run.latest))}. Bold: the model; below: people."
+    return {"notes": [note], "groups": [(title, list(map(card, chosen))) for title, chosen in groups.items()]}
 
 
-def training_texts(run: Run, data: CaptionSet) -> np.ndarray:
-    """Return the numbers of the run's training captions (T,); none where its `split.json` does not tell."""
-    from captioning.dataset import captions_of
+def nearest_training(run: Run, data: CaptionSet, captions: Sequence[str]) -> dict[str, str]:
+    """Return by caption the closest of the run's training captions, with its similarity and image; none without a split.
+
+    The similarity is ROUGE-L (Lin, 2004) with equal weights: 2 x the longest common subsequence of words, over the words
+    of both.
+    """
+    from rapidfuzz import process
+    from rapidfuzz.distance import Indel
 
     try:
-        names = {name for name in read_json(run.directory / "split.json")["train"] if isinstance(name, str)}
+        training = set(read_json(run.directory / "split.json")["train"])
     except (UserError, KeyError, TypeError):
-        names = set()
-    return captions_of(data, np.array([n for n, name in enumerate(data.names) if name in names], np.int64))
-
-
-def nearest_training(data: CaptionSet, texts: np.ndarray, captions: Sequence[str]) -> list[dict[str, Any] | None]:
-    """Return for each caption the closest of some captions of the data set, its image and the similarity."""
-    return [
-        {"text": data.tokens.text(text), "similarity": similarity,
-         "name": data.names[np.searchsorted(data.first_caption, text, "right") - 1]}
-        for text, similarity in nearest_texts(captions, data.tokens, texts)
-    ] if len(texts) else [None] * len(captions)  # fmt: skip
+        return {}
+    known = [(text, name) for n, name in enumerate(data.names) if name in training for text in data.references(n)]
+    choices = [text.split() for text, _ in known]
+    found = {}
+    for caption in captions if known else ():
+        _, similarity, number = process.extractOne(caption.split(), choices, scorer=Indel.normalized_similarity)
+        found[caption] = f"ROUGE-L {100 * similarity:.0f}: {known[number][0]} ({known[number][1]})"
+    return found
 
 
 def errors(run: Run, predictions: Mapping[str, str], known: Mapping[str, list[str]]) -> dict[str, Any] | None:
@@ -456,109 +341,19 @@ def confidence(run: Run) -> dict[str, Any] | None:
         stored = read_scores(run, run.latest)
     except UserError as error:
         return {"note": f"Not known: {error}"}
-    sure, supported = stored.confidence, stored.supported
-    if np.isnan(sure + supported).any():
-        return {
-            "note": f"The captions of the latest test have none. With {FEWEST} validation images --mode tune adds it; then test again."
-        }
-    bins, cider = reliability(sure, supported), stored.scores.cider
-    kept = [5 * n for n in range(1, 21)]
-    means = [100 * mean for mean in kept_means(sure, cider, [share / 100 for share in kept])]
-    x = [100 * each.confidence for each in bins]
-    measured = {"measured": [100 * each.supported for each in bins], "equal to the confidence": x}
-    curves = (
-        ("Supported content words, in %", "confidence, in %", x, measured),
-        ("Mean CIDEr of the captions kept, in hundredths", "images whose caption is kept, in %", kept,
-         {"the most confident": means, "all": [means[-1]] * len(kept)}),
-    )  # fmt: skip
+    sure, supported, cider = stored.confidence, stored.supported, stored.scores.cider
+    if sure is None or supported is None:
+        return {"note": f"The captions of the latest test have none. With {FEWEST} validation images --mode tune adds it; "
+                "then test again."}  # fmt: skip
+    bins = reliability(sure, supported)
     rows = [(each, float((sure >= each.low).mean()), 100 * float(cider[sure >= each.low].mean())) for each in bins]
-    return {
-        "note": "", "images": len(sure), "error": 100 * calibration_error(bins), "rows": rows,
-        "charts": [(title, chart(title, label, points, lines)) for title, label, points, lines in curves],
-    }  # fmt: skip
+    return {"note": "", "images": len(sure), "error": 100 * calibration_error(bins), "rows": rows}
 
 
-def attention(run: Run, data: CaptionSet | None, pictures: Pictures) -> dict[str, Any]:
-    """Return the run's attention pictures, drawn anew from their numbers so that they suit any screen.
-
-    Without the photo or the numbers the picture itself is shown, of the rest the names.
-    """
-    samples: list[dict[str, Any]] = []
-    shown_files: list[tuple[str, str]] = []
-    named: list[str] = []
-    paths = [path for path in run.directory.glob("*attention_viz_sample_*") if path.suffix in (".png", ".svg", ".pdf")]
-    for path in sorted(paths, key=lambda path: (path.name.startswith("advanced"), len(path.name), path.name)):
-        advanced = path.name.startswith("advanced")
-        if not advanced and len(samples) + len(shown_files) < GROUP:
-            if data is not None and (sample := word_maps(path.with_suffix(".json"), data, pictures)):
-                samples.append(sample)
-            elif path.suffix != ".pdf" and (uri := pictures.uri(path, 1500)):
-                shown_files.append((path.name, uri))
-                continue
-        named.append(path.name)
-    return {"samples": samples, "pictures": shown_files, "named": named}
-
-
-def word_maps(path: Path, data: CaptionSet, pictures: Pictures) -> dict[str, Any] | None:
-    """Read an `attention_viz_sample_N.json`: the photo, and each word's map to lay over it; None where it fails."""
-    try:
-        content = read_json(path)
-        name, words, maps = content["image"], content["words"], np.array(content["maps"], dtype=np.float64)
-        weights = check_weights(maps.reshape(len(maps), -1), len(words))
-    except (UserError, KeyError, TypeError, ValueError, OverflowError):
-        return None
-    photo = small_image(data.image_dir / name, 400) if name in data.names else None
-    if photo is None or not all(isinstance(word, str) for word in words):
-        return None
-    uri = pictures.fitted("image/jpeg", encoded(photo, "JPEG", quality=82))
-    glows = [pictures.fitted("image/png", glow(row)) for row in weights]
-    if uri is None or None in glows:
-        return None
-    return {
-        "name": name, "photo": uri, "width": photo.width, "height": photo.height, "caption": " ".join(words),
-        "maps": list(zip(words, glows, entropy(weights).tolist(), strict=True)), "most_bits": math.log2(weights.shape[1]),
-    }  # fmt: skip
-
-
-def glow(weights: np.ndarray) -> bytes:
-    """Return a PNG to lay over a photo: orange where the decoder looked, dark where it did not.
-
-    Dark and bright photos both show it.
-
-    Args:
-        weights: (cells,) of a square grid.
-    """
-    smooth = (upsample(weights, 28, 28) / weights.max())[..., None]
-    rgba = smooth * (255, 150, 0, 95) + (1 - smooth) * (0, 0, 0, 165)
-    return encoded(Image.fromarray(rgba.astype(np.uint8), "RGBA"), "PNG", optimize=True)
-
-
-def words(run: Run, predictions: Mapping[str, str], known: Mapping[str, list[str]]) -> dict[str, Any]:
-    """Return how the model's words and lengths differ from people's on the same images."""
-    found: dict[str, Any] = {"facts": [(k, run.facts[k]) for k in ("Vocabulary", "Images") if k in run.facts]}
-    if not predictions:
-        return found | {"rows": []}
-    people = [text.split() for name in predictions for text in known.get(name, ())]
-    model = [caption.split() for caption in predictions.values()]
-    both = [model, people] if people else [model]
-    counts = [Counter(word for caption in captions for word in caption) for captions in both]
-    in_training = run.latest.get("in_training")
-    found["rows"] = [
-        ("captions", *map(len, both)),
-        ("words in a caption, mean", *(f"{sum(map(len, each)) / max(1, len(each)):.1f}" for each in both)),
-        ("different words", *map(len, counts)),
-        ("different captions", *(len(set(map(tuple, each))) for each in both)),
-        *([("captions that are in the training set", f"{100 * in_training:.0f} %")] if is_number(in_training) else []),
-    ]
-    lengths = [Counter(map(len, captions)) for captions in both]
-    longest = min(40, max(length for each in lengths for length in each))
-    x = list(range(min(longest, *(min(each) for each in lengths)), longest + 1))
-    names = ("model", "people, same images")
-    shares = {
-        name: [100 * each[n] / max(1, each.total()) for n in x] for name, each in zip(names, lengths, strict=False)
-    }
-    title = "Captions of each length, in %"
-    found["people"] = bool(people)
-    found["chart"] = (title, chart(title, "words", x, shares))
-    found["frequent"] = counts[0].most_common(20)
-    return found
+def attention(run: Run, pictures: Pictures) -> dict[str, Any]:
+    """Return the run's first attention pictures, and the names of the others."""
+    names = sorted((path.name for path in run.directory.glob("*attention_viz_sample_*.*")), key=lambda n: (len(n), n))
+    names = [name for name in names if not name.endswith(".json")]
+    first = [name for name in names if name.startswith("attention") and not name.endswith(".pdf")][:GROUP]
+    found = [(name, pictures.uri(run.directory / name, None if name.endswith(".svg") else 1500)) for name in first]
+    return {"pictures": found, "named": [name for name in names if name not in first]}

@@ -6,14 +6,12 @@ Needs neither PyTorch nor pandas. Tables of runs are made in `captioning.compari
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
-import pickletools
 import re
 import shlex
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
@@ -40,10 +38,14 @@ DRY_RUN = "dry_run_"  # begins the names of runs that are not results
 PRETRAINED = Path(__file__).parent / "pretrained"  # models that come with the package, each an exported folder
 PRETRAINED_MODEL = "flickr8k_attention"  # the one of them that captions images unless another is named
 EPOCH_FILE = re.compile(r"model_epoch_([1-9][0-9]{0,8})\.pt")
-MEMBERS = " + "  # between the members of an ensemble
 # The lists of loss_curve.json, which are of equal length, and the columns of `training_rows`.
 CURVE = {"epochs": "epoch", "training_losses": "training_loss", "validation_losses": "validation_loss"}
 CURVE["learning_rates"] = "learning_rate"
+# What every row of test_metrics.json has, beside its scores.
+TEST_KEYS = (
+    "checkpoint", "epoch", "split", "images", "views", "beam_size", "length_penalty", "consensus", "captions_file",
+    "scores_file",
+)  # fmt: skip
 
 
 def reproducing_command(words: list[str]) -> str:
@@ -76,7 +78,7 @@ class Run:
     facts: dict[str, str]  # the lines "Name: value" of run_summary.txt
     epochs: list[dict[str, Any]]  # see `training_rows`
     tests: list[dict[str, Any]]  # the rows of test_metrics.json, the latest last
-    ensembles: list[dict[str, Any]]  # the rows of ensemble_metrics.json; checkpoint and epoch joined by `MEMBERS`
+    ensembles: list[dict[str, Any]]  # the rows of ensemble_metrics.json; checkpoint and epoch are lists
     damage: list[str]  # what could not be read: messages that name file and field
 
     @property
@@ -125,7 +127,7 @@ def is_epoch(value: Any) -> bool:
 def read_run(directory: Path) -> Run:
     """Read the files of a run; those that are not there yet count as empty.
 
-    What has another form than this program writes is left out, and `Run.damage` names its file and field.
+    So does a file of another form than this program writes, and `Run.damage` names it and the field.
 
     Raises:
         UserError: not a run directory.
@@ -134,67 +136,55 @@ def read_run(directory: Path) -> Run:
         raise UserError(f"{directory} is not a run directory: it has no run_config.json. Give one, or a folder of runs")
     damage: list[str] = []
 
-    def read(name: str, kind: type) -> Any:
-        path = directory / name
+    def read(name: str, kind: type, problem: Callable[[Any], str]) -> Any:
         try:
-            value = read_json(path) if path.is_file() else kind()
+            return read_checked(directory / name, kind, problem)
         except UserError as error:
             damage.append(str(error))
             return kind()
-        if isinstance(value, kind):
-            return value
-        damage.append(f"{path}: expected {'an object' if kind is dict else 'a list'} of JSON")
-        return kind()
-
-    def read_rows(name: str, *required: str) -> list[dict[str, Any]]:
-        rows = []
-        for number, row in enumerate(read(name, list), 1):
-            if not isinstance(row, dict):
-                damage.append(f"{directory / name}: entry {number} is not an object")
-                continue
-            for key in ("checkpoint", "epoch"):
-                if isinstance(row.get(key), list):  # of an ensemble
-                    row[key] = MEMBERS.join(map(str, row[key]))
-            wrong = [key for key, value in row.items() if not fits(key, value)]
-            wrong += [key for key in required if key not in row]
-            damage.extend(f"{directory / name}: entry {number}: {key} has a wrong value" for key in wrong)
-            if not set(required) & set(wrong):
-                rows.append({key: value for key, value in row.items() if key not in wrong})
-        return rows
 
     ours = {theirs: name for name, theirs in CONFIG_NAMES.items()}
-    flags: dict[str, Any] = {}
-    for key, value in read("run_config.json", dict).items():
-        if key == "explicit":  # which of the flags were set by hand
-            continue
-        if is_plain(value) or (isinstance(value, list) and all(map(is_plain, value))):
-            flags[ours.get(key, key)] = value
-        else:
-            damage.append(f"{directory / 'run_config.json'}: {key} has a wrong value")
-    curve = read("loss_curve.json", dict)
-    if curve and (bad_list := wrong_list(curve)):
-        damage.append(f"{directory / 'loss_curve.json'}: {bad_list}")
-        curve = {}
-    epochs = training_rows(curve or dict.fromkeys(CURVE, ()), read_rows("metrics_history.json", "epoch"))
-    tests, ensembles = read_rows("test_metrics.json"), read_rows("ensemble_metrics.json")
-    # In older runs the tests of an ensemble are among those of its first member.
-    ensembles = [row for row in tests if is_ensemble(row)] + ensembles
-    tests = [row for row in tests if not is_ensemble(row)]
-    return Run(directory, flags, read_facts(directory / "run_summary.txt"), epochs, tests, ensembles, damage)
+    flags = {ours.get(key, key): value for key, value in read("run_config.json", dict, wrong_flag).items()}
+    flags.pop("explicit", None)  # which of the flags were set by hand
+    curve = read("loss_curve.json", dict, wrong_list)
+    history = read("metrics_history.json", list, lambda rows: wrong_row(rows, ("epoch",)))
+    tests, ensembles = (read(f"{name}_metrics.json", list, wrong_row) for name in ("test", "ensemble"))
+    facts = read_facts(directory / "run_summary.txt")
+    return Run(directory, flags, facts, training_rows(curve, history) if curve else [], tests, ensembles, damage)
 
 
-def fits(key: str, value: Any) -> bool:
-    """Whether a field of a table of scores has the form that this program writes."""
-    if key == "epoch":
-        return is_epoch(value) or MEMBERS in str(value)
-    if key.endswith("_interval"):
-        return isinstance(value, list) and len(value) == 2 and all(map(is_number, value))
-    return is_plain(value) and (key not in METRIC_NAMES or value is None or is_number(value))
+def read_test_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a `test_metrics.json`, none where it is absent.
+
+    Raises:
+        UserError: the file is damaged, or from an older commit.
+    """
+    rows: list[dict[str, Any]] = read_checked(path, list, wrong_row)
+    return rows
+
+
+def read_checked(path: Path, kind: type, problem: Callable[[Any], str]) -> Any:
+    """Return the JSON in a file, an empty dict or list where there is none.
+
+    Raises:
+        UserError: it cannot be read, is of another kind, or `problem` says what is wrong in it.
+    """
+    content = read_json(path) if path.is_file() else kind()
+    wrong = problem(content) if isinstance(content, kind) else f"expected {'an object' if kind is dict else 'a list'}"
+    if wrong:
+        raise UserError(f"{path}: {wrong}")
+    return content
+
+
+def wrong_flag(config: Mapping[str, Any]) -> str:
+    """Return what is wrong with a `run_config.json`; empty where nothing is."""
+    wrong = (key for key, value in config.items() if not all(map(is_plain, value if type(value) is list else [value])))
+    return next((f"{key} has a wrong value" for key in wrong), "")
 
 
 def wrong_list(curve: Mapping[str, Any]) -> str:
-    """Return what is wrong with a `loss_curve.json`, naming the list; empty where nothing is."""
-    for name in CURVE:
+    """Return what is wrong with a `loss_curve.json`; empty where nothing is."""
+    for name in CURVE if curve else ():
         values = curve.get(name)
         if not isinstance(values, list) or not all(map(is_epoch if name == "epochs" else is_plain, values)):
             return f"{name} is not a list of numbers"
@@ -203,8 +193,24 @@ def wrong_list(curve: Mapping[str, Any]) -> str:
     return ""
 
 
-def is_ensemble(row: Mapping[str, Any]) -> bool:
-    return MEMBERS in str(row.get("checkpoint"))
+def wrong_row(rows: Sequence[Any], required: Sequence[str] = TEST_KEYS) -> str:
+    """Return what is wrong with a table of scores, every row of which has some fields; empty where nothing is."""
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            return f"entry {number} is not an object"
+        if missing := [key for key in required if key not in row]:
+            return f"entry {number} has no {missing[0]}. Move the file away, then test again"
+        if wrong := [key for key, value in row.items() if not fits(key, value)]:
+            return f"entry {number}: {wrong[0]} has a wrong value"
+    return ""
+
+
+def fits(key: str, value: Any) -> bool:
+    """Whether a field of a table of scores has the form that this program writes."""
+    if key.endswith("_interval"):
+        return isinstance(value, list) and len(value) == 2 and all(map(is_number, value))
+    values = value if key in ("checkpoint", "epoch") and isinstance(value, list) else [value]  # a list: of an ensemble
+    return all(map(is_epoch if key == "epoch" else is_number if key in METRIC_NAMES else is_plain, values))
 
 
 def read_facts(path: Path) -> dict[str, str]:
@@ -229,102 +235,63 @@ def training_rows(curve: Mapping[str, Sequence[Any]], history: Sequence[Mapping[
     return [row | scores.get(row["epoch"], {}) for row in rows]
 
 
-def read_test_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a `test_metrics.json`, none where it is absent.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    rows = read_json(path) if path.is_file() else []
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(
-            f"{path} is not a list of test scores: move it away, then test again (--mode test --model_path {path.parent})"
-        )
-    return rows
-
-
 class ByImage(NamedTuple):
     """A test's scores by image."""
 
     names: list[str]
-    scores: ImageScores
-    confidence: np.ndarray  # (n,) of each caption; NaN where the model had no calibration, as in older files
-    supported: np.ndarray  # (n,) the share of its content words that a reference has; NaN with it
+    scores: ImageScores  # `rouge` is NaN: it is not stored
+    confidence: np.ndarray | None = None  # (n,) of each caption, where the model has a calibration
+    supported: np.ndarray | None = None  # (n,) the share of its content words that a reference has
 
 
 def read_scores(run: Run, row: Mapping[str, Any]) -> ByImage:
     """Read the file of scores by image that belongs to a row of `test_metrics.json`.
 
-    A score that the file of an older version lacks is NaN.
-
     Raises:
         UserError: there is none, or it has another form.
     """
-    name = row.get("scores_file")
-    if not isinstance(name, str):
-        raise UserError(
-            f"{run.directory} was tested before scores were stored by image: {command_to_test(run.directory)}"
-        )
-    path = run.directory / Path(name).name  # the row of a stranger's run names no file elsewhere
+    path = run.directory / Path(str(row["scores_file"])).name  # the row of a stranger's run names no file elsewhere
     if not os.path.isfile(path):  # where Path raises over a name that no file can have
         raise UserError(f"{path} is not there: {command_to_test(run.directory)}")
     content = read_json(path)
-    field = "image_id"
+
+    def column(place: Mapping[str, Any], name: str, *shape: int) -> np.ndarray:
+        values = np.array(place[name], dtype=np.float64)
+        if values.shape != (len(names), *shape) or not (np.abs(values) < 1e9).all():
+            raise ValueError(f"{name} is not a number for each image")
+        return values
+
     try:
-        names = content[field]
+        names = content["image_id"]
         if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
-            raise ValueError("expected different names")
-        values = {field: np.full(len(names), np.nan) for field in (*ImageScores._fields, "confidence", "supported")}
-        for field in values:
-            counts = field in ("guess", "correct", "length", "reference_length")
-            place = content["bleu"] if counts else content
-            if field not in place and field not in ("cider", "rouge_l", "wer") and not counts:
-                continue
-            values[field] = np.array(place[field], dtype=np.int64 if counts else np.float64)
-            shape = (len(names), 4) if field in ("guess", "correct") else (len(names),)
-            if values[field].shape != shape or not (np.abs(values[field]) < 1e9).all():
-                raise ValueError("expected a number for each image")
-            if field in ("confidence", "supported") and not ((values[field] >= 0) & (values[field] <= 1)).all():
-                raise ValueError("expected numbers from 0 to 1")
+            raise ValueError("image_id is not a list of different names")
+        counts = {name: column(content["bleu"], name, 4) for name in ("guess", "correct")}
+        counts |= {name: column(content["bleu"], name) for name in ("length", "reference_length")}
+        means = {name: column(content, name) for name in ("cider", "rouge_l", "wer", "sentence_bleu4")}
+        calibrated = {name: column(content, name) for name in ("confidence", "supported") if name in content}
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise UserError(f"{path} is not a file of scores by image: {field}: {first_line(error)}. Test again") from None
-    confidence, supported = values.pop("confidence"), values.pop("supported")
-    return ByImage(list(names), ImageScores(**values), confidence, supported)
+        raise UserError(f"{path} is not a file of scores by image ({first_line(error)}): test again") from None
+    return ByImage(names, ImageScores(**means, **counts, rouge=np.full(len(names), np.nan)), **calibrated)
 
 
-def read_test_captions(run: Run, row: Mapping[str, Any]) -> dict[str, str]:
-    """Read the captions of a row of `test_metrics.json`, by image id; empty where none are stored.
-
-    Raises:
-        UserError: the file has another form.
-    """
-    return {name: texts[0] for name, texts in read_texts(run, row.get("captions_file"), "").items()}
-
-
-def read_test_references(run: Run, row: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Read the references of the images of a row of `test_metrics.json`, by image id; empty where none are stored.
+def read_texts(run: Run, name: Any) -> dict[str, list[str]]:
+    """Read the captions in a file of a run, by image id: COCO's number or the file name; empty where it is absent.
 
     Raises:
-        UserError: the file has another form.
+        UserError: the file has another form than COCO's results or annotations.
     """
-    return read_texts(run, f"{str(row.get('split')).replace('+', '_')}_references.json", "annotations")
-
-
-def read_texts(run: Run, name: Any, field: str) -> dict[str, list[str]]:
-    """Return the captions by image id, COCO's number or the file name, of a list in `field` of a file, or the file."""
-    path = run.directory / Path(name).name if isinstance(name, str) else run.directory
-    if not os.path.isfile(path):  # where Path raises over a name that no file can have
+    path = run.directory / Path(str(name)).name
+    if not os.path.isfile(path):
         return {}
     content = read_json(path)
-    entries = content.get(field) if field and isinstance(content, dict) else content
-    if not isinstance(entries, list) or not entries:
-        raise UserError(f"{path} is not a list of captions: test the run again")
     texts: dict[str, list[str]] = {}
-    for number, entry in enumerate(entries, 1):
-        known = isinstance(entry, dict) and type(entry.get("image_id")) in (str, int)
-        if not known or not isinstance(entry.get("caption"), str):
-            raise UserError(f"{path}: entry {number} has no image_id and caption: test the run again")
-        texts.setdefault(str(entry["image_id"]), []).append(entry["caption"])
+    try:
+        for entry in content["annotations"] if isinstance(content, dict) else content:
+            texts.setdefault(str(entry["image_id"]), []).append(entry["caption"])
+    except (KeyError, TypeError):
+        texts = {}
+    if not texts or not all(isinstance(text, str) for known in texts.values() for text in known):
+        raise UserError(f"{path} is not a list of captions: test the run again")
     return texts
 
 
@@ -471,35 +438,24 @@ def newest_interrupted(folder: Path) -> Path | None:
 # Epoch files
 
 
-class Epochs(NamedTuple):
-    """The epoch files of a run that best.pt and last.pt make deletable."""
-
-    files: list[Path]
-    freed: int  # bytes: a file that best.pt or last.pt is a hard link to frees nothing
-    others: list[Path]  # files that are named alike but were not written by a run: they stay
-
-
 def stored_epoch(path: Path) -> int | None:
-    """Return the epoch that a checkpoint says it is of, without building anything of it; None where it says none.
+    """Return the epoch that a checkpoint says it is of; None where it says none."""
+    import torch
 
-    The number stands at the beginning of the pickle, and only that is read.
-    """
     try:
-        with zipfile.ZipFile(path) as archive:
-            (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
-            with archive.open(name) as file:
-                operations = itertools.islice(pickletools.genops(file.read(1000)), 20)
-                values = [argument for code, argument, _ in operations if not code.name.endswith(("PUT", "MEMOIZE"))]
-        epoch = values[values.index("epoch") + 1]
-    except Exception:  # zipfile and pickletools raise what they meet
+        epoch = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["epoch"]
+    except Exception:  # PyTorch raises many kinds
         return None
     return epoch if is_epoch(epoch) else None
 
 
-def deletable_epochs(directory: Path) -> Epochs:
+def deletable_epochs(directory: Path) -> tuple[list[Path], int]:
     """Find the run's `model_epoch_N.pt`, except what was trained after last.pt was written (a crash in between).
 
     Only files that a run wrote count: the name has a number, and the checkpoint says that it is of this epoch.
+
+    Returns:
+        the files, and the bytes that deleting them frees: a file that best.pt or last.pt is a hard link to frees none.
 
     Raises:
         UserError: best.pt or last.pt is missing or damaged, so that an epoch file may be all there is.
@@ -508,21 +464,20 @@ def deletable_epochs(directory: Path) -> Epochs:
     for path in kept:
         try:
             with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():
-                    raise zipfile.BadZipFile(f"its record {damaged} is damaged")
-        except Exception as error:  # whatever is wrong with it
-            problem = "is not there" if not path.exists() else f"cannot be read ({first_line(error)})"
-            raise UserError(f"{path} {problem}: the epoch files of this run stay") from None
+                damaged = archive.testzip() is not None  # compares the checksums, which PyTorch does not
+        except (OSError, zipfile.BadZipFile):
+            damaged = True
+        if damaged:
+            raise UserError(f"{path} is missing or damaged: the epoch files of this run stay")
     written = kept[1].stat().st_mtime_ns
-    files, others = {}, []
-    for path in directory.glob("model_epoch_*.pt"):
-        name = EPOCH_FILE.fullmatch(path.name)
-        if name is None or path.is_symlink() or not path.is_file() or stored_epoch(path) != int(name[1]):
-            others.append(path)
-        elif path.stat().st_mtime_ns <= written:
-            files[path] = int(name[1])
+    files = [
+        path
+        for path in directory.glob("model_epoch_*.pt")
+        if (name := EPOCH_FILE.fullmatch(path.name)) and path.is_file() and not path.is_symlink()
+        if path.stat().st_mtime_ns <= written and stored_epoch(path) == int(name[1])
+    ]
     freed = sum(path.stat().st_size for path in files if path.stat().st_nlink == 1)
-    return Epochs(sorted(files, key=files.__getitem__), freed, sorted(others))
+    return sorted(files), freed
 
 
 # --------------------------------------------------------------------------------------------------
@@ -531,20 +486,18 @@ def deletable_epochs(directory: Path) -> Epochs:
 
 def plain(value: Any) -> str:
     """Return a value as text for a terminal, with control characters as escapes."""
+    if isinstance(value, list):
+        return ", ".join(map(plain, value))
     return printable(f"{value:g}" if type(value) is float else str(value))
 
 
-def score_text(key: str, value: float | None) -> str:
+def score_text(key: str, value: float) -> str:
     """Return a score as papers write it, in hundredths; losses as they are."""
-    return "-" if value is None else f"{value:.3f}" if key.endswith("loss") else f"{100 * value:.1f}"
+    return f"{value:.3f}" if key.endswith("loss") else f"{100 * value:.1f}"
 
 
 def decoding(row: Mapping[str, Any]) -> str:
     """Return the way of decoding of a test: `greedy`, `beam 3`, `beam 20, consensus`."""
-    beam, consensus = row.get("beam_size"), row.get("consensus")
-    if beam == 1:
+    if row["beam_size"] == 1:
         return "greedy"
-    # Earlier versions had kinds of consensus: beam, neighbours, and regression, which is today's.
-    kind = "" if consensus == "regression" else f" by {plain(consensus)}"
-    evidence = "" if consensus is None else f", consensus{kind}"
-    return f"beam {plain(beam)}{evidence}"
+    return f"beam {plain(row['beam_size'])}{', consensus' if row['consensus'] else ''}"

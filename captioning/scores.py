@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +16,6 @@ METRIC_NAMES = {
     "rouge_l": "ROUGE-L",
     "cider": "CIDEr",
     "meteor": "METEOR",
-    "spice": "SPICE",
     "rouge": "rouge-score F1",
     "wer": "WER (min. over references)",
     "unsupported": "unsupported words",
@@ -37,7 +36,7 @@ class ImageScores(NamedTuple):
     correct: np.ndarray  # (n, 4) of these, found in the references (clipped)
     length: np.ndarray  # (n,) words of the caption
     reference_length: np.ndarray  # (n,) words of the reference that is closest in length
-    sentence_bleu4: np.ndarray  # (n,) smoothed; NaN where a file was written before it was stored
+    sentence_bleu4: np.ndarray  # (n,) smoothed
 
     def bleu_counts(self) -> np.ndarray:
         """Return what `corpus_bleu` sums over images: (n, 10)."""
@@ -126,41 +125,29 @@ class Difference(NamedTuple):
     high: float
 
 
-def shares_of_sums(sums: np.ndarray) -> np.ndarray:
-    """Return k shares (..., k), NaN of nothing, from sums (..., 2 k): of each share the part, then the whole."""
-    with np.errstate(invalid="ignore"):
-        return np.asarray(sums[..., ::2] / sums[..., 1::2])
-
-
 def paired_bootstrap(
-    first: Sequence[np.ndarray],
-    second: Sequence[np.ndarray],
-    scores: Callable[[np.ndarray], np.ndarray],
-    samples: int = 10_000,
-    seed: int = 0,
-) -> list[Difference | None]:
+    first: Sequence[np.ndarray], second: Sequence[np.ndarray], samples: int = 10_000, seed: int = 0
+) -> dict[str, Difference]:
     """Draw the same images with replacement for two systems and see how the difference of their scores varies.
 
     A system of several trainings, say of three seeds, has the mean of their scores. The interval covers the choice of
     images, not of seeds.
 
     Args:
-        first, second: of each of a system's trainings a table (n, c) with a row for each image, all in the same order.
-        scores: gets sums of rows (..., c) and returns k scores (..., k): `scores_of_sums` or `shares_of_sums`.
+        first, second: of each of a system's trainings `ImageScores.summands`, all with the images in the same order.
 
     Returns:
-        k differences; None where a score of all images is NaN.
+        the differences of the scores of `WITH_INTERVAL`.
     """
     tables = np.stack([*first, *second], 1)  # (n, trainings, c)
 
     def difference(sums: np.ndarray) -> np.ndarray:
-        found = scores(sums.reshape(-1, *tables.shape[1:]))  # (samples, trainings, k)
+        found = scores_of_sums(sums.reshape(-1, *tables.shape[1:]))  # (samples, trainings, 4)
         return np.asarray(found[:, len(first) :].mean(1) - found[:, : len(first)].mean(1))
 
     values = tables.reshape(len(tables), -1)
-    drawn = difference(resampled_sums(values, samples, seed))
-    # A sample of images may lack a rare whole.
-    return [
-        None if np.isnan(mean) else Difference(float(mean), *interval(each[np.isfinite(each)]))
-        for mean, each in zip(difference(values.sum(0))[0], drawn.T, strict=True)
-    ]
+    (means,), drawn = difference(values.sum(0)), difference(resampled_sums(values, samples, seed))
+    return {
+        name: Difference(float(mean), *interval(each))
+        for name, mean, each in zip(WITH_INTERVAL, means, drawn.T, strict=True)
+    }

@@ -19,7 +19,6 @@ from captioning.confidence import (
     calibration_error,
     confidence_of,
     is_calibration,
-    kept_means,
     reliability,
     score_of,
     supported_shares,
@@ -68,13 +67,11 @@ def test_what_is_learned_comes_true_on_other_images():
     assert calibration_error(bins) < 0.03 < calibration_error(reliability(sure**2, supported[1000:]))
 
 
-def test_bins_and_what_is_kept():
+def test_bins_and_their_error():
     sure, right = np.array([0.05, 0.95, 1.0, 0.9]), np.array([0.25, 1.0, 0.5, 0.75])
     low, high = reliability(sure, right)
     assert low == (0.0, 1, 0.05, 0.25) and high == pytest.approx((0.9, 3, 0.95, 0.75))
     assert calibration_error([low, high]) == pytest.approx(0.2)
-    tied = np.array([0.5, 0.5, 0.9, 0.1])
-    assert kept_means(tied, np.array([2.0, 4.0, 9.0, 1.0]), [0.01, 0.25, 0.5, 0.75, 1.0]) == [9.0, 9.0, 6.0, 5.0, 4.0]
 
 
 def test_a_damaged_calibration_is_none():

@@ -19,6 +19,7 @@ from captioning.checkpoints import load_checkpoint, save_checkpoint
 from captioning.decoders import find_decoder
 from captioning.io import UserError
 from captioning.modes import export as export_model
+from captioning.runs import TEST_KEYS
 
 ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
 
@@ -156,13 +157,14 @@ def test_a_pickle_called_safetensors_is_not_loaded(tmp_path):
 def test_the_card_has_this_checkpoints_scores_and_the_terms(tmp_path):
     path = checkpoint_file(tmp_path / "run")
     entry = {"checkpoint": "best.pt", "epoch": 1, "split": "test|`<b>", "images": 10, "beam_size": 3, "cider": 0.512}
+    entry = dict.fromkeys(TEST_KEYS) | entry
     (tmp_path / "run" / "test_metrics.json").write_text(json.dumps([entry, entry | {"epoch": 2, "cider": 0.9}]))
     export_model.export(load_checkpoint(path), path, tmp_path / "model", False, None)
     card = (tmp_path / "model" / "README.md").read_text()
     assert "| split | images | decoding | CIDEr |" in card and "| test\\|'&lt;b> | 10 | beam 3 | 51.2 |" in card
     assert "90.0" not in card and "non-commercial research" in card and "`0676ba61`" in card
     (tmp_path / "run" / "test_metrics.json").write_text('{"cider": 3}')
-    with pytest.raises(UserError, match="not a list of test scores"):
+    with pytest.raises(UserError, match="expected a list"):
         export_model.export(load_checkpoint(path), path, tmp_path / "other", False, None)
 
 

@@ -18,7 +18,7 @@ from pycocoevalcap.rouge.rouge import Rouge
 
 import metrics_utils
 from captioning.cider import cider_of_each
-from captioning.scores import ImageScores, bootstrap_intervals, corpus_bleu, paired_bootstrap, scores_of_sums
+from captioning.scores import ImageScores, bootstrap_intervals, corpus_bleu, paired_bootstrap
 from metrics_utils import MetricFailed, meteor_scores, score_captions, score_images, spice_scores, word_error_rates
 
 REFERENCES = [["a dog runs over the grass", "the dog is running"], ["two men sit on a bench", "men on a bench"]]
@@ -142,7 +142,7 @@ def test_resampling_ten_thousand_images_takes_little_memory():
     tracemalloc.start()
     try:
         bootstrap_intervals(first, samples=200)
-        paired_bootstrap([first.summands()], [second.summands()], scores_of_sums, samples=200)
+        paired_bootstrap([first.summands()], [second.summands()], samples=200)
         assert tracemalloc.get_traced_memory()[1] < 50e6  # all 200 samples together are of two million images
     finally:
         tracemalloc.stop()
@@ -151,7 +151,7 @@ def test_resampling_ten_thousand_images_takes_little_memory():
 def test_paired_differences_are_narrower_than_the_scores():
     scores = random_scores(300, 0)
     higher = scores._replace(cider=scores.cider + 0.01)
-    found = paired_bootstrap([scores.summands()], [higher.summands()], scores_of_sums)[0]
+    found = paired_bootstrap([scores.summands()], [higher.summands()])["cider"]
     assert found.mean == pytest.approx(0.01) and found.low == pytest.approx(found.high)
 
 
@@ -164,13 +164,13 @@ def test_of_several_trainings_the_mean_is_compared_on_the_same_resampled_images(
                  corpus_bleu(s.bleu_counts()[images].sum(0))[3]] for s in side]  # fmt: skip
         return np.mean(each, 0)
 
-    found = paired_bootstrap(
-        [each.summands() for each in first], [each.summands() for each in second], scores_of_sums, 300, seed=7
-    )
+    found = paired_bootstrap([each.summands() for each in first], [each.summands() for each in second], 300, seed=7)
     everything = np.arange(50)
     expected = np.array([scores(second, images) - scores(first, images) for images in drawn])
-    assert [each.mean for each in found] == pytest.approx(scores(second, everything) - scores(first, everything))
-    bounds = np.array([each[1:] for each in found]).T
+    assert [each.mean for each in found.values()] == pytest.approx(
+        scores(second, everything) - scores(first, everything)
+    )
+    bounds = np.array([each[1:] for each in found.values()]).T
     assert bounds == pytest.approx(np.quantile(expected, (0.025, 0.975), axis=0))
 
 

@@ -43,7 +43,7 @@ def test_tensorboard_has_each_epoch_once_also_after_resuming(here, monkeypatch):
     with monkeypatch.context() as patch:
         at_step(patch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))  # in the second epoch
         assert run(here, "--tensorboard", "--quiet") == 143
-    # As a crash between TensorBoard's file and the next save leaves it: an epoch that is trained again is there.
+    # A crash between TensorBoard's file and the next save leaves an epoch that is trained again.
     write_tensorboard(only_run(), training_rows(CURVE, []), {})
     assert trainer.main(["--resume", str(only_run())]) == 0
     events = accumulator.EventAccumulator(str(only_run() / "tensorboard"), size_guidance={"images": 0})
@@ -121,11 +121,3 @@ def test_the_log_has_a_row_per_epoch_and_leaves_gaps(tmp_path):
     assert (tmp_path / "training_log.csv").read_text() == (
         "epoch,training_loss,validation_loss,learning_rate,cider\n1,2.0,2.5,0.1,\n2,1.0,1.5,0.1,0.5\n"
     )
-
-
-def test_short_epochs_do_not_wait_for_pictures_but_the_last_one_is_drawn(here, monkeypatch):
-    drawn: list[int] = []
-    monkeypatch.setattr(plots, "draw_curves", lambda _, curve, *rest: drawn.append(curve["epochs"][-1]))
-    monkeypatch.setattr(Stopwatch, "share", lambda *_: 0.1 * len(drawn))  # as where drawing takes long
-    assert run(here, "--epochs", "3") == 0
-    assert drawn == [1, 3]
