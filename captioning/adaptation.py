@@ -24,7 +24,7 @@ from captioning.flags import ADAPTATION
 from captioning.io import UserError, log
 from captioning.layouts import find_captions_file
 from captioning.runs import find_checkpoint
-from captioning.settings import Settings, cache_folders, shown
+from captioning.settings import Settings, cache_folder, shown
 from captioning.splits import StoredSplit, few, keys, require_splits, same_names, seen_in_training, trained_on
 
 
@@ -178,7 +178,7 @@ def add_replay(
     """
     if not settings.replay:
         return Replay(data, views, np.zeros(0, dtype=np.int64), 0)
-    cache = next(iter(cache_folders(settings.feature_cache)), None)
+    cache = cache_folder(settings.feature_cache)
     remedy = "give the folder of these with --replay_data_dir" + ("" if settings.resume else ", or --replay 0")
     try:
         old = load_caption_set(settings.replay_data_dir, seed=settings.seed, token_cache=cache)

@@ -24,7 +24,7 @@ from captioning.images import VIEW_SETS
 from captioning.io import UserError, log
 from captioning.layouts import default_folder
 from captioning.runs import command_to_tune, find_checkpoint
-from captioning.settings import Settings, cache_folders
+from captioning.settings import Settings, cache_folder
 from captioning.splits import StoredSplit, checkpoint_split, refuse_trained_images, same_split
 
 # Where a data set is small. The recipe for own photos has 9,000 weights a caption on fifty photos, the original's defaults 300,000.
@@ -41,7 +41,7 @@ def build_data(settings: Settings, stored: StoredSplit | None) -> CaptionSet:
         UserError: there is no usable data set.
     """
     data_dir = default_folder(settings.data_dir, settings.image_dir, settings.captions_file, settings.dataset_type)
-    cache = next(iter(cache_folders(settings.feature_cache)), None)
+    cache = cache_folder(settings.feature_cache)
     data = load_caption_set(data_dir, settings.image_dir, settings.captions_file, settings.seed, stored, cache)
     if settings.dry_run:
         data.splits = {split: images[:n] for (split, images), n in zip(data.splits.items(), (8, 4, 4), strict=True)}
@@ -74,7 +74,7 @@ def build_features(
     distributed.check_agreement({"the hash of the encoder's weights": digest}, distributed.SAME_FILES)
     reads_means = not (decoders.find_decoder(settings.decoder).uses_grid or spec.cut)
     request = FeatureRequest(
-        caches=cache_folders(settings.feature_cache), spec=spec, weights_hash=digest,
+        cache=cache_folder(settings.feature_cache), spec=spec, weights_hash=digest,
         build_encoder=lambda: spec.build(weights), paths=data.paths(), folder=data.image_dir, images=images,
         device=distributed.pick_device(settings.device), means=reads_means, workers=decoding_threads(settings.num_workers),
         feature_type=settings.feature_type, keep_on_device=settings.features_on_device, views=VIEW_SETS[settings.views],

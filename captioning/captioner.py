@@ -371,8 +371,7 @@ class Captioner:
 
     def features(self, view: np.ndarray) -> torch.Tensor:
         """Encode one view of some images, uint8 (I, size, size, 3): (I, 49, C), or (I, C), rounded as a cache stores it."""
-        grids = self.encode(view).to(torch.float16).cpu().numpy()  # (I, 49, C)
-        rows = stored_form(grids, stored_kind(not self.decoder.uses_grid, self.flags["feature_type"]))
+        rows = stored_form(self.encode(view), stored_kind(not self.decoder.uses_grid, self.flags["feature_type"]))
         return decoded(torch.from_numpy(rows)).to(self.device)
 
     def drawn(self, member: Member, count: int, top_p: float) -> list[list[Caption]]:

@@ -1,110 +1,90 @@
-"""The feature cache on disk: append-only rows of features with their index.
+"""The feature cache on disk: rows of features in one file, with their index.
 
 One folder per encoder, weights and transform, in it one per image directory:
 
-    feature_cache/efficientnet_lite0-57934424-squash224/Images-1a2b3c4d/     (squash224-mirror: another view)
-        grid.000.f16, grid.001.f16, ...   float16 rows (49, C), ROWS_PER_FILE to a file
-        grid.jsonl                        a line per row: whose features, of which version of the file, checksum
-        grid8.000.u8, ..., grid8.jsonl    the same in eight bits: see `captioning.quantization`
-        mean.000.f16, mean.jsonl          the grids' means (C,), which is all the `lstm` decoder reads
-        grid-p1.000.f16, grid-p1.jsonl    another part: of several processes each writes its own
+    feature_cache/efficientnet_lite0-57934424-squash224/Images-1a2b3c4d/
+        whole-grids.f16         rows (49, C) of float16, of the view `whole`
+        whole-grids.f16.jsonl   their index, a line per row: whose features, of which version of the file, checksum
+        whole-grids.u8          the same in eight bits, (49, C + 4): see `captioning.quantization`
+        mirror-means.f16        the grids' means (C,), which is all the `lstm` decoder reads, of another view
 
-Parts are distributed over the folders that `--feature_cache` names, so that they can lie on several disks. Rows are
-appended and synced to the disk before the index names them: an interruption costs the images of one flush. A changed
-image is encoded again; a damaged row is found by its checksum.
+Rows are synced to the disk before the index names them, so that an interruption costs one flush of each process. Of
+several processes each writes other rows of the same file, and the first writes the index. A changed image is encoded
+again; a damaged row is found by its checksum.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import zlib
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from filelock import FileLock
 
+from captioning import distributed
 from captioning.images import UnreadableImage
 from captioning.io import UserError
 
-ROWS_PER_FILE = 4096  # half a gigabyte of EfficientNet-Lite0 grids
 INDEX_LINE = 4096  # bytes; a file name has 255 at most, which JSON writes in six times as many
-PART_NAME = re.compile(r"(grid|grid8|mean)(?:-p([1-9]\d{0,5}))?\.jsonl")  # grid.jsonl, mean-p3.jsonl
-
-
-class Version(NamedTuple):
-    """What tells one version of an image file from another."""
-
-    size: int
-    mtime_ns: int
-    content: int  # CRC-32 of its bytes, which a copy or an unpacked archive keeps
 
 
 class Entry(NamedTuple):
-    """One line of an index: which row holds an image's features, of which version of it, and their CRC-32."""
+    """One line of an index: which row holds an image's features, of which version of its file, and their CRC-32."""
 
     row: int
     size: int
     mtime_ns: int
-    content: int
+    content: int  # CRC-32 of the file's bytes, which a copy or an unpacked archive keeps
     checksum: int
 
 
-def row_dtype(kind: str) -> np.dtype[Any]:
-    """Return the type of the numbers in rows of this kind."""
-    return np.dtype(np.uint8 if kind == "grid8" else np.float16)
+def entry_of(path: Path) -> Entry:
+    """Return the version of an image's file, without a row. Raises UnreadableImage if it cannot be read."""
+    try:
+        stat = path.stat()
+        return Entry(-1, stat.st_size, stat.st_mtime_ns, zlib.crc32(path.read_bytes()), 0)
+    except OSError as error:
+        raise UnreadableImage(f"{path}: {error.strerror}") from error
 
 
 class FeatureFile:
-    """Append-only rows of one kind ('grid', 'grid8' or 'mean') with their index: one part of a `FeatureStore`."""
+    """Rows of one shape with their index: of eight-bit codes if the file's name ends in .u8, else of float16."""
 
-    def __init__(self, directory: Path, kind: str, row_shape: tuple[int, ...], part: int = 0):
-        self.directory, self.kind, self.row_shape, self.part = directory, kind, row_shape, part
-        self.stem = f"{kind}-p{part}" if part else kind
-        self.dtype, self.ending = row_dtype(kind), "u8" if kind == "grid8" else "f16"
+    def __init__(self, path: Path, row_shape: tuple[int, ...]):
+        self.path, self.row_shape = path, row_shape
+        self.index_path = Path(f"{path}.jsonl")
+        self.dtype = np.dtype(np.uint8 if path.suffix == ".u8" else np.float16)
         self.row_bytes = self.dtype.itemsize * int(np.prod(row_shape))
-        self.index_path = directory / f"{self.stem}.jsonl"
-        self.entries: dict[str, Entry] = {}  # by image name
-        self.retimed: list[str] = []  # images whose modification time is another than the index has
-        self.rows = 0  # rows named by the index, whether or not a later version replaced them
+        self.entries: dict[str, Entry] = {}  # of the index, by image name
+        self.retimed: dict[str, Entry] = {}  # of images whose modification time is another than the index has
+        self.pending: dict[str, tuple[Entry, np.ndarray]] = {}  # rows that `flush` will write
+        self.rows = 0  # up to the last that the index names, whether or not a later one replaced it
         self.index_bytes = 0  # length of the index up to its last whole line
-        self.read_index()
+        if path.is_file() and self.index_path.is_file():
+            self.read_index(path.stat().st_size // self.row_bytes)
 
-    def read_index(self) -> None:
-        """Read what other processes and earlier runs have finished; a torn or impossible line ends it."""
-        if not self.index_path.is_file():
-            return
-        on_disk = self.count_rows()
+    def read_index(self, on_disk: int) -> None:
+        """Read what earlier runs have finished; a torn or impossible line ends it. Args: on_disk: rows of the file."""
         with open(self.index_path, "rb") as lines:
             while line := lines.readline(INDEX_LINE):
                 try:
                     name, *numbers = json.loads(line)
                     entry = Entry(*numbers)
                 except (ValueError, TypeError, RecursionError):
-                    break
+                    return
                 whole = type(name) is str and all(type(number) is int for number in entry)
-                if not whole or not line.endswith(b"\n") or not 0 <= entry.row < on_disk or entry.checksum >> 32:
-                    break
+                if not (whole and line.endswith(b"\n") and 0 <= entry.row < on_disk):
+                    return
+                if entry.content >> 32 or entry.checksum >> 32:
+                    return
                 self.entries[name] = entry
                 self.rows = max(self.rows, entry.row + 1)
                 self.index_bytes += len(line)
-
-    def count_rows(self) -> int:
-        """Rows that lie on the disk without a gap, whatever the index says: those that `maps` can map."""
-        rows = 0
-        while rows % ROWS_PER_FILE == 0 and self.file(rows // ROWS_PER_FILE).is_file():
-            size = self.file(rows // ROWS_PER_FILE).stat().st_size
-            if size < self.row_bytes:
-                break
-            rows += min(size // self.row_bytes, ROWS_PER_FILE)
-        return rows
-
-    def file(self, number: int) -> Path:
-        return self.directory / f"{self.stem}.{number:03d}.{self.ending}"
 
     def holds(self, path: Path) -> bool:
         """Return whether the features of this very version of an image are here.
@@ -112,116 +92,82 @@ class FeatureFile:
         The image's bytes are read if its time differs. One that cannot be read is not here: encoding says why.
         """
         entry = self.entries.get(path.name)
-        if entry is None:
-            return False
         try:
-            stat = path.stat()
-            if (entry.size, entry.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
-                return True
-            if entry.size != stat.st_size or entry.content != zlib.crc32(path.read_bytes()):
+            if entry is None or entry.size != (stat := path.stat()).st_size:
                 return False
+            if entry.mtime_ns != stat.st_mtime_ns:
+                if entry.content != zlib.crc32(path.read_bytes()):
+                    return False
+                self.entries[path.name] = self.retimed[path.name] = entry._replace(mtime_ns=stat.st_mtime_ns)
         except OSError:
             return False
-        self.entries[path.name] = entry._replace(mtime_ns=stat.st_mtime_ns)
-        self.retimed.append(path.name)
         return True
+
+    def map(self) -> np.ndarray:
+        """Return all rows, memory-mapped read-only: (rows, *row_shape)."""
+        if not self.rows:
+            return np.empty((0, *self.row_shape), self.dtype)
+        return np.asarray(np.memmap(self.path, self.dtype, "r", shape=(self.rows, *self.row_shape)))
+
+    def put(self, name: str, version: Entry, row: int, values: np.ndarray) -> None:
+        """Have `flush` write an image's features into this row."""
+        self.pending[name] = version._replace(row=row, checksum=zlib.crc32(values.data)), values
+
+    def flush(self) -> None:
+        """Write rows and sync them to the disk, then name those of all processes in the index.
+
+        Every process calls this, and the first has locked the folder.
+
+        Raises:
+            UserError: the disk is full or gone.
+        """
+        if self.pending:
+            with synced(self.path) as file:
+                for entry, values in self.pending.values():
+                    file.seek(entry.row * self.row_bytes)
+                    file.write(values.data)
+        written = {name: entry for name, (entry, _) in self.pending.items()}
+        self.pending.clear()
+        for entries in distributed.all_gather(written):
+            if entries and distributed.is_first():
+                self.add_lines(entries)
+
+    def add_lines(self, entries: Mapping[str, Entry]) -> None:
+        text = "".join(json.dumps([name, *entry]) + "\n" for name, entry in entries.items()).encode("utf-8")
+        with synced(self.index_path) as file:
+            file.seek(self.index_bytes)
+            file.write(text)
+            file.truncate()
+        self.index_bytes += len(text)
+
+    def revise(self, entries: Mapping[str, Entry]) -> None:
+        """Replace entries beside what other runs have added meanwhile; where the folder cannot be written, leave it."""
+        with suppress(OSError, UserError), FileLock(self.path.parent / "lock", timeout=10):
+            FeatureFile(self.path, self.row_shape).add_lines(entries)
 
     def note_times(self) -> None:
         """Remember the modification times of images that `holds` knew by their bytes."""
         if self.retimed:
-            self.add_lines(self.retimed)
-            self.retimed = []
-
-    def add_lines(self, names: Sequence[str]) -> None:
-        """Write these images' entries to the index."""
-        text = "".join(json.dumps([name, *self.entries[name]]) + "\n" for name in names).encode("utf-8")
-        write_synced(self.index_path, self.index_bytes, text)
-        self.index_bytes += len(text)
-
-    def append(self, names: Sequence[str], versions: Sequence[Version], rows: np.ndarray) -> None:
-        """Write rows (n, *row_shape), sync them to the disk, then name them in the index."""
-        written = 0
-        while written < len(rows):
-            number, offset = divmod(self.rows + written, ROWS_PER_FILE)
-            part = rows[written : written + ROWS_PER_FILE - offset]
-            write_synced(self.file(number), offset * self.row_bytes, np.ascontiguousarray(part).data)
-            written += len(part)
-        for name, version, row in zip(names, versions, rows, strict=True):
-            self.entries[name] = Entry(self.rows, *version, zlib.crc32(np.ascontiguousarray(row).data))
-            self.rows += 1
-        self.add_lines(names)
+            self.revise(self.retimed)
 
     def forget(self, name: str) -> None:
-        """Have the next run encode this image again, beside what other runs have added meanwhile."""
-        with suppress(OSError, UserError), FileLock(self.directory / "lock", timeout=10):
-            fresh = FeatureFile(self.directory, self.kind, self.row_shape, self.part)
-            fresh.entries[name] = Entry(0, -1, -1, 0, 0)
-            fresh.add_lines([name])
-
-    def maps(self) -> list[np.ndarray]:
-        """The files, memory-mapped read-only, each (rows, *row_shape)."""
-        counts = [min(ROWS_PER_FILE, self.rows - first) for first in range(0, self.rows, ROWS_PER_FILE)]
-        return [
-            np.memmap(self.file(number), self.dtype, "r", shape=(count, *self.row_shape))
-            for number, count in enumerate(counts)
-        ]
+        """Have the next run encode this image again."""
+        self.revise({name: Entry(0, -1, -1, 0, 0)})
 
 
-def write_synced(path: Path, position: int, data: bytes | memoryview) -> None:
-    """Write at a position, cut off what lay behind, and wait for the disk.
+@contextmanager
+def synced(path: Path) -> Iterator[BinaryIO]:
+    """Open a file to write anywhere in it, making it if need be; wait for the disk at the end.
 
     Raises:
         UserError: the disk is full or gone.
     """
     try:
-        with open(path, "r+b" if path.exists() else "w+b") as file:
-            file.seek(position)
-            file.write(data)
-            file.truncate()
+        with open(path, "r+b", opener=lambda name, flags: os.open(name, flags | os.O_CREAT, 0o666)) as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
         raise UserError(
             f"cannot write {path}: {error.strerror}. What is encoded so far is kept: fix it and rerun"
         ) from error
-
-
-class FeatureStore:
-    """All rows of one kind, in as many parts as processes and disks have made of them."""
-
-    def __init__(self, directories: Sequence[Path], kind: str, row_shape: tuple[int, ...]):
-        """Args: directories: one per disk; part n lies in directory n modulo their number."""
-        self.directories, self.kind, self.row_shape = directories, kind, row_shape
-        found = [(directory, path.name) for directory in directories for path in directory.glob(f"{kind}*.jsonl")]
-        named = {(place, match) for place, name in found if (match := PART_NAME.fullmatch(name))}
-        numbers = {(place, int(match[2] or 0)) for place, match in named if match[1] == kind}
-        # Where the folders were named otherwise before, a part lies where it lies.
-        self.parts = [FeatureFile(place, kind, row_shape, number) for place, number in sorted(numbers)]
-
-    @property
-    def row_bytes(self) -> int:
-        return row_dtype(self.kind).itemsize * int(np.prod(self.row_shape))
-
-    def part(self, number: int) -> FeatureFile:
-        """The part that is written under this number."""
-        place = self.directories[number % len(self.directories)]
-        made = FeatureFile(place, self.kind, self.row_shape, number)
-        return next((part for part in self.parts if part.index_path == made.index_path), made)
-
-    def find(self, path: Path) -> FeatureFile | None:
-        """The part that holds the features of this very version of an image."""
-        return next((part for part in self.parts if part.holds(path)), None)
-
-    def note_times(self) -> None:
-        """See `FeatureFile.note_times`."""
-        for part in self.parts:
-            part.note_times()
-
-
-def version_of(path: Path) -> Version:
-    """Raises UnreadableImage if the file cannot be read."""
-    try:
-        stat = path.stat()
-        return Version(stat.st_size, stat.st_mtime_ns, zlib.crc32(path.read_bytes()))
-    except OSError as error:
-        raise UnreadableImage(f"{path}: {error.strerror}") from error

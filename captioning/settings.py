@@ -109,10 +109,10 @@ class Settings(argparse.Namespace):
         if self.mode == "train" and not self.adapts and "learning_rate" not in self.explicit:
             found["learning_rate"] = saved["learning_rate"]
         # Whoever wrote the checkpoint makes no cache elsewhere: only a folder that is a cache already is used.
-        caches = cache_folders(saved["feature_cache"])
+        cache = cache_folder(saved["feature_cache"])
         if not (self.adapts or "feature_cache" in self.explicit):
             with contextlib.suppress(OSError):  # of a folder of another user's
-                if not caches or any(any(cache.glob(f"{folder_name(saved['encoder'])}-*")) for cache in caches):
+                if cache is None or any(cache.glob(f"{folder_name(saved['encoder'])}-*")):
                     found["feature_cache"] = saved["feature_cache"]
         consensus = self.by_consensus and checkpoint["consensus"] is not None
         found |= chosen_beam(self.explicit, checkpoint["decoding"], consensus)
@@ -133,9 +133,9 @@ class Settings(argparse.Namespace):
                 raise UserError(f"--{flag} has no effect {where}, whose {kind} is {' or '.join(sorted(names))}")
 
 
-def cache_folders(text: str) -> list[Path]:
-    """The folders of a `--feature_cache`: one, or several with the system's `os.pathsep` between; none for `off`."""
-    return [] if text == "off" else [Path(part) for part in dict.fromkeys(text.split(os.pathsep)) if part]
+def cache_folder(text: str) -> Path | None:
+    """Return the folder that `--feature_cache` names; None for `off`."""
+    return None if text == "off" else Path(text)
 
 
 LARGEST_CONFIG = 100_000  # bytes of a YAML file of flags

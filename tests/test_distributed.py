@@ -124,10 +124,9 @@ def check_same_training(first: Path, second: Path, file: str = "last.pt") -> Non
 
 def test_two_processes_encode_a_part_each_and_train_and_test_as_one(place, monkeypatch):
     flags = [*TRAIN, "--decoder", "attention", "--fine_tune", "1", "--views", "mirror", "--attention_reg", "0.1"]
-    several = ["--feature_cache", os.pathsep.join(("disk1", "disk2"))]
     flags += ["--epochs", "2", "--drop_prob", "0", "--batch_size", "10"]  # the last batch leaves one without
     alone(place, monkeypatch, *flags, "--model_save_dir", "one")
-    command = [*flags, *several, "--scst_epochs", "1", "--model_save_dir", "two"]
+    command = [*flags, "--feature_cache", "shared", "--scst_epochs", "1", "--model_save_dir", "two"]
     first, second = by_hand([place, place], command, command)
     output = first.stdout + second.stdout
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
@@ -136,11 +135,11 @@ def test_two_processes_encode_a_part_each_and_train_and_test_as_one(place, monke
     assert output.count("Epoch 3 completed") == output.count("Run directory") == 1
     assert 0 <= json.loads((run / "metrics_history.json").read_text())[-1]["reward"] < 10, "a mean CIDEr-D"
     assert "2 processes" in output and "Processes: 2" in (run / "run_summary.txt").read_text()
-    indexes = [sorted((place / disk).rglob("grid*.jsonl")) for disk in ("disk1", "disk2")]
-    assert [[path.name for path in each] for each in indexes] == [["grid.jsonl"] * 2, ["grid-p1.jsonl"] * 2]
-    for first, second in zip(*indexes, strict=True):  # of the whole pictures, and of the mirrored ones
-        names = [{json.loads(line)[0] for line in index.read_text().splitlines()} for index in (first, second)]
-        assert len(names[0]) == len(names[1]) == 10 and not names[0] & names[1]
+    indexes = sorted((place / "shared").rglob("*.jsonl"))
+    assert [index.name.partition("-")[0] for index in indexes] == ["mirror", "whole"]
+    for index in indexes:
+        rows = {name: row for name, row, *_ in map(json.loads, index.read_text().splitlines())}
+        assert len(rows) == 20 and sorted(rows.values()) == list(range(20))
     testing = ["--mode", "test", "--split", "val+test", "--model_path", str(run)]
     first, second = by_hand([place, place], testing, testing)
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
