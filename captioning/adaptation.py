@@ -19,7 +19,7 @@ from captioning.building import build_features
 from captioning.checkpoints import load_checkpoint
 from captioning.dataset import SPECIAL_TOKENS, CaptionSet, Vocabulary, frequent_words, join_sets, load_caption_set
 from captioning.decoders import Decoder
-from captioning.features import Features, JoinedFeatures
+from captioning.features import CPU, Features, gather_views
 from captioning.flags import ADAPTATION
 from captioning.io import UserError, log
 from captioning.layouts import find_captions_file
@@ -222,3 +222,19 @@ def add_replay(
     both = join_sets(data, old)
     both.splits = data.splits | {"train": np.concatenate([data.splits["train"], images])}
     return Replay(both, [*joined], images, per_epoch)
+
+
+class JoinedFeatures:
+    """The features of two data sets as those of one, where the second's images come after the first's.
+
+    Implements `Features`; see `dataset.join_sets`.
+    """
+
+    def __init__(self, first: Features, second: Features):
+        self.parts, self.size = (first, second), len(first.versions)
+        self.unreadable = first.unreadable | {i + self.size: problem for i, problem in second.unreadable.items()}
+        self.versions = np.concatenate([first.versions, second.versions])
+
+    def gather(self, images: np.ndarray, device: torch.device = CPU) -> torch.Tensor:
+        second = (images >= self.size).astype(np.int64)
+        return gather_views(self.parts, images - self.size * second, second, device)

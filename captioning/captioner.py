@@ -31,10 +31,10 @@ from captioning.decoders import build_decoder
 from captioning.decoding import Member, beam_search, sample
 from captioning.distributed import pick_device
 from captioning.encoders import ENCODE_BATCH, MANY, encoder_of
-from captioning.features import decoded, stored_form, stored_kind
 from captioning.flags import FLAGS, chosen_beam
 from captioning.images import VIEW_SETS, ImageSource, UnreadableImage, grid_side, images_below, open_image
 from captioning.io import UserError
+from captioning.quantization import decoded, stored_form, stored_kind
 from captioning.runs import PRETRAINED_MODEL, find_checkpoint
 from captioning.settings import parse_value
 

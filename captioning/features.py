@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import threading
 import zlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 
 from captioning import distributed
 from captioning.encoders import ENCODE_BATCH, Encoder, EncoderSpec
-from captioning.feature_store import Entry, FeatureFile, entry_of
+from captioning.feature_store import RECORD, FeatureFile, Version, name_hash, version_of
 from captioning.images import UnreadableImage
 from captioning.io import (
     DATA_SCRIPT,
@@ -30,16 +31,15 @@ from captioning.io import (
     require_free_space,
     wait_for_lock,
 )
-from captioning.quantization import SCALE_BYTES, dequantize, quantize
+from captioning.quantization import SCALE_BYTES, decoded, stored_form, stored_kind
 from captioning.registry import folder_name
 
 BATCHES_AHEAD = 3  # that are read while others are encoded
 MOST_STREAMS = 8  # batches encoded at the same time: each takes some 100 MB
 SHARED_CACHE = "processes on several machines need a --feature_cache on a disk that they share"
-FLUSH_BATCHES = 16  # between two syncs, of 512 rows: some seconds of work on two cores
-
-
+FLUSH_ROWS = 512  # between two syncs: some seconds of work on two cores
 CPU = torch.device("cpu")
+T = TypeVar("T")
 
 
 class Features(Protocol):
@@ -59,13 +59,11 @@ class CachedFeatures:
         """Args: images: those that the file holds and that may be asked for."""
         self.file, self.paths, self.unreadable = file, paths, unreadable
         self.rows = np.full(len(paths), -1, dtype=np.int64)
-        self.checksums = np.zeros(len(paths), dtype=np.int64)
         self.versions = np.full((len(paths), 2), -1, dtype=np.int64)
         for image in images:
-            entry = file.entries[paths[image].name]
-            self.rows[image], self.checksums[image] = entry.row, entry.checksum
-            self.versions[image] = entry.size, entry.content
-        file.entries.clear()  # half a kilobyte an image, and not needed any more
+            self.rows[image] = row = file.rows[name_hash(paths[image])]
+            self.versions[image] = file.records["size"][row], file.records["content"][row]
+        file.rows.clear()  # not needed any more
         self.map = file.map()
         self.verified = np.zeros(len(paths), dtype=bool)
 
@@ -82,11 +80,12 @@ class CachedFeatures:
         Raises:
             UserError: a row was damaged since it was written.
         """
-        out = self.map[self.rows[images]]
-        for image, row in zip(images, out, strict=True):
+        rows = self.rows[images]
+        out = self.map[rows]
+        for image, row, values in zip(images, rows, out, strict=True):
             if not self.verified[image]:
-                if zlib.crc32(row.data) != self.checksums[image]:
-                    self.file.forget(self.paths[image].name)
+                if zlib.crc32(values.data) != self.file.records["checksum"][row]:
+                    self.file.forget(row)
                     raise UserError(
                         f"the cached features of {self.paths[image].name} in {self.file.path.parent} are damaged "
                         "(checksum differs): run the same command again, and that image is encoded anew"
@@ -111,11 +110,6 @@ class DeviceFeatures:
         return decoded(self.rows[torch.from_numpy(self.place[images]).to(self.rows.device)]).to(device)
 
 
-def decoded(rows: torch.Tensor) -> torch.Tensor:
-    """Return the features in rows as the cache stores them, as floats on the same device."""
-    return dequantize(rows) if rows.dtype == torch.uint8 else rows.float()
-
-
 def gather_views(
     views: Sequence[Features], images: np.ndarray, drawn: np.ndarray, device: torch.device
 ) -> torch.Tensor:
@@ -125,22 +119,6 @@ def gather_views(
     order = np.argsort(drawn, kind="stable")
     parts = [views[v].gather(images[drawn == v], device) for v in np.unique(drawn)]
     return torch.cat(parts)[torch.from_numpy(np.argsort(order)).to(parts[0].device)]
-
-
-class JoinedFeatures:
-    """The features of two data sets as those of one, where the second's images come after the first's.
-
-    Implements `Features`; see `dataset.join_sets`.
-    """
-
-    def __init__(self, first: Features, second: Features):
-        self.parts, self.size = (first, second), len(first.versions)
-        self.unreadable = first.unreadable | {i + self.size: problem for i, problem in second.unreadable.items()}
-        self.versions = np.concatenate([first.versions, second.versions])
-
-    def gather(self, images: np.ndarray, device: torch.device = CPU) -> torch.Tensor:
-        second = (images >= self.size).astype(np.int64)
-        return gather_views(self.parts, images - self.size * second, second, device)
 
 
 def fits_on(device: torch.device, size: int) -> bool:
@@ -206,12 +184,12 @@ class LiveFeatures:
         """Return the features in each view; every image is opened once to see whether it can be read."""
         encode = request.build_encoder().fast_form(request.device)
 
-        def look(image: int) -> tuple[str, Entry]:
+        def look(image: int) -> tuple[str, Version]:
             """Return why an image cannot be read, if so, and the version of its file."""
             try:
                 return "", read_image(request.paths[image], request.spec, request.views[:1])[0]
             except UnreadableImage as error:
-                return str(error), Entry(-1, -1, -1, -1, 0)
+                return str(error), Version(-1, -1, -1)
 
         with ThreadPoolExecutor(request.workers) as pool:
             found = distributed.gather(list(pool.map(look, distributed.shard(request.images))))
@@ -271,9 +249,9 @@ Rows = dict[int, dict[int, int]]  # for some images the numbers of the views to 
 
 def missing_rows(request: FeatureRequest, files: Sequence[FeatureFile]) -> Rows:
     """Return the rows of the images that the cache lacks in some view."""
-    free = [itertools.count(file.rows) for file in files]
+    free = [itertools.count(len(file.records)) for file in files]
     rows = {
-        image: {view: next(free[view]) for view, file in enumerate(files) if not file.holds(request.paths[image])}
+        image: {v: next(free[v]) for v, file in enumerate(files) if file.find(request.paths[image]) is None}
         for image in request.images.tolist()
     }
     return {image: views for image, views in rows.items() if views}
@@ -292,34 +270,14 @@ def encode_missing(request: FeatureRequest) -> dict[int, str]:
     with wait_for_lock(directory / "lock", message) if first else nullcontext():  # the first locks it for all
         files = request.files()
 
-        def plan() -> Rows:
-            todo = missing_rows(request, files)
-            size = sum(map(len, todo.values())) * (files[0].row_bytes + 128)
-            require_free_space(directory, size, "encoding the images")
-            return todo
-
-        todo = distributed.from_first(plan)
+        todo = distributed.from_first(lambda: missing_rows(request, files))
         if not directory.is_dir():
             raise UserError(f"rank {distributed.rank()} does not see {directory}, which rank 0 made: {SHARED_CACHE}")
+        size = sum(map(len, todo.values())) * (files[0].row_bytes + RECORD.itemsize)
+        require_free_space(directory, size, "encoding the images")
         unreadable = encode_images(request, files, todo) if todo else {}
-        everywhere = distributed.all_gather(unreadable)  # once the first has written the last lines of the index
+        everywhere = distributed.all_gather(unreadable)  # when all have written
     return {image: problem for theirs in everywhere for image, problem in theirs.items()}
-
-
-def stored_kind(means: bool, feature_type: str) -> str:
-    """Return what the cache keeps (see `feature_store`) for decoders that read means, or regions of this type."""
-    return "means.f16" if means else {"float16": "grids.f16", "int8": "grids.u8"}[feature_type]
-
-
-def stored_form(grids: torch.Tensor, kind: str) -> np.ndarray:
-    """Return the rows that the cache stores of an encoder's grids, float (n, 49, C)."""
-    rounded = grids.to(torch.float16).cpu().numpy()
-    if kind == "means.f16":
-        return rounded.astype(np.float32).mean(1).astype(np.float16)
-    return quantize(rounded) if kind == "grids.u8" else rounded
-
-
-Encoded = tuple[int, Entry, np.ndarray]  # an image, the version of its file, its features in each wanted view
 
 
 def encode_images(request: FeatureRequest, files: Sequence[FeatureFile], todo: Rows) -> dict[int, str]:
@@ -331,66 +289,62 @@ def encode_images(request: FeatureRequest, files: Sequence[FeatureFile], todo: R
     Returns:
         why some images could not be read.
     """
-    encoder = request.build_encoder()
+    encoder, unreadable = request.build_encoder(), dict[int, str]()
     streams = min(torch.get_num_threads(), MOST_STREAMS) if request.device.type == "cpu" else 1
-    encode = encoder.fast_form(request.device, streams=streams)
-    paths, unreadable = request.paths, dict[int, str]()
+    encode, free_stream = encoder.fast_form(request.device, streams=streams), threading.Semaphore(streams)
+    mine, per_batch = distributed.shard([*todo]), max(1, ENCODE_BATCH // len(files))
+    batches = [mine[start : start + per_batch] for start in range(0, len(mine), per_batch)]
 
-    def encode_batch(reading: list[tuple[int, Future[tuple[Entry, np.ndarray]]]]) -> list[Encoded]:
-        """Encode images as soon as they are read."""
-        read: list[tuple[int, Entry, np.ndarray]] = []
-        for image, future in reading:
-            try:
-                read.append((image, *future.result()))
-            except UnreadableImage as error:
-                unreadable[image] = str(error)
-        if not read:
-            return []
-        features = stored_form(encode(np.concatenate([squares for *_, squares in read])), request.kind)
-        ends = np.cumsum([len(squares) for *_, squares in read])
-        parts = np.split(features, ends[:-1])
-        return [(image, version, rows) for (image, version, _), rows in zip(read, parts, strict=True)]
-
-    def flush() -> None:
-        for file in files:
-            file.flush()
-
-    def take(count: int, batch: Future[list[Encoded]]) -> None:
-        for image, version, rows in batch.result():
-            for (view, row), values in zip(todo[image].items(), rows, strict=True):
-                files[view].put(paths[image].name, version, row, values)
-        if next(taken) % FLUSH_BATCHES == 0:
-            flush()
-        bar.update(count)
-
-    mine, most = distributed.shard([*todo]), -(-len(todo) // distributed.size())
-    per_batch, taken = max(1, ENCODE_BATCH // len(files)), itertools.count(1)
-    bar = Progress(len(mine), f"Encoding images ({encoder.spec.name}, {', '.join(request.views)})", "image")
-    ahead: deque[tuple[int, Future[list[Encoded]]]] = deque()
-    with ThreadPoolExecutor(request.workers) as readers, ThreadPoolExecutor(streams) as encoders:
+    def read(image: int) -> tuple[int, Version, np.ndarray] | None:
         try:
-            for start in range(0, most, per_batch):  # as often in every process: they flush together
-                chunk = mine[start : start + per_batch]
-                reading = [
-                    (i, readers.submit(read_image, paths[i], encoder.spec, [request.views[view] for view in todo[i]]))
-                    for i in chunk
-                ]
-                ahead.append((len(chunk), encoders.submit(encode_batch, reading)))
-                if len(ahead) > streams + BATCHES_AHEAD:
-                    take(*ahead.popleft())
-            while ahead:
-                take(*ahead.popleft())
-            flush()
-        finally:
-            if distributed.size() == 1:  # Ctrl-C keeps what is encoded; one of several would wait for the others
-                flush()
+            views = [request.views[view] for view in todo[image]]
+            return (image, *read_image(request.paths[image], request.spec, views))
+        except UnreadableImage as error:
+            unreadable[image] = str(error)
+            return None
+
+    def encode_batch(images: Sequence[int]) -> list[tuple[int, int, Version, np.ndarray]]:
+        """Return for each image that can be read, and each view: both, the version of the file, and the row's values."""
+        found = [each for each in readers.map(read, images) if each]
+        if not found:
+            return []
+        with free_stream:
+            grids = encode(np.concatenate([squares for *_, squares in found]))
+        places = [(image, view, version) for image, version, _ in found for view in todo[image]]
+        return [(*place, values) for place, values in zip(places, stored_form(grids, request.kind), strict=True)]
+
+    bar = Progress(len(mine), f"Encoding images ({encoder.spec.name}, {', '.join(request.views)})", "image")
+    with ThreadPoolExecutor(request.workers) as readers, ThreadPoolExecutor(streams + BATCHES_AHEAD) as encoders:
+        try:
+            encoded = in_order(encoders, encode_batch, batches, streams + BATCHES_AHEAD)
+            for batch, rows in zip(batches, encoded, strict=True):
+                for image, view, version, values in rows:
+                    files[view].put(request.paths[image], version, todo[image][view], values)
+                if sum(len(file.pending) for file in files) >= FLUSH_ROWS:
+                    for file in files:
+                        file.flush()
+                bar.update(len(batch))
+        finally:  # Ctrl-C keeps what is encoded
+            for file in files:
+                file.flush()
             bar.close()
     return unreadable
 
 
-def read_image(path: Path, spec: EncoderSpec, views: Sequence[str]) -> tuple[Entry, np.ndarray]:
+def in_order(pool: ThreadPoolExecutor, work: Callable[[Any], T], items: Sequence[Any], ahead: int) -> Iterator[T]:
+    """Yield what `work` returns for each item; so many items are worked on ahead."""
+    futures: deque[Future[T]] = deque()
+    for item in items:
+        futures.append(pool.submit(work, item))
+        if len(futures) > ahead:
+            yield futures.popleft().result()
+    while futures:
+        yield futures.popleft().result()
+
+
+def read_image(path: Path, spec: EncoderSpec, views: Sequence[str]) -> tuple[Version, np.ndarray]:
     """Return the version of an image's file, and what `EncoderSpec.load_views` returns. Raises UnreadableImage."""
-    return entry_of(path), spec.load_views(path, views)
+    return version_of(path), spec.load_views(path, views)
 
 
 def check_unreadable(unreadable: dict[int, str], total: int) -> None:

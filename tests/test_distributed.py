@@ -22,6 +22,7 @@ from run_files import only_run, skip_pictures
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 import training_utils
 from captioning import distributed
+from captioning.feature_store import RECORD
 from captioning.io import UserError
 from training_utils import StopRequest
 
@@ -135,11 +136,11 @@ def test_two_processes_encode_a_part_each_and_train_and_test_as_one(place, monke
     assert output.count("Epoch 3 completed") == output.count("Run directory") == 1
     assert 0 <= json.loads((run / "metrics_history.json").read_text())[-1]["reward"] < 10, "a mean CIDEr-D"
     assert "2 processes" in output and "Processes: 2" in (run / "run_summary.txt").read_text()
-    indexes = sorted((place / "shared").rglob("*.jsonl"))
+    indexes = sorted((place / "shared").rglob("*.index"))
     assert [index.name.partition("-")[0] for index in indexes] == ["mirror", "whole"]
     for index in indexes:
-        rows = {name: row for name, row, *_ in map(json.loads, index.read_text().splitlines())}
-        assert len(rows) == 20 and sorted(rows.values()) == list(range(20))
+        names = np.fromfile(index, RECORD)["name"].tolist()
+        assert len(names) == len({*names} - {0}) == 20
     testing = ["--mode", "test", "--split", "val+test", "--model_path", str(run)]
     first, second = by_hand([place, place], testing, testing)
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr

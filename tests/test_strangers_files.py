@@ -21,7 +21,6 @@ from captioning import tensor_files
 from captioning.checkpoints import load_checkpoint
 from captioning.dataset import load_caption_set, pack_tokens, tokenize, tokenize_cached, unpack_tokens
 from captioning.encoders import load_weights
-from captioning.feature_store import FeatureFile
 from captioning.images import UnreadableImage, open_image
 from captioning.io import UserError, read_json
 from captioning.layouts import read_captions
@@ -385,22 +384,6 @@ def test_weights_that_python_2_wrote_are_read():
 
 # --------------------------------------------------------------------------------------------------
 # Caches
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        '["b.jpg", -1, 1, 1, 1, 1]', '["b.jpg", 2, 1, 1, 1, 1]', '["b.jpg", 1.0, 1, 1, 1, 1]', '["b.jpg", "1", 1, 1, 1, 1]',
-        '["b.jpg", true, 1, 1, 1, 1]', '["b.jpg", Infinity, 1, 1, 1, 1]', '["b.jpg", NaN, 1, 1, 1, 1]', '["b.jpg", 1, 1, 1, 1]',
-        '["b.jpg", 1, 1, 1, 1, 4294967296]', '["b.jpg", 1, 1, 1, 4294967296, 1]', '["b.jpg", 1, 1, 1, 1, -1]', '[["b.jpg"], 1, 1, 1, 1, 1]', "null", "{}", "[]",
-        "[" * 3000, '["' + "b" * 5000 + '", 1, 1, 1, 1, 1]', '["b.jpg", 1' + "0" * 30 + ", 1, 1, 1, 1]",
-    ],
-)  # fmt: skip
-def test_an_impossible_line_ends_the_index(tmp_path, line):
-    (tmp_path / "means.f16.jsonl").write_text(f'["a.jpg", 0, 1, 1, 1, 1]\n{line}\n["c.jpg", 1, 1, 1, 1, 1]\n')
-    (tmp_path / "means.f16").write_bytes(bytes(12))  # two rows
-    file = FeatureFile(tmp_path / "means.f16", (3,))
-    assert list(file.entries) == ["a.jpg"] and file.rows == 1 and len(file.map()) == 1
 
 
 def block(words: bytes, ids: list[int], offsets: list[int]) -> bytes:
