@@ -77,7 +77,7 @@ def build_features(
         cache=cache_folder(settings.feature_cache), spec=spec, weights_hash=digest,
         build_encoder=lambda: spec.build(weights), paths=data.paths(), folder=data.image_dir, images=images,
         device=distributed.pick_device(settings.device), means=reads_means, workers=decoding_threads(settings.num_workers),
-        feature_type=settings.feature_type, keep_on_device=settings.features_on_device, views=VIEW_SETS[settings.views],
+        keep_on_device=settings.features_on_device, views=VIEW_SETS[settings.views],
     )  # fmt: skip
     found = open_features(request)
     data.drop_images({image for features in found for image in features.unreadable})

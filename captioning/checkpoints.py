@@ -110,7 +110,6 @@ def add_later_flags(checkpoint: Any) -> None:
     """Add the flags that came within a schema, each with the value that changes nothing."""
     if isinstance(checkpoint, dict) and isinstance(checkpoint.get("flags"), dict):
         checkpoint["flags"] = {
-            "feature_type": "float16",
             "fine_tune": 0,
             "fine_tune_learning_rate": None,
             "grid": None,
@@ -322,7 +321,7 @@ CHECKPOINT: dict[str, Any] = {
         "batch_size": size("batch_size"), "seed": whole(0, LIMITS["seed"]),
         "drop_prob": real(0, 0.95), "grad_clip": real(0, 1e30), "label_smoothing": real(0, 0.9),
         "attention_reg": real(0, 1e30), "fine_tune_learning_rate": OrNone(real(0, 1e30)), "learning_rate": real(0, 1e30), "feature_cache": TEXT,
-        "views": choice_of("views"), "feature_type": choice_of("feature_type"), "weight_decay": real(0, 1e30),
+        "views": choice_of("views"), "weight_decay": real(0, 1e30),
         "best_metric": choice_of("best_metric"), "precision": one_of("fp32", "bf16", "fp16"),
         "data_dir": OrNone(TEXT), "image_dir": OrNone(TEXT),
         "captions_file": OrNone(TEXT), "resnet_weights": OrNone(TEXT), "replay": real(0, 0.9), "replay_data_dir": OrNone(TEXT),

@@ -3,10 +3,9 @@
 One folder per encoder, weights and transform, in it one per image directory:
 
     feature_cache/efficientnet_lite0-57934424-squash224/Images-1a2b3c4d/
-        whole-grids.f16         rows (49, C) of float16, of the view `whole`
-        whole-grids.f16.index   for each row a record: whose features, of which version of the file, checksum
-        whole-grids.u8          the same in eight bits, (49, C + 4): see `captioning.quantization`
-        mirror-means.f16        the grids' means (C,), which is all the `lstm` decoder reads, of another view
+        whole-grids.u8          rows (49, C + 4) of eight-bit codes, of the view `whole`: see `quantization`
+        whole-grids.u8.index    for each row a record: whose features, of which version of the file, checksum
+        mirror-means.f16        the grids' means (C,) in float16, which is all the `lstm` decoder reads, of another view
 
 Rows are synced to the disk before their records are written: an interruption costs the images of one flush. Of several
 processes each writes other rows of the same file. A changed image gets a new row; a damaged row is found by its

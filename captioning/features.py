@@ -31,7 +31,7 @@ from captioning.io import (
     require_free_space,
     wait_for_lock,
 )
-from captioning.quantization import SCALE_BYTES, decoded, stored_form, stored_kind
+from captioning.quantization import SCALE_BYTES, decoded, stored_form
 from captioning.registry import folder_name
 
 BATCHES_AHEAD = 3  # that are read while others are encoded
@@ -141,7 +141,6 @@ class FeatureRequest:
     means: bool  # the mean over the 49 regions rather than the regions
     workers: int  # threads that decode images while the encoder runs
     views: Sequence[str] = ("whole",)  # of `images.VIEWS`
-    feature_type: str = "float16"  # of the regions: float16 or int8
     keep_on_device: str = "off"  # auto, on or off: a copy of the features in the memory of a GPU
 
     @property
@@ -152,16 +151,12 @@ class FeatureRequest:
         identity = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
         return (self.cache or Path()) / encoder / f"{folder.name}-{identity}"
 
-    @property
-    def kind(self) -> str:
-        return stored_kind(self.means, self.feature_type)
-
     def files(self) -> list[FeatureFile]:
         """Read what the cache has of each view. Raises UserError where it cannot be read."""
-        regions = (self.spec.regions, self.spec.channels + (SCALE_BYTES if self.kind == "grids.u8" else 0))
-        shape = (self.spec.channels,) if self.means else regions
+        kind = "means.f16" if self.means else "grids.u8"
+        shape = (self.spec.channels,) if self.means else (self.spec.regions, self.spec.channels + SCALE_BYTES)
         try:
-            return [FeatureFile(self.directory / f"{view}-{self.kind}", shape) for view in self.views]
+            return [FeatureFile(self.directory / f"{view}-{kind}", shape) for view in self.views]
         except OSError as error:
             raise UserError(
                 f"cannot read the feature cache {self.directory}: {error.strerror}. --feature_cache DIR chooses another "
@@ -206,7 +201,7 @@ class LiveFeatures:
 
         with ThreadPoolExecutor(request.workers) as pool:
             grids = self.encode(np.concatenate(list(pool.map(read, images))))
-        return decoded(torch.from_numpy(stored_form(grids, request.kind))).to(device)  # the same as from a cache
+        return decoded(torch.from_numpy(stored_form(grids, request.means))).to(device)  # the same as from a cache
 
 
 def open_features(request: FeatureRequest) -> list[Features]:
@@ -311,7 +306,7 @@ def encode_images(request: FeatureRequest, files: Sequence[FeatureFile], todo: R
         with free_stream:
             grids = encode(np.concatenate([squares for *_, squares in found]))
         places = [(image, view, version) for image, version, _ in found for view in todo[image]]
-        return [(*place, values) for place, values in zip(places, stored_form(grids, request.kind), strict=True)]
+        return [(*place, values) for place, values in zip(places, stored_form(grids, request.means), strict=True)]
 
     bar = Progress(len(mine), f"Encoding images ({encoder.spec.name}, {', '.join(request.views)})", "image")
     with ThreadPoolExecutor(request.workers) as readers, ThreadPoolExecutor(streams + BATCHES_AHEAD) as encoders:

@@ -1,4 +1,4 @@
-"""The form in which features are kept: means in float16, regions in float16 or as eight-bit codes, half the bytes.
+"""The form in which features are kept: means in float16, regions as eight-bit codes.
 
 Each region of each image and view has its own range: a code c stands for `lowest + c * step`, where step is a 255th of
 the region's range. Both are float16 and follow the region's codes.
@@ -12,17 +12,10 @@ import torch
 SCALE_BYTES = 4  # of a region: lowest and step
 
 
-def stored_kind(means: bool, feature_type: str) -> str:
-    """Return what the cache keeps (see `feature_store`) for decoders that read means, or regions of this type."""
-    return "means.f16" if means else {"float16": "grids.f16", "int8": "grids.u8"}[feature_type]
-
-
-def stored_form(grids: torch.Tensor, kind: str) -> np.ndarray:
-    """Return the rows that the cache stores of an encoder's grids, float (n, 49, C)."""
+def stored_form(grids: torch.Tensor, means: bool) -> np.ndarray:
+    """Return the rows that the cache stores of an encoder's grids, float (n, 49, C): their means or their codes."""
     rounded = grids.to(torch.float16).cpu().numpy()
-    if kind == "means.f16":
-        return rounded.astype(np.float32).mean(1).astype(np.float16)
-    return quantize(rounded) if kind == "grids.u8" else rounded
+    return rounded.astype(np.float32).mean(1).astype(np.float16) if means else quantize(rounded)
 
 
 def decoded(rows: torch.Tensor) -> torch.Tensor:

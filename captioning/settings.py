@@ -431,8 +431,6 @@ def check_flags(settings: Settings, error: Callable[[str], Any]) -> None:
         error("--attention_viz_samples has no effect with --attention_viz_images, which says which")
     if args.feature_cache == "off" and "features_on_device" in explicit and args.features_on_device == "on":
         error("--features_on_device has no effect with --feature_cache off")
-    if args.feature_cache == "off" and "feature_type" in explicit and args.feature_type == "int8":
-        error("--feature_type int8 has no effect with --feature_cache off")
     check_modes(args, error)
     if not from_checkpoint and (problem := size_problem(args.values())):
         error(problem)

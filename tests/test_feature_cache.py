@@ -61,7 +61,6 @@ def features(tmp_path, paths, build, means=False, cache="cache", needed=None, vi
         means,
         2,
         views,
-        feature_type="int8",
         **more,
     )
     found = open_features(request)

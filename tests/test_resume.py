@@ -26,7 +26,7 @@ FLAGS = [
 CASES = [
     ("lstm", ["--num_layers", "2"]),
     ("attention", ["--num_layers", "1", "--attention_reg", "0.5", "--early_stopping", "2"]),
-    ("attention", ["--num_layers", "1", "--views", "mirror", "--feature_type", "int8", "--fine_tune", "1"]),
+    ("attention", ["--num_layers", "1", "--views", "mirror", "--fine_tune", "1"]),
     *(  # one schedule that changes by step, and the one that remembers
         (decoder, ["--learning_rate", "0.01", "--use_scheduler", "--scheduler_type", kind])
         for decoder, kind in (("transformer", "one_cycle"), ("show_attend_tell", "reduce_lr_on_plateau"))
