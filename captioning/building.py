@@ -21,7 +21,7 @@ from captioning.encoders import encoder_of
 from captioning.evaluation import EvalContext, images_to_draw
 from captioning.features import FeatureRequest, Features, open_features
 from captioning.images import VIEW_SETS
-from captioning.io import UserError, log
+from captioning.io import DATA_SCRIPT, UserError, log, program
 from captioning.layouts import default_folder
 from captioning.runs import command_to_tune, find_checkpoint
 from captioning.settings import Settings, cache_folder
@@ -80,8 +80,27 @@ def build_features(
         keep_on_device=settings.features_on_device, views=VIEW_SETS[settings.views],
     )  # fmt: skip
     found = open_features(request)
-    data.drop_images({image for features in found for image in features.unreadable})
+    check_unreadable(found[0].unreadable, len(images))
+    data.drop_images({*found[0].unreadable})
     return found, digest
+
+
+def check_unreadable(unreadable: dict[int, str], total: int) -> None:
+    """Name the images that are left out; too many of them mean that something is wrong with the data.
+
+    Raises:
+        UserError: more than 1 % cannot be read.
+    """
+    if not unreadable:
+        return
+    for problem in list(unreadable.values())[:10]:
+        log.warning(f"Cannot read {problem}")
+    if len(unreadable) > 0.01 * total:
+        raise UserError(
+            f"{len(unreadable)} of {total} images cannot be read (more than 1 %): download the data set again "
+            f"(`{program(DATA_SCRIPT)} --force`), or remove these images' rows from the captions file"
+        )
+    log.warning(f"{len(unreadable)} unreadable image(s) left out.")
 
 
 @functools.cache  # prints it once

@@ -17,10 +17,10 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -104,18 +104,13 @@ class FeatureFile:
             UserError: the disk is full or gone.
         """
         if self.pending:
-            with synced(self.path) as file:
-                for row, _, values in self.pending:
-                    file.seek(row * self.row_bytes)
-                    file.write(values.data)
+            write_at(self.path, [(row * self.row_bytes, values.data) for row, _, values in self.pending])
             self.write_records({row: record for row, record, _ in self.pending})
             self.pending.clear()
 
     def write_records(self, records: dict[int, Any]) -> None:
-        with synced(self.index_path) as file:
-            for row, record in records.items():
-                file.seek(row * RECORD.itemsize)
-                file.write(np.array(record, RECORD).tobytes())
+        pieces = [(row * RECORD.itemsize, np.array(record, RECORD).tobytes()) for row, record in records.items()]
+        write_at(self.index_path, pieces)
 
     def note_times(self) -> None:
         """Remember the modification times of images that `find` knew by their bytes, where the folder can be written."""
@@ -129,16 +124,17 @@ class FeatureFile:
             self.write_records({row: np.zeros((), RECORD)})
 
 
-@contextmanager
-def synced(path: Path) -> Iterator[BinaryIO]:
-    """Open a file to write anywhere in it, making it if need be; wait for the disk at the end.
+def write_at(path: Path, pieces: Iterable[tuple[int, Any]]) -> None:
+    """Write bytes at these positions of a file, making it if need be, and wait for the disk.
 
     Raises:
         UserError: the disk is full or gone.
     """
     try:
         with open(path, "r+b", opener=lambda name, flags: os.open(name, flags | os.O_CREAT, 0o666)) as file:
-            yield file
+            for position, data in pieces:
+                file.seek(position)
+                file.write(data)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:

@@ -6,13 +6,12 @@ import hashlib
 import itertools
 import threading
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,25 +20,15 @@ from captioning import distributed
 from captioning.encoders import ENCODE_BATCH, Encoder, EncoderSpec
 from captioning.feature_store import RECORD, FeatureFile, Version, name_hash, version_of
 from captioning.images import UnreadableImage
-from captioning.io import (
-    DATA_SCRIPT,
-    Progress,
-    UserError,
-    log,
-    make_directory,
-    program,
-    require_free_space,
-    wait_for_lock,
-)
+from captioning.io import Progress, UserError, make_directory, require_free_space, wait_for_lock
 from captioning.quantization import SCALE_BYTES, decoded, stored_form
 from captioning.registry import folder_name
 
 BATCHES_AHEAD = 3  # that are read while others are encoded
 MOST_STREAMS = 8  # batches encoded at the same time: each takes some 100 MB
 SHARED_CACHE = "processes on several machines need a --feature_cache on a disk that they share"
-FLUSH_ROWS = 512  # between two syncs: some seconds of work on two cores
+FLUSH_BATCHES = 16  # between two syncs, of 512 rows: some seconds of work on two cores
 CPU = torch.device("cpu")
-T = TypeVar("T")
 
 
 class Features(Protocol):
@@ -163,6 +152,13 @@ class FeatureRequest:
                 "place, off does without"
             ) from error
 
+    def read(self, image: int, views: Sequence[str]) -> tuple[Version, np.ndarray] | str:
+        """Return the version of an image's file and what `EncoderSpec.load_views` returns, or why it cannot be read."""
+        try:
+            return version_of(self.paths[image]), self.spec.load_views(self.paths[image], views)
+        except UnreadableImage as error:
+            return str(error)
+
 
 class LiveFeatures:
     """The plain path (`--feature_cache off`): every batch through the encoder. Implements `Features`."""
@@ -179,18 +175,17 @@ class LiveFeatures:
         """Return the features in each view; every image is opened once to see whether it can be read."""
         encode = request.build_encoder().fast_form(request.device)
 
-        def look(image: int) -> tuple[str, Version]:
-            """Return why an image cannot be read, if so, and the version of its file."""
-            try:
-                return "", read_image(request.paths[image], request.spec, request.views[:1])[0]
-            except UnreadableImage as error:
-                return str(error), Version(-1, -1, -1)
+        def look(image: int) -> Version | str:
+            found = request.read(image, request.views[:1])
+            return found if isinstance(found, str) else found[0]
 
         with ThreadPoolExecutor(request.workers) as pool:
-            found = distributed.gather(list(pool.map(look, distributed.shard(request.images))))
-        unreadable = {int(i): problem for i, (problem, _) in zip(request.images, found, strict=True) if problem}
+            seen = distributed.gather(list(pool.map(look, distributed.shard(request.images))))
+        found = dict(zip(request.images.tolist(), seen, strict=True))
+        unreadable = {image: problem for image, problem in found.items() if isinstance(problem, str)}
         versions = np.full((len(request.paths), 2), -1, dtype=np.int64)
-        versions[request.images] = [(version.size, version.content) for _, version in found]
+        for image in found.keys() - unreadable.keys():
+            versions[image] = found[image].size, found[image].content
         return [cls(request, encode, view, unreadable, versions) for view in request.views]
 
     def gather(self, images: np.ndarray, device: torch.device = CPU) -> torch.Tensor:
@@ -210,21 +205,18 @@ def open_features(request: FeatureRequest) -> list[Features]:
     Of several processes each encodes its shard of the images.
 
     Raises:
-        UserError: too many images cannot be read, the disk is too small, or the cache cannot be written.
+        UserError: the disk is too small, or the cache cannot be read or written.
     """
     paths, needed, device = request.paths, request.images.tolist(), request.device
     if request.cache is None:
-        live = LiveFeatures.of_views(request)
-        check_unreadable(live[0].unreadable, len(needed))
-        return [*live]
-    unreadable: dict[int, str] = {}
+        return [*LiveFeatures.of_views(request)]
     files = request.files()
     complete = distributed.from_first(lambda: not missing_rows(request, files))
     for file in files if distributed.is_first() else ():
         file.note_times()
+    unreadable: dict[int, str] = {}
     if not complete:
         unreadable = encode_missing(request)
-        check_unreadable(unreadable, len(needed))
         files = request.files()
     lost = next((paths[image].name for image in missing_rows(request, files) if image not in unreadable), None)
     if lost is not None:
@@ -264,7 +256,6 @@ def encode_missing(request: FeatureRequest) -> dict[int, str]:
     message = f"Another run is at work in {directory}; waiting for it, to share what it encodes ..."
     with wait_for_lock(directory / "lock", message) if first else nullcontext():  # the first locks it for all
         files = request.files()
-
         todo = distributed.from_first(lambda: missing_rows(request, files))
         if not directory.is_dir():
             raise UserError(f"rank {distributed.rank()} does not see {directory}, which rank 0 made: {SHARED_CACHE}")
@@ -289,72 +280,36 @@ def encode_images(request: FeatureRequest, files: Sequence[FeatureFile], todo: R
     encode, free_stream = encoder.fast_form(request.device, streams=streams), threading.Semaphore(streams)
     mine, per_batch = distributed.shard([*todo]), max(1, ENCODE_BATCH // len(files))
     batches = [mine[start : start + per_batch] for start in range(0, len(mine), per_batch)]
-
-    def read(image: int) -> tuple[int, Version, np.ndarray] | None:
-        try:
-            views = [request.views[view] for view in todo[image]]
-            return (image, *read_image(request.paths[image], request.spec, views))
-        except UnreadableImage as error:
-            unreadable[image] = str(error)
-            return None
+    groups = [batches[start : start + FLUSH_BATCHES] for start in range(0, len(batches), FLUSH_BATCHES)]
 
     def encode_batch(images: Sequence[int]) -> list[tuple[int, int, Version, np.ndarray]]:
         """Return for each image that can be read, and each view: both, the version of the file, and the row's values."""
-        found = [each for each in readers.map(read, images) if each]
-        if not found:
+        views = [[request.views[view] for view in todo[image]] for image in images]
+        found = dict(zip(images, readers.map(request.read, images, views), strict=True))
+        unreadable.update({image: problem for image, problem in found.items() if isinstance(problem, str)})
+        read = {image: each for image, each in found.items() if not isinstance(each, str)}
+        if not read:
             return []
         with free_stream:
-            grids = encode(np.concatenate([squares for *_, squares in found]))
-        places = [(image, view, version) for image, version, _ in found for view in todo[image]]
+            grids = encode(np.concatenate([squares for _, squares in read.values()]))
+        places = [(image, view, version) for image, (version, _) in read.items() for view in todo[image]]
         return [(*place, values) for place, values in zip(places, stored_form(grids, request.means), strict=True)]
 
     bar = Progress(len(mine), f"Encoding images ({encoder.spec.name}, {', '.join(request.views)})", "image")
     with ThreadPoolExecutor(request.workers) as readers, ThreadPoolExecutor(streams + BATCHES_AHEAD) as encoders:
         try:
-            encoded = in_order(encoders, encode_batch, batches, streams + BATCHES_AHEAD)
-            for batch, rows in zip(batches, encoded, strict=True):
-                for image, view, version, values in rows:
-                    files[view].put(request.paths[image], version, todo[image][view], values)
-                if sum(len(file.pending) for file in files) >= FLUSH_ROWS:
-                    for file in files:
-                        file.flush()
-                bar.update(len(batch))
+            following: Iterator[list[tuple[int, int, Version, np.ndarray]]] = iter(())
+            for group, next_group in itertools.pairwise([[], *groups, []]):
+                encoded, following = following, encoders.map(encode_batch, next_group)  # goes on while this is written
+                for batch, rows in zip(group, encoded, strict=True):
+                    for image, view, version, values in rows:
+                        files[view].put(request.paths[image], version, todo[image][view], values)
+                    bar.update(len(batch))
+                for file in files:
+                    file.flush()
         finally:  # Ctrl-C keeps what is encoded
+            encoders.shutdown(wait=False, cancel_futures=True)
             for file in files:
                 file.flush()
             bar.close()
     return unreadable
-
-
-def in_order(pool: ThreadPoolExecutor, work: Callable[[Any], T], items: Sequence[Any], ahead: int) -> Iterator[T]:
-    """Yield what `work` returns for each item; so many items are worked on ahead."""
-    futures: deque[Future[T]] = deque()
-    for item in items:
-        futures.append(pool.submit(work, item))
-        if len(futures) > ahead:
-            yield futures.popleft().result()
-    while futures:
-        yield futures.popleft().result()
-
-
-def read_image(path: Path, spec: EncoderSpec, views: Sequence[str]) -> tuple[Version, np.ndarray]:
-    """Return the version of an image's file, and what `EncoderSpec.load_views` returns. Raises UnreadableImage."""
-    return version_of(path), spec.load_views(path, views)
-
-
-def check_unreadable(unreadable: dict[int, str], total: int) -> None:
-    """Name the images that are left out; too many of them mean that something is wrong with the data.
-
-    Raises:
-        UserError: more than 1 % cannot be read.
-    """
-    if not unreadable:
-        return
-    for problem in list(unreadable.values())[:10]:
-        log.warning(f"Cannot read {problem}")
-    if len(unreadable) > 0.01 * total:
-        raise UserError(
-            f"{len(unreadable)} of {total} images cannot be read (more than 1 %): download the data set again "
-            f"(`{program(DATA_SCRIPT)} --force`), or remove these images' rows from the captions file"
-        )
-    log.warning(f"{len(unreadable)} unreadable image(s) left out.")

@@ -48,20 +48,11 @@ def paths(tmp_path):
     return sorted(folder.iterdir())
 
 
-def features(tmp_path, paths, build, means=False, cache="cache", needed=None, views=("whole",), **more):
+def features(tmp_path, paths, build, means=False, cache="cache", needed=None, views=("whole",)):
+    wanted = np.arange(len(paths)) if needed is None else np.array(needed)
+    place = cache and tmp_path / cache
     request = FeatureRequest(
-        cache and tmp_path / cache,
-        SPEC,
-        "0123456789abcdef",
-        build,
-        paths,
-        paths[0].parent,
-        np.arange(len(paths)) if needed is None else np.array(needed),
-        torch.device("cpu"),
-        means,
-        2,
-        views,
-        **more,
+        place, SPEC, "0123456789abcdef", build, paths, paths[0].parent, wanted, torch.device("cpu"), means, 2, views
     )
     found = open_features(request)
     return found[0] if views == ("whole",) else found
@@ -79,14 +70,15 @@ def flip_a_bit(data, position):
     data.write_bytes(raw)
 
 
-def test_an_image_is_encoded_once_and_the_same_without_a_cache(tmp_path, paths):
+def test_features_are_the_same_encoded_cached_copied_or_without_a_cache(tmp_path, paths):
     build = Counting()
     for means, shape in ((False, (2, 49, 6)), (True, (2, 6))):
         first = features(tmp_path, paths, build, means).gather(np.array([4, 1]))
         again = features(tmp_path, paths, build, means).gather(np.array([4, 1]))
         assert build.built == 1 + means and torch.equal(first, again) and first.shape == shape
-        plain = features(tmp_path, paths, Counting(), means, cache=None).gather(np.array([4, 1]))
-        assert torch.equal(first, plain)
+        plain = features(tmp_path, paths, Counting(), means, cache=None)
+        copy = DeviceFeatures(features(tmp_path, paths, build, means), np.array([1, 5, 4]), torch.device("cpu"))
+        assert torch.equal(first, plain.gather(np.array([4, 1]))) and torch.equal(first, copy.gather(np.array([4, 1])))
 
 
 def test_only_what_is_asked_for_is_stored(tmp_path, paths):
@@ -197,12 +189,6 @@ def test_a_touched_or_copied_image_is_known_by_its_bytes(tmp_path, paths):
     assert build.built == 2 and rows_of(index, paths)[6:] == [3]
 
 
-def test_a_copy_on_the_device_gathers_the_same(tmp_path, paths):
-    cached = features(tmp_path, paths, Counting())
-    copy = DeviceFeatures(cached, np.array([5, 0, 3]), torch.device("cpu"))
-    assert torch.equal(copy.gather(np.array([3, 5])), cached.gather(np.array([3, 5])))
-
-
 @pytest.mark.parametrize("index_bytes, rows", [(-20, 6), (-20, 5.5), (None, 2.5), (0, 6), (None, 0)])
 def test_killed_encoding_goes_on_where_it_was(tmp_path, paths, index_bytes, rows):
     """The last record or row is torn; a record without its row names nothing."""
@@ -257,8 +243,10 @@ def test_an_image_that_cannot_be_read_is_one_of_the_unreadable(tmp_path, paths, 
         return plain(self)
 
     monkeypatch.setattr(type(paths[0]), "read_bytes", read_bytes)
-    with pytest.raises(UserError, match="1 of 6 images cannot be read"):
-        features(tmp_path, paths, Counting())
+    for cache in ("cache", None):
+        found = features(tmp_path, paths, Counting(), cache=cache)
+        assert found.unreadable == {2: f"{paths[2]}: Permission denied"}
+        assert found.gather(np.array([1, 3])).shape == (2, 49, 6)
 
 
 def test_a_complete_cache_on_a_read_only_disk_serves(tmp_path, paths, monkeypatch):
