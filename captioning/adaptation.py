@@ -19,12 +19,12 @@ from captioning.building import build_features
 from captioning.checkpoints import load_checkpoint
 from captioning.dataset import SPECIAL_TOKENS, CaptionSet, Vocabulary, frequent_words, join_sets, load_caption_set
 from captioning.decoders import Decoder
-from captioning.features import Features, JoinedFeatures
+from captioning.features import CPU, Features, gather_views
 from captioning.flags import ADAPTATION
 from captioning.io import UserError, log
 from captioning.layouts import find_captions_file
 from captioning.runs import find_checkpoint
-from captioning.settings import Settings, cache_folders, shown
+from captioning.settings import Settings, cache_folder, shown
 from captioning.splits import StoredSplit, few, keys, require_splits, same_names, seen_in_training, trained_on
 
 
@@ -178,7 +178,7 @@ def add_replay(
     """
     if not settings.replay:
         return Replay(data, views, np.zeros(0, dtype=np.int64), 0)
-    cache = next(iter(cache_folders(settings.feature_cache)), None)
+    cache = cache_folder(settings.feature_cache)
     remedy = "give the folder of these with --replay_data_dir" + ("" if settings.resume else ", or --replay 0")
     try:
         old = load_caption_set(settings.replay_data_dir, seed=settings.seed, token_cache=cache)
@@ -222,3 +222,19 @@ def add_replay(
     both = join_sets(data, old)
     both.splits = data.splits | {"train": np.concatenate([data.splits["train"], images])}
     return Replay(both, [*joined], images, per_epoch)
+
+
+class JoinedFeatures:
+    """The features of two data sets as those of one, where the second's images come after the first's.
+
+    Implements `Features`; see `dataset.join_sets`.
+    """
+
+    def __init__(self, first: Features, second: Features):
+        self.parts, self.size = (first, second), len(first.versions)
+        self.unreadable = first.unreadable | {i + self.size: problem for i, problem in second.unreadable.items()}
+        self.versions = np.concatenate([first.versions, second.versions])
+
+    def gather(self, images: np.ndarray, device: torch.device = CPU) -> torch.Tensor:
+        second = (images >= self.size).astype(np.int64)
+        return gather_views(self.parts, images - self.size * second, second, device)

@@ -21,10 +21,10 @@ from captioning.encoders import encoder_of
 from captioning.evaluation import EvalContext, images_to_draw
 from captioning.features import FeatureRequest, Features, open_features
 from captioning.images import VIEW_SETS
-from captioning.io import UserError, log
+from captioning.io import DATA_SCRIPT, UserError, log, program
 from captioning.layouts import default_folder
 from captioning.runs import command_to_tune, find_checkpoint
-from captioning.settings import Settings, cache_folders
+from captioning.settings import Settings, cache_folder
 from captioning.splits import StoredSplit, refuse_trained_images, same_split
 
 # Where a data set is small. The recipe for own photos has 9,000 weights a caption on fifty photos, the original's defaults 300,000.
@@ -41,7 +41,7 @@ def build_data(settings: Settings, stored: StoredSplit | None) -> CaptionSet:
         UserError: there is no usable data set.
     """
     data_dir = default_folder(settings.data_dir, settings.image_dir, settings.captions_file, settings.dataset_type)
-    cache = next(iter(cache_folders(settings.feature_cache)), None)
+    cache = cache_folder(settings.feature_cache)
     data = load_caption_set(data_dir, settings.image_dir, settings.captions_file, settings.seed, stored, cache)
     if settings.dry_run:
         data.splits = {split: images[:n] for (split, images), n in zip(data.splits.items(), (8, 4, 4), strict=True)}
@@ -74,14 +74,33 @@ def build_features(
     distributed.check_agreement({"the hash of the encoder's weights": digest}, distributed.SAME_FILES)
     reads_means = not (decoders.find_decoder(settings.decoder).uses_grid or spec.cut)
     request = FeatureRequest(
-        caches=cache_folders(settings.feature_cache), spec=spec, weights_hash=digest,
+        cache=cache_folder(settings.feature_cache), spec=spec, weights_hash=digest,
         build_encoder=lambda: spec.build(weights), paths=data.paths(), folder=data.image_dir, images=images,
         device=distributed.pick_device(settings.device), means=reads_means, workers=decoding_threads(settings.num_workers),
-        feature_type=settings.feature_type, keep_on_device=settings.features_on_device, views=VIEW_SETS[settings.views],
+        keep_on_device=settings.features_on_device, views=VIEW_SETS[settings.views],
     )  # fmt: skip
     found = open_features(request)
-    data.drop_images({image for features in found for image in features.unreadable})
+    check_unreadable(found[0].unreadable, len(images))
+    data.drop_images({*found[0].unreadable})
     return found, digest
+
+
+def check_unreadable(unreadable: dict[int, str], total: int) -> None:
+    """Name the images that are left out; too many of them mean that something is wrong with the data.
+
+    Raises:
+        UserError: more than 1 % cannot be read.
+    """
+    if not unreadable:
+        return
+    for problem in list(unreadable.values())[:10]:
+        log.warning(f"Cannot read {problem}")
+    if len(unreadable) > 0.01 * total:
+        raise UserError(
+            f"{len(unreadable)} of {total} images cannot be read (more than 1 %): download the data set again "
+            f"(`{program(DATA_SCRIPT)} --force`), or remove these images' rows from the captions file"
+        )
+    log.warning(f"{len(unreadable)} unreadable image(s) left out.")
 
 
 @functools.cache  # prints it once

@@ -31,10 +31,10 @@ from captioning.decoders import build_decoder
 from captioning.decoding import Member, beam_search, sample
 from captioning.distributed import pick_device
 from captioning.encoders import ENCODE_BATCH, MANY, encoder_of
-from captioning.features import decoded, stored_form, stored_kind
 from captioning.flags import FLAGS, chosen_beam
 from captioning.images import VIEW_SETS, ImageSource, UnreadableImage, grid_side, images_below, open_image
 from captioning.io import UserError
+from captioning.quantization import decoded, stored_form
 from captioning.runs import PRETRAINED_MODEL, find_checkpoint
 
 if TYPE_CHECKING:
@@ -370,8 +370,7 @@ class Captioner:
 
     def features(self, view: np.ndarray) -> torch.Tensor:
         """Encode one view of some images, uint8 (I, size, size, 3): (I, 49, C), or (I, C), rounded as a cache stores it."""
-        grids = self.encode(view).to(torch.float16).cpu().numpy()  # (I, 49, C)
-        rows = stored_form(grids, stored_kind(not self.decoder.uses_grid, self.flags["feature_type"]))
+        rows = stored_form(self.encode(view), means=not self.decoder.uses_grid)
         return decoded(torch.from_numpy(rows)).to(self.device)
 
     def drawn(self, member: Member, count: int, top_p: float) -> list[list[Caption]]:

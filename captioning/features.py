@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import itertools
+import threading
 import zlib
-from bisect import bisect_right
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -19,27 +18,16 @@ import torch
 
 from captioning import distributed
 from captioning.encoders import ENCODE_BATCH, Encoder, EncoderSpec
-from captioning.feature_store import ROWS_PER_FILE, Entry, FeatureFile, FeatureStore, Version, row_dtype, version_of
+from captioning.feature_store import RECORD, FeatureFile, Version, name_hash, version_of
 from captioning.images import UnreadableImage
-from captioning.io import (
-    DATA_SCRIPT,
-    Progress,
-    UserError,
-    log,
-    make_directory,
-    program,
-    require_free_space,
-    wait_for_lock,
-)
-from captioning.quantization import SCALE_BYTES, dequantize, quantize
+from captioning.io import Progress, UserError, make_directory, require_free_space, wait_for_lock
+from captioning.quantization import SCALE_BYTES, decoded, stored_form
 from captioning.registry import folder_name
 
 BATCHES_AHEAD = 3  # that are read while others are encoded
 MOST_STREAMS = 8  # batches encoded at the same time: each takes some 100 MB
 SHARED_CACHE = "processes on several machines need a --feature_cache on a disk that they share"
-FLUSH_ROWS = 512  # between two syncs: some seconds of work on two cores
-
-
+FLUSH_BATCHES = 16  # between two syncs, of 512 rows: some seconds of work on two cores
 CPU = torch.device("cpu")
 
 
@@ -54,30 +42,18 @@ class Features(Protocol):
 
 
 class CachedFeatures:
-    """Features read from the store by image position. Implements `Features`."""
+    """Features read from a file of the cache by image position. Implements `Features`."""
 
-    def __init__(
-        self, store: FeatureStore, paths: Sequence[Path], unreadable: dict[int, str], holders: dict[int, FeatureFile]
-    ):
-        """Args: holders: which part of the store has an image, for every image that will be asked for."""
-        self.store, self.paths, self.unreadable = store, paths, unreadable
-        self.rows = np.full(len(paths), -1, dtype=np.int64)  # as if all parts' files were one
-        self.checksums = np.zeros(len(paths), dtype=np.int64)
+    def __init__(self, file: FeatureFile, paths: Sequence[Path], images: Sequence[int], unreadable: dict[int, str]):
+        """Args: images: those that the file holds and that may be asked for."""
+        self.file, self.paths, self.unreadable = file, paths, unreadable
+        self.rows = np.full(len(paths), -1, dtype=np.int64)
         self.versions = np.full((len(paths), 2), -1, dtype=np.int64)
-        self.maps: list[np.ndarray] = []
-        self.first_map = []  # of each part
-        first_row = {}
-        for part in store.parts:
-            first_row[part.stem, part.directory] = len(self.maps) * ROWS_PER_FILE
-            self.first_map.append(len(self.maps))
-            self.maps += part.maps()
-        for image, part in holders.items():
-            entry = part.entries[paths[image].name]
-            self.rows[image] = first_row[part.stem, part.directory] + entry.row
-            self.checksums[image] = entry.checksum
-            self.versions[image] = entry.size, entry.content
-        for part in store.parts:
-            part.entries.clear()  # half a kilobyte an image, and not needed any more
+        for image in images:
+            self.rows[image] = row = file.rows[name_hash(paths[image])]
+            self.versions[image] = file.records["size"][row], file.records["content"][row]
+        file.rows.clear()  # not needed any more
+        self.map = file.map()
         self.verified = np.zeros(len(paths), dtype=bool)
 
     def gather(self, images: np.ndarray, device: torch.device = CPU) -> torch.Tensor:
@@ -93,16 +69,14 @@ class CachedFeatures:
         Raises:
             UserError: a row was damaged since it was written.
         """
-        out = np.empty((len(images), *self.store.row_shape), row_dtype(self.store.kind))
-        for place, image in enumerate(images):
-            number, offset = divmod(int(self.rows[image]), ROWS_PER_FILE)
-            out[place] = self.maps[number][offset]
+        rows = self.rows[images]
+        out = self.map[rows]
+        for image, row, values in zip(images, rows, out, strict=True):
             if not self.verified[image]:
-                if zlib.crc32(out[place].data) != self.checksums[image]:
-                    part = self.store.parts[bisect_right(self.first_map, number) - 1]
-                    part.forget(self.paths[image].name)
+                if zlib.crc32(values.data) != self.file.records["checksum"][row]:
+                    self.file.forget(row)
                     raise UserError(
-                        f"the cached features of {self.paths[image].name} in {part.directory} are damaged "
+                        f"the cached features of {self.paths[image].name} in {self.file.path.parent} are damaged "
                         "(checksum differs): run the same command again, and that image is encoded anew"
                     )
                 self.verified[image] = True
@@ -125,11 +99,6 @@ class DeviceFeatures:
         return decoded(self.rows[torch.from_numpy(self.place[images]).to(self.rows.device)]).to(device)
 
 
-def decoded(rows: torch.Tensor) -> torch.Tensor:
-    """Return the features in rows as the cache stores them, as floats on the same device."""
-    return dequantize(rows) if rows.dtype == torch.uint8 else rows.float()
-
-
 def gather_views(
     views: Sequence[Features], images: np.ndarray, drawn: np.ndarray, device: torch.device
 ) -> torch.Tensor:
@@ -141,22 +110,6 @@ def gather_views(
     return torch.cat(parts)[torch.from_numpy(np.argsort(order)).to(parts[0].device)]
 
 
-class JoinedFeatures:
-    """The features of two data sets as those of one, where the second's images come after the first's.
-
-    Implements `Features`; see `dataset.join_sets`.
-    """
-
-    def __init__(self, first: Features, second: Features):
-        self.parts, self.size = (first, second), len(first.versions)
-        self.unreadable = first.unreadable | {i + self.size: problem for i, problem in second.unreadable.items()}
-        self.versions = np.concatenate([first.versions, second.versions])
-
-    def gather(self, images: np.ndarray, device: torch.device = CPU) -> torch.Tensor:
-        second = (images >= self.size).astype(np.int64)
-        return gather_views(self.parts, images - self.size * second, second, device)
-
-
 def fits_on(device: torch.device, size: int) -> bool:
     """Whether `size` bytes are at most half of a GPU's free memory."""
     return device.type == "cuda" and size <= torch.cuda.mem_get_info(device)[0] // 2
@@ -166,7 +119,7 @@ def fits_on(device: torch.device, size: int) -> bool:
 class FeatureRequest:
     """Whose features are wanted, from which encoder, and where they are kept."""
 
-    caches: Sequence[Path]  # the cache's folders, one per disk, or none for no cache
+    cache: Path | None  # the cache's folder; None encodes each batch anew
     spec: EncoderSpec
     weights_hash: str
     build_encoder: Callable[[], Encoder]  # called only when something has to be encoded
@@ -177,58 +130,63 @@ class FeatureRequest:
     means: bool  # the mean over the 49 regions rather than the regions
     workers: int  # threads that decode images while the encoder runs
     views: Sequence[str] = ("whole",)  # of `images.VIEWS`
-    feature_type: str = "float16"  # of the regions: float16 or int8
     keep_on_device: str = "off"  # auto, on or off: a copy of the features in the memory of a GPU
 
-    def directories(self, view: str) -> list[Path]:
-        """The cache's folders of a view, one per disk."""
-        folder = self.folder.resolve()
-        transform = self.spec.transform + ("" if view == "whole" else f"-{view}")
-        identity = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
-        place = Path(f"{folder_name(self.spec.name)}-{self.weights_hash[:8]}-{transform}") / f"{folder.name}-{identity}"
-        return [cache / place for cache in self.caches]
-
     @property
-    def kind(self) -> str:
-        return stored_kind(self.means, self.feature_type)
+    def directory(self) -> Path:
+        """The cache's folder of these images."""
+        encoder = f"{folder_name(self.spec.name)}-{self.weights_hash[:8]}-{self.spec.transform}"
+        folder = self.folder.resolve()
+        identity = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
+        return (self.cache or Path()) / encoder / f"{folder.name}-{identity}"
 
-    def store(self, view: str, kind: str | None = None) -> FeatureStore:
-        """Read what the cache has of a view. Args: kind: another than `kind`."""
-        kind, channels = kind or self.kind, self.spec.channels
-        regions = (self.spec.regions, channels + (SCALE_BYTES if kind == "grid8" else 0))
-        return FeatureStore(self.directories(view), kind, (channels,) if kind == "mean" else regions)
+    def files(self) -> list[FeatureFile]:
+        """Read what the cache has of each view. Raises UserError where it cannot be read."""
+        kind = "means.f16" if self.means else "grids.u8"
+        shape = (self.spec.channels,) if self.means else (self.spec.regions, self.spec.channels + SCALE_BYTES)
+        try:
+            return [FeatureFile(self.directory / f"{view}-{kind}", shape) for view in self.views]
+        except OSError as error:
+            raise UserError(
+                f"cannot read the feature cache {self.directory}: {error.strerror}. --feature_cache DIR chooses another "
+                "place, off does without"
+            ) from error
+
+    def read(self, image: int, views: Sequence[str]) -> tuple[Version, np.ndarray] | str:
+        """Return the version of an image's file and what `EncoderSpec.load_views` returns, or why it cannot be read."""
+        try:
+            return version_of(self.paths[image]), self.spec.load_views(self.paths[image], views)
+        except UnreadableImage as error:
+            return str(error)
 
 
 class LiveFeatures:
     """The plain path (`--feature_cache off`): every batch through the encoder. Implements `Features`."""
 
-    def __init__(self, request: FeatureRequest, encode: Callable[[np.ndarray], torch.Tensor], view: str):
+    def __init__(
+        self, request: FeatureRequest, encode: Callable[[np.ndarray], torch.Tensor], view: str,
+        unreadable: dict[int, str], versions: np.ndarray,
+    ):  # fmt: skip
         self.request, self.encode, self.view = request, encode, view
-        self.unreadable: dict[int, str] = {}
-        self.versions = np.full((len(request.paths), 2), -1, dtype=np.int64)
+        self.unreadable, self.versions = unreadable, versions
 
     @classmethod
     def of_views(cls, request: FeatureRequest) -> list[LiveFeatures]:
         """Return the features in each view; every image is opened once to see whether it can be read."""
         encode = request.build_encoder().fast_form(request.device)
-        views = [cls(request, encode, view) for view in request.views]
 
-        def look(image: int) -> tuple[str | None, tuple[int, int]]:
-            """Return why an image cannot be read, or None, and the size and CRC-32 of its file."""
-            try:
-                version, _ = read_image(request.paths[image], request.spec, request.views[:1])
-            except UnreadableImage as error:
-                return str(error), (-1, -1)
-            return None, (version.size, version.content)
+        def look(image: int) -> Version | str:
+            found = request.read(image, request.views[:1])
+            return found if isinstance(found, str) else found[0]
 
         with ThreadPoolExecutor(request.workers) as pool:
-            found = distributed.gather(list(pool.map(look, distributed.shard(request.images))))
-        for features in views:
-            features.unreadable |= {
-                int(i): problem for i, (problem, _) in zip(request.images, found, strict=True) if problem
-            }
-            features.versions[request.images] = [version for _, version in found]
-        return views
+            seen = distributed.gather(list(pool.map(look, distributed.shard(request.images))))
+        found = dict(zip(request.images.tolist(), seen, strict=True))
+        unreadable = {image: problem for image, problem in found.items() if isinstance(problem, str)}
+        versions = np.full((len(request.paths), 2), -1, dtype=np.int64)
+        for image in found.keys() - unreadable.keys():
+            versions[image] = found[image].size, found[image].content
+        return [cls(request, encode, view, unreadable, versions) for view in request.views]
 
     def gather(self, images: np.ndarray, device: torch.device = CPU) -> torch.Tensor:
         request = self.request
@@ -237,11 +195,8 @@ class LiveFeatures:
             return request.spec.load_views(request.paths[image], [self.view])
 
         with ThreadPoolExecutor(request.workers) as pool:
-            grid = self.encode(np.concatenate(list(pool.map(read, images)))).to(device)
-        return (grid.mean(1) if request.means else grid.clone()).float()  # a clone may be trained through
-
-
-Found = tuple[FeatureStore, dict[int, FeatureFile]]  # a view's store, and which part of it has which image
+            grids = self.encode(np.concatenate(list(pool.map(read, images))))
+        return decoded(torch.from_numpy(stored_form(grids, request.means))).to(device)  # the same as from a cache
 
 
 def open_features(request: FeatureRequest) -> list[Features]:
@@ -250,243 +205,111 @@ def open_features(request: FeatureRequest) -> list[Features]:
     Of several processes each encodes its shard of the images.
 
     Raises:
-        UserError: too many images cannot be read, the disk is too small, or the cache cannot be written.
+        UserError: the disk is too small, or the cache cannot be read or written.
     """
-    paths, needed, device = request.paths, request.images, request.device
-    if not request.caches:
-        live = LiveFeatures.of_views(request)
-        check_unreadable(live[0].unreadable, len(needed))
-        return [*live]
-    directories = [directory for view in request.views for directory in request.directories(view)]
-
-    def look() -> list[Found]:
-        stores = [request.store(view) for view in request.views]
-        return [
-            (store, {int(i): part for i in needed if (part := store.find(paths[i])) is not None}) for store in stores
-        ]
-
-    def missing() -> dict[int, list[int]]:
-        """Return for each image that lacks some the numbers of the views that nobody has encoded yet."""
-        seen[:] = look()
-        lacking = {int(i): [v for v, (_, holders) in enumerate(seen) if int(i) not in holders] for i in needed}
-        return {image: views for image, views in lacking.items() if views}
-
-    def complete() -> bool:
-        """Return whether nothing has to be written: everything is here, with the images' times, or cannot be noted."""
-        if missing():
-            return False
-        retimed = {part.directory for store, _ in seen for part in store.parts if part.retimed}
-        return not any(os.access(directory, os.W_OK) for directory in retimed)
-
-    def prepare() -> dict[int, list[int]]:
-        """Return what nobody has encoded yet, and note images' new times; the first process does it for all."""
-        todo = missing()
-        for store, _ in seen:
-            store.note_times()
-        return todo
-
-    seen: list[Found] = []  # by the first process
+    paths, needed, device = request.paths, request.images.tolist(), request.device
+    if request.cache is None:
+        return [*LiveFeatures.of_views(request)]
+    files = request.files()
+    complete = distributed.from_first(lambda: not missing_rows(request, files))
+    for file in files if distributed.is_first() else ():
+        file.note_times()
     unreadable: dict[int, str] = {}
-    try:
-        done = distributed.from_first(complete)
-    except OSError as error:
+    if not complete:
+        unreadable = encode_missing(request)
+        files = request.files()
+    lost = next((paths[image].name for image in missing_rows(request, files) if image not in unreadable), None)
+    if lost is not None:
         raise UserError(
-            f"cannot read the feature cache {directories[0]}: {error.strerror}. --feature_cache DIR chooses another "
-            "place, off does without"
-        ) from error
-    with nullcontext() if done else waiting_locks(directories):  # a complete cache may lie on a read-only disk
-        todo = {} if done else distributed.from_first(prepare)
-        unseen = [directory for directory in directories if not directory.is_dir()]
-        if unseen:
-            raise UserError(f"rank {distributed.rank()} does not see {unseen[0]}, which rank 0 made: {SHARED_CACHE}")
-        stores = [store for store, _ in seen] or [request.store(view) for view in request.views]
-        disks, processes = len(request.caches), distributed.size()
-        numbers = range(-(-disks // processes) * processes)  # of the parts: all disks take part
-        shares = np.array_split(np.array(distributed.shard([*todo]), dtype=np.int64), len(numbers) // processes)
-        for number, share in zip(distributed.shard(numbers), shares, strict=True):
-            files = [store.part(number) for store in stores]
-            mine = {image: todo[image] for image in share.tolist()}
-            size = sum(map(len, mine.values())) * (files[0].row_bytes + 128)  # in all views
-            require_free_space(files[0].directory, size, "encoding the images")
-            if mine and request.kind != "grid":
-                mine = derive_from_grids(request, files, mine)
-            if mine:
-                unreadable |= encode_images(request, request.build_encoder(), files, mine)
-        distributed.wait_for_all()
-    for theirs in distributed.all_gather(unreadable):
-        unreadable |= theirs
-    check_unreadable(unreadable, len(needed))
-    opened: list[Features] = []
-    found = look() if todo or not seen else seen
-    size = sum(len(holders) * store.row_bytes for store, holders in found)  # of all views, or none
+            f"rank {distributed.rank()} does not see the features of {lost} in {request.directory}, which another "
+            f"process encoded (or the image changed meanwhile): {SHARED_CACHE}"
+        )
+    readable = [image for image in needed if image not in unreadable]
+    size = len(readable) * sum(file.row_bytes for file in files)
     on_device = request.keep_on_device == "on" or (request.keep_on_device == "auto" and fits_on(device, size))
-    for view, (store, holders) in zip(request.views, found, strict=True):
-        lost = [i for i in needed.tolist() if i not in holders and i not in unreadable]
-        if lost:
-            raise UserError(
-                f"rank {distributed.rank()} does not see the features of {paths[lost[0]].name} in "
-                f"{request.directories(view)[0]}, which another process encoded (or the image changed "
-                f"meanwhile): {SHARED_CACHE}"
-            )
-        cached = CachedFeatures(store, paths, unreadable, holders)
-        good = np.array(list(holders), dtype=np.int64)
-        opened.append(DeviceFeatures(cached, good, device) if on_device else cached)
-    return opened
+    cached = [CachedFeatures(file, paths, readable, unreadable) for file in files]
+    return [DeviceFeatures(each, np.array(readable, np.int64), device) if on_device else each for each in cached]
 
 
-@contextmanager
-def waiting_locks(directories: Sequence[Path]) -> Iterator[None]:
-    """Hold the store; where another run is encoding into it, say so and wait.
-
-    Of several processes of one run the first holds it for all.
-    """
-    with ExitStack() as held:
-        for directory in sorted(directories) if distributed.is_first() else ():
-            make_directory(directory, "the feature cache; --feature_cache DIR chooses another place, off does without")
-            message = f"Another run is at work in {directory}; waiting for it, to share what it encodes ..."
-            held.enter_context(wait_for_lock(directory / "lock", message))
-        yield
+Rows = dict[int, dict[int, int]]  # for some images the numbers of the views to encode, each with the row that it gets
 
 
-def derive_from_grids(
-    request: FeatureRequest, files: Sequence[FeatureFile], todo: dict[int, list[int]]
-) -> dict[int, list[int]]:
-    """Fill means or eight-bit regions from float16 grids that are already there; returns the images and views that still need the encoder."""
-    paths, done = request.paths, set[tuple[int, int]]()
-    for view, file in enumerate(files):
-        for grid in request.store(request.views[view], "grid").parts:
-            wanted = [i for i, views in todo.items() if view in views and (i, view) not in done]
-            have = [i for i in wanted if grid.holds(paths[i])]
-            maps = grid.maps()
-            for start in range(0, len(have), FLUSH_ROWS):
-                found: list[tuple[str, Entry, np.ndarray]] = []
-                for i in have[start : start + FLUSH_ROWS]:
-                    entry = grid.entries[paths[i].name]
-                    row = np.ascontiguousarray(maps[entry.row // ROWS_PER_FILE][entry.row % ROWS_PER_FILE])  # (49, C)
-                    if zlib.crc32(row.data) == entry.checksum:  # a damaged one is encoded again
-                        found.append((paths[i].name, entry, row))
-                        done.add((i, view))
-                if found:
-                    names, entries, rows = zip(*found, strict=True)
-                    versions = [Version(*entry[1:4]) for entry in entries]
-                    file.append(names, versions, stored_form(np.stack(rows), file.kind))
-    left = {i: [view for view in views if (i, view) not in done] for i, views in todo.items()}
-    return {i: views for i, views in left.items() if views}
+def missing_rows(request: FeatureRequest, files: Sequence[FeatureFile]) -> Rows:
+    """Return the rows of the images that the cache lacks in some view."""
+    free = [itertools.count(len(file.records)) for file in files]
+    rows = {
+        image: {v: next(free[v]) for v, file in enumerate(files) if file.find(request.paths[image]) is None}
+        for image in request.images.tolist()
+    }
+    return {image: views for image, views in rows.items() if views}
 
 
-def stored_kind(means: bool, feature_type: str) -> str:
-    """Return what the cache keeps (see `feature_store`) for decoders that read means, or regions of this type."""
-    return "mean" if means else {"float16": "grid", "int8": "grid8"}[feature_type]
-
-
-def stored_form(grids: np.ndarray, kind: str) -> np.ndarray:
-    """Return the rows that the cache stores of these grids, float16 (n, 49, C)."""
-    return mean_of(grids) if kind == "mean" else quantize(grids) if kind == "grid8" else grids
-
-
-def mean_of(grids: np.ndarray) -> np.ndarray:
-    """(n, 49, C) float16 -> (n, C) float16, summed in float32: the same whether the grid was stored or not."""
-    return grids.astype(np.float32).mean(1).astype(np.float16)
-
-
-Encoded = tuple[int, Version, np.ndarray]  # an image, the version of its file, its features in each wanted view
-
-
-def encode_images(
-    request: FeatureRequest, encoder: Encoder, files: Sequence[FeatureFile], todo: dict[int, list[int]]
-) -> dict[int, str]:
-    """Encode images and append the features in each view to the file of that view; reading, encoding and writing overlap.
-
-    Threads rather than worker processes: Pillow and the encoder release the interpreter lock, and nothing has to be
-    pickled, so that Windows and macOS need no special care.
-
-    Args:
-        files: one for each of the request's views.
-        todo: for each image the numbers of the views that are wanted.
+def encode_missing(request: FeatureRequest) -> dict[int, str]:
+    """Encode what the cache lacks; while another run encodes into it, wait, to share what that run encodes.
 
     Returns:
         why some images could not be read.
     """
-    streams = min(torch.get_num_threads(), MOST_STREAMS) if request.device.type == "cpu" else 1
-    encode = encoder.fast_form(request.device, streams=streams)
-    paths, unreadable = request.paths, dict[int, str]()
-    # For each view: names, versions and features of the images that are encoded, but not yet written.
-    pending: list[list[tuple[str, Version, np.ndarray]]] = [[] for _ in files]
+    directory, first = request.directory, distributed.is_first()
+    if first:
+        make_directory(directory, "the feature cache; --feature_cache DIR chooses another place, off does without")
+    message = f"Another run is at work in {directory}; waiting for it, to share what it encodes ..."
+    with wait_for_lock(directory / "lock", message) if first else nullcontext():  # the first locks it for all
+        files = request.files()
+        todo = distributed.from_first(lambda: missing_rows(request, files))
+        if not directory.is_dir():
+            raise UserError(f"rank {distributed.rank()} does not see {directory}, which rank 0 made: {SHARED_CACHE}")
+        size = sum(map(len, todo.values())) * (files[0].row_bytes + RECORD.itemsize)
+        require_free_space(directory, size, "encoding the images")
+        unreadable = encode_images(request, files, todo) if todo else {}
+        everywhere = distributed.all_gather(unreadable)  # when all have written
+    return {image: problem for theirs in everywhere for image, problem in theirs.items()}
 
-    def encode_batch(reading: list[tuple[int, Future[tuple[Version, np.ndarray]]]]) -> list[Encoded]:
-        """Encode images as soon as they are read."""
-        read: list[tuple[int, Version, np.ndarray]] = []
-        for image, future in reading:
-            try:
-                read.append((image, *future.result()))
-            except UnreadableImage as error:
-                unreadable[image] = str(error)
+
+def encode_images(request: FeatureRequest, files: Sequence[FeatureFile], todo: Rows) -> dict[int, str]:
+    """Encode this process's shard of the images into the files of the views; reading, encoding and writing overlap.
+
+    Threads rather than worker processes: Pillow and the encoder release the interpreter lock, and nothing has to be
+    pickled, so that Windows and macOS need no special care.
+
+    Returns:
+        why some images could not be read.
+    """
+    encoder, unreadable = request.build_encoder(), dict[int, str]()
+    streams = min(torch.get_num_threads(), MOST_STREAMS) if request.device.type == "cpu" else 1
+    encode, free_stream = encoder.fast_form(request.device, streams=streams), threading.Semaphore(streams)
+    mine, per_batch = distributed.shard([*todo]), max(1, ENCODE_BATCH // len(files))
+    batches = [mine[start : start + per_batch] for start in range(0, len(mine), per_batch)]
+    groups = [batches[start : start + FLUSH_BATCHES] for start in range(0, len(batches), FLUSH_BATCHES)]
+
+    def encode_batch(images: Sequence[int]) -> list[tuple[int, int, Version, np.ndarray]]:
+        """Return for each image that can be read, and each view: both, the version of the file, and the row's values."""
+        views = [[request.views[view] for view in todo[image]] for image in images]
+        found = dict(zip(images, readers.map(request.read, images, views), strict=True))
+        unreadable.update({image: problem for image, problem in found.items() if isinstance(problem, str)})
+        read = {image: each for image, each in found.items() if not isinstance(each, str)}
         if not read:
             return []
-        grids = encode(np.concatenate([squares for *_, squares in read])).to(torch.float16).cpu().numpy()  # (B, 49, C)
-        features = stored_form(grids, request.kind)
-        ends = np.cumsum([len(squares) for *_, squares in read])
-        return [
-            (image, version, rows)
-            for (image, version, _), rows in zip(read, np.split(features, ends[:-1]), strict=True)
-        ]
+        with free_stream:
+            grids = encode(np.concatenate([squares for _, squares in read.values()]))
+        places = [(image, view, version) for image, (version, _) in read.items() for view in todo[image]]
+        return [(*place, values) for place, values in zip(places, stored_form(grids, request.means), strict=True)]
 
-    def flush() -> None:
-        for file, rows in zip(files, pending, strict=True):
-            if rows:
-                names, versions, features = zip(*rows, strict=True)
-                file.append(names, versions, np.stack(features))
-                rows.clear()
-
-    def take(count: int, batch: Future[list[Encoded]]) -> None:
-        for image, version, rows in batch.result():
-            for view, row in zip(todo[image], rows, strict=True):
-                pending[view].append((paths[image].name, version, row))
-        if sum(map(len, pending)) >= FLUSH_ROWS:
-            flush()
-        bar.update(count)
-
-    images = list(todo)
-    per_batch = max(1, ENCODE_BATCH // len(files))
-    bar = Progress(len(images), f"Encoding images ({encoder.spec.name}, {', '.join(request.views)})", "image")
-    with ThreadPoolExecutor(request.workers) as readers, ThreadPoolExecutor(streams) as encoders:
-        ahead: deque[tuple[int, Future[list[Encoded]]]] = deque()
+    bar = Progress(len(mine), f"Encoding images ({encoder.spec.name}, {', '.join(request.views)})", "image")
+    with ThreadPoolExecutor(request.workers) as readers, ThreadPoolExecutor(streams + BATCHES_AHEAD) as encoders:
         try:
-            for start in range(0, len(images), per_batch):
-                chunk = images[start : start + per_batch]
-                reading = [
-                    (i, readers.submit(read_image, paths[i], encoder.spec, [request.views[view] for view in todo[i]]))
-                    for i in chunk
-                ]
-                ahead.append((len(chunk), encoders.submit(encode_batch, reading)))
-                if len(ahead) > streams + BATCHES_AHEAD:
-                    take(*ahead.popleft())
-            while ahead:
-                take(*ahead.popleft())
+            following: Iterator[list[tuple[int, int, Version, np.ndarray]]] = iter(())
+            for group, next_group in itertools.pairwise([[], *groups, []]):
+                encoded, following = following, encoders.map(encode_batch, next_group)  # goes on while this is written
+                for batch, rows in zip(group, encoded, strict=True):
+                    for image, view, version, values in rows:
+                        files[view].put(request.paths[image], version, todo[image][view], values)
+                    bar.update(len(batch))
+                for file in files:
+                    file.flush()
         finally:  # Ctrl-C keeps what is encoded
-            flush()
+            encoders.shutdown(wait=False, cancel_futures=True)
+            for file in files:
+                file.flush()
             bar.close()
     return unreadable
-
-
-def read_image(path: Path, spec: EncoderSpec, views: Sequence[str]) -> tuple[Version, np.ndarray]:
-    """Return the version of an image's file, and what `EncoderSpec.load_views` returns. Raises UnreadableImage."""
-    return version_of(path), spec.load_views(path, views)
-
-
-def check_unreadable(unreadable: dict[int, str], total: int) -> None:
-    """Name the images that are left out; too many of them mean that something is wrong with the data.
-
-    Raises:
-        UserError: more than 1 % cannot be read.
-    """
-    if not unreadable:
-        return
-    for problem in list(unreadable.values())[:10]:
-        log.warning(f"Cannot read {problem}")
-    if len(unreadable) > 0.01 * total:
-        raise UserError(
-            f"{len(unreadable)} of {total} images cannot be read (more than 1 %): download the data set again "
-            f"(`{program(DATA_SCRIPT)} --force`), or remove these images' rows from the captions file"
-        )
-    log.warning(f"{len(unreadable)} unreadable image(s) left out.")

@@ -172,8 +172,6 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             resume=True, parameter=False),
         Flag("views", "of each image: one is drawn for each training step, all are averaged in testing; each is "
             "encoded once", str, "whole", ("whole", "mirror", "all"), modes=DATA_MODES, checkpoint="kept"),
-        Flag("feature_type", "of encoded regions in the cache: int8 takes half the bytes", str, "float16",
-            ("float16", "int8"), modes=DATA_MODES, checkpoint="kept"),
         Flag("feature_cache", "folder of encoded images; 'off' encodes them in every batch", text, "feature_cache",
             modes=DATA_MODES, resume=True, checkpoint="kept", parameter=False),
     ),

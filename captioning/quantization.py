@@ -1,4 +1,4 @@
-"""Regions as eight-bit codes: half the bytes of float16 in the feature cache.
+"""The form in which features are kept: means in float16, regions as eight-bit codes.
 
 Each region of each image and view has its own range: a code c stands for `lowest + c * step`, where step is a 255th of
 the region's range. Both are float16 and follow the region's codes.
@@ -10,6 +10,17 @@ import numpy as np
 import torch
 
 SCALE_BYTES = 4  # of a region: lowest and step
+
+
+def stored_form(grids: torch.Tensor, means: bool) -> np.ndarray:
+    """Return the rows that the cache stores of an encoder's grids, float (n, 49, C): their means or their codes."""
+    rounded = grids.to(torch.float16).cpu().numpy()
+    return rounded.astype(np.float32).mean(1).astype(np.float16) if means else quantize(rounded)
+
+
+def decoded(rows: torch.Tensor) -> torch.Tensor:
+    """Return the features in rows as `stored_form` made them, as floats on the same device."""
+    return dequantize(rows) if rows.dtype == torch.uint8 else rows.float()
 
 
 def quantize(grids: np.ndarray) -> np.ndarray:

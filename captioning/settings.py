@@ -136,9 +136,9 @@ def has_cache(feature_cache: str, encoder: str) -> bool:
         return False
 
 
-def cache_folders(text: str) -> list[Path]:
-    """The folders of a `--feature_cache`: one, or several with the system's `os.pathsep` between; none for `off`."""
-    return [] if text == "off" else [Path(part) for part in dict.fromkeys(text.split(os.pathsep)) if part]
+def cache_folder(text: str) -> Path | None:
+    """Return the folder that `--feature_cache` names; None for `off`."""
+    return None if text == "off" else Path(text)
 
 
 LARGEST_CONFIG = 100_000  # bytes of a YAML file of flags
@@ -417,8 +417,6 @@ def check_flags(settings: Settings, error: Callable[[str], Any]) -> None:
         error("--attention_viz_samples has no effect with --attention_viz_images, which says which")
     if args.feature_cache == "off" and "features_on_device" in explicit and args.features_on_device == "on":
         error("--features_on_device has no effect with --feature_cache off")
-    if args.feature_cache == "off" and "feature_type" in explicit and args.feature_type == "int8":
-        error("--feature_type int8 has no effect with --feature_cache off")
     check_modes(args, error)
     if not from_checkpoint and (problem := size_problem(args.values())):
         error(problem)

@@ -20,6 +20,7 @@ from run_files import only_run, skip_pictures
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 import training_utils
 from captioning import distributed
+from captioning.feature_store import RECORD
 from captioning.io import UserError
 from training_utils import StopRequest
 
@@ -122,10 +123,9 @@ def check_same_training(first: Path, second: Path, file: str = "last.pt") -> Non
 
 def test_two_processes_encode_a_part_each_and_train_and_test_as_one(place, monkeypatch):
     flags = [*TRAIN, "--decoder", "attention", "--fine_tune", "1", "--views", "mirror", "--attention_reg", "0.1"]
-    several = ["--feature_cache", os.pathsep.join(("disk1", "disk2"))]
     flags += ["--epochs", "2", "--drop_prob", "0", "--batch_size", "10"]  # the last batch leaves one without
     alone(place, monkeypatch, *flags, "--model_save_dir", "one")
-    command = [*flags, *several, "--scst_epochs", "1", "--model_save_dir", "two"]
+    command = [*flags, "--feature_cache", "shared", "--scst_epochs", "1", "--model_save_dir", "two"]
     first, second = by_hand([place, place], command, command)
     output = first.stdout + second.stdout
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
@@ -134,11 +134,11 @@ def test_two_processes_encode_a_part_each_and_train_and_test_as_one(place, monke
     assert output.count("Epoch 3 completed") == output.count("Run directory") == 1
     assert 0 <= json.loads((run / "metrics_history.json").read_text())[-1]["reward"] < 10, "a mean CIDEr-D"
     assert "2 processes" in output and "Processes: 2" in (run / "run_summary.txt").read_text()
-    indexes = [sorted((place / disk).rglob("grid*.jsonl")) for disk in ("disk1", "disk2")]
-    assert [[path.name for path in each] for each in indexes] == [["grid.jsonl"] * 2, ["grid-p1.jsonl"] * 2]
-    for first, second in zip(*indexes, strict=True):  # of the whole pictures, and of the mirrored ones
-        names = [{json.loads(line)[0] for line in index.read_text().splitlines()} for index in (first, second)]
-        assert len(names[0]) == len(names[1]) == 10 and not names[0] & names[1]
+    indexes = sorted((place / "shared").rglob("*.index"))
+    assert [index.name.partition("-")[0] for index in indexes] == ["mirror", "whole"]
+    for index in indexes:
+        names = np.fromfile(index, RECORD)["name"].tolist()
+        assert len(names) == len({*names} - {0}) == 20
     testing = ["--mode", "test", "--split", "val+test", "--model_path", str(run)]
     first, second = by_hand([place, place], testing, testing)
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr

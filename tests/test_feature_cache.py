@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import socket
 import sys
 import zlib
@@ -10,10 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from captioning import images, registry
 from captioning.encoders import Encoder, EncoderSpec, find_encoder
+from captioning.feature_store import RECORD, name_hash
 from captioning.features import DeviceFeatures, FeatureRequest, fits_on, open_features
 from captioning.images import open_image
 from captioning.io import UserError
@@ -45,68 +48,49 @@ def paths(tmp_path):
     return sorted(folder.iterdir())
 
 
-def features(tmp_path, paths, build, means=False, cache="cache", needed=None, views=("whole",), **more):
-    places = [] if cache is None else [tmp_path / part for part in cache.split()]
+def features(tmp_path, paths, build, means=False, cache="cache", needed=None, views=("whole",)):
     wanted = np.arange(len(paths)) if needed is None else np.array(needed)
+    place = cache and tmp_path / cache
     request = FeatureRequest(
-        places,
-        SPEC,
-        "0123456789abcdef",
-        build,
-        paths,
-        paths[0].parent,
-        wanted,
-        torch.device("cpu"),
-        means,
-        2,
-        views,
-        **more,
+        place, SPEC, "0123456789abcdef", build, paths, paths[0].parent, wanted, torch.device("cpu"), means, 2, views
     )
     found = open_features(request)
     return found[0] if views == ("whole",) else found
 
 
-def test_an_image_is_encoded_once(tmp_path, paths):
+def rows_of(index, paths):
+    """For each row of an index the position of its image."""
+    names = [name_hash(path) for path in paths]
+    return [names.index(name) if name in names else None for name in np.fromfile(index, RECORD)["name"].tolist()]
+
+
+def flip_a_bit(data, position):
+    raw = bytearray(data.read_bytes())
+    raw[position] ^= 1
+    data.write_bytes(raw)
+
+
+def test_features_are_the_same_encoded_cached_copied_or_without_a_cache(tmp_path, paths):
     build = Counting()
-    first = features(tmp_path, paths, build).gather(np.array([4, 1]))
-    again = features(tmp_path, paths, build).gather(np.array([4, 1]))
-    assert build.built == 1 and torch.equal(first, again) and first.shape == (2, 49, 6)
-    plain = features(tmp_path, paths, build, cache=None).gather(np.array([4, 1]))
-    torch.testing.assert_close(first, plain, atol=1e-3, rtol=1e-3)
+    for means, shape in ((False, (2, 49, 6)), (True, (2, 6))):
+        first = features(tmp_path, paths, build, means).gather(np.array([4, 1]))
+        again = features(tmp_path, paths, build, means).gather(np.array([4, 1]))
+        assert build.built == 1 + means and torch.equal(first, again) and first.shape == shape
+        plain = features(tmp_path, paths, Counting(), means, cache=None)
+        copy = DeviceFeatures(features(tmp_path, paths, build, means), np.array([1, 5, 4]), torch.device("cpu"))
+        assert torch.equal(first, plain.gather(np.array([4, 1]))) and torch.equal(first, copy.gather(np.array([4, 1])))
 
 
-def test_means_come_from_grids_or_alone_and_are_the_same(tmp_path, paths):
-    build = Counting()
-    everything = np.arange(6)
-    features(tmp_path, paths, build)
-    derived = features(tmp_path, paths, build, means=True).gather(everything)
-    assert build.built == 1
-    alone = features(tmp_path, paths, build, means=True, cache="other").gather(everything)
-    assert torch.equal(derived, alone) and derived.shape == (6, 6)
-    assert not list((tmp_path / "other").rglob("grid.*"))
-
-
-def test_int8_takes_half_the_bytes_and_is_derived_from_float16(tmp_path, paths):
-    build = Counting()
-    exact = features(tmp_path, paths, build).gather(np.arange(6))
-    derived = features(tmp_path, paths, build, feature_type="int8").gather(np.arange(6))
-    assert build.built == 1
-    alone = features(tmp_path, paths, build, cache="other", feature_type="int8")
-    assert torch.equal(alone.gather(np.arange(6)), derived) and not list((tmp_path / "other").rglob("*.f16"))
-    (data,) = (tmp_path / "cache").rglob("grid.000.f16")
-    damaged = bytearray(data.read_bytes())
-    damaged[4] ^= 64
-    data.write_bytes(damaged)
-    for index in (tmp_path / "cache").rglob("grid8.jsonl"):
-        index.unlink()
-    assert torch.equal(features(tmp_path, paths, build, feature_type="int8").gather(np.arange(6)), derived)
-    data.write_bytes(bytes(damaged[:4]) + bytes([damaged[4] ^ 64]) + bytes(damaged[5:]))
-    span = exact.amax(-1, keepdim=True) - exact.amin(-1, keepdim=True)
-    assert ((derived - exact).abs() <= span / 255 * 0.51 + 2e-3).all() and not torch.equal(derived, exact)
-    copy = DeviceFeatures(alone, np.array([5, 0, 3]), torch.device("cpu"))
-    assert torch.equal(copy.gather(np.array([3, 5])), derived[[3, 5]])
-    means = features(tmp_path, paths, build, means=True, feature_type="int8").gather(np.arange(6))
-    torch.testing.assert_close(means, exact.mean(1), atol=1e-3, rtol=1e-3)
+def test_only_what_is_asked_for_is_stored(tmp_path, paths):
+    means = features(tmp_path, paths, Counting(), means=True).gather(np.arange(6))
+    assert sorted(path.name for path in (tmp_path / "cache").rglob("*.*")) == [
+        "whole-means.f16",
+        "whole-means.f16.index",
+    ]
+    grids = features(tmp_path, paths, Counting(), cache="grids").gather(np.arange(6))
+    (data,) = (tmp_path / "grids").rglob("*.u8")
+    assert data.stat().st_size == 6 * 49 * (6 + 4)
+    torch.testing.assert_close(means, grids.mean(1), atol=1e-2, rtol=1e-2)
 
 
 @pytest.mark.parametrize("values", [[0.0, 0.0, 0.0], [-3.0, 5.0, 5.0], [60000.0, 1.0, -60000.0], [2e-7, 1e-7, 0.0]])
@@ -174,13 +158,13 @@ def test_one_pass_cuts_all_views_from_an_image_that_is_opened_once(tmp_path, pat
     assert not torch.equal(together[0].gather(np.arange(6)), together[1].gather(np.arange(6)))
 
 
-def test_only_missing_views_are_encoded(tmp_path, paths):
+def test_only_missing_images_and_views_are_encoded(tmp_path, paths):
     build = Counting()
-    features(tmp_path, paths, build, needed=[0, 1, 2])
-    index = next((tmp_path / "cache").rglob("grid.jsonl"))
-    before = index.read_text()
+    features(tmp_path, paths, build, needed=[1, 3])
+    index = next((tmp_path / "cache").rglob("whole-grids.u8.index"))
+    assert rows_of(index, paths) == [1, 3]
     whole, mirror = features(tmp_path, paths, build, views=("whole", "mirror"))
-    assert build.built == 2 and index.read_text().startswith(before) and len(index.read_text().splitlines()) == 6
+    assert build.built == 2 and rows_of(index, paths) == [1, 3, 0, 2, 4, 5]
     features(tmp_path, paths, build, views=("mirror", "whole"))
     assert build.built == 2 and len(whole.gather(np.arange(6))) == len(mirror.gather(np.arange(6)))
 
@@ -198,94 +182,59 @@ def test_a_touched_or_copied_image_is_known_by_its_bytes(tmp_path, paths):
     for number, path in enumerate(paths):
         os.utime(path, ns=(number, number))
     assert torch.equal(features(tmp_path, paths, build).gather(np.arange(6)), before)
-    features(tmp_path, paths, build, means=True)
-    assert build.built == 1
-    (index,) = (tmp_path / "cache").rglob("grid.jsonl")
-    size = index.stat().st_size
+    (index,) = (tmp_path / "cache").rglob("*.index")
+    assert np.fromfile(index, RECORD)["mtime_ns"].tolist() == list(range(6)) and build.built == 1  # noted
+    flip_a_bit(paths[3], -1)  # of the same length
     features(tmp_path, paths, build)
-    assert index.stat().st_size == size  # the new times were noted once
-    raw = bytearray(paths[3].read_bytes())
-    raw[-1] ^= 1  # of the same length, and other
-    paths[3].write_bytes(raw)
-    features(tmp_path, paths, build)
-    assert build.built == 2
+    assert build.built == 2 and rows_of(index, paths)[6:] == [3]
 
 
-def test_a_copy_on_the_device_gathers_the_same(tmp_path, paths):
-    cached = features(tmp_path, paths, Counting())
-    copy = DeviceFeatures(cached, np.array([5, 0, 3]), torch.device("cpu"))
-    assert torch.equal(copy.gather(np.array([3, 5])), cached.gather(np.array([3, 5])))
-
-
-def test_a_torn_index_costs_only_what_it_did_not_name(tmp_path, paths):
+@pytest.mark.parametrize("index_bytes, rows", [(-20, 6), (-20, 5.5), (None, 2.5), (0, 6), (None, 0)])
+def test_killed_encoding_goes_on_where_it_was(tmp_path, paths, index_bytes, rows):
+    """The last record or row is torn; a record without its row names nothing."""
     build = Counting()
     whole = features(tmp_path, paths, build).gather(np.arange(6))
-    (index,) = (tmp_path / "cache").rglob("grid.jsonl")
-    index.write_bytes(index.read_bytes()[:-20])
+    (data,), (index,) = ((tmp_path / "cache").rglob(name) for name in ("*.u8", "*.index"))
+    data.write_bytes(data.read_bytes()[: int(rows * len(whole[0]) * 10)])
+    index.write_bytes(index.read_bytes()[:index_bytes])
     assert torch.equal(features(tmp_path, paths, build).gather(np.arange(6)), whole)
-    assert build.built == 2 and len(index.read_text().splitlines()) == 6
+    assert build.built == 2 and rows_of(index, paths) == list(range(6))
 
 
-def test_a_damaged_row_is_found_and_encoded_again(tmp_path, paths):
+def test_a_damaged_row_is_found_and_encoded_again_beside_what_another_run_added(tmp_path, paths):
     build = Counting()
-    whole = features(tmp_path, paths, build).gather(np.arange(6))
-    (data,) = (tmp_path / "cache").rglob("grid.000.f16")
-    raw = bytearray(data.read_bytes())
-    raw[3 * 49 * 6 * 2 + 5] ^= 1
-    data.write_bytes(raw)
-    with pytest.raises(UserError, match=r"3\.png .*damaged"):
-        features(tmp_path, paths, build).gather(np.arange(6))
-    assert torch.equal(features(tmp_path, paths, build).gather(np.arange(6)), whole)
-
-
-def test_parts_lie_on_several_disks_and_outlive_a_change_of_disks(tmp_path, paths):
-    build = Counting()
-    whole = features(tmp_path, paths, Counting()).gather(np.arange(6))
-    spread = features(tmp_path, paths, build, cache="one two").gather(np.arange(6))
-    assert torch.equal(spread, whole)
-    lying = [sorted(file.name for file in (tmp_path / disk).rglob("*.jsonl")) for disk in ("one", "two")]
-    assert lying == [["grid.jsonl"], ["grid-p1.jsonl"]]
-    assert torch.equal(features(tmp_path, paths, build, cache="two one").gather(np.arange(6)), whole)
-    assert build.built == 2  # once for each part, and not again
-    means = features(tmp_path, paths, build, means=True, cache="one two").gather(np.arange(6))
-    assert build.built == 2 and torch.allclose(means, whole.mean(1), atol=1e-3)
-    features(tmp_path, paths, build, cache="one")  # without the second disk its images are encoded again
-    assert build.built == 3
-
-
-def test_a_newer_version_in_another_part_wins(tmp_path, paths):
-    features(tmp_path, paths, Counting(), cache="one")
-    Image.new("RGB", (40, 30), "red").save(paths[5])
-    features(tmp_path, paths, Counting(), cache="two one")
-    build = Counting()
-    after = features(tmp_path, paths, build, cache="one two").gather(np.array([5]))
-    assert build.built == 0
-    assert torch.equal(after, features(tmp_path, paths, Counting(), cache="alone").gather(np.array([5])))
-
-
-def test_only_what_is_needed_is_encoded(tmp_path, paths):
-    features(tmp_path, paths, Counting(), needed=[1, 3])
-    (index,) = (tmp_path / "cache").rglob("grid.jsonl")
-    assert [line.split('"')[1] for line in index.read_text().splitlines()] == ["1.png", "3.png"]
-
-
-def test_what_another_run_adds_survives_a_damaged_row(tmp_path, paths):
-    """16.18: forgetting a row truncated the index without the lock."""
-    first = features(tmp_path, paths, Counting(), needed=[0, 1])
-    (data,) = (tmp_path / "cache").rglob("grid.000.f16")
-    raw = bytearray(data.read_bytes())
-    raw[5] ^= 1
-    data.write_bytes(raw)
-    features(tmp_path, paths, Counting(), needed=[1, 2, 3])  # another run
-    with pytest.raises(UserError, match="damaged"):
+    first = features(tmp_path, paths, build, needed=[0, 1, 2])
+    (data,), (index,) = ((tmp_path / "cache").rglob(name) for name in ("*.u8", "*.index"))
+    flip_a_bit(data, 5)
+    whole = features(tmp_path, paths, build, needed=[1, 2, 3, 4]).gather(np.arange(1, 5))  # another run
+    with pytest.raises(UserError, match=r"0\.png in .*Images.* are damaged"):
         first.gather(np.array([0]))
+    again = features(tmp_path, paths, build, needed=range(5)).gather(np.arange(5))
+    assert torch.equal(again[1:], whole) and build.built == 3 and rows_of(index, paths) == [None, 1, 2, 3, 4, 0]
+    assert torch.equal(again, features(tmp_path, paths, build, cache="other").gather(np.arange(5)))
+
+
+def test_a_disk_that_is_too_small_is_said_before_encoding(tmp_path, paths, monkeypatch):
     build = Counting()
-    features(tmp_path, paths, build, needed=[1, 2, 3])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 6 * 49 * 10))
+    with pytest.raises(UserError, match=r"encoding the images needs 3\.1 kB, but .* has 2\.9 kB free"):
+        features(tmp_path, paths, build)
     assert build.built == 0
+
+
+def test_a_run_waits_for_another_that_encodes(tmp_path, paths, capsys):
+    features(tmp_path, paths, Counting(), needed=[0])
+    (data,) = (tmp_path / "cache").rglob("*.u8")
+    with ThreadPoolExecutor(1) as pool:
+        with FileLock(data.parent / "lock"):
+            waiting = pool.submit(features, tmp_path, paths, Counting())
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.5)
+        assert len(waiting.result(timeout=60).gather(np.arange(6))) == 6
+    assert "Another run is at work" in capsys.readouterr().out
 
 
 def test_an_image_that_cannot_be_read_is_one_of_the_unreadable(tmp_path, paths, monkeypatch):
-    """16.15: one image without read permission, or an I/O error, ended encoding with a traceback."""
     plain = type(paths[0]).read_bytes
 
     def read_bytes(self):
@@ -294,8 +243,10 @@ def test_an_image_that_cannot_be_read_is_one_of_the_unreadable(tmp_path, paths, 
         return plain(self)
 
     monkeypatch.setattr(type(paths[0]), "read_bytes", read_bytes)
-    with pytest.raises(UserError, match="1 of 6 images cannot be read"):
-        features(tmp_path, paths, Counting())
+    for cache in ("cache", None):
+        found = features(tmp_path, paths, Counting(), cache=cache)
+        assert found.unreadable == {2: f"{paths[2]}: Permission denied"}
+        assert found.gather(np.array([1, 3])).shape == (2, 49, 6)
 
 
 def test_a_complete_cache_on_a_read_only_disk_serves(tmp_path, paths, monkeypatch):
@@ -306,7 +257,6 @@ def test_a_complete_cache_on_a_read_only_disk_serves(tmp_path, paths, monkeypatc
     def read_only(*_, **__):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(os, "access", lambda *_: False)
     monkeypatch.setattr(type(paths[0]), "touch", read_only)
     monkeypatch.setattr(os, "fsync", read_only)
     assert torch.equal(features(tmp_path, paths, Counting()).gather(np.arange(6)), whole)
@@ -315,7 +265,6 @@ def test_a_complete_cache_on_a_read_only_disk_serves(tmp_path, paths, monkeypatc
 
 
 def test_all_views_together_take_at_most_half_of_the_device(monkeypatch):
-    """16.17: half of the free memory was taken for each view."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 1000))
     device = torch.device("cuda")
     assert fits_on(device, 500) and not fits_on(device, 6 * 100)

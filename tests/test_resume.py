@@ -15,6 +15,7 @@ import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 import training_utils
 from captioning import features as feature_cache
 from captioning.checkpoints import load_checkpoint
+from captioning.feature_store import RECORD
 from captioning.runs import lock_run_directory
 from training_utils import Precision
 
@@ -25,7 +26,7 @@ FLAGS = [
 CASES = [
     ("lstm", ["--num_layers", "2"]),
     ("attention", ["--num_layers", "1", "--attention_reg", "0.5", "--early_stopping", "2"]),
-    ("attention", ["--num_layers", "1", "--views", "mirror", "--feature_type", "int8", "--fine_tune", "1"]),
+    ("attention", ["--num_layers", "1", "--views", "mirror", "--fine_tune", "1"]),
     *(  # one schedule that changes by step, and the one that remembers
         (decoder, ["--learning_rate", "0.01", "--use_scheduler", "--scheduler_type", kind])
         for decoder, kind in (("transformer", "one_cycle"), ("show_attend_tell", "reduce_lr_on_plateau"))
@@ -146,8 +147,8 @@ def test_interrupted_encoding_keeps_what_is_encoded(here, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(feature_cache.Progress, "update", interrupt)  # when the first batch is encoded
         assert run(here, "none", "lstm", "--feature_cache", "feature_cache") == 130
-    (index,) = Path("feature_cache").rglob("mean.jsonl")
-    assert len(index.read_text().splitlines()) == 5 and not Path("none").exists()
+    (index,) = Path("feature_cache").rglob("*.index")
+    assert index.stat().st_size == 5 * RECORD.itemsize and not Path("none").exists()
 
 
 def test_a_crash_loses_at_most_the_minutes_since_the_last_save(here, monkeypatch):

@@ -72,10 +72,6 @@ def test_the_table_is_sound():
         (["--attention_dim", "64"], "--attention_dim has no effect with --decoder lstm: add --decoder attention"),
         (["--encoder", "efficientnet_lite0", "--resnet_weights", "x"], "--resnet_weights has no effect with --encoder"),
         (["--scheduler_gamma", "0.5"], "--scheduler_gamma has no effect without --use_scheduler"),
-        (
-            ["--feature_type", "int8", "--feature_cache", "off"],
-            "--feature_type int8 has no effect with --feature_cache",
-        ),
         (["--fine_tune_learning_rate", "1e-4"], "--fine_tune_learning_rate has no effect without --fine_tune"),
         (["--scst_samples", "3"], "--scst_samples has no effect without --scst_epochs"),
         (["--seed", "9223372036854775808"], "--seed: 9223372036854775808 is out of range"),

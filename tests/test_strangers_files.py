@@ -19,7 +19,6 @@ from captioning import dataset as caption_data
 from captioning.checkpoints import load_checkpoint
 from captioning.dataset import load_caption_set, pack_tokens, tokenize, tokenize_cached, unpack_tokens
 from captioning.encoders import load_weights
-from captioning.features import FeatureFile
 from captioning.images import UnreadableImage, open_image
 from captioning.io import UserError, read_json
 from captioning.layouts import read_captions
@@ -320,30 +319,6 @@ def test_encoder_weights_are_read_as_warily(tmp_path):
 
 # --------------------------------------------------------------------------------------------------
 # Caches
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        '["b.jpg", -1, 1, 1, 1, 1]', '["b.jpg", 2, 1, 1, 1, 1]', '["b.jpg", 1.0, 1, 1, 1, 1]', '["b.jpg", "1", 1, 1, 1, 1]',
-        '["b.jpg", true, 1, 1, 1, 1]', '["b.jpg", Infinity, 1, 1, 1, 1]', '["b.jpg", NaN, 1, 1, 1, 1]', '["b.jpg", 1, 1, 1, 1]',
-        '["b.jpg", 1, 1, 1, 1, 4294967296]', '["b.jpg", 1, 1, 1, 1, -1]', '[["b.jpg"], 1, 1, 1, 1, 1]', "null", "{}", "[]",
-        "[" * 3000, '["' + "b" * 5000 + '", 1, 1, 1, 1, 1]', '["b.jpg", 1' + "0" * 30 + ", 1, 1, 1, 1]",
-    ],
-)  # fmt: skip
-def test_an_impossible_line_ends_the_index(tmp_path, line):
-    (tmp_path / "mean.jsonl").write_text(f'["a.jpg", 0, 1, 1, 1, 1]\n{line}\n["c.jpg", 1, 1, 1, 1, 1]\n')
-    (tmp_path / "mean.000.f16").write_bytes(bytes(12))  # two rows
-    file = FeatureFile(tmp_path, "mean", (3,))
-    assert list(file.entries) == ["a.jpg"] and file.rows == 1 and len(file.maps()[0]) == 1
-
-
-def test_rows_behind_a_gap_are_none(tmp_path):
-    """Their number was the size of all files together, of which only the first can be mapped."""
-    (tmp_path / "mean.jsonl").write_text('["a.jpg", 3, 1, 1, 1, 1]\n')
-    (tmp_path / "mean.000.f16").write_bytes(bytes(12))
-    (tmp_path / "mean.007.f16").write_bytes(bytes(600))
-    assert FeatureFile(tmp_path, "mean", (3,)).entries == {}
 
 
 def block(words: bytes, ids: list[int], offsets: list[int]) -> bytes:
