@@ -42,9 +42,8 @@ FORMATS = ("png", "svg", "pdf")
 ABOVE_CHANCE = 4  # a region is strong if its cell has this many times the weight of an even distribution
 CROPS, CROP_CELLS = 4, 3  # strongest regions at most, and cells along the side of one in a square photo
 
-# All in inches. The largest page has 1620 x 2280 pixels.
-PAGE_WIDTH, MARGIN, GAP = 13.5, 0.35, 0.16
-PAGE_HEIGHTS, SMALLEST_PANEL, LARGEST_PANEL = (9.0, 12.0, 15.5, 19.0), 1.4, 4.5
+# All in inches.
+PAGE_WIDTH, PAGE_HEIGHT, MARGIN, GAP, LARGEST_PANEL = 13.5, 12.0, 0.35, 0.16, 4.5
 HEADING, SECTION, FOOTER = 0.34, 0.34, 1.15  # above a panel, above the regions, below all for the colour bar
 
 
@@ -212,24 +211,15 @@ def _panel_aspect(image: Image.Image) -> float:
 
 
 def _fit_grid(panels: int, aspect: float) -> tuple[int, float]:
-    """The number of columns and the panels' width: large panels, with few places empty in the last line.
+    """The number of columns that makes the panels largest on a page of this size, and the panels' width."""
 
-    The page gets the first of `PAGE_HEIGHTS` that does not make the panels too small.
-    """
-
-    def width(columns: int, page: float) -> float:
-        from_height = ((page - 1.2 - FOOTER) / -(-panels // columns) - HEADING - GAP) * aspect
+    def width(columns: int) -> float:
+        from_height = ((PAGE_HEIGHT - 1.2 - FOOTER) / -(-panels // columns) - HEADING - GAP) * aspect
         from_width = (PAGE_WIDTH - 2 * MARGIN + GAP) / columns - GAP
         return min(from_width, from_height, LARGEST_PANEL * min(1, aspect))
 
-    def merit(columns: int, page: float) -> float:
-        return width(columns, page) * math.sqrt(panels / (columns * -(-panels // columns)))
-
-    for page in PAGE_HEIGHTS:
-        columns = max(range(panels, 0, -1), key=lambda columns: merit(columns, page))
-        if width(columns, page) >= SMALLEST_PANEL:
-            break
-    return columns, width(columns, page)
+    columns = max(range(panels, 0, -1), key=width)  # of equals the most
+    return columns, width(columns)
 
 
 def _new_page(

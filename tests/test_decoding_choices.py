@@ -169,7 +169,7 @@ def test_tests_that_end_at_once_keep_each_others_rows(tmp_path):
 
     def save(number: int) -> str:
         captions = [f"caption {number}", "another"]
-        result = Result("beam 3", {"beam_size": number}, [], captions, {"cider": number}, scores)
+        result = Result("beam 3", {"beam_size": number}, captions, {"cider": number}, scores)
         save_result(tmp_path / "test_metrics.json", "test", data, np.arange(2), result)
         return result.files["captions_file"]
 

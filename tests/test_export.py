@@ -166,14 +166,6 @@ def test_the_card_has_this_checkpoints_scores_and_the_terms(tmp_path):
         export_model.export(load_checkpoint(path), path, tmp_path / "other", False, None)
 
 
-def test_a_missing_package_is_named_before_anything_is_written(tmp_path, monkeypatch):
-    path = checkpoint_file(tmp_path / "run")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="--onnx needs onnx, .*requirements-export.txt"):
-        export_model.export(load_checkpoint(path), path, tmp_path / "model", True, None)
-    assert not (tmp_path / "model").exists()
-
-
 def test_from_training_to_scores_of_the_exported_model(tiny_runs, tmp_path, monkeypatch, capsys):
     """One command each; an exported model captions as its checkpoint does, and training on from it is refused."""
     monkeypatch.chdir(tmp_path)

@@ -37,8 +37,7 @@ class Result:
 
     name: str  # of the way, at the head of its column: `greedy`, `beam 3`, `consensus`
     header: dict[str, Any]  # what was tested and how; a new result replaces an earlier one with the same header
-    found: list[Hypothesis]  # a caption of each image
-    captions: list[str]  # the same as texts
+    captions: list[str]  # of each image
     scores: dict[str, Any]
     by_image: ImageScores
     confidence: np.ndarray | None = None  # (n,) of each caption, where the model has a calibration
@@ -156,7 +155,7 @@ def score_way(context: EvalContext, images: np.ndarray, way: Way, header: Mappin
     captions = [context.text(hypothesis) for hypothesis in way.found]
     scores, by_image = score_test(context.data, images, captions)
     full = {**header, **way.settings, "tokenizer": "spacy.blank('en'), lower case, without punctuation"}
-    result = Result(way.name, full, way.found, captions, way.more | scores, by_image)
+    result = Result(way.name, full, captions, way.more | scores, by_image)
     if table := table_of(context.calibration, way.settings["consensus"] is not None):
         result.confidence = np.array([confidence_of(table, each.log_probabilities) for each in way.found])
         result.supported = supported_shares(captions, list(map(context.data.references, images)))
