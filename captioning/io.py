@@ -101,25 +101,25 @@ class SteadyStream:
     """A text stream that drops what a closed terminal, `| head -1` or a full disk cannot take."""
 
     def __init__(self, stream: Any):
-        self.stream = stream
+        self.stream = stream  # None where the shell closed it
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
             self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
             self.stream.flush()
 
 
 @contextlib.contextmanager
 def steady_streams(active: bool = True) -> Iterator[None]:
     """Let hours of work go on where their messages cannot be printed."""
-    out, err = (SteadyStream(stream) if active and stream else stream for stream in (sys.stdout, sys.stderr))
+    out, err = (SteadyStream(stream) if active else stream for stream in (sys.stdout, sys.stderr))
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         yield
 
