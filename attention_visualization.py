@@ -18,8 +18,17 @@ import numpy as np
 from PIL import Image
 
 from captioning import plots
-from captioning.images import UnreadableImage, check_weights, entropy, grid_side, open_image, peak, upsample
-from captioning.io import log, write_json
+from captioning.images import (
+    ImageSource,
+    UnreadableImage,
+    check_weights,
+    entropy,
+    grid_side,
+    open_image,
+    peak,
+    upsample,
+)
+from captioning.io import log, printable, write_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,14 +36,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from captioning.evaluation import EvalContext
+    from captioning.settings import Settings
 
 FORMATS = ("png", "svg", "pdf")
 ABOVE_CHANCE = 4  # a region is strong if its cell has this many times the weight of an even distribution
 CROPS, CROP_CELLS = 4, 3  # strongest regions at most, and cells along the side of one in a square photo
 
-# All in inches. The largest page has 1620 x 2280 pixels.
-PAGE_WIDTH, MARGIN, GAP = 13.5, 0.35, 0.16
-PAGE_HEIGHTS, SMALLEST_PANEL, LARGEST_PANEL = (9.0, 12.0, 15.5, 19.0), 1.4, 4.5
+# All in inches.
+PAGE_WIDTH, PAGE_HEIGHT, MARGIN, GAP, LARGEST_PANEL = 13.5, 12.0, 0.35, 0.16, 4.5
 HEADING, SECTION, FOOTER = 0.34, 0.34, 1.15  # above a panel, above the regions, below all for the colour bar
 
 
@@ -87,30 +96,42 @@ def attention_numbers(name: str, words: Sequence[str], weights: np.ndarray) -> d
 
 
 def save_pictures(
-    directory: Path, number: int, image: Image.Image, name: str, words: Sequence[str], weights: np.ndarray,
-    advanced: bool = False, form: str = "png", dpi: int = plots.DPI,
-) -> None:  # fmt: skip
-    """Write `attention_viz_sample_N`, with `advanced` also `advanced_attention_viz_sample_N`, and N's numbers as JSON.
+    directory: Path, number: int, source: ImageSource, name: str, words: Sequence[str], weights: np.ndarray | None,
+    settings: Settings,
+) -> bool:  # fmt: skip
+    """Write `attention_viz_sample_N`, with the flag also `advanced_attention_viz_sample_N`, and N's numbers as JSON.
 
     Args:
         number: N.
-        image: the photo, of any size and aspect.
+        source: the photo, of any size and aspect.
         name: the photo's, which stands under the caption.
-        words: the caption, at least one word.
-        weights: (words, cells), each row a distribution.
-        form: one of `FORMATS`, which is also the files' extension.
-        dpi: dots per inch of a png, and of the photos inside of an svg or pdf.
+        words: the caption.
+        weights: (words, cells), each row a distribution; None of an empty caption.
+        settings: whose flags of attention pictures are read.
+
+    Returns:
+        whether there was something to draw; else a warning says why not.
 
     Raises:
         ValueError: words and weights differ in number, or a row is not a distribution.
         UserError: a file cannot be written.
     """
-    figure = attention_figure(image, words, weights, name, dpi)
+    if not words or weights is None:
+        log.warning(f"No attention picture of {name}: its caption is empty")
+        return False
+    form, dpi = settings.attention_viz_format, settings.attention_viz_dpi
+    try:
+        photo = open_image(source, at_least=largest_panel(dpi))
+    except UnreadableImage as problem:  # it could be read when its features were made
+        log.warning(f"No attention picture: {printable(str(problem))}")
+        return False
+    figure = attention_figure(photo, words, weights, name, dpi)
     plots.save_figure(figure, directory / f"attention_viz_sample_{number}.{form}")
-    if advanced:
-        figure = advanced_attention_figure(image, words, weights, name, dpi)
+    if settings.advanced_attention_viz:
+        figure = advanced_attention_figure(photo, words, weights, name, dpi)
         plots.save_figure(figure, directory / f"advanced_attention_viz_sample_{number}.{form}")
     write_json(directory / f"attention_viz_sample_{number}.json", attention_numbers(name, words, weights))
+    return True
 
 
 def attention_figure(
@@ -126,7 +147,7 @@ def attention_figure(
     lines, height = -(-(len(words) + 1) // columns), width / aspect
     page = max(columns * (width + GAP) - GAP + 2 * MARGIN, 6.5)
     figure, top = _new_page(page, lines * (HEADING + height + GAP), words, title, rows.shape[1], dpi)
-    photo = _fitted(image, dpi)
+    photo = plots.shrunk(image, largest_panel(dpi))
     dimmed = dim(photo)
     first, *panels = _grid(figure, top, len(words) + 1, columns, width, height, "word")
     first.set_label("photo")
@@ -155,7 +176,7 @@ def advanced_attention_figure(
     axis, bars_height = 0.75, min(0.2 * len(words), 12.0)  # below the bars, and the least for them
     figure, top = _new_page(PAGE_WIDTH, max(left_height, HEADING + bars_height + axis), words, title, cells, dpi)
 
-    dimmed = dim(_fitted(image, dpi))
+    dimmed = dim(plots.shrunk(image, largest_panel(dpi)))
     path, mean = (
         plots.place_axes(figure, left, top + HEADING, width, height, label)
         for left, label in ((MARGIN, "path"), (MARGIN + width + 2 * GAP, "mean"))
@@ -190,24 +211,15 @@ def _panel_aspect(image: Image.Image) -> float:
 
 
 def _fit_grid(panels: int, aspect: float) -> tuple[int, float]:
-    """The number of columns and the panels' width: large panels, with few places empty in the last line.
+    """The number of columns that makes the panels largest on a page of this size, and the panels' width."""
 
-    The page gets the first of `PAGE_HEIGHTS` that does not make the panels too small.
-    """
-
-    def width(columns: int, page: float) -> float:
-        from_height = ((page - 1.2 - FOOTER) / -(-panels // columns) - HEADING - GAP) * aspect
+    def width(columns: int) -> float:
+        from_height = ((PAGE_HEIGHT - 1.2 - FOOTER) / -(-panels // columns) - HEADING - GAP) * aspect
         from_width = (PAGE_WIDTH - 2 * MARGIN + GAP) / columns - GAP
         return min(from_width, from_height, LARGEST_PANEL * min(1, aspect))
 
-    def merit(columns: int, page: float) -> float:
-        return width(columns, page) * math.sqrt(panels / (columns * -(-panels // columns)))
-
-    for page in PAGE_HEIGHTS:
-        columns = max(range(panels, 0, -1), key=lambda columns: merit(columns, page))
-        if width(columns, page) >= SMALLEST_PANEL:
-            break
-    return columns, width(columns, page)
+    columns = max(range(panels, 0, -1), key=width)  # of equals the most
+    return columns, width(columns)
 
 
 def _new_page(
@@ -278,9 +290,9 @@ def _set_headings(
 # Panels
 
 
-def _fitted(image: Image.Image, dpi: int) -> Image.Image:
-    """The photo with as many pixels as its largest panel shows at this resolution, and some more."""
-    return plots.shrunk(image, max(900, 900 * dpi // plots.DPI))
+def largest_panel(dpi: int) -> int:
+    """Return the pixels that a side of the largest panel has at this resolution, and some more."""
+    return max(900, 900 * dpi // plots.DPI)
 
 
 def dim(photo: Image.Image) -> Image.Image:
@@ -421,21 +433,7 @@ def save_attention_pictures(context: EvalContext, images: np.ndarray, directory:
     drawn = 0
     for n, (image, found) in enumerate(zip(images, hypotheses, strict=True), 1):
         words, name = context.vocabulary.decode(found.ids), data.names[image]
-        if not words or found.attention is None:
-            log.warning(f"No attention picture of {name}: its caption is empty")
-            continue
-        try:
-            picture = open_image(
-                data.image_dir / name, at_least=max(900, 900 * settings.attention_viz_dpi // plots.DPI)
-            )
-        except UnreadableImage as problem:  # its features were cached while it could be read
-            log.warning(f"No attention picture: {problem}")
-            continue
-        save_pictures(
-            directory, n, picture, name, words, found.attention, settings.advanced_attention_viz,
-            settings.attention_viz_format, settings.attention_viz_dpi,
-        )  # fmt: skip
-        drawn += 1
+        drawn += save_pictures(directory, n, data.image_dir / name, name, words, found.attention, settings)
     if drawn:
         log.info(f"Attention pictures of {drawn} images: {directory / 'attention_viz_sample_*'}")
 

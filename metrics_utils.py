@@ -3,20 +3,17 @@
 Everything here takes strings that `captioning.dataset.tokenize` has split (lower case, no punctuation, words joined by
 spaces): one hypothesis and all references for each image.
 
-METEOR and SPICE run in Java. They raise `MetricFailed` rather than an error of their own, so that whatever happens
-there costs that metric only.
+METEOR runs in Java. It raises `MetricFailed` rather than an error of its own, so that whatever happens there costs
+METEOR only.
 """
 
 from __future__ import annotations
 
-import functools
 import gzip
-import json
 import math
 import shutil
 import statistics
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,8 +26,7 @@ from captioning.io import printable
 from captioning.scores import ImageScores, corpus_bleu
 
 JAVA_SECONDS = 60.0  # for Java to start and to read its tables: about 5 on a laptop
-METEOR_SECONDS = 0.1  # ... and for each caption of METEOR: about 0.01
-SPICE_SECONDS = 5.0  # ... and for each caption of SPICE, whose references are parsed too
+METEOR_SECONDS = 0.1  # ... and for each caption: about 0.01
 METEOR_COUNTS = 23  # numbers of a caption that METEOR's score is made of
 
 
@@ -48,67 +44,34 @@ def score_images(hypotheses: Sequence[str], references: Sequence[Sequence[str]])
     """
     if not hypotheses or len(hypotheses) != len(references) or not all(references):
         raise ValueError("one hypothesis and at least one reference per image, and at least one image")
+    import jiwer
+    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
     from pycocoevalcap.bleu.bleu_scorer import BleuScorer
     from pycocoevalcap.rouge.rouge import Rouge
+    from rouge_score.rouge_scorer import RougeScorer
 
-    bleu, rouge = BleuScorer(n=4), Rouge()
-    rouge_l = []
+    bleu, rouge, rouge_scorer = BleuScorer(n=4), Rouge(), RougeScorer(["rougeL"])
+    smooth = SmoothingFunction().method2  # one more in every count of pairs and longer n-grams (Lin and Och, 2004)
+    rouge_l, rouge_f1, wer, sentence_bleu4 = [], [], [], []
     for hypothesis, known in zip(hypotheses, references, strict=True):
         bleu += (hypothesis, list(known))
         rouge_l.append(rouge.calc_score([hypothesis], list(known)))
+        rouge_f1.append(rouge_scorer.score_multi(known, hypothesis)["rougeL"].fmeasure)  # not the papers' ROUGE-L
+        wer.append(min(jiwer.wer(reference, hypothesis) for reference in known))
+        words = [text.split() for text in known]
+        sentence_bleu4.append(float(sentence_bleu(words, hypothesis.split(), smoothing_function=smooth)))
     counts = bleu.ctest
     closest = [min((abs(length - c["testlen"]), length) for length in c["reflen"])[1] for c in counts]
     return ImageScores(
         cider=cider_of_each(hypotheses, references),
         rouge_l=np.array(rouge_l),
-        rouge=rouge_f1(hypotheses, references),
-        wer=word_error_rates(hypotheses, references),
+        rouge=np.array(rouge_f1),
+        wer=np.array(wer),
         guess=np.array([c["guess"] for c in counts]),
         correct=np.array([c["correct"] for c in counts]),
         length=np.array([c["testlen"] for c in counts]),
         reference_length=np.array(closest),
-        sentence_bleu4=sentence_bleu4(hypotheses, references),
-    )
-
-
-def sentence_bleu4(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
-    """Return nltk's BLEU-4 of each caption (n,), smoothed by one in every count of pairs and longer n-grams.
-
-    The smoothing is that of Lin and Och (2004). The mean is not the corpus BLEU that papers report.
-    """
-    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
-
-    smooth = SmoothingFunction().method2
-    return np.array(
-        [
-            float(sentence_bleu([text.split() for text in known], hypothesis.split(), smoothing_function=smooth))
-            for hypothesis, known in zip(hypotheses, references, strict=True)
-        ]
-    )
-
-
-def word_error_rates(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
-    """Return the smallest word error rate of each caption against any one reference (n,); 0 is perfect."""
-    import jiwer
-
-    return np.array(
-        [
-            min(jiwer.wer(reference, hypothesis) for reference in known)
-            for hypothesis, known in zip(hypotheses, references, strict=True)
-        ]
-    )
-
-
-def rouge_f1(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
-    """Return rouge-score's ROUGE-L F1 of each caption against its best reference (n,); not the papers' ROUGE-L."""
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer(["rougeL"])
-    return np.array(
-        [
-            scorer.score_multi(known, hypothesis)["rougeL"].fmeasure
-            for hypothesis, known in zip(hypotheses, references, strict=True)
-        ]
+        sentence_bleu4=np.array(sentence_bleu4),
     )
 
 
@@ -147,7 +110,7 @@ def variety(hypotheses: Sequence[str], training_captions: set[str]) -> dict[str,
 
 
 # --------------------------------------------------------------------------------------------------
-# Metrics in Java
+# METEOR
 
 
 class MetricFailed(Exception):
@@ -186,61 +149,15 @@ def meteor_scores(systems: Sequence[Sequence[str]], references: Sequence[Sequenc
     return [float(answers[(images + 1) * (n + 1) - 1]) for n in range(len(systems))]  # the last is of all captions
 
 
-def spice_scores(systems: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> list[float]:
-    """Return the SPICE of several systems' captions of the same images; downloads Stanford CoreNLP once, takes minutes.
-
-    Args, raises: as `meteor_scores`.
-    """
-    from pycocoevalcap.spice import spice
-
-    java, jar = find_java(), Path(spice.__file__).with_name(spice.SPICE_JAR)
-    run_program([sys.executable, "-m", "pycocoevalcap.spice.get_stanford_models"], 1800)
-    entries = [
-        {"image_id": number * len(references) + image, "test": hypotheses[image], "refs": list(known)}
-        for number, hypotheses in enumerate(systems)
-        for image, known in enumerate(references)
-    ]
-    with tempfile.TemporaryDirectory() as folder:
-        captions, results, cache = (Path(folder) / name for name in ("captions.json", "results.json", "cache"))
-        captions.write_text(json.dumps(entries))
-        cache.mkdir()  # of parsed references, which are the same for all systems
-        files = [str(captions), "-cache", str(cache), "-out", str(results), "-subset", "-silent"]
-        run_program([java, "-Xmx8G", "-jar", str(jar), *files], JAVA_SECONDS + SPICE_SECONDS * len(entries))
-        try:
-            by_id = {entry["image_id"]: float(entry["scores"]["All"]["f"]) for entry in json.loads(results.read_text())}
-            each = np.array([by_id[entry["image_id"]] for entry in entries])
-            if not np.isfinite(each).all():
-                raise ValueError("not a number")
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise MetricFailed(f"its results cannot be read ({type(error).__name__}: {error})") from error
-    return each.reshape(len(systems), -1).mean(1).tolist()
-
-
 def find_java() -> str:
-    """Return the path of Java.
-
-    Raises:
-        MetricFailed: there is none, or it does not run (macOS has a /usr/bin/java without a Java behind it).
-    """
+    """Return the path of Java. Raises MetricFailed where there is none."""
     java = shutil.which("java")
     if java is None:
         raise MetricFailed("it needs Java, and there is none on the PATH")
-    if not java_runs(java):
-        raise MetricFailed(f"it needs Java, and {java} does not run")
     return java
 
 
-@functools.cache  # asks once
-def java_runs(java: str) -> bool:
-    """Return whether this Java answers `-version`."""
-    try:
-        run_program([java, "-version"], 30)
-    except MetricFailed:
-        return False
-    return True
-
-
-def run_program(command: list[str], seconds: float, lines: Sequence[str] = ()) -> str:
+def run_program(command: list[str], seconds: float, lines: Sequence[str]) -> str:
     """Run a program to its end, with `lines` as its input, and return what it printed on standard output.
 
     Raises:

@@ -10,9 +10,8 @@ import argparse
 import math
 import os
 import threading
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
@@ -329,19 +328,20 @@ class Captioner:
         Threads decode one batch ahead.
         """
 
-        def read(source: ImageSource) -> np.ndarray | UnreadableImage:
+        def read(source: ImageSource) -> tuple[ImageSource, np.ndarray | UnreadableImage]:
             try:
-                return self.spec.load_views(source, self.views)
+                return source, self.spec.load_views(source, self.views)
             except UnreadableImage as error:
-                return error
+                return source, error
 
         with ThreadPoolExecutor(self.workers) as pool:
-            ahead: deque[list[tuple[ImageSource, Future[np.ndarray | UnreadableImage]]]] = deque()
-            for start in range(0, len(sources), ENCODE_BATCH):
-                ahead.append([(source, pool.submit(read, source)) for source in sources[start : start + ENCODE_BATCH]])
-                if len(ahead) > 1:
-                    yield [(source, future.result()) for source, future in ahead.popleft()]
-            yield from ([(source, future.result()) for source, future in batch] for batch in ahead)
+            starts = range(0, len(sources), ENCODE_BATCH)
+            batches = (pool.map(read, sources[start : start + ENCODE_BATCH]) for start in starts)
+            batch = next(batches, None)
+            while batch is not None:
+                ahead = next(batches, None)
+                yield list(batch)
+                batch = ahead
 
     def decode(self, pixels: list[np.ndarray], how: Decoding) -> list[list[Caption]]:
         """Caption up to ENCODE_BATCH decoded images, uint8 (views, size, size, 3) each.

@@ -260,7 +260,6 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("consensus", "take, of a beam of 20 unless --beam_size is given, the caption that agrees best with the others and with "
             "what the checkpoint expects of the image; has no effect where it expects nothing (--mode tune adds it to older runs)",
             str, "on", ("on", "off"), modes=("test", "caption", "serve")),
-        Flag("spice", "SPICE too (Java; downloads CoreNLP; minutes)", modes=("test",), parameter=False),
         Flag("split", "which images are scored", str, "test", ("test", "val", "val+test"), modes=("test",),
             parameter=False),
     ),

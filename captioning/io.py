@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import io
 import json
 import logging
 import os
@@ -96,37 +97,30 @@ def bars_off() -> bool | None:
 
 
 class SteadyStream:
-    """A text stream whose writes never fail: what a closed terminal or a full disk cannot take is dropped."""
+    """A text stream that drops what a closed terminal, `| head -1` or a full disk cannot take."""
 
     def __init__(self, stream: Any):
-        self.stream = stream
+        self.stream = stream  # None where the shell closed it
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(OSError, ValueError):
-            try:
-                self.stream.write(text)
-            except UnicodeEncodeError:
-                self.stream.write(text.encode("ascii", "backslashreplace").decode())
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
             self.stream.flush()
 
 
 @contextlib.contextmanager
 def steady_streams(active: bool = True) -> Iterator[None]:
-    """Let hours of work go on where their messages cannot be printed: `| head -1`, a closed terminal, a full disk."""
-    before = sys.stdout, sys.stderr
-    if active:
-        sys.stdout, sys.stderr = (SteadyStream(stream) if stream is not None else None for stream in before)
-    try:
+    """Let hours of work go on where their messages cannot be printed."""
+    out, err = (SteadyStream(stream) if active else stream for stream in (sys.stdout, sys.stderr))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         yield
-    finally:
-        sys.stdout, sys.stderr = before
 
 
 def duration(seconds: float) -> str:
@@ -157,36 +151,21 @@ class Progress:
 
 
 def prepare_process() -> None:
-    """Prepare for PyTorch's seconds of importing: Ctrl-C ends them with a line, and all standard streams are open.
+    """Prepare a script before it imports PyTorch, which takes seconds: Ctrl-C ends them with a line.
 
-    Also limits the memory of what PyTorch keeps, which is read when it is imported.
+    Text that a stream's encoding lacks is written as escapes (Windows). oneDNN reads how many kernels it keeps when it
+    is imported: fewer than its 1,024, unless the user says how many.
     """
 
     def stop(*_: object) -> None:
         print("\nStopped.", file=sys.stderr, flush=True)
         os._exit(130)
 
-    open_standard_streams()
     signal.signal(signal.SIGINT, stop)
-    limit_kernels()
-
-
-def limit_kernels() -> None:
-    """Have oneDNN keep fewer kernels than its 1,024, unless the user says how many. Call it before PyTorch is imported."""
-    if "DNNL_PRIMITIVE_CACHE_CAPACITY" not in os.environ:  # the older name, which oneDNN reads too
-        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))
-
-
-def open_standard_streams() -> None:
-    """Put the null device where a standard stream is closed, so that no file of ours takes its number."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
-    for name in ("stdin", "stdout", "stderr"):  # Python has none where one was closed, and progress bars write to it
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -201,7 +180,7 @@ class UserError(Exception):
         return "\n".join(map(printable, super().__str__().split("\n")))
 
 
-class Terminated(BaseException):
+class Terminated(KeyboardInterrupt):
     """SIGTERM or SIGHUP came: what is in hand is put away, then the program ends."""
 
     def __init__(self, number: int, advice: str = ""):
@@ -224,10 +203,9 @@ def run_command(command: Callable[[], int], stopped: str) -> int:
     # nohup ignores SIGHUP, and stays in force
     numbers = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
     with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         for number in numbers:
             signal.signal(number, terminate)
-    with contextlib.suppress(ValueError):
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return command()
     except UserError as error:
@@ -241,12 +219,10 @@ def run_command(command: Callable[[], int], stopped: str) -> int:
     except ModuleNotFoundError as error:
         print(f"error: {not_installed(error.name)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"\n{stopped}", file=sys.stderr)
-        return 130
-    except Terminated as ended:
-        print(f"\n{ended.advice or stopped}", file=sys.stderr)
-        return 128 + ended.number
+    except KeyboardInterrupt as ended:
+        advice, number = (ended.advice, ended.number) if isinstance(ended, Terminated) else ("", signal.SIGINT)
+        print(f"\n{advice or stopped}", file=sys.stderr)
+        return 128 + number
     finally:
         with contextlib.suppress(ValueError):
             for number in numbers:

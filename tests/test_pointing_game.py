@@ -1,80 +1,50 @@
-"""The pointing game on attention maps made to hit or to miss, and on a model trained on a small demo set."""
+"""The pointing game: a model that is trained on the drawn set attends to a shape when it says the shape's word."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 from run_files import only_run, skip_pictures
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
-from captioning import demo_set as pointing_game
+from captioning import Captioner
 from captioning.demo_set import draw_demo_dataset
-from captioning.io import UserError
+from captioning.images import cell_middles, peak
 from captioning.settings import parse_flags
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-
-import pointing
-
-LEFT = {"star": (0.0, 0.0, 0.2, 0.2)}  # holds the middle of cell 0 alone
-RIGHT = {"heart": (0.8, 0.8, 1.0, 1.0)}  # of cell 48 alone
+NEAR = 0.5 / 7  # half a cell of the 7 x 7 grid
 
 
-def attention(*cells: int) -> np.ndarray:
-    """A word's whole attention in one of the 49 cells, for each given cell."""
-    return np.eye(49)[list(cells)]
+def near_box(points: np.ndarray, box: list[float]) -> np.ndarray:
+    """Whether each point (x, y) is in a box or within half a cell of it; all are fractions of the picture's sides."""
+    left, top, right, bottom = box
+    x, y = points.T
+    return (left - NEAR <= x) & (x <= right + NEAR) & (top - NEAR <= y) & (y <= bottom + NEAR)
 
 
-def test_right_maps_hit_and_those_of_the_other_picture_miss():
-    words = [["a", "star"], ["a", "heart"]]
-    result = pointing_game.score(words, [attention(5, 0), attention(5, 48)], [LEFT, RIGHT])
-    assert result["pointing_game"] == result["pointing_game_near"] == 1 and result["pointing_game_words"] == 2
-    assert result["pointing_game_shuffled"] == result["pointing_game_near_shuffled"] == 0
-    assert result["pointing_game_uniform"] == pytest.approx(1 / 49)
-    assert result["pointing_game_near_uniform"] == pytest.approx(4 / 49), "boxes of 0.2 touch two cells a side"
-    swapped = pointing_game.score(words, [attention(5, 48), attention(5, 0)], [LEFT, RIGHT])
-    assert swapped["pointing_game"] == 0 and swapped["pointing_game_shuffled"] == 1
+def play(words: list[str], weights: np.ndarray, shapes: list[dict]) -> list[tuple[bool, float]]:
+    """Return, for each word of a shape that is there, whether its peak is near that shape, and the chance of it.
+
+    Args:
+        weights: attention, (words, 49).
+        shapes: an entry of the drawn set's `shapes.json`; a kind of shape is there once at most.
+    """
+    boxes = {shape["shape"]: shape["box"] for shape in shapes}
+    known = [(row, boxes[word]) for word, row in zip(words, weights, strict=True) if word in boxes]
+    return [(near_box(peak(row[None]), box).item(), near_box(cell_middles(49), box).mean()) for row, box in known]
 
 
-def test_a_cell_beside_the_box_is_near_and_one_further_off_is_not():
-    for cell, near in ((1, 1), (8, 1), (2, 0), (14, 0)):
-        result = pointing_game.score([["star"]], [attention(cell)], [LEFT])
-        assert (result["pointing_game"], result["pointing_game_near"]) == (0, near)
-        assert "pointing_game_shuffled" not in result
+def test_maps_on_the_shape_and_beside_it_hit_and_others_miss():
+    star = [{"shape": "star", "box": [0.0, 0.0, 0.2, 0.2]}]  # holds the middle of cell 0 alone
+    for cell, hit in ((0, True), (1, True), (8, True), (2, False), (14, False), (48, False)):
+        assert play(["a", "star", "heart"], np.eye(49)[[5, cell, 0]], star) == [(hit, 4 / 49)]
 
 
-def test_words_of_absent_shapes_and_empty_captions_do_not_count():
-    result = pointing_game.score(
-        [["star", "heart"], [], ["heart"]], [attention(0, 3), None, attention(4)], [LEFT, LEFT, {}]
-    )
-    assert result["pointing_game_words"] == 1 and result["pointing_game"] == 1
-    assert pointing_game.score([["a", "dog"]], [attention(1, 2)], [LEFT]) == {}
-
-
-def test_the_printed_line_has_chance_beside_the_shares():
-    line = pointing_game.describe(
-        pointing_game.score([["star"], ["heart"]], [attention(0), attention(3)], [LEFT, RIGHT])
-    )
-    assert "of 2 shape words, 50.0% have" in line and "any cell alike 2.0%, other pictures' maps 0.0%" in line
-
-
-@pytest.mark.parametrize(
-    "text", ["[]", "3", "{", '{"a": 3}', '{"a": [3]}', '{"a": [{"shape": "star", "box": [0, 0, 1]}]}',
-             '{"a": [{"shape": ["star"], "box": [0, 0, 1, 1]}]}', '{"a": [{"shape": "star", "box": [0, 0, 1, NaN]}]}',
-             "[" * 100_000],
-)  # fmt: skip
-def test_tables_of_another_form_are_refused(tmp_path, text):
-    (tmp_path / "shapes.json").write_text(text)
-    with pytest.raises(UserError, match="shapes.json"):
-        pointing_game.read_boxes(tmp_path / "shapes.json")
-
-
-def test_testing_the_demo_set_reports_it_and_draws_the_images_that_were_named(tmp_path, monkeypatch, capsys):
+def test_a_trained_model_attends_to_the_shapes_that_it_names(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     skip_pictures(monkeypatch)
-    draw_demo_dataset(tmp_path / "data" / "demo", 40)
+    folder = Path("data/demo")
+    draw_demo_dataset(folder, 40)
     small = "--dataset_type demo --encoder efficientnet_lite0 --decoder attention --epochs 8 --embed_size 64"
     small += " --hidden_size 64 --num_layers 1 --attention_dim 32 --freq_threshold 1 --batch_size 16"
     small += " --learning_rate 0.005 --attention_viz_dpi 50"
@@ -83,16 +53,13 @@ def test_testing_the_demo_set_reports_it_and_draws_the_images_that_were_named(tm
     run = only_run()
     assert parse_flags(["--resume", str(run)]).attention_viz_images == names[2:]
     numbers = [json.loads((run / f"attention_viz_sample_{n}.json").read_text()) for n in (1, 2)]
-    assert [each["image"] for each in numbers] == ["scene_0002.jpg", "scene_0040.jpg"]
-    out = capsys.readouterr().out
-    assert "train 32, val 4, test 4" in out and "Epoch 1 completed (1/8):" in out and "CIDEr" in out
-    results = pointing.table(*pointing.captions_and_maps(run, [*names[:2], "scene_0005.jpg"]))
-    assert json.loads((run / "attention_viz_sample_1.json").read_text())["image"] == "scene_0005.jpg"
-    entries = json.loads((run / "test_metrics.json").read_text())
-    assert all(0 <= entry["pointing_game"] <= entry["pointing_game_near"] <= 1 for entry in entries)
-    assert results["all"].items() <= entries[-1].items()
-    assert results["large"]["pointing_game_words"] < results["all"]["pointing_game_words"]
-    assert capsys.readouterr().out.count("Pointing game: of") == 1
-    testing = ["--mode", "test", "--model_path", "saved_models/demo/efficientnet_lite0_attention"]
-    assert trainer.main([*testing, *names[:2], "scene_0500.jpg"]) == 2
+    assert [each["image"] for each in numbers] == names[2:]
+
+    shapes = json.loads((folder / "shapes.json").read_text())
+    results = [each for each in Captioner.load(run)(folder / "Images", beam_size=1) if each.words]
+    played = [play(each.text.split(), each.best.attention, shapes[each.path.name]) for each in results]
+    hits, chance = np.array([word for words in played for word in words]).T
+    assert len(hits) > 20 and hits.mean() > 2 * chance.mean()
+
+    assert trainer.main(["--mode", "test", "--model_path", str(run), *names[:2], "scene_0500.jpg"]) == 2
     assert "no captioned image 'scene_0500.jpg'" in capsys.readouterr().err

@@ -148,18 +148,18 @@ def test_a_plot_shows_the_photo_and_the_caption(tiny_runs, photos, decoder):
     assert "dog.jpg" in texts and any("picture" in text for text in texts)
 
 
-def test_threads_share_a_captioner(tiny_runs, model):
+def test_threads_share_a_captioner(tiny_runs):
     paths = sorted((tiny_runs["data"] / "Images").iterdir())[:4]
-    expected = [said(model(path)) for path in paths]
-    fresh, start = Captioner.load(tiny_runs["attention"]), threading.Barrier(4)
+    captioner, start = Captioner.load(tiny_runs["attention"]), threading.Barrier(4)
 
     def work(number: int) -> list[tuple]:
         start.wait()
-        return [said(fresh(path)) for path in paths if number or fresh(path, top_p=0.9)]
+        return [said(captioner(path)) for path in paths if number or captioner(path, top_p=0.9)]
 
     with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(work, range(4))) == [expected] * 4
-    assert not fresh.decoder.training  # nor was it while one of them drew: `sample` leaves the mode that it found
+        results = list(pool.map(work, range(4)))
+    assert results == [[said(captioner(path)) for path in paths]] * 4
+    assert not captioner.decoder.training  # nor was it while one of them drew: `sample` leaves the mode that it found
 
 
 def test_several_threads_may_read_one_open_image():

@@ -143,15 +143,10 @@ def test_all_routes(page, model):
 
 
 def test_no_request_reaches_a_file_of_this_machine(page, photo, tmp_path):
-    """The requests that made the page of before show any picture; and other ways of naming a file."""
     shutil.copy(photo, tmp_path / "private.jpg")
     for path in (str(tmp_path / "private.jpg"), os.path.relpath(tmp_path / "private.jpg"), "/etc/passwd"):
-        payload = {"data": [{"path": path}, 3, 0.7], "fn_index": 1, "session_hash": "x"}
-        for route in ("gradio_api/queue/join", "gradio_api/run/predict", "gradio_api/upload", "queue/join"):
-            assert requests.post(f"{page}{route}", json=payload, timeout=20).status_code == 404
-        for route in (f"gradio_api/file={path}", "gradio_api/queue/data?session_hash=x", f"file={path}"):
-            assert requests.get(f"{page}{route}", timeout=20).status_code == 404
-        assert ask(page, json.dumps(payload)).status_code == 415
+        assert requests.get(f"{page}file={path}", timeout=20).status_code == 404
+        assert ask(page, json.dumps({"data": [{"path": path}]})).status_code == 415
         assert ask(page, None, files={"image": (path, b"")}).status_code == 415
         assert ask(page, {"image": path}).status_code == 415
         assert ask(page, None, f"?image={path}&path={path}").status_code == 415
@@ -351,22 +346,13 @@ def test_without_fastapi_the_error_names_the_command(monkeypatch, capsys):
     assert "pip install -r requirements-serve.txt" in capsys.readouterr().err
 
 
-@pytest.fixture
-def handlers():
-    """Signals that end a program raise KeyboardInterrupt, as SIGINT does; afterwards they do what they did."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals that a process sends to itself")
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no signals that a process sends to itself")
 @pytest.mark.parametrize(
     "name, moment",
-    (("SIGINT", "idle"), ("SIGTERM", "idle"), *(("SIGHUP", each) for each in ("idle", "loading", "captioning", "receiving"))),
+    (("SIGINT", "idle"), ("SIGTERM", "idle"), ("SIGTERM", "nohup"),
+     *(("SIGHUP", each) for each in ("idle", "loading", "captioning", "receiving"))),
 )  # fmt: skip
-def test_signals_end_the_page_at_any_time(tiny_runs, model, photo, caplog, monkeypatch, handlers, name, moment):
+def test_signals_end_the_page_at_any_time(tiny_runs, model, photo, caplog, monkeypatch, name, moment):
     def end() -> None:
         os.kill(os.getpid(), getattr(signal, name))
 
@@ -388,6 +374,9 @@ def test_signals_end_the_page_at_any_time(tiny_runs, model, photo, caplog, monke
         if moment == "captioning":
             assert ask(address, photo.read_bytes()).status_code == 200
             return
+        if moment == "nohup":
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert requests.get(f"{address}health", timeout=20).ok
         with raw(address) as connection:
             if moment == "receiving":
                 connection.sendall(b"POST /caption HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n")
@@ -403,20 +392,14 @@ def test_signals_end_the_page_at_any_time(tiny_runs, model, photo, caplog, monke
     monkeypatch.setattr(serve, "caption_upload", caption_and_end)
     if moment == "receiving":
         monkeypatch.setattr(serve, "END_SECONDS", 0)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if moment == "nohup" else signal.SIG_DFL)
     with ThreadPoolExecutor(1) as pool:
         visited = pool.submit(visit) if moment != "loading" else None
-        assert serve.serve_page(flags(tiny_runs)) == 0
+        assert trainer.main(["--mode", "serve", "--model_path", str(tiny_runs["attention"])]) == 0
         assert visited is None or visited.result() is None
+    signal.signal(signal.SIGHUP, before)
     assert printed[-1] == "\nThe page is closed."
     assert not [record for record in caplog.records if record.exc_info]
-    assert signal.getsignal(signal.SIGHUP) is signal.default_int_handler
-
-
-@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system has no SIGHUP")
-def test_nohup_is_heeded(handlers):
-    assert signal.SIGHUP in serve.end_signals()
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    assert signal.SIGHUP not in serve.end_signals() and signal.SIGTERM in serve.end_signals()
 
 
 def test_captions_are_found_as_the_command_line_says(model, monkeypatch, photo):

@@ -12,17 +12,16 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, redirect_stdout
 from pathlib import Path
-from typing import cast
+from typing import TextIO, cast
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-import attention_visualization
-from captioning import plots
+from attention_visualization import save_pictures
 from captioning.captioner import Caption, Captioned, Captioner, Decoding, DecodingOptions, Word
 from captioning.confidence import FEWEST
-from captioning.images import UnreadableImage, cell_middles, images_below, open_image
+from captioning.images import cell_middles, images_below
 from captioning.io import UserError, bars_off, csv_cell, log, make_directory, printable, write_atomic
 from captioning.runs import command_to_tune, given_model
 from captioning.settings import Settings
@@ -70,6 +69,13 @@ def caption_images(args: Settings) -> int:
     Raises:
         UserError: a mistake in the flags, or nothing to caption.
     """
+    out = sys.stdout
+    with redirect_stdout(sys.stderr):
+        return write_captions(args, out)
+
+
+def write_captions(args: Settings, out: TextIO) -> int:
+    """Caption as the flags say, into `--output` or else `out`; return as `caption_images` does."""
     if args.output is not None and args.output.suffix.lower() not in (".csv", ".jsonl"):
         raise UserError(f"--output {args.output} should end in .csv or .jsonl, which decides its form")
     if args.output is not None and os.path.lexists(args.output):
@@ -79,12 +85,11 @@ def caption_images(args: Settings) -> int:
         complain(problem)
     if not paths:
         raise UserError("--images names no image at all")
-    with redirect_stdout(sys.stderr):
-        workers = min(args.num_workers or 1, os.cpu_count() or 1)
-        captioner = Captioner.load(
-            given_model(args.model_path), device=args.device, resnet_weights=args.resnet_weights, workers=workers
-        )
-        log.info(f"Model: {captioner}. Device: {captioner.device}")
+    workers = min(args.num_workers or 1, os.cpu_count() or 1)
+    captioner = Captioner.load(
+        given_model(args.model_path), device=args.device, resnet_weights=args.resnet_weights, workers=workers
+    )
+    log.info(f"Model: {captioner}. Device: {captioner.device}")
     if args.save_attention_viz and not captioner.decoder.has_attention:
         raise UserError(
             f"--save_attention_viz has no effect: the {captioner.flags['decoder']} decoder of {captioner.path} has no attention"
@@ -111,7 +116,9 @@ def caption_images(args: Settings) -> int:
                 if result.problem is None:
                     withheld += is_withheld(result, least)
                     if args.save_attention_viz and not is_withheld(result, least):
-                        number += draw_attention(result, pictures, number, args)
+                        name, words = printable(str(result.path)), [word.text for word in result.words]
+                        drawn = save_pictures(pictures, number, result.source, name, words, result.best.attention, args)
+                        number += drawn
                     yield result
                 else:
                     failed += 1
@@ -119,26 +126,19 @@ def caption_images(args: Settings) -> int:
                 bar.update()
 
     lines = form(results(), args.num_captions, least)
-    try:
-        if args.output is None:
-            print_lines(lines)
-        else:
-            write_atomic(args.output, lambda file: file.writelines(f"{line}\n".encode() for line in lines))
-    except KeyboardInterrupt:
-        print(f"\nStopped{f'; {args.output} is not written' if args.output else ''}", file=sys.stderr)
-        return 130
-    with redirect_stdout(sys.stderr):
-        if args.output is not None:
-            log.info(f"Captions of {len(paths) - failed} images: {args.output}")
-        if args.save_attention_viz:
-            log.info(f"Attention pictures: {pictures / 'attention_viz_sample_*'}")
+    if args.output is None:
+        print_lines(lines, out)
+    else:
+        write_atomic(args.output, lambda file: file.writelines(f"{line}\n".encode() for line in lines))
+        log.info(f"Captions of {len(paths) - failed} images: {args.output}")
+    if args.save_attention_viz:
+        log.info(f"Attention pictures: {pictures / 'attention_viz_sample_*'}")
     if withheld:
         print(
-            f"Without a caption: {withheld} of {len(paths)} images, whose best one has less than --min_confidence {least:g}",
-            file=sys.stderr,
+            f"Without a caption: {withheld} of {len(paths)} images, whose best one has less than --min_confidence {least:g}"
         )
     if failed:
-        print(f"Not readable: {failed} of {len(paths)} images; they are named above", file=sys.stderr)
+        print(f"Not readable: {failed} of {len(paths)} images; they are named above")
     return 1 if failed or problems else 0
 
 
@@ -151,22 +151,20 @@ def complain(problem: str) -> None:
     tqdm.write(f"Cannot read {printable(problem)}", file=sys.stderr)
 
 
-def print_lines(lines: Iterable[str]) -> None:
+def print_lines(lines: Iterable[str], out: TextIO) -> None:
     """Print each line as soon as it is there.
 
     Raises:
-        UserError: standard output cannot be written.
+        UserError: the stream cannot be written.
         SystemExit: its reader has closed it, as `head` does.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a Windows pipe may lack characters
     try:
         for line in lines:
-            tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
+            tqdm.write(line, file=out)
+            out.flush()
     except OSError as error:
         # Else the interpreter fails once more, at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
         if isinstance(error, BrokenPipeError):
             raise SystemExit(128 + 13) from None
         raise UserError(f"cannot write to standard output: {error.strerror}") from error
@@ -243,21 +241,3 @@ def next_number(folder: Path) -> int:
     """Return the first number after those of the attention pictures in a folder."""
     found = (re.match(r"(?:advanced_)?attention_viz_sample_(\d+)\.", name) for name in os.listdir(folder))
     return 1 + max((int(match[1]) for match in found if match), default=0)
-
-
-def draw_attention(result: Captioned, folder: Path, number: int, args: Settings) -> bool:
-    """Draw the attention of an image's best caption; False, with a note, where there is nothing to draw."""
-    caption, name = result.best, printable(str(result.path))
-    if caption.attention is None:
-        tqdm.write(f"No attention picture of {name}: its caption is empty", file=sys.stderr)
-        return False
-    try:
-        photo = open_image(result.source, at_least=max(900, 900 * args.attention_viz_dpi // plots.DPI))
-    except UnreadableImage as error:  # it could be read a moment ago
-        complain(str(error))
-        return False
-    attention_visualization.save_pictures(
-        folder, number, photo, name, [word.text for word in caption.words], caption.attention, args.advanced_attention_viz,
-        args.attention_viz_format, args.attention_viz_dpi,
-    )  # fmt: skip
-    return True

@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-import yaml
 from torch import nn
 
 from captioning.checkpoints import EXPORT_SCHEMA, EXPORTED, HEAD, load_weights
@@ -58,12 +57,13 @@ if TYPE_CHECKING:
 MOST_DIFFERENCE = 1e-3  # between PyTorch and ONNX Runtime, of numbers of the size of one to ten
 CHECKED_IMAGES, CHECKED_WORDS = 3, 4
 
-DATA_NAMES = {"flickr8k": "Flickr8k", "flickr30k": "Flickr30k", "coco": "COCO captions", "demo": "drawn scenes"}
+RESEARCH_ONLY = (
+    "images and captions were released for non-commercial research and education. The careful reading is that this goes "
+    "for a model trained on them too."
+)
 DATA_NOTES = {
-    "flickr8k": "Flickr8k (Hodosh et al., 2013): images and captions were released for non-commercial research and "
-    "education. The careful reading is that this goes for a model trained on them too.",
-    "flickr30k": "Flickr30k (Young et al., 2014): images and captions were released for non-commercial research and "
-    "education. The careful reading is that this goes for a model trained on them too.",
+    "flickr8k": f"Flickr8k (Hodosh et al., 2013): {RESEARCH_ONLY}",
+    "flickr30k": f"Flickr30k (Young et al., 2014): {RESEARCH_ONLY}",
     "coco": "COCO captions (Lin et al., 2014; Chen et al., 2015): the captions are under CC BY 4.0, each image is its Flickr "
     "user's, under the terms that Flickr shows for it.",
     "demo": "The project's drawn demo set: coloured shapes in front of simple landscapes, no photographs, Apache-2.0.",
@@ -171,39 +171,22 @@ def model_card(checkpoint: dict[str, Any], scores: Sequence[Mapping[str, Any]], 
     before = len((checkpoint["split"] or {}).get("inherited", {"names": []})["names"])
     begun = f"from the weights of a model that was trained on {before:,} other images" if before else "from scratch"
     lines = [
-        "---", card_metadata(checkpoint, scores) + "---", "",
+        "---", "pipeline_tag: image-to-text", "library_name: pytorch", "language: en", "license: other",
+        "license_name: see-below", *([f"datasets: [{data}]"] if data not in ("demo", "custom") else []),
+        "tags: [image-captioning]", "---", "",
         f"# Image captioner: {flags['decoder']} decoder on {code(without_path(encoder['name']))}, trained on {data}", "",
         "Writes one English sentence about an image. A frozen encoder gives "
         f"{spec.grid} x {spec.grid} regions of {spec.channels} numbers; {trained}{find_decoder(flags['decoder']).description} "
-        f"({parameters:,} parameters, {len(checkpoint['vocabulary']):,} words) writes the caption.", "",
+        f"({parameters:,} parameters, {len(checkpoint['vocabulary']):,} words) writes the caption. Trained for "
+        f"{checkpoint['epoch']} epochs, {begun}; `config.json` has all settings.", "",
         "## Use", "", "With the program that trained it, image-captioning-trainer, from this folder or from the hub:", "",
         "```bash", "flickr-caption --mode caption --model_path THIS_FOLDER --images photo.jpg",
         "flickr-caption --mode caption --model_path hf-hub:OWNER/NAME --images photo.jpg",
         "flickr-caption --mode test --model_path THIS_FOLDER --data_dir DATA", "```", "",
         f"It needs the encoder's weights, which are not in `{EXPORTED_WEIGHTS}`: {spec.terms}; SHA-256 begins `{code(encoder['weights_hash'])}`. "
         "Other weights are refused.", "",
-    ]  # fmt: skip
-    if networks:
-        lines += onnx_card(checkpoint, networks)
-    lines += ["## Scores", ""]
-    if scores:
-        names = [name for name in METRIC_NAMES if any(is_number(entry.get(name)) for entry in scores)]
-        lines += [
-            "| split | images | decoding | " + " | ".join(METRIC_NAMES[name] for name in names) + " |",
-            "|---" * (3 + len(names)) + "|",
-        ]
-        for entry in scores:
-            cells = [cell(entry.get("split")), cell(entry.get("images")), cell(decoding(entry))]
-            cells += [f"{100 * entry[name]:.1f}" if is_number(entry.get(name)) else "" for name in names]
-            lines.append(f"| {' | '.join(cells)} |")
-        lines += ["", "x100, on lower-cased tokens without punctuation; CIDEr depends on how many images are scored."]
-    else:
-        lines.append("Not tested yet.")
-    lines += [
-        "", "## Training", "",
-        f"{checkpoint['epoch']} epochs on `{data}`, word embeddings and decoder {begun}, "
-        f"the encoder {f'frozen but for {last}' if spec.cut else 'frozen'}. "
-        "All settings are in `config.json`.", "",
+        *(onnx_card(checkpoint, networks) if networks else []),
+        "## Scores", "", *score_table(scores), "",
         "## Limits and licences", "",
         "It repeats what its training captions say, with their biases (about gender, age, origin), and is often wrong "
         "with high confidence. Not for decisions about people.", "",
@@ -217,34 +200,20 @@ def model_card(checkpoint: dict[str, Any], scores: Sequence[Mapping[str, Any]], 
     return "\n".join(lines)
 
 
-def card_metadata(checkpoint: Mapping[str, Any], scores: Sequence[Mapping[str, Any]]) -> str:
-    """Return the YAML at a card's head, by which the hub lists and searches models; scores in hundredths."""
-    data, encoder = checkpoint["flags"]["dataset_type"], without_path(checkpoint["encoder"]["name"])
-    results: list[dict[str, Any]] = []
+def score_table(scores: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the rows of `test_metrics.json` as lines of a Markdown table, in hundredths."""
+    if not scores:
+        return ["Not tested yet."]
+    names = [name for name in METRIC_NAMES if any(is_number(entry.get(name)) for entry in scores)]
+    lines = [
+        "| split | images | decoding | " + " | ".join(METRIC_NAMES[name] for name in names) + " |",
+        "|---" * (3 + len(names)) + "|",
+    ]
     for entry in scores:
-        metrics = [
-            {"type": hub_metric(key), "value": round(100 * entry[key], 2), "name": f"{name}, {decoding(entry)}"}
-            for key, name in METRIC_NAMES.items()
-            if is_number(entry.get(key)) and key != "unsupported"  # which the hub has no metric for
-        ]
-        task = {"type": "image-to-text", "name": "Image captioning"}
-        split = printable(str(entry.get("split")))
-        dataset = {"type": data, "name": DATA_NAMES.get(data, "own photos"), "split": split}
-        results.append({"task": task, "dataset": dataset, "metrics": metrics})
-    found = {
-        "pipeline_tag": "image-to-text", "library_name": "pytorch", "language": "en",
-        "license": "other", "license_name": "see-below",
-        "datasets": [data] if data in ("flickr8k", "flickr30k", "coco") else [],
-        "metrics": sorted({metric["type"] for result in results for metric in result["metrics"]}),
-        "tags": ["image-captioning"],
-        "model-index": [{"name": f"{checkpoint['flags']['decoder']} on {encoder}, {data}", "results": results}] if results else [],
-    }  # fmt: skip
-    return yaml.safe_dump({name: value for name, value in found.items() if value}, sort_keys=False, allow_unicode=True)
-
-
-def hub_metric(key: str) -> str:
-    """Return the hub's name of a metric, which is of its kind: bleu for `bleu4`, rouge for `rouge_l`."""
-    return key.rstrip("1234").removesuffix("_l")
+        cells = [cell(entry.get("split")), cell(entry.get("images")), cell(decoding(entry))]
+        cells += [f"{100 * entry[name]:.1f}" if is_number(entry.get(name)) else "" for name in names]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, "", "x100, on lower-cased tokens without punctuation; CIDEr depends on how many images are scored."]
 
 
 def cell(value: Any) -> str:
@@ -266,9 +235,7 @@ def onnx_card(checkpoint: dict[str, Any], networks: Sequence[OnnxNetwork]) -> li
         *(f"| `{network.file}` | {network.inputs} | {network.outputs} |" for network in networks), "",
         f"`pixels` is RGB, resized ({spec.interpolation}) to {spec.image_size} x {spec.image_size} whatever the image's shape. Start with word 1 "
         "(`<SOS>`), feed back the chosen word and each output `next_X` as `X`, stop at word 2 (`<EOS>`) or after "
-        f"{flags['max_length']} words; never choose 0, 1 or 3. `vocabulary.json` has the words by number. "
-        "Largest differences from PyTorch: "
-        + ", ".join(f"{network.file} {network.difference:.0e}" for network in networks) + ".", "",
+        f"{flags['max_length']} words; never choose 0, 1 or 3. `vocabulary.json` has the words by number.", "",
     ]  # fmt: skip
 
 
@@ -277,7 +244,7 @@ def onnx_card(checkpoint: dict[str, Any], networks: Sequence[OnnxNetwork]) -> li
 
 
 class OnnxNetwork(NamedTuple):
-    """A network as it was written, for the model card."""
+    """A network as it was written, for the model card and the terminal."""
 
     file: str
     inputs: str  # Markdown, as `hidden` (1, R, 512)

@@ -413,20 +413,12 @@ def build_server(app: FastAPI, headers: list[tuple[str, str]]) -> uvicorn.Server
     return uvicorn.Server(config)
 
 
-def end_signals() -> list[int]:
-    """SIGINT, SIGTERM and SIGHUP, as far as the system has them; SIGHUP not under `nohup`, which ignores it."""
-    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
-    found = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    return [number for number in found if signal.getsignal(number) != signal.SIG_IGN]
-
-
 def serve_page(args: Settings) -> int:
     """`--mode serve`: serve until Ctrl-C, SIGTERM or SIGHUP; returns the exit code.
 
     Raises:
         UserError: no usable checkpoint, or the page cannot be served.
     """
-    before = {number: signal.signal(number, signal.default_int_handler) for number in end_signals()}
     try:
         with contextlib.closing(open_socket(args.host, args.port)) as listener:
             captioner = Captioner.load(
@@ -444,14 +436,12 @@ def serve_page(args: Settings) -> int:
             if args.host not in ("127.0.0.1", "localhost", "::1"):
                 print(f"Note: --host {args.host} lets others on the network use it, too", file=sys.stderr)
             server = build_server(app, security_headers(page))
-            for number in before:  # uvicorn takes SIGINT and SIGTERM only
-                signal.signal(number, server.handle_exit)
+            # uvicorn takes SIGINT and SIGTERM only; nohup ignores SIGHUP, and stays in force.
+            if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+                signal.signal(signal.SIGHUP, server.handle_exit)
             server.run(sockets=[listener])
     except KeyboardInterrupt:
         pass
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     log.info("\nThe page is closed.")
     return 0
 

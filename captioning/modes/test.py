@@ -14,7 +14,7 @@ import numpy as np
 from filelock import FileLock
 
 from attention_visualization import save_attention_pictures
-from captioning import demo_set, distributed, plots
+from captioning import distributed, plots
 from captioning.analysis import unsupported_share
 from captioning.confidence import calibration_error, confidence_of, reliability, supported_shares, table_of
 from captioning.dataset import CaptionSet, captions_of, tokenize
@@ -26,15 +26,7 @@ from captioning.reports import write_report
 from captioning.runs import read_test_rows, results_directory
 from captioning.scores import METRIC_NAMES, ImageScores, bootstrap_intervals, by_rank
 from experiment_utils import save_numbered
-from metrics_utils import (
-    MetricFailed,
-    meteor_scores,
-    person_scores,
-    score_images,
-    spice_scores,
-    summarize,
-    variety,
-)
+from metrics_utils import MetricFailed, meteor_scores, person_scores, score_images, summarize, variety
 
 INTERVALS = {"cider": "CIDEr", "bleu4": "BLEU-4", "rouge_l": "ROUGE-L", "wer": "WER"}
 
@@ -45,8 +37,7 @@ class Result:
 
     name: str  # of the way, at the head of its column: `greedy`, `beam 3`, `consensus`
     header: dict[str, Any]  # what was tested and how; a new result replaces an earlier one with the same header
-    found: list[Hypothesis]  # a caption of each image
-    captions: list[str]  # the same as texts
+    captions: list[str]  # of each image
     scores: dict[str, Any]
     by_image: ImageScores
     confidence: np.ndarray | None = None  # (n,) of each caption, where the model has a calibration
@@ -60,7 +51,7 @@ class Result:
 
 
 def run(context: EvalContext, images: np.ndarray, checkpoints: Mapping[Path, Mapping[str, Any]]) -> None:
-    """Test checkpoints: caption and save in every way of decoding, draw, add the optional scores, print and report.
+    """Test checkpoints: caption and save in every way of decoding, draw, add METEOR, print and report.
 
     An ensemble has files of its own, `ensemble_*`: `test_metrics.json` is about the run's own checkpoints.
 
@@ -85,11 +76,8 @@ def run(context: EvalContext, images: np.ndarray, checkpoints: Mapping[Path, Map
         "no_repeat_ngram": args.no_repeat_ngram or None,
         "images_hash": images_hash(data, images, context.members[0][1].versions),
     }  # fmt: skip
-    # In the demo set the place of each shape is known.
-    pointing = args.dataset_type == "demo" and context.members[0][0].has_attention
-
     results = []
-    for way in ways_to_decode(context, images, attention=pointing):
+    for way in ways_to_decode(context, images):
         if distributed.is_first():
             result = score_way(context, images, way, header)
             save_result(rows_file, f"{ensemble}{args.split.replace('+', '_')}", data, images, result)
@@ -101,12 +89,10 @@ def run(context: EvalContext, images: np.ndarray, checkpoints: Mapping[Path, Map
         return
 
     references = [data.references(image) for image in images]
-    notes = add_java_scores([(each.captions, each.scores) for each in results], references, args.spice)
+    notes = add_meteor([(each.captions, each.scores) for each in results], references)
     person = person_scores(references)
     for result in results:  # for the report, which has no references to score
         result.scores |= {f"person_{key}": value for key, value in person.items()}
-    if pointing:
-        notes += add_pointing_game(data, images, results)
     notes += describe_confidence(results[-1], args.split)
     for result in results:
         save_row(rows_file, result)
@@ -126,7 +112,7 @@ def score_predictions(data: CaptionSet, args: argparse.Namespace) -> None:
     captions = read_predictions(args.predictions, data, images)
     scores, _ = score_test(data, images, captions)
     references = [data.references(image) for image in images]
-    notes = add_java_scores([(captions, scores)], references, args.spice)
+    notes = add_meteor([(captions, scores)], references)
     columns = [(printable(args.predictions.stem), scores)]
     print_scores(columns, person_scores(references), len(images), args.split, notes)
 
@@ -144,13 +130,13 @@ class Way(NamedTuple):
     more: dict[str, Any]  # fields of the row that are results
 
 
-def ways_to_decode(context: EvalContext, images: np.ndarray, attention: bool) -> Iterator[Way]:
+def ways_to_decode(context: EvalContext, images: np.ndarray) -> Iterator[Way]:
     """Caption images greedily, with the beam, and by consensus of the beam's captions, where the flags ask for it."""
     beam, penalty = context.settings.beam_size, context.settings.length_penalty
     settings: dict[str, Any] = {"beam_size": 1, "length_penalty": None, "consensus": None}
-    yield Way("greedy", settings, caption(context, images, 1, attention), {})
+    yield Way("greedy", settings, caption(context, images, 1), {})
     if beam > 1:
-        found = search(context, images, beam, attention, consensus=bool(context.heads))
+        found = search(context, images, beam, consensus=bool(context.heads))
         settings = {"beam_size": beam, "length_penalty": penalty, "consensus": None}
         yield Way(f"beam {beam}", settings, [max(each, key=lambda h: h.score) for each in found], {})
         if context.heads:
@@ -169,7 +155,7 @@ def score_way(context: EvalContext, images: np.ndarray, way: Way, header: Mappin
     captions = [context.text(hypothesis) for hypothesis in way.found]
     scores, by_image = score_test(context.data, images, captions)
     full = {**header, **way.settings, "tokenizer": "spacy.blank('en'), lower case, without punctuation"}
-    result = Result(way.name, full, way.found, captions, way.more | scores, by_image)
+    result = Result(way.name, full, captions, way.more | scores, by_image)
     if table := table_of(context.calibration, way.settings["consensus"] is not None):
         result.confidence = np.array([confidence_of(table, each.log_probabilities) for each in way.found])
         result.supported = supported_shares(captions, list(map(context.data.references, images)))
@@ -188,34 +174,17 @@ def score_test(data: CaptionSet, images: np.ndarray, captions: Sequence[str]) ->
     return scores, by_image
 
 
-def add_java_scores(
-    systems: Sequence[tuple[Sequence[str], dict[str, Any]]], references: Sequence[Sequence[str]], spice: bool
+def add_meteor(
+    systems: Sequence[tuple[Sequence[str], dict[str, Any]]], references: Sequence[Sequence[str]]
 ) -> list[str]:
-    """Add METEOR, and SPICE where asked for, to the scores of each system's captions; return notes on what failed."""
-    notes = []
-    for name, metric in (("meteor", meteor_scores), ("spice", spice_scores)):
-        if name == "spice" and not spice:
-            continue
-        try:
-            values = metric([captions for captions, _ in systems], references)
-        except MetricFailed as problem:
-            notes.append(f"{METRIC_NAMES[name]} is left out: {problem}")
-            continue
-        for (_, scores), value in zip(systems, values, strict=True):
-            scores[name] = value
-    return notes
-
-
-def add_pointing_game(data: CaptionSet, images: np.ndarray, results: Sequence[Result]) -> list[str]:
-    """Add the pointing game of the demo set to the scores; return its outcome in the last way as a line to print."""
-    names = [data.names[image] for image in images]
+    """Add METEOR to the scores of each system's captions; return a note where it failed."""
     try:
-        for result in results:
-            words, weights = [text.split() for text in result.captions], [each.attention for each in result.found]
-            result.scores |= demo_set.play(data.captions_file, names, words, weights)
-    except UserError as problem:
-        return [f"The pointing game is left out: {problem}"]
-    return [demo_set.describe(result.scores)] if "pointing_game" in result.scores else []
+        values = meteor_scores([captions for captions, _ in systems], references)
+    except MetricFailed as problem:
+        return [f"METEOR is left out: {problem}"]
+    for (_, scores), value in zip(systems, values, strict=True):
+        scores["meteor"] = value
+    return []
 
 
 def describe_confidence(result: Result, split: str) -> list[str]:
@@ -265,9 +234,8 @@ def save_result(rows_file: Path, prefix: str, data: CaptionSet, images: np.ndarr
 def save_row(rows_file: Path, result: Result) -> None:
     """Write the row of a result in place of an earlier row with the same header."""
     with rows_lock(rows_file):
-        # Older rows lack some keys of today's header.
-        same = lambda row: {key: row.get(key, value) for key, value in result.header.items()} == result.header  # noqa: E731
-        write_json(rows_file, [*(row for row in read_test_rows(rows_file) if not same(row)), result.row])
+        others = [row for row in read_test_rows(rows_file) if not result.header.items() <= row.items()]
+        write_json(rows_file, [*others, result.row])
 
 
 def images_hash(data: CaptionSet, images: np.ndarray, versions: np.ndarray) -> str:
@@ -376,9 +344,7 @@ def read_predictions(path: Path, data: CaptionSet, images: np.ndarray) -> list[s
     if path.suffix == ".csv":
         try:
             with open(path, encoding="utf-8-sig", newline="") as file:
-                rows: Any = [
-                    {"image_id": row.get("image"), "caption": row.get("caption")} for row in csv.DictReader(file)
-                ]
+                rows: Any = [row | {"image_id": row.get("image")} for row in csv.DictReader(file)]
         except (OSError, ValueError, csv.Error) as error:
             raise UserError(f"cannot read --predictions {path}: {error}") from error
     else:
@@ -386,24 +352,21 @@ def read_predictions(path: Path, data: CaptionSet, images: np.ndarray) -> list[s
     form = '[{"image_id": "a.jpg", "caption": "a dog"}, ...], or a .csv with the header image,caption'
     if not isinstance(rows, list):
         raise UserError(f"--predictions {path} is not a list of captions: expected {form}")
-    found: dict[str | int, str] = {}
+    found: dict[str, str] = {}
     for number, row in enumerate(rows, 1):
-        values = (row.get("image_id"), row.get("caption")) if isinstance(row, dict) else (None, None)
-        name, caption = values
+        name, caption = (row.get("image_id"), row.get("caption")) if isinstance(row, dict) else (None, None)
         if not isinstance(name, str | int) or not isinstance(caption, str):
             raise UserError(f"--predictions {path}: entry {number} has no image_id and caption: expected {form}")
-        if name in found:
+        if str(name) in found:
             raise UserError(f"--predictions {path}: {name} has two captions (entry {number} is the second)")
-        found[name] = caption
-    names: list[str | int] = []
-    for image in images:
-        ways = (
-            data.image_id(image),
-            str(data.image_id(image)),
-            data.names[image],
-            data.names[image].rpartition("/")[2],
-        )
-        names.append(next((way for way in ways if way in found), ways[0]))  # a CSV has COCO's numbers as text
+        found[str(name)] = caption
+
+    def name_of(image: int) -> str:
+        name = data.names[image]
+        ways = (str(data.image_id(image)), name, name.rpartition("/")[2])
+        return next((way for way in ways if way in found), ways[0])
+
+    names = [name_of(image) for image in images]
     missing = [name for name in names if name not in found]
     if missing:
         raise UserError(
