@@ -81,7 +81,7 @@ class Box:
         self.add(pairs[1::2])
 
 
-def read_tensors(path: Path, old_form: bool = False) -> Any:
+def read_tensors(path: Path, old_form: bool = True) -> Any:
     """Read what `torch.save` wrote onto the CPU.
 
     Args:
