@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import re
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,12 +63,14 @@ def own_facts(name: str) -> tuple[str, str]:
 
 def timm_facts(name: str) -> tuple[str, str]:
     """Return whether the weights of a model of timm's are in the hub's cache on this machine, and their licence."""
+    from huggingface_hub import try_to_load_from_cache
     from timm.models import get_pretrained_cfg
 
-    from captioning.timm_encoders import WEIGHTS_FILES, hub_file
+    from captioning.timm_encoders import WEIGHTS_FILES
 
     config = get_pretrained_cfg(name.partition(":")[2])
-    here = config and config.hf_hub_id and hub_file(config.hf_hub_id, WEIGHTS_FILES, download=False)
+    repository = config and config.hf_hub_id
+    here = repository and any(isinstance(try_to_load_from_cache(repository, file), str) for file in WEIGHTS_FILES)
     return "yes" if here else "no", (config and config.license) or "none stated"
 
 
@@ -92,13 +93,8 @@ def sizes(name: str) -> tuple[str, str, str, str]:
         spec = find_encoder(name)
     except UserError:
         return "", "", "none", ""
-    parameters = getattr(spec, "parameters", 0)
-    if not parameters:
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # nothing is copied into tensors without memory
-            weights = packaged_weights(spec)
-            stages = spec.load_stages(weights) if weights or torchvision_files(spec) else []
-        parameters = sum(value.numel() for stage in stages for value in stage.parameters())
-    millions = f"{parameters / 1e6:.1f} M" if parameters else ""
+    with torch.device("meta"):
+        parameters = sum(value.numel() for stage in spec.load_stages(None) for value in stage.parameters())
+    millions = f"{parameters / 1e6:.1f} M"
     kilobytes = f"{2 * spec.regions * spec.channels / 1000:.0f}"
     return millions, str(spec.image_size), f"{spec.grid} x {spec.grid} x {spec.channels}", kilobytes

@@ -63,10 +63,6 @@ class EncoderSpec:
         """Return an image in these views, as `images.load_views` does, resized for this encoder."""
         return load_views(source, self.image_size, views, self.interpolation)
 
-    def earlier_stages(self) -> tuple[tuple[int, int], ...]:
-        """Return `earlier`, which a subclass may find out rather than declare."""
-        return self.earlier
-
     def before_last(self, stages: int) -> EncoderSpec:
         """Return the encoder without its last `stages`, whose output is a larger grid.
 
@@ -75,14 +71,13 @@ class EncoderSpec:
         """
         if not stages:
             return self
-        earlier = self.earlier_stages()
-        kept = len(earlier) - stages  # number of the stage that becomes the last
-        if kept < 0:
-            way_out = f"give at most {len(earlier)}" if earlier else "--fine_tune 0 freezes all of it"
+        count = len(self.earlier)
+        if stages > count:
+            way_out = f"give at most {count}" if count else "--fine_tune 0 freezes all of it"
             raise UserError(
-                f"--fine_tune {stages}: {self.name} has {len(earlier) or 'no'} last stages that can be trained: {way_out}"
+                f"--fine_tune {stages}: {self.name} has {count or 'no'} last stages that can be trained: {way_out}"
             )
-        channels, grid = earlier[kept]
+        channels, grid = self.earlier[-stages]  # of the stage that becomes the last
         return replace(self, channels=channels, grid=grid, cut=stages, uncut=self)
 
     @property

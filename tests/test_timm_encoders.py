@@ -25,20 +25,20 @@ timm = pytest.importorskip("timm", reason="requirements-timm.txt is not installe
 from timm.models import save_for_hf  # noqa: E402
 
 ONNX = all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime")))
-TINY = {  # timm's name, arguments, the size of images, the grid's side and channels, stages
-    "vit": ("vit_tiny_patch16_224", {"embed_dim": 24, "depth": 1, "num_heads": 2, "img_size": 64}, 64, 4, 24, 1),
+TINY = {  # timm's name, arguments, the size of images, the grid's side and channels
+    "vit": ("vit_tiny_patch16_224", {"embed_dim": 24, "depth": 1, "num_heads": 2, "img_size": 64}, 64, 4, 24),
     "vit_avg": (
         "vit_tiny_patch16_224",
         {"embed_dim": 24, "depth": 2, "num_heads": 2, "img_size": 64, "global_pool": "avg", "reg_tokens": 2},
-        64, 4, 24, 1,
+        64, 4, 24,
     ),
     "swin": (
         "swin_tiny_patch4_window7_224",
         {"embed_dim": 8, "depths": (1, 2), "num_heads": (1, 2), "img_size": 64, "window_size": 4},
-        64, 8, 16, 1,
+        64, 8, 16,
     ),
-    "convnext": ("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (8, 8, 12, 16)}, 96, 3, 16, 4),
-    "resnet": ("resnet10t", {"channels": (8, 8, 12, 16), "stem_width": 4}, 192, 6, 16, 5),
+    "convnext": ("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (8, 8, 12, 16)}, 96, 3, 16),
+    "resnet": ("resnet10t", {"channels": (8, 8, 12, 16), "stem_width": 4}, 192, 6, 16),
 }  # fmt: skip
 
 
@@ -79,20 +79,16 @@ def test_efficientnet_lite0_is_ours(tmp_path):
     save_for_hf(network, tmp_path / "lite0", safe_serialization=True, data_config=data)
     spec, encoder = build(f"timm:local-dir:{tmp_path / 'lite0'}")
     assert (spec.channels, spec.grid, spec.interpolation) == (1280, 7, "bilinear")
-    assert [stage.weight.shape[0] for stage in map(last_convolution, encoder.stages)] == [16, 24, 40, 112, 1280]
+    assert spec.earlier == ((16, 112), (24, 56), (40, 28), (112, 14))
     pixels = torch.randint(256, (2, 3, 224, 224), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(encoder(pixels), ours.build(weights)(pixels), atol=1e-4, rtol=1e-4)
 
 
-def last_convolution(stage):
-    return [layer for layer in stage.modules() if isinstance(layer, torch.nn.Conv2d)][-1]
-
-
 @pytest.mark.parametrize("name", TINY)
 def test_the_regions_are_what_the_models_own_pooling_sees(folders, name):
-    _, _, size, side, channels, stages = TINY[name]
+    _, _, size, side, channels = TINY[name]
     spec, encoder = build(f"timm:local-dir:{folders[name]}")
-    assert (spec.image_size, spec.grid, spec.channels, len(encoder.stages)) == (size, side, channels, stages)
+    assert (spec.image_size, spec.grid, spec.channels) == (size, side, channels)
     assert spec.interpolation == "bicubic" and spec.transform.startswith(f"squash{size}-bicubic-")
     pixels = torch.randint(256, (2, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     model = timm.create_model(f"local-dir:{folders[name]}", pretrained=True).eval()
@@ -132,7 +128,7 @@ def test_regions_lie_where_the_content_is(folders, name):
         assert away <= (name == "resnet"), change.view(spec.grid, -1)  # whose border cells see padding
 
 
-@pytest.mark.parametrize("name, grid", [("vit", 2), ("convnext", None), ("swin", None), ("resnet", None)])
+@pytest.mark.parametrize("name, grid", [("vit", 2), ("resnet", None)])
 def test_train_test_caption_export(folders, tiny, name, grid, monkeypatch, capsys):
     monkeypatch.chdir(tiny.parent)
     skip_pictures(monkeypatch)
@@ -164,9 +160,9 @@ def test_train_test_caption_export(folders, tiny, name, grid, monkeypatch, capsy
 
 
 @pytest.mark.skipif(not ONNX, reason="requirements-export.txt is not installed")
-@pytest.mark.parametrize("name, grid", [("vit", 2), ("swin", 3), ("convnext", None), ("resnet", 4)])
+@pytest.mark.parametrize("name, grid", [("vit", 3), ("resnet", 4)])
 def test_onnx_of_the_encoder_says_what_pytorch_says(folders, tmp_path, name, grid):
-    """Also where the cells that are averaged overlap."""
+    """The cells that are averaged overlap."""
     from captioning.modes.export import compare, to_onnx
 
     spec, encoder = build(f"timm:local-dir:{folders[name]}", grid)
@@ -204,11 +200,10 @@ def test_weights_are_known_by_their_hash_and_configs_by_the_transform(folders, t
     with pytest.raises(UserError, match="cannot be read as weights of timm:local-dir"):
         spec.build(folders["vit_avg"] / "model.safetensors")
     torch.save({"cls_token": torch.nn.Linear(1, 20_000)}, tmp_path / "code.bin")  # a pickle that names a class
-    with pytest.raises(UserError, match="no checkpoint or file of weights needs"):
-        spec.build(tmp_path / "code.bin")
     (tmp_path / "small.bin").write_bytes(b"x")
-    with pytest.raises(UserError, match="too small for the"):
-        spec.build(tmp_path / "small.bin")
+    for file in ("code.bin", "small.bin"):
+        with pytest.raises(UserError, match="cannot be read as weights of timm:local-dir"):
+            spec.build(tmp_path / file)
     changed = copy_with(
         folders["vit"], tmp_path / "other", lambda config: config["pretrained_cfg"].update(mean=[0.4] * 3)
     )
@@ -228,13 +223,12 @@ def copy_with(folder, target, change):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda config: config.update(architecture="local-dir:/elsewhere"), "timm has no architecture"),
-        (lambda config: config["model_args"].update(checkpoint_path="/elsewhere"), "model_args have checkpoint_path"),
-        (lambda config: config["model_args"].update(features_only=True), "model_args have features_only"),
+        (lambda config: config.update(architecture="local-dir:/elsewhere"), "cannot be an encoder .Unknown model"),
+        (lambda config: config["model_args"].update(checkpoint_path="/elsewhere"), "argument 'checkpoint_path'"),
+        (lambda config: config["model_args"].update(features_only=True), "cannot be an encoder"),
         (lambda config: config["model_args"].update(img_size=[64, 96]), "not square ones of three colours"),
         (lambda config: config["model_args"].update(depth="two"), "cannot be an encoder"),
-        (lambda config: config["pretrained_cfg"].update(std=[0, 0, 0]), "three finite numbers"),
-        (lambda config: config.update(pretrained_cfg=[]), "is not a config of timm's"),
+        (lambda config: config.update(pretrained_cfg=[]), "cannot be an encoder"),
         (lambda config: config.update(architecture="crossvit_9_240", model_args={}), "cannot be an encoder"),
     ],
 )
@@ -245,10 +239,10 @@ def test_a_config_from_anybody(folders, tmp_path, change, message):
 
 def test_a_config_names_no_file(folders, tmp_path):
     places = {"file": "/elsewhere", "url": "https://elsewhere", "hf_hub_id": "else/where", "source": "hf-hub"}
+    places |= {"state_dict": {"cls_token": 1}, "custom_load": True}
     name = copy_with(folders["vit"], tmp_path / "places", lambda config: config["pretrained_cfg"].update(places))
-    spec, encoder = build(name)
+    _, encoder = build(name)
     _, plain = build(f"timm:local-dir:{folders['vit']}")
-    assert not places.keys() & spec.model.config.keys()
     assert all(map(torch.equal, encoder.state_dict().values(), plain.state_dict().values()))
 
 
@@ -267,7 +261,7 @@ def test_a_model_on_the_hub_is_taken_from_its_cache(folders, tmp_path, monkeypat
         snapshot / "model.safetensors",
         build(f"timm:local-dir:{folders['vit']}")[0].find_weights()[1],
     )
-    assert "under 'apache-2.0' by its config, which nobody checked" in spec.terms
+    assert "licence by its config, which nobody checked: apache-2.0" in spec.terms
     with pytest.raises(UserError, match="timm/resnet18.a1_in1k could not be downloaded"):
         find_encoder("timm:resnet18.a1_in1k").find_weights()
 
@@ -357,8 +351,6 @@ def test_a_cnn_of_timm_is_fine_tuned_resumed_and_captions(folders, tiny, monkeyp
     flags += " --attention_dim 16 --freq_threshold 1 --batch_size 16 --epochs 2 --max_length 8 --fine_tune 1"
     run(*flags.split(), "--encoder", f"timm:local-dir:{folders['resnet']}")
     folder = only_run()
-    timm_encoders.CUTS.clear()  # as in another process
-    timm_encoders.stage_grids.cache_clear()
     run("--resume", folder)
     run("--mode", "caption", "--model_path", folder, "--images", "tiny/Images/p00.jpg")
     monkeypatch.setattr(timm_encoders, "CONFIG", "elsewhere.json")
@@ -369,10 +361,9 @@ def test_a_cnn_of_timm_is_fine_tuned_resumed_and_captions(folders, tiny, monkeyp
 
 def test_a_last_stage_has_weights():
     """VGG's resolution falls for the last time at a pooling."""
-    parts = [nn.Conv2d(3, 4, 3, padding=1), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
-    model = nn.Sequential(*parts)
-    model.forward_features = model.forward
-    assert timm_encoders.find_cuts(model, torch.randn(1, 3, 8, 8)) == [0, 1, 5]
+    with torch.device("meta"):
+        stages = timm_encoders.split(timm.create_model("vgg11"))
+    assert len(stages) == 5 and isinstance(stages[-1][-1], nn.MaxPool2d) and list(stages[-1].parameters())
 
 
 def test_a_vit_has_no_stages_to_train(folders):
