@@ -52,14 +52,14 @@ class TimmSpec(EncoderSpec):
         if named == RANDOM or (not named and expected == RANDOM_HASH):
             return None, RANDOM_HASH
         if self.repository and not named:
-            path = hub_file(self.repository, WEIGHTS_FILES)
+            found = [hub_file(self.repository, WEIGHTS_FILES)]
         else:
             place = Path(named or self.model.partition(":")[2])
-            path = next((file for file in (place, *map(place.joinpath, WEIGHTS_FILES)) if file.is_file()), None)
-        if path is None:
+            found = [file for file in (place, *map(place.joinpath, WEIGHTS_FILES)) if file.is_file()]
+        if not found:
             missing = f"{named} is not there" if named else f"there are no weights of {self.name}"
             raise UserError(f"{missing}: name their file with --resnet_weights, or choose another model")
-        return path, sha256(path)[:16]
+        return found[0], sha256(found[0])[:16]
 
     def load_stages(self, weights: Path | None) -> Sequence[nn.Module]:
         """See `EncoderSpec.load_stages`: one, or as many as a CNN has resolutions if some of them are cut off."""
@@ -108,18 +108,18 @@ def find_timm(name: str, grid: int | None = None) -> TimmSpec:
             earlier = () if tokens else earlier_grids(network, blank, features.shape)
         if len(shape) != 4 or shape[2] != shape[3]:
             raise ValueError(f"its features are {shape}, not a square grid")
-        mean, std = (tuple(255 * float(value) for value in data[part]) for part in ("mean", "std"))
+        mean, std = ((255 * red, 255 * green, 255 * blue) for red, green, blue in (data["mean"], data["std"]))
     except Exception as error:  # of any of timm's models, or of a config.json
         advice = "take a CNN, a ViT or a Swin with square images; --encoder list PATTERN shows them with their grids"
         raise UserError(f"timm:{name} cannot be an encoder ({first_line(error)}): {advice}") from error
     if grid and grid > shape[2]:
         raise UserError(f"--grid {grid} is finer than the {shape[2]} x {shape[2]} regions of timm:{name}: give fewer")
-    architecture, licence = network.pretrained_cfg["architecture"], network.pretrained_cfg.get("license") or "none stated"
+    config, architecture = network.pretrained_cfg, network.pretrained_cfg["architecture"]
     facts = json.dumps([architecture, network.pretrained_model_args, mean, std], sort_keys=True)
     return TimmSpec(
         f"timm:{name}", shape[1], mean, std, side, grid or shape[2], earlier,
         interpolation=data["interpolation"] if data["interpolation"] in ("bilinear", "lanczos", "nearest") else "bicubic",
-        terms=f"timm's {architecture}; licence by its config, which nobody checked: {printable(str(licence))[:60]}",
+        terms=f"timm's {architecture}; licence by its config, which nobody checked: {printable(config.get('license') or '?')}",
         model=model, repository=repository, config_hash=hashlib.sha256(facts.encode()).hexdigest()[:8],
         tokens=tokens, pooled=bool(grid and grid < shape[2]),
     )  # fmt: skip
@@ -175,10 +175,9 @@ def hub_file(repository: str, files: Sequence[str]) -> Path:
             if isinstance(error, LocalEntryNotFoundError if cached else RemoteEntryNotFoundError):
                 continue
             raise UserError(
-                f"{repository} could not be downloaded from the Hugging Face hub ({first_line(error)}). Ways out: "
-                f"{'name its weights with --resnet_weights FILE; ' if files is WEIGHTS_FILES else ''}copy the hub's cache "
-                "(HF_HOME) of a machine that has it; copy the model's folder here and use --encoder timm:local-dir:FOLDER; "
-                "or use --encoder efficientnet_lite0, whose weights are installed already"
+                f"{repository} could not be downloaded from the Hugging Face hub ({first_line(error)}). Ways out: copy "
+                "the hub's cache (HF_HOME) of a machine that has it; copy the model's folder here and use --encoder "
+                "timm:local-dir:FOLDER; or use --encoder efficientnet_lite0, whose weights are installed already"
             ) from error
     raise UserError(f"{repository} has no {' or '.join(files)} on the Hugging Face hub: choose another model")
 
