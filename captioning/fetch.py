@@ -83,7 +83,10 @@ def complete(url: str, part: Path, limit: int) -> None:
     import requests
     import urllib3
 
-    retry = urllib3.Retry(ATTEMPTS - 1, backoff_factor=BACKOFF, status_forcelist=BUSY, raise_on_status=False)
+    retry = urllib3.Retry(
+        ATTEMPTS - 1, backoff_factor=BACKOFF, status_forcelist=BUSY, raise_on_status=False,
+        respect_retry_after_header=False,  # which may say hours
+    )  # fmt: skip
     failures = furthest = 0
     with requests.Session() as session:
         for scheme in ("https://", "http://"):
@@ -208,6 +211,8 @@ def extract_archive(archive: Path, target: Path, max_bytes: int, members: Sequen
 
 
 class SafeTar(tarfile.TarFile):
+    """A tar that refuses paths outside of the target, links that leave it, and devices."""
+
     extraction_filter = staticmethod(tarfile.data_filter)
 
 
