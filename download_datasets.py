@@ -122,14 +122,9 @@ SOURCES = {
 
 
 def download(mirror: Mirror, directory: Path) -> Path:
-    """Fetch a mirror's archive into `directory` unless it is there already with the right hash.
+    """Fetch a mirror's archive into `directory` unless it is there with the right hash; return its path.
 
-    Returns:
-        the archive's path.
-
-    Raises:
-        DownloadError: it cannot be had from this mirror, or its bytes are wrong (they are deleted).
-        UserError: it cannot be written.
+    Raises DownloadError, UserError: as `download_file`.
     """
     archive = directory / mirror.file
     if mirror.known_hash is None:
@@ -244,8 +239,6 @@ def fetch(name: str, data_dir: Path, force: bool) -> None:
         print(f"{name}: complete already in {target} (--force downloads it again)")
         return
     parts = [part for part in source.parts if force or part in problems]
-    if "images" in parts:
-        require_no_other_folder(target, source)
     shutil.rmtree(fresh, ignore_errors=True)
     make_directory(fresh, "unpacking")
     downloads = make_directory(data_dir / "downloads", "the downloaded archives")
@@ -273,18 +266,6 @@ def fetch(name: str, data_dir: Path, force: bool) -> None:
     print(f"{name}: complete, {source.images} images and their captions are in {target}")
 
 
-def require_no_other_folder(target: Path, source: Source) -> None:
-    """Raise UserError, before gigabytes are downloaded, if training would read another folder instead of theirs."""
-    from captioning.layouts import IMAGE_DIRECTORIES
-
-    for name in IMAGE_DIRECTORIES:
-        if name not in (".", source.image_folder) and (target / name).is_dir():
-            raise UserError(
-                f"{target / name} is an image folder of another layout, which would be read instead of the downloaded "
-                f"{source.image_folder}: complete it, or move it away and run again"
-            )
-
-
 def fetch_part(name: str, part_name: str, downloads: Path, fresh: Path, source: Source) -> Path:
     """Download one part from the first mirror that has it, and unpack it into `fresh`; return the archive."""
     part = source.parts[part_name]
@@ -293,10 +274,9 @@ def fetch_part(name: str, part_name: str, downloads: Path, fresh: Path, source: 
     for mirror in part.mirrors:
         archive = downloads / mirror.file
         # While parts are joined, they are on the disk twice.
-        needed = mirror.size * min(2, len(mirror.urls)) - sum(
-            file.stat().st_size for file in downloads.glob(f"{mirror.file}*")
-        )
-        require_free_space(downloads, max(0, needed) + mirror_room(part, mirror), f"{name}'s {part_name}")
+        here = sum(file.stat().st_size for file in downloads.glob(f"{mirror.file}*"))
+        needed = max(0, mirror.size * min(2, len(mirror.urls)) - here) + min(part.unpacked, mirror.size * 5 // 4)
+        require_free_space(downloads, needed, f"{name}'s {part_name}")
         try:
             download(mirror, downloads)
             print(f"  unpacking {archive.name}", flush=True)
@@ -320,11 +300,6 @@ def fetch_part(name: str, part_name: str, downloads: Path, fresh: Path, source: 
         f"Run the same command again later, or download one of them by hand, save it as "
         f"{' or '.join(dict.fromkeys(str(downloads / mirror.file) for mirror in part.mirrors))}, and run again"
     )
-
-
-def mirror_room(part: Part, mirror: Mirror) -> int:
-    """Return the bytes that unpacking may need: JPEGs hardly shrink in an archive, text may shrink to any size."""
-    return min(part.unpacked, mirror.size * 5 // 4 if mirror.members == ("*.jpg",) else part.unpacked)
 
 
 def place_images(unpacked: Path, folder: Path, expected: int) -> None:

@@ -1,8 +1,7 @@
-"""A small captioned data set drawn with Pillow, coloured shapes in front of landscapes, and the pointing game on it.
+"""A small captioned data set drawn with Pillow: coloured shapes in front of landscapes.
 
-The set needs no download and no licence, and a small decoder learns it in a minute or two: for first steps, for
-tests and for pictures in the documentation. Its layout is Flickr8k's. The place of each shape is known, so that the
-pointing game can check where a caption's words have their attention.
+It needs no download and no licence, and a small decoder learns it in a minute or two: for first steps, for tests and
+for pictures in the documentation. Its layout is Flickr8k's, with each shape's place beside it in `shapes.json`.
 """
 
 from __future__ import annotations
@@ -16,14 +15,10 @@ import math
 import os
 import random
 import shutil
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from captioning.images import cell_middles, peak
 from captioning.io import (
     DATA_SCRIPT,
     UserError,
@@ -170,19 +165,16 @@ def draw_demo_dataset(directory: Path, scenes: int = 800, seed: int = 0, redraw:
     require_free_space(directory.parent, scenes * BYTES_PER_SCENE, f"drawing {scenes} scenes")
     # Drawn beside the target and renamed at the end, so that an interrupted drawing leaves no partial set.
     directory = directory.absolute()  # gives "." a name to put the temporary folders beside
-    fresh, old = temporary_name(directory), temporary_name(directory)
+    fresh = temporary_name(directory)
     try:
         write_scenes(fresh, scenes, seed)
         if directory.exists():
-            os.replace(directory, old)
+            shutil.rmtree(directory)
         os.replace(fresh, directory)
     except OSError as error:
         raise UserError(f"cannot write the demo set to {directory}: {error}. Choose another --data_dir") from error
     finally:
-        if old.exists() and not directory.exists():
-            os.replace(old, directory)
-        for leftover in (fresh, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def is_complete(directory: Path, scenes: int, seed: int) -> bool:
@@ -356,102 +348,3 @@ def gradient(width: int, height: int, top: Color, bottom: Color) -> Image.Image:
 
 def disc(pen: ImageDraw.ImageDraw, x: float, y: float, radius: float, color: Color) -> None:
     pen.ellipse([FINE * edge for edge in (x - radius, y - radius, x + radius, y + radius)], fill=color)
-
-
-# --------------------------------------------------------------------------------------------------
-# The pointing game: is the attention of a shape's word on that shape?
-
-Boxes = dict[str, tuple[float, float, float, float]]  # shape word -> x0, y0, x1, y1 as fractions of the sides
-
-
-def read_boxes(path: Path) -> dict[str, Boxes]:
-    """Read the `shapes.json` of a demo set: for each image's name the box of each shape on it.
-
-    Raises:
-        UserError: unreadable, or of another form.
-    """
-    scenes = read_json(path)
-    if not isinstance(scenes, dict) or not all(isinstance(s, list) and all(map(is_shape, s)) for s in scenes.values()):
-        raise UserError(
-            f"{path} is not a table of drawn shapes: draw the set again: {program(DATA_SCRIPT)} --dataset demo --force"
-        )
-    return {name: {shape["shape"]: tuple(shape["box"]) for shape in scene} for name, scene in scenes.items()}
-
-
-def is_shape(value: Any) -> bool:
-    if not isinstance(value, dict) or value.get("shape") not in SHAPES or not isinstance(value.get("box"), list):
-        return False
-    box = value["box"]
-    return len(box) == 4 and all(type(edge) in (int, float) and 0 <= edge <= 1 for edge in box)
-
-
-def play(
-    captions_file: Path, names: Sequence[str], words: Sequence[Sequence[str]], weights: Sequence[np.ndarray | None]
-) -> dict[str, float]:
-    """Return the `score` of captions and attention of the named images; `captions_file` is the demo set's.
-
-    Raises:
-        UserError: the `shapes.json` beside it cannot be used.
-    """
-    boxes = read_boxes(captions_file.with_name("shapes.json"))
-    return score(words, weights, [boxes.get(name, {}) for name in names])
-
-
-def score(
-    words: Sequence[Sequence[str]], weights: Sequence[np.ndarray | None], boxes: Sequence[Boxes]
-) -> dict[str, float]:
-    """Score the captions of a set of images.
-
-    Args:
-        words: each image's caption.
-        weights: its attention, (words, cells); None for an empty caption.
-        boxes: its shapes. Each kind of shape is there once at most. The word of a shape that is not there has no
-            right place and does not count.
-
-    Returns:
-        `pointing_game_words`, the number of shape words, and as shares of them `pointing_game` (peak in the box) and
-        `pointing_game_near` (within half a cell of it), both also for chance: `_uniform`, any cell, and `_shuffled`,
-        the peaks of other images' words, left out where one image has all the words. {} without a shape word.
-    """
-    found = [
-        (number, peak(row[None])[0], known[word], len(row))
-        for number, (caption, rows, known) in enumerate(zip(words, weights, boxes, strict=True))
-        for word, row in zip(caption, () if rows is None else rows, strict=True)
-        if word in known
-    ]
-    if not found:
-        return {}
-    owners, peaks, edges, cells = (np.array(column) for column in zip(*found, strict=True))
-    left, top, right, bottom = edges.T[:, :, None]  # (N, 1) each
-    middles = cell_middles(cells[0])
-
-    def inside(points: np.ndarray, margin: float) -> np.ndarray:
-        """(N, P): whether each word's box, `margin` larger on all sides, holds each of the points (P, 2)."""
-        x, y = points.T
-        across = (left - margin <= x) & (x <= right + margin)
-        return across & (top - margin <= y) & (y <= bottom + margin)
-
-    others = owners[:, None] != owners
-    result: dict[str, float] = {"pointing_game_words": len(owners)}
-    for name, margin in (("pointing_game", 0.0), ("pointing_game_near", 0.5 / math.sqrt(cells[0]))):
-        hits = inside(peaks, margin)  # each word's box against each word's peak
-        result[name] = float(hits.diagonal().mean())
-        result[f"{name}_uniform"] = float(inside(middles, margin).mean())
-        if others.any():
-            result[f"{name}_shuffled"] = float(hits[others].mean())
-    return result
-
-
-def describe(result: Mapping[str, float]) -> str:
-    """Return the result as one line for the terminal."""
-
-    def chance(name: str) -> str:
-        text = f"any cell alike {result[f'{name}_uniform']:.1%}"
-        shuffled = result.get(f"{name}_shuffled")
-        return text + (f", other pictures' maps {shuffled:.1%}" if shuffled is not None else "")
-
-    return (
-        f"Pointing game: of {result['pointing_game_words']} shape words, {result['pointing_game']:.1%} have their "
-        f"attention peak on the shape they name ({chance('pointing_game')}), {result['pointing_game_near']:.1%} on it "
-        f"or within half a cell ({chance('pointing_game_near')})"
-    )

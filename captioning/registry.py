@@ -29,12 +29,6 @@ ENCODERS = {
     "convnext_base": Entry("captioning.encoders:CONVNEXT_BASE", NAMED),
     "efficientnet_lite0": Entry("captioning.encoders:EFFICIENTNET_LITE0"),
     "efficientnet_lite2": Entry("captioning.encoders:EFFICIENTNET_LITE2"),
-    "resnet50_stages": Entry("captioning.encoders:RESNET50_STAGES", NAMED),
-    "resnet101_stages": Entry("captioning.encoders:RESNET101_STAGES", NAMED),
-    "resnet152_stages": Entry("captioning.encoders:RESNET152_STAGES", NAMED),
-    "convnext_base_stages": Entry("captioning.encoders:CONVNEXT_BASE_STAGES", NAMED),
-    "efficientnet_lite0_stages": Entry("captioning.encoders:EFFICIENTNET_LITE0_STAGES"),
-    "efficientnet_lite2_stages": Entry("captioning.encoders:EFFICIENTNET_LITE2_STAGES"),
 }
 # Whole libraries of encoders, each a function of what follows the colon and of --grid: `--encoder timm:resnet18.a1_in1k`.
 LIBRARIES = {"timm:NAME": Entry("captioning.timm_encoders:find_timm", (*NAMED, "grid"))}

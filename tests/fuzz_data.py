@@ -1,4 +1,4 @@
-"""Fuzz targets of data sets and folders: captions, splits, archives, the demo set's shapes, names of run directories."""
+"""Fuzz targets of data sets and folders: captions, splits, archives, names of run directories."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ import numpy as np
 from fuzz_inputs import ENCODINGS, ODD_CAPTIONS, altered, mostly_sound, mutated, names, refuses
 from hypothesis import strategies as st
 
-from captioning.demo_set import read_boxes, score
 from captioning.fetch import extract_archive
 from captioning.io import CONTROL_CHARACTERS
 from captioning.layouts import SPLITS, name_fault, read_captions
@@ -214,22 +213,6 @@ def archive(value: bytes, folder: Path) -> bool:
 
 # --------------------------------------------------------------------------------------------------
 # Folders
-
-
-@st.composite
-def shape_tables(draw: st.DrawFn) -> bytes:
-    sound = {"a.jpg": [{"shape": "star", "color": "red", "size": "small", "box": [0.1, 0.1, 0.3, 0.3]}], "b.jpg": []}
-    return draw(mutated(json.dumps(draw(altered(sound))).encode("utf-8", "surrogatepass"), 1))
-
-
-def shape_table(value: bytes, folder: Path) -> bool:
-    (folder / "shapes.json").write_bytes(value)
-    boxes = refuses(lambda: read_boxes(folder / "shapes.json"))
-    if boxes is None:
-        return False
-    for scene in boxes.values():
-        score([["a", "star"]], [np.full((2, 49), 1 / 49)], [scene])
-    return True
 
 
 @st.composite

@@ -181,14 +181,6 @@ def test_killed_while_replacing_heals_on_the_next_run(tiny, tmp_path):
     assert files_in(tmp_path / "flickr8k") == before and not tiny.requests
 
 
-def test_another_image_folder_in_the_way_is_reported_before_downloading(tiny, tmp_path, capsys):
-    (tmp_path / "flickr8k" / "Images").mkdir(parents=True)
-    (tmp_path / "flickr8k" / "Images" / "000.jpg").write_bytes(b"mine")
-    assert call(tmp_path) == 2
-    assert "another layout" in capsys.readouterr().err
-    assert tiny.requests == [] and (tmp_path / "flickr8k" / "Images" / "000.jpg").exists()
-
-
 def test_two_downloads_at_once_take_turns(tiny, tmp_path, monkeypatch):
     codes: list[int] = []
     printed: list[str] = []  # rather than capsys, which loses what is printed while another thread reads it

