@@ -1,7 +1,7 @@
 """How a captioner adapts to photos of a kind that it has never seen: a theme is withheld from its training.
 
     python benchmarks/adaptation.py --data_dir data/flickr8k
-    python benchmarks/adaptation.py --data_dir data/flickr8k --runs adaptation --sizes 200 --flags --learning_rate 0.001
+    python benchmarks/adaptation.py --data_dir data/flickr8k --sizes 200 --flags --learning_rate 0.001
 
 All photos with a caption that has the theme's word leave the data set, and a captioner is trained on the others. Some of
 the theme's photos are never trained on. With some of the rest, as own photos, `--init_from` adapts the captioner, with and
@@ -15,7 +15,6 @@ import argparse
 import csv
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -109,7 +108,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", type=Path, required=True, help="Flickr8k, or another set with split lists")
     parser.add_argument("--feature_cache", default="feature_cache", help="as in training (default: %(default)s)")
-    parser.add_argument("--runs", type=Path, help="keep everything here, and use what is there (default: keep nothing)")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("adaptation"), help="keep everything here; what is there is used"
+    )
     parser.add_argument("--theme", default="snow", help="how a word of the theme begins (default: %(default)s)")
     parser.add_argument("--sizes", type=int, nargs="+", default=[50, 200, 800], help="numbers of own photos")
     parser.add_argument(
@@ -117,14 +118,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--seeds", type=int, default=1, help="runs of each kind (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=6, help="of the first training (default: %(default)s)")
-    parser.add_argument("--only_adapt", action="store_true", help="train none from nothing")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="more flags of adaptation; come last")
     args = parser.parse_args(argv)
-    with ExitStack() as stack:
-        sets = Path(stack.enter_context(TemporaryDirectory(prefix="adaptation-sets-")))
-        runs = args.runs or Path(stack.enter_context(TemporaryDirectory(prefix="adaptation-")))
-        bench = Bench(runs, args.feature_cache)
-        others, own = write_sets(sets, load_caption_set(args.data_dir), args.theme, args.sizes)
+    with TemporaryDirectory(prefix="adaptation-") as folder:
+        bench = Bench(args.runs, args.feature_cache)
+        others, own = write_sets(Path(folder), load_caption_set(args.data_dir), args.theme, args.sizes)
         print(f"{'':<44}{'theme':>8}{'others':>8}{'minutes':>9}{'epoch':>7}", flush=True)
         first = [*SOURCE, "--epochs", str(args.epochs), "--data_dir", str(others)]
         source = bench.run("not adapted", first, next(iter(own.values())), others)
@@ -136,9 +134,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             for seed in range(args.seeds):
                 for way, flags in ways.items():
                     bench.run(f"{size} photos, {way}, seed {seed}", [*flags, "--seed", str(seed)], photos, others)
-                if not args.only_adapt:
-                    flags = [*FROM_NOTHING, "--data_dir", str(photos), "--seed", str(seed)]
-                    bench.run(f"{size} photos, from nothing, seed {seed}", flags, photos, None)
+                flags = [*FROM_NOTHING, "--data_dir", str(photos), "--seed", str(seed)]
+                bench.run(f"{size} photos, from nothing, seed {seed}", flags, photos, None)
 
 
 if __name__ == "__main__":

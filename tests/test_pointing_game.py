@@ -1,8 +1,6 @@
 """The pointing game on attention maps made to hit or to miss, and on a model trained on a small demo set."""
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +11,6 @@ from captioning import demo_set as pointing_game
 from captioning.demo_set import draw_demo_dataset
 from captioning.io import UserError
 from captioning.settings import parse_flags
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-
-import pointing
 
 LEFT = {"star": (0.0, 0.0, 0.2, 0.2)}  # holds the middle of cell 0 alone
 RIGHT = {"heart": (0.8, 0.8, 1.0, 1.0)}  # of cell 48 alone
@@ -86,12 +80,10 @@ def test_testing_the_demo_set_reports_it_and_draws_the_images_that_were_named(tm
     assert [each["image"] for each in numbers] == ["scene_0002.jpg", "scene_0040.jpg"]
     out = capsys.readouterr().out
     assert "train 32, val 4, test 4" in out and "Epoch 1 completed (1/8):" in out and "CIDEr" in out
-    results = pointing.table(*pointing.captions_and_maps(run, [*names[:2], "scene_0005.jpg"]))
+    assert trainer.main(["--mode", "test", "--model_path", str(run), *names[:2], "scene_0005.jpg"]) == 0
     assert json.loads((run / "attention_viz_sample_1.json").read_text())["image"] == "scene_0005.jpg"
     entries = json.loads((run / "test_metrics.json").read_text())
     assert all(0 <= entry["pointing_game"] <= entry["pointing_game_near"] <= 1 for entry in entries)
-    assert results["all"].items() <= entries[-1].items()
-    assert results["large"]["pointing_game_words"] < results["all"]["pointing_game_words"]
     assert capsys.readouterr().out.count("Pointing game: of") == 1
     testing = ["--mode", "test", "--model_path", "saved_models/demo/efficientnet_lite0_attention"]
     assert trainer.main([*testing, *names[:2], "scene_0500.jpg"]) == 2
