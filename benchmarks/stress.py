@@ -310,7 +310,7 @@ class Bench:
         raise Skipped("it was always done before the kill")
 
     # ----------------------------------------------------------------------------------------------
-    # Faults: signals, disks, two at once
+    # Faults
 
     def train(self, folder: Path, prefix: Sequence[object] = ()) -> Process:
         return Process([*FLAGS, *self.places(folder)], self.place, prefix=prefix)
@@ -358,9 +358,6 @@ class Bench:
         folder = self.folder("two", cached=False)
         self.finish(folder, *[self.train(folder) for _ in range(2)])
         assert len(resumable(folder)) == 2, f"{len(resumable(folder))} run directories"
-
-    # ----------------------------------------------------------------------------------------------
-    # Faults: an ordinary user, and broken streams
 
     def user(self, what: str) -> None:
         """Something is not permitted: one line and code 2, or, where nothing has to be written, the result."""
