@@ -451,7 +451,7 @@ def measure_startup(bench: Bench) -> Iterator[Figure]:
     commands = {
         "--help": ("Python alone", [PROGRAM, "--help"]),
         "first training step": ("import torch", ["-c", FIRST_STEP, PROGRAM, *flags]),
-        "caption of a photo": ("import torch", [PROGRAM, "--mode", "caption", "--images", photo]),
+        "caption of a photo": ("import torch", [PROGRAM, "--mode", "caption", "--quiet", "--images", photo]),
     }
     every = {"imports": ["-c", ORIGINAL_IMPORTS]} | least | {name: argv for name, (_, argv) in commands.items()}
     ways = {name: partial(run_program, *argv) for name, argv in every.items()}
