@@ -304,7 +304,7 @@ class Bench:
             time.sleep(moment)
             if process.kill() and not (folder / "exported").exists():
                 return
-            moment *= 0.9
+            moment *= 0.7
             shutil.rmtree(folder)
             shutil.copytree(self.prepare(mode), folder)
         raise Skipped("it was always done before the kill")
