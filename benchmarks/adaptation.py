@@ -1,7 +1,7 @@
 """How a captioner adapts to photos of a kind that it has never seen: a theme is withheld from its training.
 
     python benchmarks/adaptation.py --data_dir data/flickr8k
-    python benchmarks/adaptation.py --data_dir data/flickr8k --runs adaptation --sizes 200 --flags --learning_rate 0.001
+    python benchmarks/adaptation.py --data_dir data/flickr8k --sizes 200 --flags --learning_rate 0.001
 
 All photos with a caption that has the theme's word leave the data set, and a captioner is trained on the others. Some of
 the theme's photos are never trained on. With some of the rest, as own photos, `--init_from` adapts the captioner, with and
@@ -15,8 +15,6 @@ import argparse
 import csv
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -32,7 +30,7 @@ from captioning.runs import read_run
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SOURCE = ["--config", str(CONFIGS / "flickr8k_attention_cpu.yaml"), "--fine_tune", "0", "--best_metric", "cider"]
-SOURCE += ["--views", "whole", "--dataset_type", "custom"]
+SOURCE += ["--views", "whole", "--dataset_type", "custom", "--epochs", "6"]
 FROM_NOTHING = ["--config", str(CONFIGS / "own_photos_from_nothing.yaml"), "--views", "whole"]
 TEST_SHARE, VALIDATION_SHARE = 0.28, 0.1  # of the theme's photos; of the own photos
 SEED = 0  # of which photos are held out
@@ -72,73 +70,62 @@ def write_sets(folder: Path, data: CaptionSet, word: str, sizes: Sequence[int]) 
     return write_set(folder / "others", data, others), own
 
 
-@dataclass
-class Bench:
-    """Where things are, and what was measured so far."""
+def train(name: str, flags: Sequence[str], runs: Path, photos: Path, others: Path | None) -> Path:
+    """Train, unless the run is there; score on the theme's held-out photos and on the others', and print a line."""
+    place = runs / name.replace(" ", "_")
+    if not (begun := list(place.rglob("last.pt"))):
+        call(*flags, "--model_save_dir", str(place))
+    elif not list(place.rglob("report.html")):  # the last file of a finished run
+        call("--resume", str(begun[0].parent))
+    (run,) = (path.parent for path in place.rglob("best.pt"))
+    found = read_run(run)
+    minutes, epoch = found.facts.get("Minutes", "-"), (found.best or {}).get("epoch", "-")
+    scores = [cider(run, photos, "test"), *([cider(run, others, "val+test")] if others else [])]
+    cells = [f"{score:.1f}" for score in scores] + ["-"] * (2 - len(scores))
+    print(f"{name:<44}{cells[0]:>8}{cells[1]:>8}{minutes:>9}{epoch:>7}", flush=True)
+    return run
 
-    folder: Path  # of the runs
-    cache: str
 
-    def run(self, name: str, flags: Sequence[str], photos: Path, others: Path | None) -> Path:
-        """Train, unless the run is there; score on the theme's held-out photos and on the others', and print a line."""
-        place = self.folder / name.replace(" ", "_")
-        if not (begun := list(place.rglob("last.pt"))):
-            self.call(*flags, "--model_save_dir", str(place))
-        elif not list(place.rglob("report.html")):  # the last file of a finished run
-            self.call("--resume", str(begun[0].parent))
-        (run,) = (path.parent for path in place.rglob("best.pt"))
-        found = read_run(run)
-        minutes, epoch = found.facts.get("Minutes", "-"), (found.best or {}).get("epoch", "-")
-        scores = [self.cider(run, photos, "test"), *([self.cider(run, others, "val+test")] if others else [])]
-        cells = [f"{score:.1f}" for score in scores] + ["-"] * (2 - len(scores))
-        print(f"{name:<44}{cells[0]:>8}{cells[1]:>8}{minutes:>9}{epoch:>7}", flush=True)
-        return run
+def cider(run: Path, data_dir: Path, split: str) -> float:
+    """Return the score of the beam's captions."""
+    flags = ["--model_path", str(run), "--data_dir", str(data_dir), "--split", split]
+    call("--mode", "test", "--beam_size", "3", "--consensus", "off", *flags)
+    return 100 * float(read_json(run / "test_metrics.json")[-1]["cider"])
 
-    def cider(self, run: Path, data_dir: Path, split: str) -> float:
-        """Return the score of the beam's captions."""
-        flags = ["--model_path", str(run), "--data_dir", str(data_dir), "--split", split]
-        self.call("--mode", "test", "--beam_size", "3", "--consensus", "off", *flags)
-        return 100 * float(read_json(run / "test_metrics.json")[-1]["cider"])
 
-    def call(self, *flags: str) -> None:
-        if trainer.main([*flags, "--feature_cache", self.cache, "--quiet"]) != 0:
-            raise SystemExit("the program failed")
+def call(*flags: str) -> None:
+    if trainer.main([*flags, "--quiet"]) != 0:
+        raise SystemExit("the program failed")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", type=Path, required=True, help="Flickr8k, or another set with split lists")
-    parser.add_argument("--feature_cache", default="feature_cache", help="as in training (default: %(default)s)")
-    parser.add_argument("--runs", type=Path, help="keep everything here, and use what is there (default: keep nothing)")
+    runs = "keep everything here; what is there is used (default: %(default)s)"
+    parser.add_argument("--runs", type=Path, default=Path("saved_models/adaptation"), help=runs)
     parser.add_argument("--theme", default="snow", help="how a word of the theme begins (default: %(default)s)")
     parser.add_argument("--sizes", type=int, nargs="+", default=[50, 200, 800], help="numbers of own photos")
-    parser.add_argument(
-        "--replay", type=float, nargs="*", default=[0.2, 0.5, 0.8, 0.9], help="shares of old captions to try"
-    )
+    shares = [0.2, 0.5, 0.8, 0.9]
+    parser.add_argument("--replay", type=float, nargs="*", default=shares, help="shares of old captions to try")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each kind (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=6, help="of the first training (default: %(default)s)")
-    parser.add_argument("--only_adapt", action="store_true", help="train none from nothing")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="more flags of adaptation; come last")
     args = parser.parse_args(argv)
-    with ExitStack() as stack:
-        sets = Path(stack.enter_context(TemporaryDirectory(prefix="adaptation-sets-")))
-        runs = args.runs or Path(stack.enter_context(TemporaryDirectory(prefix="adaptation-")))
-        bench = Bench(runs, args.feature_cache)
-        others, own = write_sets(sets, load_caption_set(args.data_dir), args.theme, args.sizes)
+    with TemporaryDirectory(prefix="adaptation-") as folder:
+        others, own = write_sets(Path(folder), load_caption_set(args.data_dir), args.theme, args.sizes)
         print(f"{'':<44}{'theme':>8}{'others':>8}{'minutes':>9}{'epoch':>7}", flush=True)
-        first = [*SOURCE, "--epochs", str(args.epochs), "--data_dir", str(others)]
-        source = bench.run("not adapted", first, next(iter(own.values())), others)
+        first = [*SOURCE, "--data_dir", str(others)]
+        source = train("not adapted", first, args.runs, next(iter(own.values())), others)
         for size, photos in own.items():
             start = ["--data_dir", str(photos), "--init_from", str(source), *args.flags]
             ways = {"adapted": start}
             for share in args.replay:
                 ways[f"replay {share:g}"] = [*start, "--replay", str(share), "--replay_data_dir", str(others)]
-            for seed in range(args.seeds):
+            for seed in map(str, range(args.seeds)):
                 for way, flags in ways.items():
-                    bench.run(f"{size} photos, {way}, seed {seed}", [*flags, "--seed", str(seed)], photos, others)
-                if not args.only_adapt:
-                    flags = [*FROM_NOTHING, "--data_dir", str(photos), "--seed", str(seed)]
-                    bench.run(f"{size} photos, from nothing, seed {seed}", flags, photos, None)
+                    name = f"{size} photos, {way}, seed {seed}"
+                    train(name, [*flags, "--seed", seed], args.runs, photos, others)
+                flags = [*FROM_NOTHING, "--data_dir", str(photos), "--seed", seed]
+                train(f"{size} photos, from nothing, seed {seed}", flags, args.runs, photos, None)
 
 
 if __name__ == "__main__":

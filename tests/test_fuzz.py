@@ -1,6 +1,6 @@
 """Strangers' files: nothing but our own error comes out of a reader, and no file outside its directory.
 
-The same inputs in each run; `python benchmarks/fuzz.py` tries more, and others.
+The same inputs in each run; `python benchmarks/stress.py --only fuzz` tries more, and others.
 """
 
 import pytest
