@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import round_to_float16
 from random_captions import WORDS, random_set
 from run_files import skip_pictures
 
@@ -160,6 +161,7 @@ def run(tiny_runs, tmp_path_factory) -> Path:
         assert load_checkpoint(folder / "best.pt")["consensus"] is None
         assert trainer.main(["--mode", "tune", "--model_path", str(folder)]) == 0
     assert load_checkpoint(folder / "best.pt")["consensus"]["weight"] == 4.0
+    round_to_float16(folder / "best.pt")
     return folder
 
 
