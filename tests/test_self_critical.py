@@ -9,7 +9,6 @@ import torch
 from pycocoevalcap.cider.cider_scorer import CiderScorer
 from random_captions import WORDS, random_set
 
-from captioning.batches import BatchMaker, pack_captions
 from captioning.cider import CiderReward
 from captioning.dataset import EOS, PAD, SOS, UNK, CaptionSet, Vocabulary, build_vocabulary
 from captioning.decoders import Decoder, build_decoder
@@ -145,17 +144,6 @@ def test_samples_know_their_log_probability(kind):
             expected, word = [*expected, known[0, target].item()], torch.tensor([target])
         assert log_probabilities[: len(expected)] == pytest.approx(expected, abs=1e-4)
         assert not log_probabilities[len(expected) :].any()
-
-
-def test_a_batch_of_samples_is_packed_as_captions_are(data):
-    vocabulary = build_vocabulary(data, 1)
-    batches = BatchMaker(data, vocabulary, 40)
-    plain = batches.make(np.arange(9))
-    words = np.concatenate([batches.lookup[data.tokens.ids], [EOS]])
-    owner = np.searchsorted(data.first_caption, np.arange(9), side="right") - 1
-    again, _ = pack_captions(words, data.tokens.offsets[:9], np.diff(data.tokens.offsets)[:9], owner)
-    for field in ("row_image", "inputs", "targets", "batch_sizes", "token_row", "slots"):
-        assert torch.equal(getattr(plain, field), getattr(again, field)), field
 
 
 @pytest.mark.parametrize("kind", DECODERS)
