@@ -187,7 +187,7 @@ def add_replay(
     distributed.check_agreement(old.facts(), distributed.SAME_FILES)
     known, paths = set(keys(split["inherited"])), old.paths()
     held_out = np.concatenate([data.splits["val"], data.splits["test"]])
-    if same_names({name for name, *_ in known}, old.names):  # known by name alone, like those of an older checkpoint
+    if same_names({name for name, *_ in known}, old.names):  # in another size: known by name alone
         known = {(name, -1, -1) for name, *_ in known} - {(data.names[i], -1, -1) for i in held_out}
     named, sized = {name for name, *_ in known}, {(name, size) for name, size, _ in known}
     found = [

@@ -12,12 +12,11 @@ import importlib.metadata
 import itertools
 import json
 import re
-import struct
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -82,45 +81,18 @@ def tokenize_cached(texts: Sequence[str], cache_directory: Path | None) -> Token
         return tokenize(texts)
     version = importlib.metadata.version("spacy")
     digest = hashlib.sha256("\n".join([version, *texts]).encode("utf-8", "surrogatepass")).hexdigest()
-    path = cache_directory / f"tokens-{digest[:16]}.bin"
-    if path.is_file() and (saved := unpack_tokens(path.read_bytes(), len(texts))) is not None:
-        return saved
+    path = cache_directory / f"tokens-{digest[:16]}.npz"
+    # A file that is not there or damaged (zipfile has checksums) is written again, whatever the error.
+    with contextlib.suppress(Exception), np.load(path) as saved:
+        words = saved["words"].tobytes().decode("utf-8")
+        return Tokens(words.split("\n") if words else [], saved["ids"], saved["offsets"])
     tokens = tokenize(texts)
+    characters = np.frombuffer("\n".join(tokens.words).encode("utf-8"), np.uint8)
     # Saving time is all it is for: the feature cache says what is wrong with the folder.
     with contextlib.suppress(OSError, UserError):
         cache_directory.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, lambda file: file.write(pack_tokens(tokens)))
+        write_atomic(path, lambda file: np.savez(file, words=characters, ids=tokens.ids, offsets=tokens.offsets))
     return tokens
-
-
-# Of a token cache: bytes of words, number of ids, number of texts, CRC-32 of the rest.
-TOKEN_HEADER = struct.Struct("<QQQI")
-
-
-def pack_tokens(tokens: Tokens) -> bytes:
-    """Serialize tokens: header, words in UTF-8 with a line each, ids, offsets."""
-    words = "\n".join(tokens.words).encode("utf-8")
-    body = words + tokens.ids.astype("<i4").tobytes() + tokens.offsets.astype("<i8").tobytes()
-    return TOKEN_HEADER.pack(len(words), len(tokens.ids), len(tokens.offsets) - 1, zlib.crc32(body)) + body
-
-
-def unpack_tokens(raw: bytes, texts: int) -> Tokens | None:
-    """Read what `pack_tokens` wrote; None if `raw` is anything but the tokens of `texts` texts."""
-    if len(raw) < TOKEN_HEADER.size:
-        return None
-    word_bytes, id_count, text_count, checksum = TOKEN_HEADER.unpack_from(raw)
-    body = raw[TOKEN_HEADER.size :]
-    if text_count != texts or len(body) != word_bytes + 4 * id_count + 8 * (texts + 1) or zlib.crc32(body) != checksum:
-        return None
-    ids = np.frombuffer(body, "<i4", id_count, word_bytes).astype(np.int32)
-    offsets = np.frombuffer(body, "<i8", texts + 1, word_bytes + 4 * id_count).astype(np.int64)
-    try:
-        words = body[:word_bytes].decode("utf-8").split("\n") if word_bytes else []
-    except UnicodeDecodeError:
-        return None
-    ids_fit = not len(ids) or (ids.min() >= 0 and ids.max() < len(words))
-    offsets_fit = offsets[0] == 0 and offsets[-1] == len(ids) and (offsets[1:] >= offsets[:-1]).all()
-    return Tokens(words, ids, offsets) if ids_fit and offsets_fit and len(set(words)) == len(words) else None
 
 
 class Vocabulary:
@@ -135,12 +107,6 @@ class Vocabulary:
         self.words = list(words)
         self.id_of = {word: number for number, word in enumerate(self.words)}
 
-    @classmethod
-    def from_counts(cls, words: Sequence[str], counts: np.ndarray, threshold: int) -> Vocabulary:
-        """Return the vocabulary of the words with a count of at least `threshold`."""
-        kept = sorted((-int(count), word) for word, count in zip(words, counts, strict=True) if count >= threshold)
-        return cls(SPECIAL_TOKENS + [word for _, word in kept])
-
     def __len__(self) -> int:
         return len(self.words)
 
@@ -152,27 +118,6 @@ class Vocabulary:
 
 # --------------------------------------------------------------------------------------------------
 # The caption set
-
-
-class ImagePaths(Sequence[Path]):
-    """The paths of `names` in `directory`, made on access: stored, each would take half a kilobyte."""
-
-    def __init__(self, directory: Path, names: Sequence[str]):
-        self.directory, self.names = directory, names
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    @overload
-    def __getitem__(self, index: int) -> Path: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> ImagePaths: ...
-
-    def __getitem__(self, index: int | slice) -> Path | ImagePaths:
-        if isinstance(index, slice):
-            return ImagePaths(self.directory, self.names[index])
-        return self.directory / self.names[index]
 
 
 @dataclass
@@ -188,9 +133,9 @@ class CaptionSet:
     captions_file: Path
     notes: list[str] = field(default_factory=list)  # what was left out and why, a line each
 
-    def paths(self) -> Sequence[Path]:
+    def paths(self) -> list[Path]:
         """Return every image's path, by position."""
-        return ImagePaths(self.image_dir, self.names)
+        return [self.image_dir / name for name in self.names]
 
     def image_id(self, image: int) -> str | int:
         """Return the `image_id` of the COCO evaluation: COCO's number, else the file name."""
@@ -261,8 +206,10 @@ def frequent_words(data: CaptionSet, threshold: int) -> Vocabulary:
     """Return the words that the training captions have at least `threshold` times."""
     captions = captions_of(data, data.splits["train"])
     ids = data.tokens.ids[concatenate_ranges(data.tokens.offsets[captions], data.tokens.offsets[captions + 1])]
-    counts = np.bincount(ids, minlength=len(data.tokens.words))
-    return Vocabulary.from_counts(data.tokens.words, counts, threshold)
+    words = data.tokens.words
+    counts = np.bincount(ids, minlength=len(words)).tolist()
+    kept = sorted((-count, word) for word, count in zip(words, counts, strict=True) if count >= threshold)
+    return Vocabulary(SPECIAL_TOKENS + [word for _, word in kept])
 
 
 def build_vocabulary(data: CaptionSet, threshold: int) -> Vocabulary:

@@ -190,6 +190,3 @@ class Dropout(nn.Module):
         draws = np.random.SFC64(seed).random_raw(-(-values.numel() // 4)).view(np.uint16)[: values.numel()]
         kept = torch.from_numpy(draws >= threshold).view(values.shape)
         return values * kept * (65536 / (65536 - threshold))
-
-    def extra_repr(self) -> str:
-        return f"p={self.probability}"

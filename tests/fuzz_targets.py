@@ -13,10 +13,8 @@ import hashlib
 import io
 import json
 import logging
-import struct
 import tempfile
 import zipfile
-import zlib
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -50,7 +48,7 @@ from captioning.checkpoints import (
     save_checkpoint,
     tuned_decoding,
 )
-from captioning.dataset import Tokens, Vocabulary, pack_tokens, unpack_tokens
+from captioning.dataset import Vocabulary
 from captioning.decoders import build_decoder
 from captioning.encoders import find_encoder
 from captioning.feature_store import RECORD, FeatureFile, name_hash, version_of
@@ -299,29 +297,6 @@ def cache_index(value: tuple[bytes, int], folder: Path) -> bool:
     return bool(file.rows)
 
 
-SOUND_TOKENS = pack_tokens(
-    Tokens(["a", "dog", "runs", "cat"], np.array([0, 1, 2, 0, 3], np.int32), np.array([0, 3, 3, 5], np.int64))
-)
-
-
-@st.composite
-def token_files(draw: st.DrawFn) -> bytes:
-    """A cache with accidents, most of them with a checksum that was made right again."""
-    raw = draw(mutated(SOUND_TOKENS, 3))
-    if len(raw) >= 28 and draw(st.integers(0, 3)):
-        raw = raw[:24] + struct.pack("<I", zlib.crc32(raw[28:])) + raw[28:]
-    return raw
-
-
-def token_cache(value: bytes, folder: Path) -> bool:
-    tokens = unpack_tokens(value, 3)
-    if tokens is None:
-        return False
-    for start, end in zip(tokens.offsets, tokens.offsets[1:], strict=False):
-        assert all(tokens.words[i] is not None for i in tokens.ids[start:end])
-    return True
-
-
 # --------------------------------------------------------------------------------------------------
 # --config and run_config.json
 
@@ -431,7 +406,6 @@ TARGETS = {
     "encoder weights": Target(st.booleans().flatmap(lambda old: mutated(tensor_file(old), 3)), encoder_weights),
     "exported model": Target(exported_models(), exported_model),
     "cache index": Target(cache_indices(), cache_index),
-    "token cache": Target(token_files(), token_cache),
     "run directory": Target(run_trees(), run_directory),
     "file of flags": Target(config_files(), config),
 }

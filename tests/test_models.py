@@ -37,19 +37,21 @@ def features_for(kind, images):
     """Images that differ as a whole, and whose regions differ from each other."""
     generator = torch.Generator().manual_seed(1)
     means = 2 * torch.randn(images, 8, generator=generator)
-    return (
-        means
-        if not find_decoder(kind).uses_grid
-        else means.unsqueeze(1) + torch.randn(images, 49, 8, generator=generator)
-    )
+    if not find_decoder(kind).uses_grid:
+        return means
+    return means.unsqueeze(1) + torch.randn(images, 49, 8, generator=generator)
+
+
+def exact(kind, images):
+    """A decoder and features in float64: rounding decides no near tie between two ways of computing the same caption."""
+    return tiny_decoder(kind).double(), features_for(kind, images).double()
 
 
 @pytest.fixture
 def batch(tiny):
     data = load_caption_set(tiny)
     vocabulary = build_vocabulary(data, 1)
-    batches = BatchMaker(data, vocabulary, 40)
-    return vocabulary, batches.make(np.arange(32)), data
+    return vocabulary, BatchMaker(data, vocabulary, 40).make(np.arange(32))
 
 
 def test_the_packed_lstm_is_pytorchs():
@@ -83,14 +85,16 @@ def test_thirty_two_memorised_captions_all_come_back(kind, tmp_path):
     batches = BatchMaker(data, vocabulary, 40)
     (captions,) = batches.plan(images, 64)
     batch = batches.make(captions)
-    optimizer = torch.optim.AdamW(decoder.parameters(), lr=0.01)
-    for _ in range(250):
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=0.02, betas=(0.9, 0.98))
+    for _ in range(1000):  # many times what it takes; how many that is depends on the rounding
         optimizer.zero_grad()
-        loss = decoder.cross_entropy(decoder(features[batch.images], batch).hidden_out, batch.targets)
-        (loss / len(batch.targets)).backward()
+        hidden_out = decoder(features[batch.images], batch).hidden_out
+        (decoder.cross_entropy(hidden_out, batch.targets) / len(batch.targets)).backward()
         optimizer.step()
-        if loss < 0.1:  # of all captions together: no other one comes near in probability
+        least = decoder.logits(hidden_out).softmax(1).gather(1, batch.targets.unsqueeze(1)).min()
+        if least > 0.9:  # of every word: no other caption comes near in probability
             break
+    assert least > 0.9, "it did not learn"
     for beam in (1, 3):
         found = beam_search([(decoder, features[images])], beam, 40)
         said = [" ".join(vocabulary.decode(hypotheses[0].ids)) for hypotheses in found]
@@ -100,7 +104,7 @@ def test_thirty_two_memorised_captions_all_come_back(kind, tmp_path):
 @pytest.mark.parametrize("kind", ATTENDING)
 def test_attention_sums_to_one_differs_and_has_gradients(kind, batch):
     """Defect 2."""
-    vocabulary, made, _ = batch
+    vocabulary, made = batch
     decoder = tiny_decoder(kind, len(vocabulary))
     output = decoder(features_for(kind, 20)[made.images], made)
     torch.testing.assert_close(output.alphas.sum(1), torch.ones(len(made.targets)))
@@ -111,35 +115,22 @@ def test_attention_sums_to_one_differs_and_has_gradients(kind, batch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_teacher_forcing_is_the_step_by_step_decoder(kind, batch):
-    vocabulary, made, _ = batch
+    """Which knows no later word."""
+    vocabulary, made = batch
     decoder = tiny_decoder(kind, len(vocabulary)).eval()
     features = features_for(kind, 20)[made.images]
     together = decoder(features, made).hidden_out
-    row = 3
-    image = int(made.row_image[row])
-    state = decoder.begin(features[image : image + 1])
-    for token in (made.token_row == row).nonzero().flatten():
-        state, output = decoder.step(state, made.inputs[token : token + 1])
-        torch.testing.assert_close(output.hidden_out[0], together[token], atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_no_output_depends_on_a_later_word(kind, batch):
-    vocabulary, made, _ = batch
-    decoder = tiny_decoder(kind, len(vocabulary)).eval()
-    features = features_for(kind, 20)[made.images]
-    before = decoder(features, made).hidden_out
-    start = int(made.batch_sizes[:2].sum())  # of the third words
-    inputs = made.inputs.clone()
-    inputs[start:] = 4 + (inputs[start:] + 1) % (len(vocabulary) - 4)
-    after = decoder(features, made._replace(inputs=inputs)).hidden_out
-    torch.testing.assert_close(before[:start], after[:start])
-    assert not torch.isclose(before[start:], after[start:]).all(1).any()
+    for row in (0, 3, 31):
+        image = int(made.row_image[row])
+        state = decoder.begin(features[image : image + 1])
+        for token in (made.token_row == row).nonzero().flatten():
+            state, output = decoder.step(state, made.inputs[token : token + 1])
+            torch.testing.assert_close(output.hidden_out[0], together[token], atol=1e-5, rtol=1e-5)
 
 
 def test_show_attend_tell_is_the_papers_equations(batch):
     """Caption by caption and region by region, with the names of the paper."""
-    vocabulary, made, _ = batch
+    vocabulary, made = batch
     d = tiny_decoder("show_attend_tell", len(vocabulary)).eval()
     features = features_for("show_attend_tell", 20)[made.images]
     output = d(features, made)
@@ -159,7 +150,7 @@ def test_show_attend_tell_is_the_papers_equations(batch):
 
 def test_the_transformer_is_pytorchs(batch):
     """`nn.TransformerDecoderLayer` over padded captions, with the same weights; alphas are `nn.MultiheadAttention`'s."""
-    vocabulary, made, _ = batch
+    vocabulary, made = batch
     decoder = tiny_decoder("transformer", len(vocabulary)).eval()
     features = features_for("transformer", 20)[made.images]
     output = decoder(features, made)
@@ -197,7 +188,7 @@ def test_the_transformer_is_pytorchs(batch):
 
 @pytest.mark.parametrize("kind", ATTENDING)
 def test_the_doubly_stochastic_term_is_a_mean_over_regions_and_captions(kind, batch):
-    vocabulary, made, _ = batch
+    vocabulary, made = batch
     decoder, features = tiny_decoder(kind, len(vocabulary)).eval(), features_for(kind, 20)[made.images]
     rank_batch = RankBatch(made, np.zeros(len(made.images)), len(made.targets), len(made.row_image))
     losses = []
@@ -214,7 +205,7 @@ def test_the_doubly_stochastic_term_is_a_mean_over_regions_and_captions(kind, ba
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_the_loss_in_low_precision_is_that_of_float32_within_its_rounding(kind, dtype, batch):
-    vocabulary, made, _ = batch
+    vocabulary, made = batch
     decoder, features = tiny_decoder(kind, len(vocabulary)), features_for(kind, 20)[made.images]
     losses = []
     for low in (False, True):
@@ -237,7 +228,7 @@ def test_a_caption_may_be_longer_than_in_training(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("beam", (1, 3))
 def test_a_batch_is_captioned_as_one_by_one(kind, beam):
-    decoder, features = tiny_decoder(kind), features_for(kind, 9)
+    decoder, features = exact(kind, 9)
     batched = beam_search([(decoder, features)], beam, 12)
     single = [beam_search([(decoder, features[i : i + 1])], beam, 12)[0] for i in range(9)]
     assert [[h.ids for h in found] for found in batched] == [[h.ids for h in found] for found in single]
@@ -245,7 +236,7 @@ def test_a_batch_is_captioned_as_one_by_one(kind, beam):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_beam_one_is_greedy_and_never_says_a_special_token(kind):
-    decoder, features = tiny_decoder(kind), features_for(kind, 6)
+    decoder, features = exact(kind, 6)
     for found, feature in zip(beam_search([(decoder, features)], 1, 12), features, strict=True):
         state, word, said = decoder.eval().begin(feature.unsqueeze(0)), 1, []
         for _ in range(12):
@@ -295,7 +286,7 @@ def test_a_longer_more_probable_caption_beats_those_that_ended_before_it():
 
 @pytest.mark.parametrize("beam", (1, 2, 4))
 def test_a_caption_cut_at_its_longest_has_the_score_of_its_words(beam):
-    """The score of a word that was dropped stayed, and the same caption came once for each such word."""
+    """Without the score of the word that was cut off, and each caption once."""
     (found,) = beam_search([(Endless(), torch.zeros(1, 1))], beam, 2, length_penalty=0.7, num_hypotheses=beam)
     chances = {(4, 4): 0.33, (4, 5): 0.27, (5, 4): 0.04, (5, 5): 0.36}
     assert len({tuple(each.ids) for each in found}) == len(found) == beam
@@ -307,7 +298,7 @@ def test_a_caption_cut_at_its_longest_has_the_score_of_its_words(beam):
 
 @pytest.mark.parametrize("beam", (1, 2, 4))
 def test_no_phrase_comes_twice_where_that_is_forbidden(beam):
-    """16.30: "a man in a man and a". Endless() repeats [5, 5] for ever if it may."""
+    """Endless() repeats [5, 5] for ever if it may."""
     (free,) = beam_search([(Endless(), torch.zeros(1, 1))], beam, 12)
     (found,) = beam_search([(Endless(), torch.zeros(1, 1))], beam, 5, num_hypotheses=beam, no_repeat_ngram=2)
 
@@ -318,39 +309,32 @@ def test_no_phrase_comes_twice_where_that_is_forbidden(beam):
     assert repeats(free[0].ids) and found and not any(repeats(each.ids) for each in found)
 
 
-@pytest.mark.parametrize("kind", ATTENDING)
-def test_beam_attention_belongs_to_its_words(kind):
-    decoder, features = tiny_decoder(kind), features_for(kind, 4)
-    for found, feature in zip(beam_search([(decoder, features)], 3, 8, attention=True), features, strict=True):
-        best = found[0]
-        assert best.attention.shape == (len(best.ids), 49)
-        state, word = decoder.eval().begin(feature.unsqueeze(0)), 1
-        for said, weights in zip(best.ids, best.attention, strict=True):
-            state, output = decoder.step(state, torch.tensor([word]))
-            np.testing.assert_allclose(output.alphas[0].detach(), weights, atol=1e-5)
-            word = said
-
-
 @pytest.mark.parametrize("end", (0.5, -50))  # by themselves, or at the longest length
 @pytest.mark.parametrize(
     "kinds",
     [[kind] for kind in KINDS]
     + [["attention"] * 3, ["lstm", "attention"], ["transformer", "show_attend_tell", "lstm"]],
 )
-def test_each_word_has_the_mean_probability_of_the_members(kinds, end):
+def test_each_word_has_the_members_mean_probability_and_the_firsts_attention(kinds, end):
     decoders = {kind: tiny_decoder(kind).eval() for kind in kinds}
     members = [(decoders[kind], features_for(kind, 2).roll(view, 0)) for view, kind in enumerate(kinds)]  # views differ
     for decoder in decoders.values():
         decoder.output_bias.data[2] = end
-    for image, hypotheses in enumerate(beam_search(members, 3, 5, num_hypotheses=3)):
+    for image, hypotheses in enumerate(beam_search(members, 3, 5, attention=True, num_hypotheses=3)):
         for found in hypotheses:
-            states, expected = [decoder.begin(features[image : image + 1]) for decoder, features in members], []
+            states = [decoder.begin(features[image : image + 1]) for decoder, features in members]
+            expected, alphas = [], []
             for word, said in itertools.pairwise([1, *found.ids, *([2] if end > 0 else [])]):
                 chances = []
                 for place, (decoder, _) in enumerate(members):
                     states[place], output = decoder.step(states[place], torch.tensor([word]))
                     chances.append(decoder.logits(output.hidden_out).softmax(-1)[0, said].item())
+                    if place == 0 and output.alphas is not None:
+                        alphas.append(output.alphas[0].detach())
                 expected.append(math.log(np.mean(chances)))
+            if alphas:
+                np.testing.assert_allclose(found.attention, torch.stack(alphas)[: len(found.ids)], atol=1e-5)
+            assert (found.attention is None) == (not alphas)
             assert found.log_probabilities == pytest.approx(expected, abs=1e-4)
             assert sum(found.log_probabilities) == pytest.approx(found.log_probability, abs=1e-5)
 
@@ -358,7 +342,7 @@ def test_each_word_has_the_mean_probability_of_the_members(kinds, end):
 @pytest.mark.parametrize("kind", KINDS)
 def test_dropout_layers_and_sizes_are_in_force(kind, batch):
     """Defect 10."""
-    vocabulary, made, _ = batch
+    vocabulary, made = batch
     features = features_for(kind, 20)[made.images]
     dropping = tiny_decoder(kind, len(vocabulary), drop=0.5).train()
     assert not torch.equal(dropping(features, made).hidden_out, dropping(features, made).hidden_out)

@@ -9,7 +9,6 @@ import torch
 from pycocoevalcap.cider.cider_scorer import CiderScorer
 from random_captions import WORDS, random_set
 
-from captioning.batches import BatchMaker, pack_captions
 from captioning.cider import CiderReward
 from captioning.dataset import EOS, PAD, SOS, UNK, CaptionSet, Vocabulary, build_vocabulary
 from captioning.decoders import Decoder, build_decoder
@@ -24,6 +23,12 @@ def data() -> CaptionSet:
     return random_set(train=10, val=1, test=1)
 
 
+def flat(texts) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of all words of the texts, and where each text begins."""
+    ids = [WORDS.index(word) for text in texts for word in text]
+    return np.array(ids), np.concatenate([[0], np.cumsum([len(text) for text in texts])])
+
+
 class OfLength(list):
     """A list whose `len` is a given number."""
 
@@ -33,29 +38,22 @@ class OfLength(list):
         return self.length
 
 
-def coco_reward(data: CaptionSet, known: np.ndarray, texts: list[str], images: np.ndarray) -> np.ndarray:
-    """Return pycocoevalcap's CIDEr of each text, an end token after each caption.
+def coco_reward(data: CaptionSet, texts: list[str], images: np.ndarray) -> np.ndarray:
+    """pycocoevalcap's CIDEr-D (R,) of texts of training images, with the document frequencies of the training captions."""
 
-    Args:
-        known: the images whose captions the document frequencies come from.
-        images: that the texts describe.
-    """
-    counted, scorer = CiderScorer(n=4, sigma=6.0), CiderScorer(n=4, sigma=6.0)
-    for image in known:
-        counted += (None, [f"{text} <EOS>" for text in data.references(image)])
-    counted.compute_doc_freq()
+    def references(image: int) -> list[str]:
+        return [f"{text} <EOS>" for text in data.references(image)]
+
+    train, known, scorer = data.splits["train"], CiderScorer(n=4, sigma=6.0), CiderScorer(n=4, sigma=6.0)
+    for image in train:
+        known += (None, references(image))
+    known.compute_doc_freq()
     for text, image in zip(texts, images, strict=True):
-        scorer += (f"{text} <EOS>".strip(), [f"{other} <EOS>" for other in data.references(image)])
-    scorer.document_frequency = counted.document_frequency
+        scorer += (f"{text} <EOS>".strip(), references(image))
+    scorer.document_frequency = known.document_frequency
     scorer.crefs = OfLength(scorer.crefs)
-    scorer.crefs.length = len(known)  # which is where it takes the number of images from
+    scorer.crefs.length = len(train)  # where the scorer takes the number of images from
     return np.array(scorer.compute_cider())
-
-
-def flat(texts) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of all words of the texts, and where each text begins."""
-    ids = [WORDS.index(word) for text in texts for word in text]
-    return np.array(ids), np.concatenate([[0], np.cumsum([len(text) for text in texts])])
 
 
 def test_the_reward_is_pycocoevalcaps(data):
@@ -67,7 +65,7 @@ def test_the_reward_is_pycocoevalcaps(data):
         texts.append([own, own[:2], random.permutation(own).tolist(), own + own, [], ["w29", "w28", "w29"]][number % 6])
     ids, offsets = flat(texts)
     ours = CiderReward(data, data.splits["train"]).score(ids, offsets, images)
-    theirs = coco_reward(data, data.splits["train"], [" ".join(text) for text in texts], images)
+    theirs = coco_reward(data, [" ".join(text) for text in texts], images)
     assert np.abs(ours - theirs).max() < 1e-9 and ours.max() > 1
 
 
@@ -148,17 +146,6 @@ def test_samples_know_their_log_probability(kind):
         assert not log_probabilities[len(expected) :].any()
 
 
-def test_a_batch_of_samples_is_packed_as_captions_are(data):
-    vocabulary = build_vocabulary(data, 1)
-    batches = BatchMaker(data, vocabulary, 40)
-    plain = batches.make(np.arange(9))
-    words = np.concatenate([batches.lookup[data.tokens.ids], [EOS]])
-    owner = np.searchsorted(data.first_caption, np.arange(9), side="right") - 1
-    again, _ = pack_captions(words, data.tokens.offsets[:9], np.diff(data.tokens.offsets)[:9], owner)
-    for field in ("row_image", "inputs", "targets", "batch_sizes", "token_row", "slots"):
-        assert torch.equal(getattr(plain, field), getattr(again, field)), field
-
-
 @pytest.mark.parametrize("kind", DECODERS)
 def test_the_gradient_is_that_of_the_written_out_formula(data, kind):
     """Against log-probabilities of the samples, taken word by word through `step`."""
@@ -194,19 +181,10 @@ def test_the_gradient_is_that_of_the_written_out_formula(data, kind):
     assert torch.allclose(found, expected, atol=1e-6) and found.abs().max() > 1e-5
 
 
-def test_an_ensemble_of_one_decoder_twice_is_that_decoder():
-    decoder, features = small("attention", 20).eval(), torch.randn(4, 49, 8)
-    alone = beam_search([(decoder, features)], 3, 8)
-    twice = beam_search([(decoder, features), (decoder, features)], 3, 8)
-    for one, two in zip(alone, twice, strict=True):
-        assert [h.ids for h in one] == [h.ids for h in two]
-        assert one[0].log_probability == pytest.approx(two[0].log_probability, abs=1e-5)
-
-
 def test_views_of_one_decoder_run_as_one_batch_and_change_nothing():
-    decoder, other = small("attention", 20), small("lstm", 20)
+    decoder, other = small("attention", 20).double(), small("lstm", 20).double()  # so that no near tie decides
     torch.manual_seed(1)
-    views = torch.randn(3, 9, 49, 8)
+    views = torch.randn(3, 9, 49, 8).double()
     decoder.output_bias.data[EOS] = 1
     decoder.embed.weight.data *= 6
     means, rows = (other, 5 * views[0].mean(1)), []
@@ -221,17 +199,3 @@ def test_views_of_one_decoder_run_as_one_batch_and_change_nothing():
         for first, second in zip(one, two, strict=True):
             assert first.score == pytest.approx(second.score, abs=1e-5)
             np.testing.assert_allclose(first.attention, second.attention, atol=1e-5)
-
-
-def test_an_ensemble_means_probabilities():
-    members = [(small(kind, 9).eval(), torch.randn(2, 49, 8)) for kind in DECODERS]
-    members = [(decoder, grid if decoder.uses_grid else grid.mean(1)) for decoder, grid in members]
-    words = torch.full((2,), SOS)
-    together, _ = Ensemble(members).step(words)
-    each = [Ensemble([member]).step(words)[0].exp() for member in members]
-    torch.testing.assert_close(together.exp(), torch.stack(each).mean(0), atol=1e-6, rtol=1e-5)
-    assert together[0].exp().sum() < 1  # <PAD>, <SOS> and <UNK> are never written
-    found = beam_search(members, 3, 8)
-    for image in range(2):
-        (alone,) = beam_search([(decoder, features[image : image + 1]) for decoder, features in members], 3, 8)
-        assert [h.ids for h in alone] == [h.ids for h in found[image]]

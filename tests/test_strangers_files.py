@@ -3,11 +3,8 @@
 import io
 import json
 import pickle
-import struct
-import zlib
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from fuzz_targets import checkpoint_records, encoded, sound_checkpoint, zipped
@@ -15,9 +12,8 @@ from PIL import Image
 from run_files import png_of
 from safetensors.torch import save
 
-from captioning import dataset as caption_data
 from captioning.checkpoints import load_checkpoint
-from captioning.dataset import load_caption_set, pack_tokens, tokenize, tokenize_cached, unpack_tokens
+from captioning.dataset import load_caption_set, tokenize_cached
 from captioning.encoders import load_weights
 from captioning.images import UnreadableImage, open_image
 from captioning.io import UserError, read_json
@@ -321,27 +317,18 @@ def test_encoder_weights_are_read_as_warily(tmp_path):
 # Caches
 
 
-def block(words: bytes, ids: list[int], offsets: list[int]) -> bytes:
-    body = words + np.array(ids, "<i4").tobytes() + np.array(offsets, "<i8").tobytes()
-    return caption_data.TOKEN_HEADER.pack(len(words), len(ids), len(offsets) - 1, zlib.crc32(body)) + body
-
-
-def test_a_token_cache_that_lies_is_made_again(tmp_path):
+def test_a_damaged_token_cache_is_made_again(tmp_path):
     texts = ["a dog", "a cat"]
     tokens = tokenize_cached(texts, tmp_path)
     (path,) = tmp_path.iterdir()
     sound = path.read_bytes()
-    assert sound == block(b"a\ndog\ncat", [0, 1, 0, 2], [0, 2, 4])
-    for lie in (
-        b"", sound[:-1], sound + b"\0", sound[:30] + b"\xff" + sound[31:],
-        block(b"a\ndog\ncat", [0, 1, 0, 3], [0, 2, 4]), block(b"a\ndog\ncat", [0, -1, 0, 2], [0, 2, 4]),
-        block(b"a\ndog\ncat", [0, 1, 0, 2], [0, 5, 4]), block(b"a\ndog\ncat", [0, 1, 0, 2], [1, 2, 4]),
-        block(b"a\ndog\ncat", [0, 1, 0, 2], [0, 4]), block(b"a\ndog\n\xff\xff\xff", [0, 1, 0, 2], [0, 2, 4]),
-        block(b"a\ndog\ndog", [0, 1, 0, 2], [0, 2, 4]), struct.pack("<QQQI", 2**63, 2**62, 2, 0),
-    ):  # fmt: skip
-        path.write_bytes(lie)
+    for place in range(0, len(sound), 97):
+        path.write_bytes(sound[:place] + bytes([sound[place] ^ 1]) + sound[place + 1 :])
         again = tokenize_cached(texts, tmp_path)
-        assert again.words == tokens.words and path.read_bytes() == sound
+        assert again.words == tokens.words
+        assert (again.ids == tokens.ids).all() and (again.offsets == tokens.offsets).all()
+    path.write_bytes(b"")
+    assert tokenize_cached(texts, tmp_path).words == tokens.words and path.read_bytes() != b""
 
 
 def test_a_token_cache_that_cannot_be_written_costs_time_alone(tmp_path):
@@ -351,9 +338,10 @@ def test_a_token_cache_that_cannot_be_written_costs_time_alone(tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_no_words_at_all_are_kept_too():
-    packed = pack_tokens(tokenize(["...", ""]))
-    assert unpack_tokens(packed, 2) is not None and unpack_tokens(packed, 3) is None
+def test_no_words_at_all_are_kept_too(tmp_path):
+    for _ in range(2):
+        words, ids, offsets = tokenize_cached(["...", ""], tmp_path)
+        assert words == [] and len(ids) == 0 and offsets.tolist() == [0, 0, 0]
 
 
 # --------------------------------------------------------------------------------------------------
