@@ -63,7 +63,7 @@ from captioning.decoders import count_parameters
 from captioning.encoders import encoder_of
 from captioning.evaluation import EvalContext, caption_texts, images_to_draw
 from captioning.features import Features
-from captioning.runs import find_checkpoint, lock_run_directory, reproducing_command, start_command
+from captioning.runs import find_checkpoint, lock_run_directory, reproducing_command, start_command, stored_epoch
 from captioning.schedules import choose_schedule
 from captioning.scst import SelfCritic
 from captioning.splits import refuse_trained_images, same_split, store_split
@@ -156,7 +156,7 @@ def build_run(
     log.info(f"Vocabulary: {len(vocabulary)} words. Decoder: {settings.decoder}, {size:,} parameters")
     state = TrainState.begin(decoder, settings, device)
     if checkpoint:
-        state.restore(checkpoint, settings)
+        state.restore(checkpoint)
     critic = SelfCritic(replay.data, vocabulary, settings) if settings.scst_epochs else None
     step_loss = wrap_ddp(StepLoss(decoder, replay.views, critic, state.precision, settings))
     loader = TrainLoader(
@@ -222,7 +222,8 @@ def resume_run(settings: Settings) -> tuple[Run, TrainState]:
     log.info(f"Resuming {directory} after {state.epoch} epochs and {state.step} steps")
     if state.step == 0 and state.curve["epochs"]:
         if distributed.is_first():
-            run.saver.publish(state.epoch, is_best=state.best["epoch"] == state.epoch)
+            best, known = state.best["epoch"], stored_epoch(run.saver.best)  # which may have been tuned since
+            run.saver.publish(state.epoch, is_best=state.epoch == best != known)
         write_outputs(run, state)  # a crash may have come between the checkpoint and these
     return run, state
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from captioning.analysis import leave_one_out, unsupported_share
+from captioning.analysis import leave_one_out, unsupported_counts
 from captioning.cider import cider_of_each
 from captioning.io import printable
 from captioning.scores import ImageScores, corpus_bleu
@@ -61,6 +61,7 @@ def score_images(hypotheses: Sequence[str], references: Sequence[Sequence[str]])
         words = [text.split() for text in known]
         sentence_bleu4.append(float(sentence_bleu(words, hypothesis.split(), smoothing_function=smooth)))
     counts = bleu.ctest
+    unsupported, content = unsupported_counts(hypotheses, references).T
     closest = [min((abs(length - c["testlen"]), length) for length in c["reflen"])[1] for c in counts]
     return ImageScores(
         cider=cider_of_each(hypotheses, references),
@@ -72,6 +73,8 @@ def score_images(hypotheses: Sequence[str], references: Sequence[Sequence[str]])
         length=np.array([c["testlen"] for c in counts]),
         reference_length=np.array(closest),
         sentence_bleu4=np.array(sentence_bleu4),
+        unsupported=unsupported,
+        content=content,
     )
 
 
@@ -81,9 +84,10 @@ def score_captions(hypotheses: Sequence[str], references: Sequence[Sequence[str]
 
 
 def summarize(scores: ImageScores) -> dict[str, float]:
-    """Return `bleu1` .. `bleu4`, `bleu` (`bleu4` under the original's name), `rouge_l`, `cider`, `rouge`, `wer`."""
+    """Return `bleu1` .. `bleu4`, `bleu` (the original's name of `bleu4`), `rouge_l`, `cider`, `rouge`, `wer`, `unsupported`."""
     bleu = corpus_bleu(scores.bleu_counts().sum(0))
     means = {name: float(getattr(scores, name).mean()) for name in ("rouge_l", "cider", "rouge", "wer")}
+    means["unsupported"] = float(scores.unsupported.sum() / max(1, scores.content.sum()))
     return {"bleu": float(bleu[3]), **{f"bleu{n}": float(bleu[n - 1]) for n in (1, 2, 3, 4)}, **means}
 
 
@@ -93,10 +97,7 @@ def person_scores(references: Sequence[Sequence[str]]) -> dict[str, float]:
     The references are one fewer than a model has, which costs a person some points. Empty where no image has
     two captions.
     """
-    turns = [
-        score_captions(captions, others) | {"unsupported": unsupported_share(captions, others)}
-        for captions, others in leave_one_out(references)
-    ]
+    turns = [score_captions(captions, others) for captions, others in leave_one_out(references)]
     return {name: statistics.fmean(scores[name] for scores in turns) for name in turns[0]} if turns else {}
 
 

@@ -225,11 +225,11 @@ class TrainState:
             self.best = {"score": score, "epoch": self.epoch, "metric": settings.best_metric}
         return bool(self.best["epoch"] == self.epoch)
 
-    def restore(self, checkpoint: Mapping[str, Any], settings: Settings) -> None:
+    def restore(self, checkpoint: Mapping[str, Any]) -> None:
         """Go on from an epoch's end: the optimizer, the loss scaler and the histories."""
         if checkpoint["optimizer"] is not None:  # of a model whose weights alone are taken
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-            self.optimizer.param_groups[0]["weight_decay"] = settings.weight_decay
+            moments = {"state": checkpoint["optimizer"]["state"]}  # rates, decay and betas are the settings'
+            self.optimizer.load_state_dict(self.optimizer.state_dict() | moments)
             if self.precision.scaler.is_enabled():
                 self.precision.scaler.load_state_dict(checkpoint["scaler"])
         self.epoch = self.first_epoch = checkpoint["epoch"]

@@ -170,7 +170,7 @@ def trained(run: Path) -> dict[str, Any]:
     for path in sorted(run.glob("*.pt")):
         checkpoint = torch.load(path, weights_only=True)
         weights = {name: tensor.numpy().tobytes() for name, tensor in checkpoint["decoder"].items()}
-        found[path.name] = (weights, checkpoint["epoch"], checkpoint["loss_curve"])
+        found[path.name] = (weights, *(checkpoint[name] for name in ("epoch", "loss_curve", "decoding")))
     return found | {name: (run / name).read_bytes() for name in ("loss_curve.json", "metrics_history.json")}
 
 
@@ -261,7 +261,7 @@ class Bench:
         if mode == "test":
             return tested(folder / "run")
         if mode == "tune":
-            return {"decoding": (folder / "run" / "decoding.json").read_bytes()} | trained(folder / "run")
+            return trained(folder / "run")
         return tree(folder / "exported")
 
     def undisturbed(self, mode: str) -> Undisturbed:

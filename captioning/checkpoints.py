@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from captioning import registry
 from captioning.confidence import is_calibration
-from captioning.decoders import Decoder, build_decoder, group_sizes
+from captioning.decoders import Decoder, build_decoder
 from captioning.encoders import encoder_of
 from captioning.flags import DEFAULTS, FLAGS, SCHEDULERS, Flag
 from captioning.io import (
@@ -74,10 +74,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     require_schema(checkpoint["schema"], SCHEMA, path)
     checkpoint["flags"] = with_defaults(checkpoint["flags"])
     require_form(checkpoint, CHECKPOINT, path)
-    if checkpoint["decoding"] is None:
-        checkpoint["decoding"] = tuned_decoding(path, checkpoint["epoch"])
     decoder = check_architecture(checkpoint, path)
-    check_optimizer(checkpoint["optimizer"], decoder, path)
+    check_moments(checkpoint["optimizer"]["state"], decoder, path)
     return checkpoint
 
 
@@ -93,24 +91,6 @@ def require_schema(found: Any, read: int, path: Path) -> None:
 def with_defaults(flags: Any) -> Any:
     """Return flags with the default of each that came after they were written."""
     return DEFAULTS | flags if type(flags) is dict else flags
-
-
-def tuned_decoding(path: Path, epoch: int) -> Any:
-    """Return what `--mode tune` found for the weights of this epoch and left beside the checkpoint, or None.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    beside = path.with_name("decoding.json")
-    found = read_json(beside) if beside.is_file() else None
-    if not isinstance(found, dict) or found.get("epoch") != epoch:
-        return None
-    tuned = {name: value for name, value in found.items() if name != "epoch"}
-    try:
-        require_form(tuned, CHECKPOINT["decoding"], beside)
-    except UserError as error:
-        raise UserError(f"{beside} is damaged: remove it, or run --mode tune again") from error
-    return tuned
 
 
 def load_exported(path: Path) -> dict[str, Any]:
@@ -289,7 +269,7 @@ CHECKPOINT: dict[str, Any] = {
     "encoder": {"name": ENCODER, "weights_hash": TEXT, "transform": TEXT},
     "vocabulary": Rule(is_vocabulary, "a list of different words that begins with <PAD>, <SOS>, <EOS>, <UNK>"),
     "flags": {flag.name: value_of(flag) for flag in FLAGS.values() if flag.checkpoint},
-    "optimizer": Rule(lambda value: type(value) is dict, "the state of an optimizer"),
+    "optimizer": {"state": Rule(lambda value: type(value) is dict, "AdamW's moments by parameter")},
     "scaler": Rule(lambda value: is_table(value, is_scalar), "the state of a loss scaler"),
     "progress": {"first_epoch": whole(), "step": whole(), "loss_sum": real(-1e300, 1e300), "reward_sum": real(0, 1e300),
                  "tokens": whole()},
@@ -418,37 +398,19 @@ def check_consensus(stored: dict[str, Any], words: int, channels: int, path: Pat
         shorter = len(part)
 
 
-def check_optimizer(optimizer: dict[str, Any], decoder: Decoder, path: Path) -> None:
+def check_moments(state: dict[Any, Any], decoder: Decoder, path: Path) -> None:
     """Make sure that AdamW can go on from a saved state.
 
     Raises:
-        UserError: it belongs to other weights, or has settings that this program never uses.
+        UserError: it belongs to other weights.
     """
-    weights = list(decoder.parameters())
-    state, groups = optimizer.get("state"), optimizer.get("param_groups") or []
-    if type(state) is not dict or not is_list(groups, lambda group: type(group) is dict):
-        raise malformed(path, "optimizer has no state and no groups of parameters")
+    weights = dict(enumerate(decoder.parameters()))
     for number, moments in state.items():
-        if type(number) is not int or not 0 <= number < len(weights):
+        if number not in weights:
             raise malformed(path, "optimizer.state names a parameter that is not there")
         shapes = {"step": torch.Size(), "exp_avg": weights[number].shape, "exp_avg_sq": weights[number].shape}
         if not is_table(moments, is_tensor) or {name: tensor.shape for name, tensor in moments.items()} != shapes:
             raise malformed(path, f"optimizer.state.{number} does not fit its parameter")
-    switches = ("amsgrad", "maximize", "capturable", "differentiable", "foreach")
-    numbers: list[int] = []
-    for group in groups:
-        if (
-            not is_list(group.get("params"), whole().fits)
-            or not all(real(0, 1e30).fits(group.get(name)) for name in ("lr", "eps", "weight_decay"))
-            or type(group.get("betas")) not in (list, tuple)
-            or len(group["betas"]) != 2
-            or not all(map(real(0, 0.999999).fits, group["betas"]))
-            or any(group.get(name) not in (None, False) for name in switches)
-        ):
-            raise malformed(path, "optimizer.param_groups was not written by this program")
-        numbers += group["params"]
-    if numbers != list(range(len(weights))) or [len(group["params"]) for group in groups] != group_sizes(decoder):
-        raise malformed(path, "optimizer.param_groups are of other parameters")
 
 
 def load_weights(decoder: Decoder, weights: dict[str, torch.Tensor], path: Path) -> None:

@@ -267,7 +267,7 @@ def read_scores(run: Run, row: Mapping[str, Any]) -> ByImage:
             raise ValueError("image_id is not a list of different names")
         counts = {name: column(content["bleu"], name, 4) for name in ("guess", "correct")}
         counts |= {name: column(content["bleu"], name) for name in ("length", "reference_length")}
-        means = {name: column(content, name) for name in ("cider", "rouge_l", "wer", "sentence_bleu4")}
+        means = {name: column(content, name) for name in ("cider", "rouge_l", "wer", "sentence_bleu4", "unsupported", "content")}
         calibrated = {name: column(content, name) for name in ("confidence", "supported") if name in content}
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path} is not a file of scores by image ({first_line(error)}): test again") from None

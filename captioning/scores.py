@@ -20,8 +20,8 @@ METRIC_NAMES = {
     "wer": "WER (min. over references)",
     "unsupported": "unsupported words",
 }
-MEANS = ("cider", "rouge_l", "wer")  # means over images; BLEU-4, made of summed counts, is not
-WITH_INTERVAL = (*MEANS, "bleu4")
+MEANS = ("cider", "rouge_l", "wer")  # means over images; the others are made of summed counts
+WITH_INTERVAL = (*MEANS, "bleu4", "unsupported")
 BLOCK = 1_000_000  # elements of a block of resampled images: 8 MB, a few such arrays at a time
 
 
@@ -37,15 +37,18 @@ class ImageScores(NamedTuple):
     length: np.ndarray  # (n,) words of the caption
     reference_length: np.ndarray  # (n,) words of the reference that is closest in length
     sentence_bleu4: np.ndarray  # (n,) smoothed
+    unsupported: np.ndarray  # (n,) content words of the caption that no reference has
+    content: np.ndarray  # (n,) content words of the caption
 
     def bleu_counts(self) -> np.ndarray:
         """Return what `corpus_bleu` sums over images: (n, 10)."""
         return np.column_stack([self.correct, self.guess, self.length, self.reference_length])
 
     def summands(self) -> np.ndarray:
-        """Return what `scores_of_sums` sums over images: (n, 14)."""
+        """Return what `scores_of_sums` sums over images: (n, 16)."""
         means = [getattr(self, name) for name in MEANS]
-        return np.column_stack([*means, np.ones(len(self.cider)), self.bleu_counts()])
+        counts = (np.ones(len(self.cider)), self.unsupported, self.content)
+        return np.column_stack([*means, *counts, self.bleu_counts()])
 
 
 def corpus_bleu(totals: np.ndarray) -> np.ndarray:
@@ -97,16 +100,17 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def scores_of_sums(sums: np.ndarray) -> np.ndarray:
-    """Return the scores of `WITH_INTERVAL` (..., 4) of sets of images, from the sums of `ImageScores.summands`."""
+    """Return the scores of `WITH_INTERVAL` (..., 5) of sets of images, from the sums of `ImageScores.summands`."""
     number = len(MEANS)
-    return np.concatenate(
-        [sums[..., :number] / sums[..., number, None], corpus_bleu(sums[..., number + 1 :])[3, ..., None]], -1
-    )
+    images, unsupported, content = np.moveaxis(sums[..., number : number + 3], -1, 0)
+    bleu4 = corpus_bleu(sums[..., number + 3 :])[3]
+    counted = np.stack([bleu4, unsupported / np.maximum(1, content)], -1)
+    return np.concatenate([sums[..., :number] / images[..., None], counted], -1)
 
 
 def bootstrap_intervals(scores: ImageScores, samples: int = 2000, seed: int = 0) -> dict[str, tuple[float, float]]:
     """Return intervals of 95 % over the choice of images, of the scores of `WITH_INTERVAL`."""
-    drawn = scores_of_sums(resampled_sums(scores.summands(), samples, seed))  # (samples, 4)
+    drawn = scores_of_sums(resampled_sums(scores.summands(), samples, seed))  # (samples, 5)
     return {name: interval(values) for name, values in zip(WITH_INTERVAL, drawn.T, strict=True)}
 
 
@@ -142,7 +146,7 @@ def paired_bootstrap(
     tables = np.stack([*first, *second], 1)  # (n, trainings, c)
 
     def difference(sums: np.ndarray) -> np.ndarray:
-        found = scores_of_sums(sums.reshape(-1, *tables.shape[1:]))  # (samples, trainings, 4)
+        found = scores_of_sums(sums.reshape(-1, *tables.shape[1:]))  # (samples, trainings, 5)
         return np.asarray(found[:, len(first) :].mean(1) - found[:, : len(first)].mean(1))
 
     values = tables.reshape(len(tables), -1)

@@ -1,6 +1,6 @@
 """What strangers' files are fuzzed with: for each reader a strategy of inputs, and what has to hold of each input.
 
-`test_fuzz.py` tries some of them in each run of the tests, `benchmarks/fuzz.py` as many as one likes. A target
+`test_fuzz.py` tries some of them in each run of the tests, `benchmarks/stress.py` as many as one likes. A target
 returns whether its input was accepted, raises AssertionError where something was let in that should not be,
 and whatever else it raises is a crash.
 """
@@ -46,7 +46,6 @@ from captioning.checkpoints import (
     load_weights,
     require_trainable,
     save_checkpoint,
-    tuned_decoding,
 )
 from captioning.dataset import Vocabulary
 from captioning.decoders import build_decoder
@@ -135,25 +134,6 @@ def checkpoint_records() -> dict[str, bytes]:
         return {name: records.read(name) for name in records.namelist()}
 
 
-@st.composite
-def tunings(draw: st.DrawFn) -> bytes:
-    sound = {"epoch": 1, "beam_size": 5, "length_penalty": 0.7, "cider": 0.5, "images": 10}
-    raw = json.dumps(draw(altered(sound)) if draw(st.booleans()) else sound).encode("utf-8", "surrogatepass")
-    return draw(mutated(raw, 1))
-
-
-def tuned_checkpoint(value: bytes, folder: Path) -> bool:
-    """`decoding.json`, which `--mode tune` leaves beside a checkpoint."""
-    (folder / "decoding.json").write_bytes(value)
-    tuned = refuses(lambda: tuned_decoding(folder / "best.pt", 1))
-    if tuned is None:
-        return False
-    checkpoint = sound_checkpoint() | {"decoding": tuned}
-    settings = parse_flags(["--mode", "test", "--model_path", "x"]).with_checkpoint(checkpoint, folder)
-    assert 1 <= settings.beam_size <= 1000 and 0 <= settings.length_penalty <= 100
-    return True
-
-
 def zipped(records: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", compression) as out:
@@ -192,7 +172,7 @@ def usable(path: Path) -> bool:
     if decoder is None:
         return False
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-3, fused=True)
-    optimizer.load_state_dict(checkpoint["optimizer"])
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]["state"]})
     for parameter in decoder.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -402,7 +382,6 @@ TARGETS = {
     "archive": Target(archives(), archive),
     "checkpoint bytes": Target(checkpoint_files(), checkpoint_bytes),
     "checkpoint fields": Target(st.builds(sound_checkpoint).flatmap(altered), checkpoint_fields),
-    "tuned decoding": Target(tunings(), tuned_checkpoint),
     "encoder weights": Target(st.booleans().flatmap(lambda old: mutated(tensor_file(old), 3)), encoder_weights),
     "exported model": Target(exported_models(), exported_model),
     "cache index": Target(cache_indices(), cache_index),

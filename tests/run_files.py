@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 
 import experiment_utils
-from captioning.analysis import unsupported_share
 from metrics_utils import score_images, summarize
 
 HUGE = 10**400  # a number of JSON that no float holds
@@ -59,7 +58,6 @@ def write_run(directory: Path, captions: list[str] | None = CAPTIONS, order=rang
             "checkpoint": "best.pt", "epoch": 2, "split": "test", "images": 6, "views": "whole", "beam_size": 3,
             "length_penalty": 0.7, "consensus": None, "captions_file": "test_captions.json",
             "scores_file": "test_scores.json", **summarize(each), "cider_interval": [0.25, 1.75],
-            "unsupported": unsupported_share(captions, REFERENCES),
         }  # fmt: skip
         texts = [(name, text) for name, texts in zip(NAMES, REFERENCES, strict=True) for text in texts]
         known = [{"id": 0, "image_id": name, "caption": text} for name, text in texts]

@@ -110,7 +110,8 @@ def random_scores(images: int, seed: int) -> ImageScores:
     guess = np.maximum(length[:, None] - np.arange(4), 0)
     means = random.random((5, images))
     counts = guess, (guess * random.random((images, 4))).astype(int), length, random.integers(5, 15, images)
-    return ImageScores(*means[:4], *counts, means[4])
+    content = random.integers(1, 9, images)
+    return ImageScores(*means[:4], *counts, means[4], (content * random.random(images)).astype(int), content)
 
 
 def test_intervals_are_those_of_resampled_images():
@@ -120,6 +121,8 @@ def test_intervals_are_those_of_resampled_images():
     assert found["wer"] == pytest.approx(np.quantile(scores.wer[drawn].mean(1), (0.025, 0.975)))
     bleu = [corpus_bleu(scores.bleu_counts()[row].sum(0))[3] for row in drawn]
     assert found["bleu4"] == pytest.approx(np.quantile(bleu, (0.025, 0.975)))
+    shares = scores.unsupported[drawn].sum(1) / scores.content[drawn].sum(1)
+    assert found["unsupported"] == pytest.approx(np.quantile(shares, (0.025, 0.975)))
     assert found == bootstrap_intervals(scores, samples=300, seed=3)
 
 
@@ -129,7 +132,8 @@ def test_of_several_trainings_the_mean_is_compared_on_the_same_resampled_images(
 
     def scores(side: list[ImageScores], images: np.ndarray) -> np.ndarray:
         each = [[*(values[images].mean() for values in (s.cider, s.rouge_l, s.wer)),
-                 corpus_bleu(s.bleu_counts()[images].sum(0))[3]] for s in side]  # fmt: skip
+                 corpus_bleu(s.bleu_counts()[images].sum(0))[3],
+                 s.unsupported[images].sum() / s.content[images].sum()] for s in side]  # fmt: skip
         return np.mean(each, 0)
 
     found = paired_bootstrap([each.summands() for each in first], [each.summands() for each in second], 300, seed=7)

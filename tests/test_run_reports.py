@@ -16,6 +16,7 @@ from run_files import CAPTIONS, HUGE, add_ensemble, command, write_checkpoint, w
 from captioning import comparison
 from captioning.io import format_bytes
 from captioning.runs import TEST_KEYS, deletable_epochs, lock_run_directory, read_run, stored_epoch
+from captioning.scores import WITH_INTERVAL
 
 
 @pytest.fixture
@@ -182,7 +183,7 @@ def test_diff_shows_what_differs_and_whether_the_scores_do(runs, capsys):
     assert re.search(r"\nloss +2\.200 +2\.200\n", out)
     assert re.search(r"CIDEr .*B is better", out) and re.search(r"WER .* -\d.*B is better", out)
     assert "Test on 6 test images, beam 3, length penalty 0.7" in out
-    assert re.search(r"unsupported words +66\.7 +12\.5 *\n", out)
+    assert re.search(r"unsupported words +66\.7 +12\.5 +-54\.2 \[.*B is better", out)
     assert command("diff", runs / "one", runs / "three") == 0
     assert "no test on the same split: python" in capsys.readouterr().out
 
@@ -251,7 +252,7 @@ def test_a_runs_own_tests_are_compared_where_one_thing_differs(runs, capsys):
 def test_images_are_paired_by_name_whatever_their_order(tmp_path):
     runs = [read_run(write_run(tmp_path / "a")), read_run(write_run(tmp_path / "b", order=(3, 5, 0, 1, 4, 2)))]
     same = comparison.bootstrap(runs, [run.latest for run in runs], 1)
-    assert set(same) == {"cider", "rouge_l", "wer", "bleu4"} and all(each == (0, 0, 0) for each in same.values())
+    assert set(same) == set(WITH_INTERVAL) and all(each == (0, 0, 0) for each in same.values())
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from filelock import FileLock
 
 from attention_visualization import save_attention_pictures
 from captioning import distributed, plots
-from captioning.analysis import unsupported_share
 from captioning.confidence import calibration_error, confidence_of, reliability, supported_shares, table_of
 from captioning.dataset import CaptionSet, captions_of, tokenize
 from captioning.decoding import Hypothesis
@@ -167,7 +166,7 @@ def score_test(data: CaptionSet, images: np.ndarray, captions: Sequence[str]) ->
     """Return scores, intervals of 95 % and variety of a set of captions; and the scores by image."""
     references = [data.references(image) for image in images]
     by_image = score_images(captions, references)
-    scores: dict[str, Any] = {**summarize(by_image), "unsupported": unsupported_share(captions, references)}
+    scores: dict[str, Any] = {**summarize(by_image)}
     training = set(map(data.tokens.text, captions_of(data, data.splits["train"])))
     scores |= variety(captions, training)
     scores |= {f"{name}_interval": list(bounds) for name, bounds in bootstrap_intervals(by_image).items()}
@@ -216,7 +215,7 @@ def save_result(rows_file: Path, prefix: str, data: CaptionSet, images: np.ndarr
         "captions": [{"image_id": name, "caption": text} for name, text in zip(names, result.captions, strict=True)],
         "scores": {
             "image_id": list(map(str, names)),
-            **{name: lists[name] for name in ("cider", "rouge_l", "wer", "sentence_bleu4")},
+            **{name: lists[name] for name in ("cider", "rouge_l", "wer", "sentence_bleu4", "unsupported", "content")},
             "bleu": {name: lists[name] for name in ("guess", "correct", "length", "reference_length")},
         },
     }

@@ -11,16 +11,13 @@ from captioning.checkpoints import require_trainable, save_checkpoint
 from captioning.cider import cider_of_each
 from captioning.evaluation import EvalContext, caption_texts
 from captioning.flags import CONSENSUS_BEAM
-from captioning.io import write_json
 from captioning.validation import learn_from_validation
 
 BEAMS, LENGTH_PENALTIES = (1, 2, 3, 4, 5, 8), (0.0, 0.4, 0.7, 1.0, 1.3)
 
 
 def run(context: EvalContext, path: Path, checkpoint: dict[str, Any]) -> None:
-    """Tune decoding and keep the result in the checkpoint; beam size and length penalty in `decoding.json` beside it too.
-
-    Training replaces `best.pt` when it goes on; `decoding.json` names the epoch whose weights the result is of.
+    """Tune decoding and keep the result in the checkpoint.
 
     Raises:
         UserError: `path` is an exported folder, or cannot be written.
@@ -30,7 +27,6 @@ def run(context: EvalContext, path: Path, checkpoint: dict[str, Any]) -> None:
     tuned = context.settings.with_values(length_penalty=best["length_penalty"])
     learned = learn_from_validation(replace(context, settings=tuned), checkpoint)
     if distributed.is_first():
-        write_json(path.with_name("decoding.json"), {"epoch": checkpoint["epoch"], **best})
         save_checkpoint(path, checkpoint | {"decoding": best} | learned)
     beam = f", by consensus of a beam of {CONSENSUS_BEAM} instead" if learned["consensus"] else ""
     print(f"Best: --beam_size {best['beam_size']} --length_penalty {best['length_penalty']}, CIDEr "
