@@ -55,7 +55,7 @@ def test_train_resume_and_test(tiny_runs, tmp_path, monkeypatch, capsys, decoder
     assert curve["learning_rates"][1] < curve["learning_rates"][0]
     assert {"bleu", "wer", "rouge", "cider"} <= set(json.loads((first / "metrics_history.json").read_text())[0])
     checkpoint = torch.load(first / "model_epoch_2.pt", weights_only=True)
-    assert checkpoint["flags"]["attention_dim"] == 512 and checkpoint["decoder_type"] == decoder
+    assert checkpoint["flags"]["attention_dim"] == 512 and checkpoint["flags"]["decoder"] == decoder
 
     # Resume: no --decoder typed; schedule and histories come along, the old run is untouched.
     before = sorted((path.name, path.stat().st_mtime_ns) for path in first.iterdir())
