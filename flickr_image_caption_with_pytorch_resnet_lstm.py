@@ -23,12 +23,10 @@ From flags to captions: images, captions and split -> vocabulary -> features, on
 
 from __future__ import annotations
 
-import functools
 import logging
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,37 +43,33 @@ import torch
 from tqdm import tqdm
 
 from attention_visualization import epoch_figures, save_attention_pictures
-from captioning import adaptation, distributed, plots, reports, tensorboard
+from captioning import distributed, plots, reports, tensorboard
+from captioning.adaptation import add_replay
 from captioning.batches import BatchMaker
 from captioning.building import (
     build_data,
     build_decoder,
     build_features,
-    check_settings,
     load_context,
-    note_unused_gpu,
     warn_of_small_data,
 )
-from captioning.checkpoints import CheckpointSaver, carry_best, load_checkpoint, load_weights, require_trainable
-from captioning.confidence import FEWEST
-from captioning.dataset import Vocabulary, build_vocabulary
+from captioning.checkpoints import CheckpointSaver, load_checkpoint, load_weights
 from captioning.decoders import count_parameters
 from captioning.encoders import encoder_of
 from captioning.evaluation import EvalContext, caption_texts, images_to_draw
 from captioning.features import Features
-from captioning.runs import find_checkpoint, lock_run_directory, reproducing_command, start_command, stored_epoch
-from captioning.schedules import choose_schedule
+from captioning.runs import find_checkpoint, reproducing_command, start_command, stored_epoch
+from captioning.schedules import cosine
 from captioning.scst import SelfCritic
-from captioning.splits import refuse_trained_images, same_split, store_split
+from captioning.source import Source
+from captioning.splits import store_split
 from captioning.validation import complete_checkpoint
-from experiment_utils import create_run_directory, require_room, write_epoch_files, write_run_files, write_summary
+from experiment_utils import require_room, write_epoch_files, write_run_files, write_summary
 from metrics_utils import score_captions
 from training_utils import (
-    Precision,
     StepLoss,
     StepMonitor,
     Stopped,
-    StopRequest,
     Stopwatch,
     TrainLoader,
     TrainState,
@@ -87,7 +81,7 @@ from training_utils import (
 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
     """What stays the same while a run trains. What changes is the TrainState."""
 
@@ -97,134 +91,93 @@ class Run:
     views: list[Features]
     step_loss: torch.nn.Module
     constants: dict[str, Any]  # what every checkpoint of the run has: vocabulary, split, encoder, flags
-    saver: CheckpointSaver = field(init=False)
-    lock: Any = field(init=False)  # on the run directory, held until the run is finished, or this object is gone
+    saver: CheckpointSaver
+    monitor: StepMonitor  # finds signals, saves that are due, and batches whose loss or gradient is not finite
+    lock: Any  # on the run directory; None but in the first process
+    first_epoch: int  # epochs that were trained before this run
     clock: Stopwatch = field(default_factory=Stopwatch)
+
+    @property
+    def directory(self) -> Path:
+        return self.saver.directory
+
+    @property
+    def last_epoch(self) -> int:
+        return self.first_epoch + int(self.settings.epochs + self.settings.scst_epochs)
+
+    def is_self_critical(self, state: TrainState) -> bool:
+        """Return whether the current epoch is one of self-critical training, which come last."""
+        return bool(state.epoch >= self.first_epoch + self.settings.epochs)
+
+    def learning_rate(self, state: TrainState, step: int) -> float:
+        """Return the rate of a step of the current epoch."""
+        if self.is_self_critical(state):  # half a cosine to zero over all self-critical epochs
+            done = state.epoch - self.first_epoch - self.settings.epochs + step / self.loader.steps
+            return cosine(self.settings.scst_learning_rate, 0.0, min(1.0, done / self.settings.scst_epochs))
+        return state.schedule.rate(state.epoch, step) if state.schedule else float(self.settings.learning_rate)
+
+    def stopped_early(self, state: TrainState) -> bool:
+        since = state.epoch - max(state.best["epoch"], self.first_epoch)
+        return bool(self.settings.early_stopping) and since >= self.settings.early_stopping
 
 
 # --------------------------------------------------------------------------------------------------
 # Building
 
 
-def resolve(settings: Settings, checkpoint: dict[str, Any] | None, source: Path | None) -> Settings:
-    """Resolve what the flags leave open: a checkpoint's values, a dry run's sizes, the matmul dtype."""
-    if checkpoint and source:
-        settings = settings.with_checkpoint(checkpoint, source)
-        if settings.adapts:
-            settings = adaptation.settle(settings, checkpoint, source)
-    if settings.dry_run:
-        few = {name: min(getattr(settings, name), 1) for name in ("epochs", "scst_epochs")}
-        settings = settings.with_values(**few, warmup_epochs=0)
+def build_run(settings: Settings, argv: list[str]) -> tuple[Run, TrainState]:
+    """Build a run from its data to its directory: a new one or, with `--resume`, one that was interrupted."""
+    source = Source.open(settings)  # nothing, or the checkpoint of --model_path, --init_from or --resume
+    settings = source.settle(settings)
     device = distributed.pick_device(settings.device)
-    settings = settings.with_values(precision=Precision(settings.precision, device).name)
-    log.info(f"Device: {device}, matmul dtype in training: {settings.precision}")
-    note_unused_gpu(device)
-    encoder_of(settings.values())  # refuses --fine_tune where it cannot be, before anything is read
-    check_settings(settings, checkpoint)
-    return settings
-
-
-def build_run(
-    settings: Settings, checkpoint: dict[str, Any] | None = None, source: Path | None = None
-) -> tuple[Run, TrainState]:
-    """Build data, features, vocabulary, batches, decoder and optimizer, from nothing or from a checkpoint."""
-    settings = resolve(settings, checkpoint, source)
-    device = distributed.pick_device(settings.device)
-    stored = checkpoint["split"] if checkpoint else None
-    data = build_data(settings, None if settings.adapts else stored)
+    data = build_data(settings, source.split)
+    source.require_same_data(data.names)
     images = np.unique(np.concatenate([*data.splits.values(), images_to_draw(settings, data, data.splits["test"])]))
-    known_hash = checkpoint["encoder"]["weights_hash"] if checkpoint else None
-    views, weights_hash = build_features(settings, data, images, known_hash)
-    if stored and source:
-        if settings.adapts:
-            adaptation.train_on_seen_images(stored, data, views[0].versions, source)
-        held_out = np.concatenate([data.splits["val"], data.splits["test"]])
-        refuse_trained_images(stored, held_out, data.names, views[0].versions, source)
-    split = store_split(data.splits, data.names, views[0].versions, parent=stored)
-    vocabulary = Vocabulary(checkpoint["vocabulary"]) if checkpoint else build_vocabulary(data, settings.freq_threshold)
-    if settings.adapts:
-        vocabulary = adaptation.grow_vocabulary(vocabulary, data, settings.freq_threshold)
-    replay = adaptation.add_replay(settings, data, views, split, weights_hash)
+    views, weights_hash = build_features(settings, data, images, source.weights_hash)
+    source.keep_apart(data, views[0].versions)
+    split = store_split(data.splits, data.names, views[0].versions, parent=source.seen)
+    vocabulary = source.vocabulary(data, settings.freq_threshold)
+    replay = add_replay(settings, data, views, split, weights_hash)
     batches = BatchMaker(replay.data, vocabulary, settings.max_length)
-    decoder = build_decoder(settings, vocabulary, pretrained=checkpoint is None)
-    if not checkpoint or settings.adapts:
-        decoder.set_word_frequencies(batches.word_counts(data.splits["train"]))
-    if checkpoint and source:
-        load_weights(decoder, adaptation.grow_weights(checkpoint["decoder"], decoder), source)
-    decoder.to(device)
-    size = count_parameters(decoder)
-    log.info(f"Vocabulary: {len(vocabulary)} words. Decoder: {settings.decoder}, {size:,} parameters")
-    state = TrainState.begin(decoder, settings, device)
-    if checkpoint:
-        state.restore(checkpoint)
-    critic = SelfCritic(replay.data, vocabulary, settings) if settings.scst_epochs else None
-    step_loss = wrap_ddp(StepLoss(decoder, replay.views, critic, state.precision, settings))
     loader = TrainLoader(
         batches, data.splits["train"], len(views), settings.batch_size, settings.seed, replay.images, replay.per_epoch
     )
-    if not checkpoint and not settings.dry_run:
+    decoder = build_decoder(settings, vocabulary, pretrained=source.way == "new")
+    source.fill(decoder, batches.word_counts(data.splits["train"]))
+    decoder.to(device)
+    size = count_parameters(decoder)
+    log.info(f"Vocabulary: {len(vocabulary)} words. Decoder: {settings.decoder}, {size:,} parameters")
+    if source.way == "new" and not settings.dry_run:
         warn_of_small_data(data, batches, loader.steps, size)
+    state = TrainState.begin(decoder, settings, device)
+    source.restore(state, settings, loader.steps)
+    critic = SelfCritic(replay.data, vocabulary, settings) if settings.scst_epochs else None
+    step_loss = wrap_ddp(StepLoss(decoder, replay.views, critic, state.precision, settings))
     spec = encoder_of(settings.values())
     constants = {
-        "vocabulary": vocabulary.words, "split": split,
+        "vocabulary": vocabulary.words, "split": split, "flags": source.flags(settings, state.schedule),
         "encoder": {"name": spec.name, "weights_hash": weights_hash, "transform": spec.transform},
-        "decoding": None, "consensus": None,
-        "confidence": checkpoint["confidence"] if checkpoint and len(data.splits["val"]) < FEWEST else None,
+        "decoding": None, "consensus": None, "confidence": source.calibration(data),
     }  # fmt: skip
-    context = EvalContext(settings, device, data, vocabulary, [(decoder, views[0])])
-    return Run(settings, context, loader, views, step_loss, constants), state
-
-
-def new_run(settings: Settings, argv: list[str]) -> tuple[Run, TrainState]:
-    """Start a run in a directory of its own, from nothing, from `--model_path` or from `--init_from`."""
-    checkpoint, source = None, None
-    if settings.init_from is not None:
-        checkpoint, source = adaptation.load_source(settings.init_from)
-    elif settings.model_path is not None:
-        source = find_checkpoint(settings.model_path[0])
-        checkpoint = load_checkpoint(source)
-        require_trainable(checkpoint, source)
-    run, state = build_run(settings, checkpoint, source)
-    settings = run.settings
-    state.schedule = choose_schedule(settings, checkpoint, run.loader.steps)
-    family = encoder_of(settings.values()).family
-    directory = distributed.from_first(lambda: create_run_directory(settings.model_save_dir, settings.values(), family))
-    run.saver = CheckpointSaver(directory, settings.keep_checkpoints, state.first_epoch)
-    given = "init_from" if settings.adapts else "model_path"  # which may be a folder that was searched
-    run.constants["flags"] = settings.stored() | {given: str(source) if source else None}
-    if state.schedule and not settings.use_scheduler:  # the checkpoint's, which goes on
-        run.constants["flags"] |= state.schedule.flags()
-    same_bar = checkpoint and checkpoint["best"]["metric"] == settings.best_metric
-    if checkpoint and source and same_bar and same_split(checkpoint["split"], run.constants["split"]):
-        carried: dict[str, Any] | None = distributed.from_first(lambda: carry_best(checkpoint, source, directory))
-        state.best = carried or state.best
-    if distributed.is_first():
-        run.lock = lock_run_directory(directory)
-        write_run_files(
-            directory, run.constants["flags"], settings.explicit, reproducing_command(argv), run.context.data
-        )
-    save_last(run, state)  # from here on the run can be resumed
-    return run, state
-
-
-def resume_run(settings: Settings) -> tuple[Run, TrainState]:
-    """Continue an interrupted run in its own directory, at the step where `last.pt` stands."""
-    directory, source = settings.resume, settings.resume / "last.pt"
-    lock = lock_run_directory(directory) if distributed.is_first() else None
-    if not source.is_file():
-        raise UserError(f"{source} is not there: nothing was saved yet. Start again: {start_command(directory)}")
-    checkpoint = load_checkpoint(source) | {"decoding": None}  # what was tuned for weights that training moves on from
-    run, state = build_run(settings, checkpoint, source)
-    run.lock = lock
-    run.constants |= {name: checkpoint[name] for name in ("flags", "confidence")}
-    state.restore_progress(checkpoint)
-    run.saver = CheckpointSaver(directory, run.settings.keep_checkpoints, state.first_epoch)
-    log.info(f"Resuming {directory} after {state.epoch} epochs and {state.step} steps")
-    if state.step == 0 and state.curve["epochs"]:
-        if distributed.is_first():
+    directory, lock = source.open_directory(settings)
+    run = Run(
+        settings, EvalContext(settings, device, data, vocabulary, [(decoder, views[0])]), loader, views, step_loss,
+        constants, CheckpointSaver(directory, settings.keep_checkpoints, state.first_epoch),
+        StepMonitor(loader, directory, settings, device), lock, state.first_epoch,
+    )  # fmt: skip
+    if source.way == "resume":
+        log.info(f"Resuming {directory} after {state.epoch} epochs and {state.step} steps")
+        if state.step == 0 and state.curve["epochs"]:  # a crash may have come between a checkpoint and what follows
             best, known = state.best["epoch"], stored_epoch(run.saver.best)  # which may have been tuned since
-            run.saver.publish(state.epoch, is_best=state.epoch == best != known)
-        write_outputs(run, state)  # a crash may have come between the checkpoint and these
+            if distributed.is_first():
+                run.saver.publish(state.epoch, is_best=state.epoch == best != known)
+            write_outputs(state, run)
+        return run, state
+    state.best = source.carry_best(directory, settings, split) or state.best
+    if distributed.is_first():
+        explicit = settings.explicit.union(state.schedule.flags() if state.schedule and state.schedule.inherited else ())
+        write_run_files(directory, constants["flags"], explicit, reproducing_command(argv), data)
+    save_last(state, run)  # from here on the run can be resumed
     return run, state
 
 
@@ -232,16 +185,8 @@ def resume_run(settings: Settings) -> tuple[Run, TrainState]:
 # Training
 
 
-def train_one_epoch(
-    state: TrainState, loader: TrainLoader, step_loss: torch.nn.Module, settings: Settings, monitor: StepMonitor,
-    save_last: Callable[[], None], clock: Stopwatch,
-) -> float:  # fmt: skip
+def train_one_epoch(state: TrainState, run: Run) -> float:
     """Train the rest of the current epoch.
-
-    Args:
-        monitor: finds signals, saves that are due, and batches whose loss or gradient is not finite.
-        save_last: writes `last.pt`.
-        clock: adds up where the time goes.
 
     Returns:
         the training loss per token.
@@ -250,16 +195,18 @@ def train_one_epoch(
         Stopped: a signal asked for it; `last.pt` is written.
         UserError: too many batches have a loss or gradient that is not finite.
     """
+    settings, monitor, clock = run.settings, run.monitor, run.clock
     state.decoder.train()
-    plan, self_critical = loader.plan(state.epoch), state.is_self_critical(settings)
+    plan, self_critical = run.loader.plan(state.epoch), run.is_self_critical(state)
     bar = tqdm(plan, f"Epoch {state.epoch + 1}", initial=state.step, unit="batch", disable=bars_off(), leave=False)
+    monitor.begin_epoch()
     for captions in plan[state.step :]:
         seed_step(settings.seed, state.epoch, state.step)
-        rate = state.learning_rate(settings, state.step, loader.steps)
+        rate = run.learning_rate(state, state.step)
         set_rates(state.optimizer, rate, state.epoch, settings)
-        batch = loader.rank_batch(captions, state.epoch, state.step)
+        batch = run.loader.rank_batch(captions, state.epoch, state.step)
         clock.lap("making batches")
-        loss, token_loss, reward = step_loss(batch, self_critical)
+        loss, token_loss, reward = run.step_loss(batch, self_critical)
         clock.lap("features and forward")
         norm = state.precision.step(loss, state.optimizer, settings.grad_clip)
         batch_loss = token_loss.to(state.loss_sum.dtype) * batch.tokens
@@ -274,9 +221,9 @@ def train_one_epoch(
                 loss=f"{float(state.loss_sum) / max(1, state.tokens):.3f}", rate=f"{rate:.1e}", refresh=False
             )
             if save or asked:
-                save_last()
+                save_last(state, run)
             if asked:
-                raise Stopped(asked, monitor.directory)
+                raise Stopped(asked, run.directory)
         bar.update()
         clock.lap("backward and update")
     bar.close()
@@ -300,7 +247,7 @@ def evaluate(state: TrainState, run: Run) -> tuple[float, dict[str, Any]]:
 def log_epoch(state: TrainState, run: Run, is_best: bool, seconds: float) -> None:
     """Print an epoch as the original does, and one line with the mean seconds of an epoch, which `--quiet` keeps."""
     training, validation, rate = (state.curve[key][-1] for key in list(state.curve)[1:])
-    scores, last = state.history[-1], state.last_epoch(run.settings)
+    scores, last = state.history[-1], run.last_epoch
     log.info(f"\nEpoch {state.epoch} completed ({state.epoch}/{last}):")
     log.info(f"  Training Loss: {training:.5f}")
     log.info(f"  Validation Loss: {validation:.5f}")
@@ -320,25 +267,25 @@ def log_epoch(state: TrainState, run: Run, is_best: bool, seconds: float) -> Non
     )  # fmt: skip
 
 
-def save_last(run: Run, state: TrainState) -> None:
+def save_last(state: TrainState, run: Run) -> None:
     checkpoint = state.checkpoint(run.constants)
     if distributed.is_first():
         run.saver.save_last(checkpoint)
 
 
-def save_epoch(run: Run, state: TrainState, is_best: bool) -> None:
+def save_epoch(state: TrainState, run: Run, is_best: bool) -> None:
     checkpoint = state.checkpoint(run.constants)
     if distributed.is_first():
         run.saver.save_epoch(checkpoint, state.epoch, is_best)
     run.clock.lap("saving")
 
 
-def write_outputs(run: Run, state: TrainState) -> None:
+def write_outputs(state: TrainState, run: Run) -> None:
     """Write what follows from an epoch's checkpoint: histories, curves, TensorBoard. Twice changes nothing."""
     figures = epoch_figures(run.context) if run.settings.tensorboard else {}
     if not distributed.is_first():
         return
-    directory = run.saver.directory
+    directory = run.directory
     rows = write_epoch_files(directory, state.curve, state.history)
     if run.clock.share("drawing") < 0.05:  # short epochs do not wait for pictures that the next one replaces
         plots.draw_curves(directory, state.curve, state.history, state.best["epoch"])
@@ -353,29 +300,27 @@ def train(settings: Settings, argv: list[str]) -> Path:
     started = time.time()
     if settings.tensorboard:
         tensorboard.require_tensorboard()
-    run, state = resume_run(settings) if settings.resume is not None else new_run(settings, argv)
-    settings, context, directory = run.settings, run.context, run.saver.directory
-    size, epochs_left = count_parameters(state.decoder), state.last_epoch(settings) - state.epoch
+    run, state = build_run(settings, argv)
+    settings, context, directory = run.settings, run.context, run.directory
+    size, epochs_left = count_parameters(state.decoder), run.last_epoch - state.epoch
     distributed.from_first(lambda: require_room(directory, size, epochs_left, settings.keep_checkpoints))
     distributed.check_file(directory / "last.pt")
     log.debug(f"Reading data, encoding images and building the model: {time.time() - started:.1f} s")
-    training_started, first, save = time.time(), state.epoch, functools.partial(save_last, run, state)
-    with StopRequest() as stop:
-        monitor = StepMonitor(run.loader, directory, settings, stop, context.device)
-        while state.epoch < state.last_epoch(settings) and not state.stopped_early(settings):
-            rate = state.learning_rate(settings, 0, run.loader.steps)
-            monitor.begin_epoch()
+    training_started, first = time.time(), state.epoch
+    with run.monitor.stop:
+        while state.epoch < run.last_epoch and not run.stopped_early(state):
+            rate, self_critical = run.learning_rate(state, 0), run.is_self_critical(state)
             try:
-                training = train_one_epoch(state, run.loader, run.step_loss, settings, monitor, save, run.clock)
+                training = train_one_epoch(state, run)
                 validation, scores = evaluate(state, run)
             except torch.OutOfMemoryError as error:
                 raise UserError(advise_on_memory(context.device, settings.batch_size, directory, run.views)) from error
-            is_best = state.end_epoch(settings, training, validation, rate, scores)
-            save_epoch(run, state, is_best)
-            write_outputs(run, state)
+            is_best = state.end_epoch(training, validation, rate, scores, settings.best_metric, self_critical)
+            save_epoch(state, run, is_best)
+            write_outputs(state, run)
             log_epoch(state, run, is_best, (time.time() - training_started) / (state.epoch - first))
-            stop.check(directory)
-    if state.stopped_early(settings):
+            run.monitor.stop.check(directory)
+    if run.stopped_early(state):
         log.info(f"Stopped early: no better {settings.best_metric} in {settings.early_stopping} epochs")
     distributed.wait_for_all()  # until the first has written all
     load_weights(state.decoder, load_checkpoint(run.saver.best)["decoder"], run.saver.best)
@@ -384,19 +329,19 @@ def train(settings: Settings, argv: list[str]) -> Path:
         images = images_to_draw(settings, context.data, context.data.splits["test"])
         save_attention_pictures(context, images, directory)
     if distributed.is_first():
-        finish(run, state, (time.time() - started) / 60)
+        finish(state, run, (time.time() - started) / 60)
     return directory
 
 
-def finish(run: Run, state: TrainState, minutes: float) -> None:
+def finish(state: TrainState, run: Run, minutes: float) -> None:
     """Write the files that a finished run ends with, and print the next command."""
-    directory, data, flags = run.saver.directory, run.context.data, run.constants["flags"]
+    directory, data, flags = run.directory, run.context.data, run.constants["flags"]
     plots.draw_curves(directory, state.curve, state.history, state.best["epoch"])
     facts = {
         "Images": ", ".join(f"{split} {len(images)}" for split, images in data.splits.items()),
         "Split": data.split_source,
         "Vocabulary": len(run.context.vocabulary),
-        "Best Epoch": f"{state.best['epoch']} (validation {run.settings.best_metric} {abs(state.best['score']):.4f})",
+        "Best Epoch": f"{state.best['epoch']} (validation {state.best['metric']} {abs(state.best['score']):.4f})",
         "Minutes": f"{minutes:.1f}" + (" since it was resumed" if run.settings.resume else ""),
         "Processes": distributed.size(),
         "Device": distributed.device_name(run.context.device),
@@ -404,7 +349,7 @@ def finish(run: Run, state: TrainState, minutes: float) -> None:
     if run.context.device.type == "cuda":
         facts["Peak GPU Memory"] = format_bytes(torch.cuda.max_memory_allocated())
     write_summary(directory, flags, start_command(directory), facts)
-    print(f"\nBest epoch: {state.best['epoch']} by {run.settings.best_metric}. Everything is in {directory}")
+    print(f"\nBest epoch: {state.best['epoch']} by {state.best['metric']}. Everything is in {directory}")
     print(f"Report: {reports.write_report(directory, data).name}")
     if not run.settings.dry_run:
         print(f"Score it on the test images: {reproducing_command(['--mode', 'test', '--model_path', str(directory)])}")

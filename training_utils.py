@@ -26,7 +26,7 @@ from captioning.decoders import Decoder, group_sizes
 from captioning.features import DeviceFeatures, Features, gather_views
 from captioning.io import Terminated, UserError, format_bytes, log
 from captioning.runs import reproducing_command
-from captioning.schedules import Schedule, cosine
+from captioning.schedules import Schedule
 from captioning.scst import SelfCritic
 from captioning.settings import Settings
 
@@ -189,41 +189,33 @@ class TrainState:
         best = {"score": -math.inf, "epoch": 0, "metric": settings.best_metric}
         return cls(decoder, optimizer, precision, None, loss_sum, best)
 
-    def last_epoch(self, settings: Settings) -> int:
-        return self.first_epoch + int(settings.epochs + settings.scst_epochs)
-
-    def is_self_critical(self, settings: Settings) -> bool:
-        """Return whether the current epoch is one of self-critical training, which come last."""
-        return bool(self.epoch >= self.first_epoch + settings.epochs)
-
-    def learning_rate(self, settings: Settings, step: int, steps: int) -> float:
-        """Return the rate of a step of the current epoch, which has `steps`."""
-        if self.is_self_critical(settings):  # half a cosine to zero over all self-critical epochs
-            done = self.epoch - self.first_epoch - settings.epochs + step / steps
-            return cosine(settings.scst_learning_rate, 0.0, min(1.0, done / settings.scst_epochs))
-        return self.schedule.rate(self.epoch, step) if self.schedule else float(settings.learning_rate)
-
-    def stopped_early(self, settings: Settings) -> bool:
-        since = self.epoch - max(self.best["epoch"], self.first_epoch)
-        return bool(settings.early_stopping) and since >= settings.early_stopping
-
     def end_epoch(
-        self, settings: Settings, training: float, validation: float, rate: float, scores: dict[str, Any]
+        self, training: float, validation: float, rate: float, scores: dict[str, Any], metric: str, self_critical: bool
     ) -> bool:
-        """Record an epoch: its losses, its learning rate and its scores; return whether it is the best so far."""
-        if self.is_self_critical(settings):
+        """Record an epoch: its losses, its learning rate and its scores; return whether it is the best so far.
+
+        Args:
+            metric: of `--best_metric`. From the first self-critical epoch on it is CIDEr, the reward, also of the best
+                epoch before: the loss is not what these epochs lower.
+        """
+        if self_critical:
             scores["reward"] = self.reward_sum / max(1, self.step)
-        elif self.schedule is not None:
-            self.schedule.epoch_ended(validation)
+            if self.best["metric"] != "cider":
+                known = [row["cider"] for row in self.history if row["epoch"] == self.best["epoch"]]
+                self.best |= {"score": known[-1] if known else -math.inf, "metric": "cider"}
+        if self.schedule is not None:
+            self.schedule.rest() if self_critical else self.schedule.epoch_ended(validation)
         self.epoch, self.step, self.tokens, self.reward_sum = self.epoch + 1, 0, 0, 0.0
         self.loss_sum.zero_()
         for key, value in zip(self.curve, (self.epoch, training, validation, rate), strict=True):
             self.curve[key].append(value)
-        self.history.append({"epoch": self.epoch, **scores})
-        score = -validation if settings.best_metric == "val_loss" else scores[settings.best_metric]
-        if score > self.best["score"]:
-            self.best = {"score": score, "epoch": self.epoch, "metric": settings.best_metric}
-        return bool(self.best["epoch"] == self.epoch)
+        metric = "cider" if self_critical else metric
+        score = -validation if metric == "val_loss" else scores[metric]
+        is_best = bool(score > self.best["score"])
+        if is_best:
+            self.best = {"score": score, "epoch": self.epoch, "metric": metric}
+        self.history.append({"epoch": self.epoch, "is_best": is_best, **scores})
+        return is_best
 
     def restore(self, checkpoint: Mapping[str, Any]) -> None:
         """Go on from an epoch's end: the optimizer, the loss scaler and the histories."""
@@ -297,11 +289,9 @@ class StepMonitor:
     together, so that they act on the same findings.
     """
 
-    def __init__(
-        self, loader: TrainLoader, directory: Path, settings: Settings, stop: StopRequest, device: torch.device
-    ):
+    def __init__(self, loader: TrainLoader, directory: Path, settings: Settings, device: torch.device):
         """Args: directory: of the run."""
-        self.loader, self.directory, self.settings, self.stop = loader, directory, settings, stop
+        self.loader, self.directory, self.settings, self.stop = loader, directory, settings, StopRequest()
         self.on_cpu, self.interval, self.bad = device.type == "cpu", STEPS_PER_SYNC, 0
         self.last_save = self.last_sync = self.last_trim = time.monotonic()
         self.finite: list[torch.Tensor] = []  # of the steps since the last sync

@@ -45,7 +45,6 @@ from captioning.dataset import load_caption_set
 from captioning.encoders import find_encoder
 from captioning.evaluation import caption
 from captioning.settings import parse_flags
-from training_utils import StepMonitor, StopRequest
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "flickr_image_caption_with_pytorch_resnet_lstm.py"
@@ -330,8 +329,7 @@ def encode_anew(bench: Bench, flags: list[str], data: Any) -> None:
 def train_epoch(run: Any, state: Any) -> None:
     """Train an epoch as the main program does."""
     state.step = 0
-    monitor = StepMonitor(run.loader, Path(), run.settings, StopRequest(), run.context.device)
-    trainer.train_one_epoch(state, run.loader, run.step_loss, run.settings, monitor, lambda: None, run.clock)
+    trainer.train_one_epoch(state, run)
 
 
 def padded_step(
@@ -360,7 +358,7 @@ def measure_training(bench: Bench) -> Iterator[Figure]:
 def training_figures(bench: Bench, trained: tuple[str, int, int]) -> Iterator[Figure]:
     scale, device, (decoder, hidden, layers) = bench.scale, bench.device, trained
     flags = flags_for(bench, scale.images, scale.encoder, trained)
-    plain, auto = (trainer.build_run(parse_flags([*flags, "--precision", name])) for name in ("fp32", "auto"))
+    plain, auto = (trainer.build_run(parse_flags([*flags, "--precision", name]), []) for name in ("fp32", "auto"))
     (run, _), (auto_run, auto_state) = plain, auto
     encoder = build_encoder(scale.encoder, device)
     images = np.resize(run.loader.images, BATCH)
@@ -404,7 +402,7 @@ def measure_decoding(bench: Bench) -> Iterator[Figure]:
     """Measure beam search over many images, against one image per call."""
     scale = bench.scale
     for trained in scale.trained:
-        run, state = trainer.build_run(parse_flags(flags_for(bench, scale.images, scale.encoder, trained)))
+        run, state = trainer.build_run(parse_flags(flags_for(bench, scale.images, scale.encoder, trained)), [])
         for _ in range(scale.epochs):
             train_epoch(run, state)
         decoder, hidden, layers = trained

@@ -6,7 +6,6 @@ images that are repeated are looked for again when it is resumed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,39 +15,22 @@ import torch
 
 from captioning import distributed
 from captioning.building import build_features
-from captioning.checkpoints import load_checkpoint
 from captioning.dataset import SPECIAL_TOKENS, CaptionSet, Vocabulary, frequent_words, join_sets, load_caption_set
 from captioning.decoders import Decoder
 from captioning.features import CPU, Features, gather_views
 from captioning.flags import ADAPTATION
 from captioning.io import UserError, log
 from captioning.layouts import find_captions_file
-from captioning.runs import find_checkpoint
 from captioning.settings import Settings, cache_folder, shown
 from captioning.splits import StoredSplit, few, keys, require_splits, same_names, seen_in_training, trained_on
 
 
-def load_source(init_from: Path) -> tuple[dict[str, Any], Path]:
-    """Return the model that `--init_from` names as a checkpoint of no epochs, and its file.
+def settle_adaptation(settings: Settings, flags: Mapping[str, Any], source: Path) -> Settings:
+    """Say what a new run starts from, and find the data that it repeats; where they are not there it does without.
 
-    Weights, vocabulary, encoder, split and flags are the model's; optimizer, schedule, histories and best score are
-    left behind.
-
-    Raises:
-        UserError: it is not there, or cannot be read.
+    Args:
+        flags: of the checkpoint that it starts from.
     """
-    path = find_checkpoint(init_from)
-    checkpoint = load_checkpoint(path)
-    return checkpoint | {
-        "epoch": 0, "optimizer": None, "schedule": None, "decoding": None, "metrics_history": [],
-        "loss_curve": {name: [] for name in checkpoint["loss_curve"]},
-        "best": {"score": -math.inf, "epoch": 0, "metric": ""},
-    }, path  # fmt: skip
-
-
-def settle(settings: Settings, checkpoint: Mapping[str, Any], source: Path) -> Settings:
-    """Say what a new run starts from, and find the data that it repeats; where they are not there it does without."""
-    flags = checkpoint["flags"]
     unless_given = [f"{name} {shown(getattr(settings, name))}" for name in ADAPTATION if name not in settings.explicit]
     stages = f", whose last {settings.fine_tune} stage(s) learn too" if settings.fine_tune else ""
     log.info(f"Starting from {source}: {settings.decoder} on {settings.encoder}{stages}")

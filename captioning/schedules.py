@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -36,8 +35,9 @@ class Schedule:
     below `min_lr` or rises where it should not; only the plateau rule has a memory.
     """
 
-    def __init__(self, settings: ScheduleSettings, plateau: dict[str, Any] | None = None):
-        self.settings = settings
+    def __init__(self, settings: ScheduleSettings, plateau: dict[str, Any] | None = None, inherited: bool = False):
+        """Args: plateau: the memory of reduce_lr_on_plateau; inherited: whether a checkpoint had it."""
+        self.settings, self.inherited = settings, inherited
         self.plateau = plateau or {"rate": settings.learning_rate, "best": math.inf, "bad_epochs": 0}
 
     def rate(self, epoch: int, step: int = 0) -> float:
@@ -58,6 +58,10 @@ class Schedule:
         if position < rising:  # Smith and Topin (2018): up from a 25th, then down
             return cosine(max(s.learning_rate / 25, s.min_lr), s.learning_rate, position / rising)
         return cosine(s.learning_rate, s.min_lr, min((position - rising) / max(1, total - rising), 1.0))
+
+    def rest(self) -> None:
+        """Let an epoch pass that does not follow the schedule: the rest of its curve comes an epoch later."""
+        self.settings.first_epoch += 1
 
     def epoch_ended(self, validation_loss: float) -> None:
         """Let the plateau rule see an epoch's validation loss (PyTorch's ReduceLROnPlateau, threshold 1e-4)."""
@@ -102,7 +106,7 @@ class Schedule:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Schedule:
-        return cls(ScheduleSettings(**state["settings"]), dict(state["plateau"]))
+        return cls(ScheduleSettings(**state["settings"]), dict(state["plateau"]), inherited=True)
 
 
 def cosine(start: float, end: float, part: float) -> float:
@@ -118,19 +122,18 @@ SCHEDULE_FLAGS = {
 }  # fmt: skip
 
 
-def choose_schedule(settings: Settings, checkpoint: Mapping[str, Any] | None, steps: int) -> Schedule | None:
+def choose_schedule(settings: Settings, saved: Schedule | None, first: int, steps: int) -> Schedule | None:
     """Return the learning-rate schedule of a new run, by the table under 'Train longer' in docs/training.md.
 
     Args:
-        checkpoint: what the run trains on from, or None.
+        saved: that of the checkpoint which the run trains on from, or None.
+        first: epochs that were trained before the run.
         steps: of an epoch.
 
     Raises:
         UserError: an explicit flag of a schedule has no effect.
     """
     explicit = settings.explicit
-    first = checkpoint["epoch"] if checkpoint else 0
-    saved = Schedule.from_state(checkpoint["schedule"]) if checkpoint and checkpoint["schedule"] else None
     if not settings.epochs:  # self-critical epochs alone: kept for a run that trains on
         return saved
     if not settings.use_scheduler and saved is None:
@@ -143,7 +146,7 @@ def choose_schedule(settings: Settings, checkpoint: Mapping[str, Any] | None, st
     rate, gamma = settings.learning_rate, settings.scheduler_gamma
     if settings.scheduler_type == "exponential" and "scheduler_gamma" not in explicit:
         gamma **= 1 / settings.epochs  # a tenth over the whole run rather than in each epoch
-    if checkpoint:
+    if first:
         before = saved.settings.type if saved else "no schedule"
         log.info(
             f"The checkpoint has {before}: a new {settings.scheduler_type} schedule over {settings.epochs} epochs begins at "
