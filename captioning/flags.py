@@ -320,13 +320,15 @@ def chosen_beam(given: Collection[str], tuned: Mapping[str, Any] | None, consens
         consensus: whether captions are found by consensus.
     """
     found: dict[str, Any] = {}
-    if tuned and not {"beam_size", "length_penalty"} & set(given):
-        found |= {name: tuned[name] for name in ("beam_size", "length_penalty")}
+    if tuned:
+        found |= {name: tuned[name] for name in ("beam_size", "length_penalty") if name not in given}
     if consensus and "beam_size" not in given:
         found["beam_size"] = CONSENSUS_BEAM
     return found
 
 
-# Keys of run_config.json that are facts of a run, and flags that say which run it is: `--config` passes over them.
-NOT_CONFIGURABLE = ("timestamp", "command", "explicit", "mode", "model_path", "config", "resume", "output")
+# Keys of run_config.json that are facts of a run, and flags that say what to do: of a file that the program wrote `--config`
+# passes over all of them.
+FACTS, TASK = ("timestamp", "command", "explicit"), ("mode", "model_path", "config", "resume", "output")
+NOT_CONFIGURABLE = (*FACTS, *TASK)
 CONFIG_NAMES = {"decoder": "decoder_type"}  # flags under the names that the original's run_config.json has

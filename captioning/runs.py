@@ -83,11 +83,8 @@ class Run:
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The epoch that `--best_metric` picks, None before the first."""
-        metric = str(self.flags.get("best_metric", "cider"))
-        key, sign = ("validation_loss", -1) if metric == "val_loss" else (metric, 1)
-        known = [row for row in self.epochs if is_number(row.get(key))]
-        return max(known, key=lambda row: sign * row[key]) if known else None
+        """The epoch of best.pt, as training recorded it; None before the first."""
+        return next((row for row in reversed(self.epochs) if row.get("is_best") is True), None)
 
     @property
     def latest(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import importlib.util
 import os
+import re
 import sys
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,10 +22,11 @@ from captioning.flags import (
     CONFIG_NAMES,
     DATA_MODES,
     DEFAULTS,
+    FACTS,
     FLAGS,
     GROUPS,
-    NOT_CONFIGURABLE,
     NOT_INHERITED,
+    TASK,
     Flag,
     chosen_beam,
     path,
@@ -199,10 +201,13 @@ def parse_flags(argv: list[str]) -> Settings:
     if unknown:
         refuse_unknown(parser, unknown[0])
     typed = vars(namespace)
+    config, given = config_flags(parser, typed["config"]) if "config" in typed else ({}, set())
+    # A file may say what to do, as the command line does.
+    typed = {name: config.pop(name) for name in TASK if name in config} | typed
     defaults = dict(DEFAULTS)
-    config: dict[str, Any] = {}
     explicit = set(typed)
     if "resume" in typed:
+        typed = config | {name: value for name, value in typed.items() if name != "config"}
         fixed = next((name for name in typed if not FLAGS[name].resume), None)
         if fixed:
             parser.error(
@@ -212,11 +217,10 @@ def parse_flags(argv: list[str]) -> Settings:
         file = typed["resume"] / "run_config.json"
         if not file.is_file():
             raise UserError(resume_advice(typed["resume"]))
-        config, _ = config_flags(parser, file)
+        config, _ = config_flags(parser, file, of_config=False)
         if PLACES & set(typed):
             config = {name: value for name, value in config.items() if name not in PLACES}
     elif "config" in typed:
-        config, given = config_flags(parser, typed["config"])
         # What the command line switches off takes along what the file says of it.
         explicit |= {name for name in given if not (FLAGS[name].needs in typed and not typed[FLAGS[name].needs])}
         # A recipe of training serves other modes for what they read of it.
@@ -295,11 +299,16 @@ def suggestion(name: str, known: Iterable[str], prefix: str = "") -> str:
     return f": did you mean {prefix}{close[0]}?" if close else ""
 
 
-def config_flags(parser: argparse.ArgumentParser, file: Path) -> tuple[dict[str, Any], set[str]]:
+def config_flags(
+    parser: argparse.ArgumentParser, file: Path, of_config: bool = True
+) -> tuple[dict[str, Any], set[str]]:
     """Read the flags in a YAML or JSON file, e.g. a `run_config.json`, as if they stood on the command line.
 
     In a file that this program wrote, the flags that it lists under `explicit` count as explicit; in any other file all
-    do. Facts of a run and flags without a value are passed over.
+    do. Facts of a run, what to do in a file that a run wrote, and flags without a value are passed over.
+
+    Args:
+        of_config: whether the user named the file, rather than the run to resume.
 
     Returns:
         the flags by name, and the names of those that count as explicit.
@@ -310,12 +319,17 @@ def config_flags(parser: argparse.ArgumentParser, file: Path) -> tuple[dict[str,
     """
     ours = {theirs: name for name, theirs in CONFIG_NAMES.items()}
     content = read_config(file)
-    recorded = content.get("explicit")
+    recorded, written_by_run = content.get("explicit"), "timestamp" in content
+    passed = [name for name in TASK if written_by_run and content.get(name) not in (None, DEFAULTS[name])]
+    if passed and of_config:
+        print(f"Note: {file} was written by a run; not taken from it: {', '.join(passed)}", file=sys.stderr)
     flags: dict[str, Any] = {}
     for key, value in content.items():
         name = ours.get(key, key)
-        if name in NOT_CONFIGURABLE or value is None:
+        if name in FACTS or value is None or (written_by_run and name in TASK):
             continue
+        if name == "config":
+            parser.error(f"{file}: a file of flags cannot name another: give that one with --config")
         if name not in FLAGS:
             parser.error(f"{file}: unknown flag {name!r}{suggestion(str(name), FLAGS)}")
         flags[name] = config_value(parser, file, FLAGS[name], value)
@@ -334,6 +348,8 @@ def config_value(parser: argparse.ArgumentParser, file: Path, flag: Flag, value:
             parser.error(where + "expected true or false")
         return value
     assert flag.parse is not None
+    if type(value) is bool and (flag.name == "feature_cache" or "off" in flag.choices):  # as YAML reads on and off
+        value = "on" if value else "off"
     entries = value if flag.many and type(value) is list else [value]
     parsed: list[Any] = []
     for entry in entries:
@@ -370,6 +386,16 @@ def read_config(file: Path) -> dict[Any, Any]:
             def flatten_mapping(self, node: Any) -> None:
                 if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
                     raise ValueError("merge keys are not allowed")
+                names = [key.value for key, _ in node.value]
+                if twice := next((name for name in names if names.count(name) > 1), None):
+                    raise ValueError(f"{twice} is given twice")
+
+            def construct_yaml_int(self, node: Any) -> int:
+                if re.fullmatch(r"[-+]?0[0-9_]+", node.value):
+                    raise ValueError(f"{node.value} begins with a 0, which YAML reads as an octal number")
+                return int(super().construct_yaml_int(node))
+
+        PlainLoader.add_constructor("tag:yaml.org,2002:int", PlainLoader.construct_yaml_int)
 
         try:
             if file.stat().st_size > LARGEST_CONFIG:

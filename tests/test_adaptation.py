@@ -15,7 +15,7 @@ from run_files import only_run, skip_pictures
 from test_resume import assert_same, at_step
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
-from captioning.adaptation import grow_weights, load_source, train_on_seen_images
+from captioning.adaptation import grow_weights, train_on_seen_images
 from captioning.batches import BatchMaker
 from captioning.checkpoints import load_checkpoint, save_checkpoint
 from captioning.dataset import Vocabulary, frequent_words, join_sets, load_caption_set
@@ -196,9 +196,9 @@ def test_the_old_photos_in_another_size(photos, tiny_runs, capsys):
     flags = ["--epochs", "1", "--replay", "0.4", "--replay_data_dir", "larger", "--feature_cache", "cache"]
     assert adapt(tiny_runs["attention"], photos, "one", *flags) == 0
     assert "Replay: 11 images an epoch of 16 that the model was trained on" in capsys.readouterr().out
-    data, (checkpoint, source) = load_caption_set(Path("larger"), seed=1), load_source(tiny_runs["attention"])
-    splits = dict(data.splits)
-    train_on_seen_images(checkpoint["split"], data, np.zeros((20, 2), dtype=np.int64), source)
+    source, data = tiny_runs["attention"] / "best.pt", load_caption_set(Path("larger"), seed=1)
+    splits, known = dict(data.splits), load_checkpoint(source)["split"]
+    train_on_seen_images(known, data, np.zeros((20, 2), dtype=np.int64), source)
     assert "and other contents" in capsys.readouterr().out and data.splits == splits
 
 

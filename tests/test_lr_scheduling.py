@@ -80,18 +80,18 @@ def test_a_fresh_schedule_begins_at_the_runs_rate(capsys):
     """Not at the flag's default."""
     later = settings("--scheduler_type", "step", "--model_path", "x.pt").with_checkpoint(CHECKPOINT, Path("x.pt"))
     assert later.stored()["learning_rate"] == 0.004  # for the run after this one
-    schedule = choose_schedule(later, CHECKPOINT, 5)
+    schedule = choose_schedule(later, None, 6, 5)
     assert schedule.rate(6) == 0.004 and "at learning rate 0.004" in capsys.readouterr().out
 
 
 def test_a_flag_of_a_schedule_needs_a_schedule():
     later = parse_flags(["--model_path", "x.pt", "--min_lr", "1e-5"]).with_checkpoint(CHECKPOINT, Path("x.pt"))
     with pytest.raises(UserError, match="--min_lr has no effect: the checkpoint has no schedule"):
-        choose_schedule(later, CHECKPOINT, 5)
+        choose_schedule(later, None, 6, 5)
 
 
 def test_training_past_the_end_of_a_schedule_is_told_at_the_start(capsys):
-    choose_schedule(settings("--scheduler_type", "cosine", "--epochs", "12"), None, 5)
+    choose_schedule(settings("--scheduler_type", "cosine", "--epochs", "12"), None, 0, 5)
     out = capsys.readouterr().out
     assert "epochs 11 to 12 run at min_lr 1e-07" in out and "--scheduler_t_max 12" in out
 
@@ -101,14 +101,13 @@ def test_training_past_the_end_of_a_schedule_is_told_at_the_start(capsys):
 )
 def test_the_advice_for_a_schedule_that_is_under_way_helps(capsys, kind, advice):
     """The rate falls to the end, from where it was or from the run's."""
-    saved = {**CHECKPOINT, "schedule": Schedule(replace(BASE, type=kind, epochs=10, t_max=10)).state()}
+    state = Schedule(replace(BASE, type=kind, epochs=10, t_max=10)).state()
     resumed = ["--model_path", "x.pt", "--epochs", "8"]
-    choose_schedule(parse_flags(resumed), saved, 5)
+    choose_schedule(parse_flags(resumed), Schedule.from_state(state), 6, 5)
     out = capsys.readouterr().out
     assert "reaches its end after epoch 10" in out and advice in out
-    saved = {**CHECKPOINT, "schedule": Schedule(replace(BASE, type=kind, epochs=10, t_max=10)).state()}
     advised = out.split("Add ")[1].split(" for a curve")[0].split()
-    schedule = choose_schedule(parse_flags([*resumed, *advised]), saved, 5)
+    schedule = choose_schedule(parse_flags([*resumed, *advised]), Schedule.from_state(state), 6, 5)
     rates = [schedule.rate(epoch) for epoch in range(6, 15)]
     assert rates == sorted(rates, reverse=True) and len(set(rates)) == 9
     assert "Warning" not in capsys.readouterr().out
@@ -117,10 +116,17 @@ def test_the_advice_for_a_schedule_that_is_under_way_helps(capsys, kind, advice)
 def test_exponential_takes_a_tenth_over_the_whole_run_also_with_a_config(tmp_path):
     """Rather than in each epoch, the original's defect."""
     (tmp_path / "x.yaml").write_text("epochs: 5\nuse_scheduler: true\nscheduler_type: exponential\n")
-    schedule = choose_schedule(parse_flags(["--config", str(tmp_path / "x.yaml")]), None, 5)
+    schedule = choose_schedule(parse_flags(["--config", str(tmp_path / "x.yaml")]), None, 0, 5)
     assert schedule.rate(5) == pytest.approx(1e-5) and schedule.rate(1) > 6e-5
-    typed = choose_schedule(settings("--scheduler_type", "exponential", "--scheduler_gamma", "0.5"), None, 5)
+    typed = choose_schedule(settings("--scheduler_type", "exponential", "--scheduler_gamma", "0.5"), None, 0, 5)
     assert typed.rate(1) == pytest.approx(5e-5)
+
+
+def test_an_epoch_that_does_not_follow_a_schedule_delays_it():
+    """Self-critical epochs have rates of their own."""
+    schedule, other = Schedule(replace(BASE, type="cosine")), Schedule(replace(BASE, type="cosine"))
+    schedule.rest()
+    assert schedule.rate(3) == other.rate(2) and schedule.rate(4) == other.rate(3)
 
 
 def test_plateau_is_pytorchs():

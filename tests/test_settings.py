@@ -151,6 +151,47 @@ def test_a_hand_written_config_counts_as_typed(tmp_path, capsys):
     assert "did you mean batch_size?" in refused(capsys, "--config", str(file))
 
 
+def test_a_hand_written_config_says_what_to_do(tmp_path, capsys):
+    """The mode, the model and the output were dropped, and something else was trained."""
+    file = tmp_path / "own.yaml"
+    file.write_text("mode: caption\nmodel_path: [RUN]\nimages: [a.jpg]\noutput: x.csv\n")
+    settings = parse_flags(["--config", str(file)])
+    assert (settings.mode, settings.model_path, settings.output) == ("caption", [Path("RUN")], Path("x.csv"))
+    assert parse_flags(["--config", str(file), "--output", "y.csv"]).output == Path("y.csv")
+    file.write_text("resume: nowhere\nquiet: true\n")
+    with pytest.raises(UserError, match="--resume nowhere is not a run directory"):
+        parse_flags(["--config", str(file)])
+    file.write_text("resume: nowhere\nepochs: 3\n")
+    assert "--epochs has no effect with --resume" in refused(capsys, "--config", str(file))
+    file.write_text("config: other.yaml\n")
+    assert "cannot name another" in refused(capsys, "--config", str(file))
+    run = tmp_path / "run_config.json"
+    run.write_text(json.dumps({"mode": "train", "model_path": "old/best.pt", "epochs": 3, "timestamp": "t"}))
+    assert parse_flags(["--config", str(run)]).model_path is None
+    assert "not taken from it: model_path" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text, values",
+    [
+        ("feature_cache: off", {"feature_cache": "off"}),
+        ("features_on_device: on", {"features_on_device": "on"}),
+        ("mode: test\nmodel_path: [x]\nconsensus: off", {"consensus": "off"}),
+        ("seed: 010", "seed.*010 begins with a 0|010 begins with a 0"),
+        ("epochs: 3\nepochs: 4", "epochs is given twice"),
+    ],
+)
+def test_what_yaml_reads_otherwise_than_it_looks(tmp_path, text, values):
+    file = tmp_path / "own.yaml"
+    file.write_text(text)
+    if isinstance(values, str):
+        with pytest.raises(UserError, match=values):
+            parse_flags(["--config", str(file)])
+    else:
+        settings = parse_flags(["--config", str(file)])
+        assert {name: getattr(settings, name) for name in values} == values
+
+
 def test_a_run_config_records_what_was_explicit(tmp_path):
     file = tmp_path / "run_config.json"
     content = {"decoder_type": "attention", "epochs": 10, "batch_size": 64, "timestamp": "t", "command": "python x"}
@@ -192,6 +233,7 @@ def test_tuned_decoding_counts_unless_flags_say_otherwise():
         return int(settings.with_checkpoint(checkpoint, Path("x.pt")).beam_size)
 
     assert beam() == 5 and beam("--beam_size", "2") == 2
+    assert beam("--length_penalty", "0.3") == 5, "each of the two is kept by itself"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="where such a path is only not there")
