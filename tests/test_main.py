@@ -14,6 +14,8 @@ from captioning.batches import BatchMaker
 from captioning.building import note_unused_gpu, warn_of_small_data
 from captioning.checkpoints import load_checkpoint
 from captioning.dataset import build_vocabulary, load_caption_set
+from captioning.runs import read_run
+from captioning.schedules import Schedule, ScheduleSettings
 
 SMALL = "--encoder efficientnet_lite0 --embed_size 16 --hidden_size 16 --num_layers 1 --freq_threshold 1 --epochs 2"
 
@@ -181,3 +183,21 @@ def test_a_model_is_not_tested_on_images_it_was_trained_on(tiny_runs, tiny, tmp_
     (file,) = trained.glob("test_captions_greedy.json")
     assert {row["image_id"] for row in json.loads(file.read_text())} == set(split["test"]["names"])
     assert "from the checkpoint" in capsys.readouterr().out
+
+
+def test_self_critical_epochs_are_compared_by_cider_and_delay_the_schedule(here):
+    """The validation loss, which they do not lower, threw them away; and they used up epochs of the schedule."""
+    flags = ["--best_metric", "val_loss", "--use_scheduler", "--scheduler_type", "cosine", "--scheduler_t_max", "8"]
+    assert run(here, *flags, "--min_lr", "1e-5", "--scst_epochs", "2") == 0
+    first = load_checkpoint(only_run() / "last.pt")
+    rows = first["metrics_history"]
+    best = max((row for row in rows if row["is_best"]), key=lambda row: row["epoch"])
+    assert first["best"] == {"metric": "cider", "epoch": best["epoch"], "score": best["cider"]}
+    assert all(row["cider"] <= best["cider"] for row in rows[2:])
+    assert read_run(only_run()).best["epoch"] == load_checkpoint(only_run() / "best.pt")["epoch"] == best["epoch"]
+    assert run(here, "--model_path", str(only_run() / "last.pt"), *flags[2:5], "--model_save_dir", "more") == 0
+    more = load_checkpoint(only_run("more") / "last.pt")
+    rates = more["loss_curve"]["learning_rates"]
+    cosine = [Schedule(ScheduleSettings(**first["schedule"]["settings"])).rate(epoch) for epoch in (4, 5)]
+    assert rates[4:] == cosine and rates[4] < rates[1]
+    assert (more["flags"]["scheduler_type"], more["flags"]["scheduler_t_max"], more["flags"]["min_lr"]) == ("cosine", 8, 1e-5)

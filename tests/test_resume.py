@@ -281,3 +281,23 @@ def test_freed_memory_is_given_back_while_it_trains(here, monkeypatch):
     monkeypatch.setattr(training_utils, "trim_memory", lambda: calls.append(plain()))
     assert run(here, "whole", "lstm", "--epochs", "1") == 0
     assert len(calls) == 4  # one a step
+
+
+def test_a_run_is_resumed_on_its_own_data_alone(here, monkeypatch, capsys, tmp_path):
+    """It went on with other images, and compared their scores with those of the first."""
+    with monkeypatch.context() as patch:
+        at_step(patch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert run(here, "parts", "lstm") == 143
+    parts = only_run("parts")
+    before = {path.name: path.read_bytes() for path in parts.iterdir()}
+    other = draw_tiny(tmp_path / "other")
+    for path in (other / "Images").iterdir():
+        path.rename(path.with_name("my_" + path.name))
+    captions = (other / "captions.txt").read_text()
+    (other / "captions.txt").write_text(captions.replace("\np", "\nmy_p"))
+    assert trainer.main(["--resume", str(parts), "--data_dir", str(other)]) == 2
+    error = capsys.readouterr().err
+    assert "lacks 18 of the 18 training and validation images" in error and f"--init_from {parts / 'last.pt'}" in error
+    assert before == {path.name: path.read_bytes() for path in parts.iterdir()}
+    shutil.copytree(here / "tiny", tmp_path / "moved")
+    assert trainer.main(["--resume", str(parts), "--data_dir", str(tmp_path / "moved")]) == 0
