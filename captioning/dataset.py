@@ -7,6 +7,7 @@ arrays, without a Python object per caption.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import itertools
@@ -29,7 +30,7 @@ from captioning.layouts import (
     find_image_directory,
     read_captions,
 )
-from captioning.splits import StoredSplit, find_splits, require_splits
+from captioning.splits import StoredSplit, equal_files, find_splits, require_splits
 
 PAD, SOS, EOS, UNK = range(4)
 SPECIAL_TOKENS = ["<PAD>", "<SOS>", "<EOS>", "<UNK>"]
@@ -304,6 +305,7 @@ def load_caption_set(
     if long:
         notes.append(f"{long} caption(s) of more than {LONG_CAPTION} words: training reads --max_length words of each")
     search = [place for place in (data_dir, captions_path.parent) if place is not None]
-    sizes = [(directory / name).stat().st_size for name in names] if stored else [0] * len(names)
-    splits, source = find_splits(search, names, sizes, seed, stored, notes)
+    sizes = [(directory / name).stat().st_size for name in names]
+    copies = functools.cache(lambda: equal_files(directory, names, sizes))
+    splits, source = find_splits(search, names, sizes, seed, stored, notes, copies)
     return CaptionSet(directory, names, first_caption, tokens, splits, source, captions_path, notes)

@@ -306,14 +306,15 @@ def csv_rows(path: Path, text: str) -> Iterator[tuple[int, str, str]]:
 
 
 def split_lists(place: Path) -> tuple[dict[str, list[str]], str] | None:
-    """Return the image names of each split from the lists in `place`, and their source; None without lists."""
+    """Return the image names of each split that has a list in `place`, and their source; None without lists."""
     for files in SPLIT_LISTS:
-        if all((place / name).is_file() for name in files):
+        there = {split: name for split, name in zip(SPLITS, files, strict=True) if (place / name).is_file()}
+        if there:
             lists = {
                 split: [line.strip() for line in read_text(place / name).split("\n") if line.strip()]
-                for split, name in zip(SPLITS, files, strict=True)
+                for split, name in there.items()
             }
-            return lists, f"{', '.join(files)} in {place}"
+            return lists, f"{', '.join(there.values())} in {place}"
     return None
 
 

@@ -10,13 +10,14 @@ one was trained on from.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
-from captioning.io import CONTROL_CHARACTERS, UserError, log, printable
+from captioning.io import CONTROL_CHARACTERS, UserError, log, printable, sha256
 from captioning.layouts import SPLITS, karpathy_split, split_lists
 
 COCO_HELD_OUT = 5000  # validation and test images of COCO, as many as Karpathy's split has
@@ -29,7 +30,7 @@ StoredSplit = dict[str, Part]
 
 def find_splits(
     places: Sequence[Path], names: Sequence[str], sizes: Sequence[int], seed: int, stored: StoredSplit | None,
-    notes: list[str],
+    notes: list[str], copies: Callable[[], list[list[str]]] = list,
 ) -> tuple[dict[str, np.ndarray], str]:  # fmt: skip
     """Split images: as a checkpoint has them, else by the data set's own lists, else at random.
 
@@ -38,24 +39,33 @@ def find_splits(
         names, sizes: of all captioned images; bytes of their files.
         stored: the split in a checkpoint. It rules wherever it knows an image.
         notes: receives what was left out and why.
+        copies: returns groups of images whose files are equal.
 
     Returns:
         positions (int64, sorted) by split, and where they come from.
 
     Raises:
-        UserError: a list names an image twice, or a split is empty.
+        UserError: a list names an image twice, or no image trains or validates.
     """
-    lists, source = (None, "") if stored is None else stored_lists(stored, names, sizes, notes)
+    known, is_own = (None, False) if stored is None else stored_lists(stored, names, sizes, notes)
     listed = listed_split(places)
-    if lists is None:
-        lists, source = listed or drawn_split(names, seed)
-    elif listed:
-        owners = [{name: part for part in SPLITS for name in each[part]} for each in (lists, listed[0])]
+    if listed:
+        listed = complete_lists({s: match_names(part, names) for s, part in listed[0].items()}, names, seed, notes), listed[1]
+    if known and is_own:
+        lists, source = known, "the checkpoint"
+        owners = [{name: part for part in SPLITS for name in each[part]} for each in (known, listed[0] if listed else known)]
         moved = [name for name, part in owners[1].items() if owners[0].get(name, part) != part]
-        if moved:
+        if moved and listed:
             notes.append(
                 f"{len(moved)} image(s) are in another split in {listed[1]} ({few(moved)}): the checkpoint's split rules"
             )
+    else:
+        lists, source = listed or drawn_split(names, seed, copies())
+        if known:  # images of the checkpoint among others keep their part
+            held = {name for part in known.values() for name in part}.intersection(names)
+            lists = {s: [n for n in lists[s] if n not in held] + [n for n in known[s] if n in held] for s in SPLITS}
+            source += f", {len(held)} image(s) as in the checkpoint"
+        leave_training(lists, copies(), notes)
     position = {name: number for number, name in enumerate(names)}
     owner: dict[str, str] = {}
     for split in SPLITS:
@@ -78,13 +88,71 @@ def find_splits(
     return splits, source
 
 
+def match_names(entries: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Return the images that the entries of a list mean, which may have a folder or no ending; others as they are."""
+    known = set(names)
+    by_stem = {PurePosixPath(name).stem: name for name in names}
+    found = []
+    for entry in entries:
+        base = entry.replace("\\", "/").rpartition("/")[2]
+        found.append(next((each for each in (entry, base, by_stem.get(base)) if each in known), entry))
+    return found
+
+
+def complete_lists(
+    listed: Mapping[str, Sequence[str]], names: Sequence[str], seed: int, notes: list[str]
+) -> dict[str, list[str]]:
+    """Add the lists that a data set lacks, and note how.
+
+    A missing training list is all images that no list holds out, a missing validation list a tenth of the training
+    list, drawn; a missing test list has no images.
+    """
+    lists = {split: list(part) for split, part in listed.items()}
+    if "train" not in lists:
+        held = {name for part in lists.values() for name in part}
+        lists["train"] = [name for name in names if name not in held]
+        notes.append("there is no list of training images: all that no other list names train")
+    if "val" not in lists:
+        pool = np.random.default_rng(seed).permutation(lists["train"]).tolist()
+        count = max(1, round(0.1 * len(pool)))
+        lists |= {"val": pool[:count], "train": pool[count:]}
+        notes.append(f"there is no list of validation images: {count} of the training list, drawn with --seed {seed}")
+    if "test" not in lists:
+        lists["test"] = []
+        notes.append("there is no list of test images: none are tested")
+    return lists
+
+
+def leave_training(lists: dict[str, list[str]], copies: Sequence[Sequence[str]], notes: list[str]) -> None:
+    """Take training images out of their list whose files are equal to those of a held-out image."""
+    held_out, train = {*lists["val"], *lists["test"]}, set(lists["train"])
+    leaking = {name for group in copies if held_out.intersection(group) for name in group if name in train}
+    if leaking:
+        notes.append(f"{len(leaking)} training image(s) are copies of validation or test images, left out: {few(leaking)}")
+        lists["train"] = [name for name in lists["train"] if name not in leaking]
+
+
+def equal_files(folder: Path, names: Sequence[str], sizes: Sequence[int]) -> list[list[str]]:
+    """Return groups of images whose files are equal, byte for byte; only files of one size are read."""
+    by_size, groups = defaultdict(list), defaultdict(list)
+    for name, size in zip(names, sizes, strict=True):
+        by_size[size].append(name)
+    for size, alike in by_size.items():
+        beginnings = defaultdict(list)  # most files of one size differ early
+        for name in alike if len(alike) > 1 else ():
+            with open(folder / name, "rb") as file:
+                beginnings[file.read(4096)].append(name)
+        for same in beginnings.values():
+            for name in same if len(same) > 1 else ():
+                groups[size, sha256(folder / name)].append(name)
+    return [group for group in groups.values() if len(group) > 1]
+
+
 def require_splits(splits: Mapping[str, np.ndarray], source: str) -> None:
-    """Raise UserError if a split has no image."""
-    for split, images in splits.items():
-        if len(images) == 0:
-            raise UserError(
-                f"the {split} split has no images ({source}): training needs at least one image in each split"
-            )
+    """Raise UserError if no image trains or validates."""
+    for split in ("train", "val"):
+        if len(splits[split]) == 0:
+            raise UserError(f"the {split} split has no images ({source}): training needs at least one")
 
 
 def listed_split(places: Sequence[Path]) -> tuple[dict[str, list[str]], str] | None:
@@ -95,8 +163,14 @@ def listed_split(places: Sequence[Path]) -> tuple[dict[str, list[str]], str] | N
     return None
 
 
-def drawn_split(names: Sequence[str], seed: int) -> tuple[dict[str, list[str]], str]:
-    """Draw 80/10/10 % of the images; of COCO 5,000 each of val2014, whose other images train."""
+def drawn_split(
+    names: Sequence[str], seed: int, copies: Sequence[Sequence[str]] = ()
+) -> tuple[dict[str, list[str]], str]:
+    """Draw 80/10/10 % of the images; of COCO 5,000 each of val2014, whose other images train.
+
+    Args:
+        copies: groups of images that stay in one part.
+    """
     shuffled = [names[i] for i in np.random.default_rng(seed).permutation(len(names))]
     held_out_from = [name for name in shuffled if name.startswith("val2014/")]
     if held_out_from:
@@ -108,34 +182,41 @@ def drawn_split(names: Sequence[str], seed: int) -> tuple[dict[str, list[str]], 
         )
     held = max(1, round(0.1 * len(names)))
     lists = {"train": shuffled[2 * held :], "val": shuffled[:held], "test": shuffled[held : 2 * held]}
+    for group in copies:
+        part = next(split for split, drawn in lists.items() if group[0] in drawn)
+        others = {split: [name for name in drawn if name not in group[1:]] for split, drawn in lists.items()}
+        lists = others | {part: others[part] + list(group[1:])}
     return lists, f"drawn by image with --seed {seed}: 80 % / 10 % / 10 %"
 
 
 def stored_lists(
     stored: StoredSplit, names: Sequence[str], sizes: Sequence[int], notes: list[str]
-) -> tuple[dict[str, list[str]] | None, str]:
-    """Apply a checkpoint's split to a data set; None where the set has none of the checkpoint's images.
+) -> tuple[dict[str, list[str]] | None, bool]:
+    """Apply a checkpoint's split to a data set.
 
     An image is known by name and size, since many folders have an `IMG_1.jpg`. Where nearly all names are known
     (`same_names`), the set is the checkpoint's own, and files of other sizes are its images encoded anew.
+
+    Returns:
+        the names of each part (None where the set has none of the checkpoint's images), and whether the set is the
+        checkpoint's own.
     """
     known_sizes = {name: size for split in SPLITS for name, size, _ in keys(stored[split])}
     named = [(name, size) for name, size in zip(names, sizes, strict=True) if name in known_sizes]
     changed = {name for name, size in named if known_sizes[name] != size}
-    if not same_names(known_sizes, names):
+    is_own = same_names(known_sizes, names)
+    if not is_own:
         known_sizes = {name: size for name, size in known_sizes.items() if name not in changed}
         if len(changed) == len(named):
             if named:
                 notes.append(
                     f"{len(named)} image(s) have names of the checkpoint's images, but other contents: {few(changed)}"
                 )
-            return None, ""
+            return None, False
     elif changed:
         notes.append(f"{len(changed)} image(s) have another size than at training: {few(changed)}")
     lists = {split: [name for name in stored[split]["names"] if name in known_sizes] for split in SPLITS}
-    if not {*lists["val"], *lists["test"]} & set(names):
-        return None, ""
-    return lists, "the checkpoint"
+    return lists, is_own
 
 
 def same_names(known: Collection[str], names: Collection[str]) -> bool:
