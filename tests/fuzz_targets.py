@@ -1,6 +1,6 @@
 """What strangers' files are fuzzed with: for each reader a strategy of inputs, and what has to hold of each input.
 
-`test_fuzz.py` tries some of them in each run of the tests, `benchmarks/fuzz.py` as many as one likes. A target
+`test_fuzz.py` tries some of them in each run of the tests, `benchmarks/stress.py` as many as one likes. A target
 returns whether its input was accepted, raises AssertionError where something was let in that should not be,
 and whatever else it raises is a crash.
 """
@@ -21,37 +21,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from fuzz_data import (
-    archive,
-    archives,
-    caption_files,
-    captions,
-    run_directory,
-    run_trees,
-    split_files,
-    split_names,
-    splits,
-    stored_split,
-    stored_split_file,
-    stored_splits,
-)
+from fuzz_data import caption_files, captions, split_files, split_names, splits, stored_split
 from fuzz_inputs import Target, altered, mutated, names, refuses, values
 from hypothesis import strategies as st
 from PIL import Image
 
 from captioning import encoders
-from captioning.checkpoints import (
-    SCHEMA,
-    load_checkpoint,
-    load_weights,
-    require_trainable,
-    save_checkpoint,
-    tuned_decoding,
-)
+from captioning.checkpoints import SCHEMA, load_checkpoint, load_weights, require_trainable, save_checkpoint
 from captioning.dataset import Vocabulary
 from captioning.decoders import build_decoder
 from captioning.encoders import find_encoder
-from captioning.feature_store import RECORD, FeatureFile, name_hash, version_of
 from captioning.flags import FLAGS
 from captioning.images import UnreadableImage, open_image
 from captioning.io import CONTROL_CHARACTERS, UserError
@@ -96,7 +75,7 @@ def picture(value: bytes, folder: Path) -> bool:
 
 
 # --------------------------------------------------------------------------------------------------
-# Checkpoints and caches
+# Checkpoints, exported models, encoder weights
 
 
 @cache
@@ -133,25 +112,6 @@ def checkpoint_records() -> dict[str, bytes]:
     torch.save(sound_checkpoint(), buffer)
     with zipfile.ZipFile(buffer) as records:
         return {name: records.read(name) for name in records.namelist()}
-
-
-@st.composite
-def tunings(draw: st.DrawFn) -> bytes:
-    sound = {"epoch": 1, "beam_size": 5, "length_penalty": 0.7, "cider": 0.5, "images": 10}
-    raw = json.dumps(draw(altered(sound)) if draw(st.booleans()) else sound).encode("utf-8", "surrogatepass")
-    return draw(mutated(raw, 1))
-
-
-def tuned_checkpoint(value: bytes, folder: Path) -> bool:
-    """`decoding.json`, which `--mode tune` leaves beside a checkpoint."""
-    (folder / "decoding.json").write_bytes(value)
-    tuned = refuses(lambda: tuned_decoding(folder / "best.pt", 1))
-    if tuned is None:
-        return False
-    checkpoint = sound_checkpoint() | {"decoding": tuned}
-    settings = parse_flags(["--mode", "test", "--model_path", "x"]).with_checkpoint(checkpoint, folder)
-    assert 1 <= settings.beam_size <= 1000 and 0 <= settings.length_penalty <= 100
-    return True
 
 
 def zipped(records: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
@@ -273,30 +233,6 @@ def fill_decoder(checkpoint: dict[str, Any], path: Path) -> torch.nn.Module:
     return decoder
 
 
-@st.composite
-def cache_indices(draw: st.DrawFn) -> tuple[bytes, int]:
-    sound = [(name_hash(Path(f"{i}.jpg")), 100, 10**18, 5, 7) for i in range(draw(st.integers(0, 4)))]
-    return draw(mutated(np.array(sound, RECORD).tobytes(), 2)), draw(st.integers(0, 60))
-
-
-def cache_index(value: tuple[bytes, int], folder: Path) -> bool:
-    """A record that fits no image is as good as none."""
-    index, size = value
-    (folder / "grids.u8.index").write_bytes(index)
-    (folder / "grids.u8").write_bytes(bytes(size))
-    file = FeatureFile(folder / "grids.u8", (2, 6))
-    assert all(file.map()[row].shape == (2, 6) for row in file.rows.values())
-    image = folder / "0.jpg"
-    image.write_bytes(bytes(100))
-    assert file.find(image) is None  # whose CRC-32 is another
-    file.put(image, version_of(image), len(file.records), np.ones((2, 6), np.uint8))
-    file.flush()
-    again = FeatureFile(folder / "grids.u8", (2, 6))
-    row = again.find(image)
-    assert row is not None and (again.map()[row] == 1).all() and file.rows.keys() <= again.rows.keys()
-    return bool(file.rows)
-
-
 # --------------------------------------------------------------------------------------------------
 # --config and run_config.json
 
@@ -397,16 +333,11 @@ def upload(value: tuple[str, list[bytes]], folder: Path) -> bool:
 TARGETS = {
     "captions file": Target(caption_files(), captions),
     "split lists": Target(split_files(), splits),
-    "stored split": Target(stored_splits(), stored_split_file),
     "picture": Target(st.sampled_from(range(9)).flatmap(lambda i: mutated(pictures()[i])), picture),
-    "archive": Target(archives(), archive),
     "checkpoint bytes": Target(checkpoint_files(), checkpoint_bytes),
     "checkpoint fields": Target(st.builds(sound_checkpoint).flatmap(altered), checkpoint_fields),
-    "tuned decoding": Target(tunings(), tuned_checkpoint),
     "encoder weights": Target(st.booleans().flatmap(lambda old: mutated(tensor_file(old), 3)), encoder_weights),
     "exported model": Target(exported_models(), exported_model),
-    "cache index": Target(cache_indices(), cache_index),
-    "run directory": Target(run_trees(), run_directory),
     "file of flags": Target(config_files(), config),
 }
 if "serve" in globals():
