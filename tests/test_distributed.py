@@ -21,7 +21,6 @@ import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 import training_utils
 from captioning import distributed
 from captioning.feature_store import RECORD
-from captioning.io import UserError
 from training_utils import StopRequest
 
 SCRIPT = Path(trainer.__file__)
@@ -257,10 +256,3 @@ def test_a_signal_that_torchrun_passes_on_is_no_second_one(monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(1)
-
-
-def test_without_torchrun_one_process_has_all():
-    assert distributed.shard([1, 2, 3]) == distributed.gather([1, 2, 3]) == [1, 2, 3]
-    assert distributed.total(1, 2.5) == [1.0, 2.5] and distributed.is_first() and distributed.size() == 1
-    with pytest.raises(UserError, match="no weights"):
-        distributed.from_first(lambda: (_ for _ in ()).throw(UserError("no weights")))

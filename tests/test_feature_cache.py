@@ -14,10 +14,10 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
-from captioning import images, registry
+from captioning import images
 from captioning.encoders import Encoder, EncoderSpec, find_encoder
 from captioning.feature_store import RECORD, name_hash
-from captioning.features import DeviceFeatures, FeatureRequest, fits_on, open_features
+from captioning.features import DeviceFeatures, FeatureRequest, open_features
 from captioning.images import open_image
 from captioning.io import UserError
 from captioning.openvino_form import openvino_form
@@ -264,28 +264,8 @@ def test_a_complete_cache_on_a_read_only_disk_serves(tmp_path, paths, monkeypatc
         features(tmp_path, paths, Counting(), cache="other")
 
 
-def test_all_views_together_take_at_most_half_of_the_device(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 1000))
-    device = torch.device("cuda")
-    assert fits_on(device, 500) and not fits_on(device, 6 * 100)
-
-
 def test_the_version_of_each_image_is_known(tmp_path, paths):
     found = [features(tmp_path, paths, Counting(), needed=[1, 4], cache=cache) for cache in ("cache", None)]
     for each in found:
         assert each.versions[1].tolist() == [paths[1].stat().st_size, zlib.crc32(paths[1].read_bytes())]
         assert each.versions[0].tolist() == [-1, -1]
-
-
-def test_the_encoders_say_what_they_are():
-    specs = {name: find_encoder(name) for name in registry.ENCODERS}
-    said = {name: (spec.network, spec.family, spec.regions, spec.transform) for name, spec in specs.items()}
-    assert said == {
-        "resnet50": ("resnet50", "resnet", 49, "squash224"),
-        "resnet101": ("resnet101", "resnet", 49, "squash224"),
-        "resnet152": ("resnet152", "resnet", 49, "squash224"),
-        "convnext_base": ("convnext_base", "convnext_base", 49, "squash224"),
-        "efficientnet_lite0": ("efficientnet_lite0", "efficientnet_lite0", 49, "squash224"),
-        "efficientnet_lite2": ("efficientnet_lite2", "efficientnet_lite2", 64, "squash256"),
-    }
-    assert all(spec.name == name for name, spec in specs.items())

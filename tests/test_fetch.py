@@ -34,12 +34,6 @@ def fetched(url: str, folder: Path, body: bytes | None = BODY, limit: int = 40_0
 # Transfers
 
 
-def test_plain_download(server, tmp_path):
-    server.routes["/a"] = serve(BODY)
-    assert fetched(server.url("/a"), tmp_path) == BODY
-    assert [path.name for path in tmp_path.iterdir()] == ["file.bin"]
-
-
 def test_a_file_placed_by_hand_is_used(server, tmp_path):
     (tmp_path / "file.bin").write_bytes(BODY)
     fetched(server.url("/a"), tmp_path)
@@ -119,13 +113,6 @@ def test_a_redirect_to_another_scheme_or_to_no_address_ends_with_a_line(server, 
         with pytest.raises(DownloadError, match=message):
             fetched(server.url("/a"), tmp_path)
         assert list(tmp_path.iterdir()) == []
-
-
-def test_the_environments_proxy_is_asked(server, tmp_path, monkeypatch):
-    monkeypatch.setenv("HTTPS_PROXY", server.url(""))
-    with pytest.raises(DownloadError, match="the connection failed"):
-        fetched("https://example.invalid/a", tmp_path)
-    assert ("example.invalid:443", None) in server.requests
 
 
 # --------------------------------------------------------------------------------------------------

@@ -430,6 +430,7 @@ def test_every_encoder_of_torchvisions_knows_its_files_and_its_normalisation():
         assert spec.mean == pytest.approx([255 * value for value in transforms.mean])
         assert spec.std == pytest.approx([255 * value for value in transforms.std])
         assert transforms.crop_size == [spec.image_size]
+    assert find_encoder("resnet50").family == find_encoder("resnet101").family == "resnet"  # in names of directories
 
 
 def test_packaged_weights_say_how_to_get_them(monkeypatch):
