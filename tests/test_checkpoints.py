@@ -24,7 +24,7 @@ def epoch_of(path: Path) -> int:
 
 
 def test_the_newest_epochs_stay_and_nothing_else_is_ever_deleted(tmp_path):
-    """Names that only look like epochs were deleted, or ended training."""
+    """Neither files whose names only look like epochs nor epochs of another run."""
     others = {
         "model_epoch_mine_1.pt",
         "model_epoch_good.pt",
@@ -57,7 +57,7 @@ def test_all_epochs_stay_without_a_number(tmp_path):
 
 
 def test_a_first_checkpoint_that_nobody_could_read_stops_the_run(tmp_path):
-    """A line break in --data_dir: all epochs were trained before anybody noticed."""
+    """Before an epoch is trained: here --data_dir has a line break."""
     checkpoint = copy.deepcopy(sound_checkpoint())
     checkpoint["flags"]["data_dir"] = "a\nb"
     with pytest.raises(UserError, match="flags.data_dir is a str where a value that --data_dir takes belongs"):
@@ -85,7 +85,7 @@ def test_a_flag_that_came_after_a_checkpoint_has_its_default(tmp_path):
 
 
 def test_a_path_in_a_checkpoint_is_not_followed(tmp_path, monkeypatch):
-    """Whoever wrote the file would choose what is opened, here or on a server."""
+    """Else the author of a checkpoint could have any file opened."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     (tmp_path / "mine.pth").write_text("weights")

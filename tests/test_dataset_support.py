@@ -128,22 +128,6 @@ def test_lines_are_counted_over_blank_ones_and_captions_of_several_lines(tmp_pat
         read_captions(tmp_path / name)
 
 
-@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="their file names are always Unicode")
-def test_file_names_that_are_not_utf_8(tiny):
-    name = os.fsencode(tiny / "Images") + b"/caf\xe9.jpg"
-    Path(os.fsdecode(name)).write_bytes((tiny / "Images" / "p00.jpg").read_bytes())
-    data = load_caption_set(tiny)
-    assert data.notes == ["1 image(s) without captions, left out"] and len(data.names) == 20
-    rows = (tiny / "captions.txt").read_bytes()
-    (tiny / "captions.txt").write_bytes(rows + b"caf\xe9.jpg,A cup .\n")
-    with pytest.raises(UserError, match="line 42: not utf-8 text; .*iconv"):
-        load_caption_set(tiny)
-    document = {"images": [{"filename": "caf\udce9.jpg", "split": "train", "sentences": [{"raw": "a cup"}]}]}
-    (tiny / "dataset.json").write_text(json.dumps(document))
-    with pytest.raises(UserError, match=r"'caf.udce9.jpg' has a line break or another control character"):
-        read_captions(tiny / "dataset.json")
-
-
 @pytest.mark.parametrize("script", ["test_lr_scheduling.py", "test_dataset_support.py", "test_unique_directories.py"])
 def test_without_pytest_the_scripts_say_how_to_install_it(tmp_path, script):
     (tmp_path / "pytest.py").write_text("raise ModuleNotFoundError('No module named pytest', name='pytest')")

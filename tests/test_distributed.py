@@ -170,7 +170,7 @@ def workers(launcher: int) -> list[int]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks ps for a process's children as Linux has it")
 def test_killed_then_stopped_together_and_resumed_alone(place, monkeypatch):
-    """Processes that torchrun starts anew begin no second run; the first one goes on from where two stood."""
+    """Processes that torchrun restarts end; the run is then resumed by two processes, stopped, and resumed by one."""
     flags = [*TRAIN, "--epochs", "300", "--drop_prob", "0", "--keep_checkpoints", "400"]
     process = torchrun(place, *flags, "--checkpoint_minutes", "0.0001", "--model_save_dir", "parts")
     wait_for(lambda: saved_epochs(place / "parts") >= 2, process)
@@ -208,7 +208,7 @@ def test_processes_with_other_flags_are_refused(place):
 
 
 def test_machines_without_a_shared_cache_are_refused(place):
-    """As on two machines: the second process stands elsewhere, where the relative --feature_cache is another folder."""
+    """The working directory of the second process differs, so its relative --feature_cache is another folder."""
     elsewhere = place / "elsewhere"
     elsewhere.mkdir()
     places = {"data_dir": place / "tiny", "model_save_dir": place / "apart", "feature_cache": "own"}
@@ -218,7 +218,7 @@ def test_machines_without_a_shared_cache_are_refused(place):
 
 
 def test_machines_with_another_data_set_are_refused(place):
-    """The second process stands where the relative --data_dir has other captions."""
+    """The working directory of the second process differs, and its relative --data_dir has other captions."""
     other = place / "other"
     other.mkdir()
     captions = draw_tiny(other / "tiny") / "captions.txt"

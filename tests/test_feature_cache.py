@@ -110,7 +110,7 @@ def test_a_changed_image_is_encoded_again_and_only_that(tmp_path, paths):
 
 
 def test_openvino_gives_pytorchs_features_and_opens_no_socket(monkeypatch):
-    """In float32, and the same to the bit in batches of any size and from several threads."""
+    """They are float32, and the same bits in batches of any size and from several threads."""
     called = []
     monkeypatch.setattr(socket.socket, "connect", lambda *where: called.append(where))
     monkeypatch.setattr(socket, "getaddrinfo", lambda *where: called.append(where))
@@ -191,7 +191,7 @@ def test_a_touched_or_copied_image_is_known_by_its_bytes(tmp_path, paths):
 
 @pytest.mark.parametrize("index_bytes, rows", [(-20, 6), (-20, 5.5), (None, 2.5), (0, 6), (None, 0)])
 def test_killed_encoding_goes_on_where_it_was(tmp_path, paths, index_bytes, rows):
-    """The last record or row is torn; a record without its row names nothing."""
+    """The last record or row is incomplete; a record without its row is ignored."""
     build = Counting()
     whole = features(tmp_path, paths, build).gather(np.arange(6))
     (data,), (index,) = ((tmp_path / "cache").rglob(name) for name in ("*.u8", "*.index"))

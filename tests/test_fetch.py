@@ -149,7 +149,7 @@ def test_sound_archives_are_unpacked_without_macos_leftovers(tmp_path, kind):
 @pytest.mark.parametrize("name", ["../evil", "a/../../evil", "/evil", "\\\\server\\evil", "..\\evil", "C:/evil"])
 @pytest.mark.parametrize("kind", ["zip", "tar"])
 def test_nothing_is_written_outside(tmp_path, kind, name):
-    """Whether the archive is refused or the name made harmless, which is the libraries' choice."""
+    """zipfile and tarfile decide whether to refuse the archive or to make the name harmless."""
     (tmp_path / "x").write_bytes(packed(kind, "good", name))
     (tmp_path / "sub").mkdir()
     with contextlib.suppress(BadArchive):

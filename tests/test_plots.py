@@ -166,15 +166,3 @@ def test_gallery_takes_empty_and_odd_texts():
     odd = [sample(caption="", references=[]), sample(caption="costs $5 or $6_x", name="y" * 200)]
     figure = plots.captions_figure(odd)
     assert "(no words)" in texts(figure) and "$5 or $6_x" in texts(figure).replace("\n", " ")
-
-
-def test_wrap_keeps_the_lines_it_may_and_says_where_it_cut():
-    assert plots.wrap("a dog", 5, 10, lines=1) == ["a dog"]
-    cut = plots.wrap("word " * 100, 2, 10, lines=3)
-    assert len(cut) == 3 and cut[-1].endswith("…") and not cut[0].endswith("…")
-    (name,) = plots.wrap("x" * 300, 2, 10, lines=1)
-    assert name.startswith("xxx") and name.endswith("…")
-    for text in ("W" * 200, "WWWW iiii " * 20, "a man and a dog " * 9):
-        lines = plots.wrap(text, 2, 10, lines=50, bold=True)
-        assert max(plots.text_width(line, 10, bold=True) for line in lines) <= 2
-        assert "".join(lines).replace(" ", "") == text.replace(" ", "")

