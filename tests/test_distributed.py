@@ -202,7 +202,7 @@ def test_processes_with_other_flags_are_refused(place):
     flags = [*TRAIN, "--model_save_dir", "otherwise"]
     first, second = by_hand([place, place], [*flags, "--drop_prob", "0.2"], [*flags, "--drop_prob", "0.4"])
     assert (first.returncode, second.returncode) == (2, 2) and "Traceback" not in first.stderr + second.stderr
-    assert (first.stderr + second.stderr).count("error: ") == 1
+    assert first.stderr.count("error: ") == 1 >= second.stderr.count("error: ")  # if the first was gone already
     assert "error: the processes disagree on --drop_prob: '0.2' in rank 0, '0.4' in rank 1" in first.stderr
     assert not (place / "otherwise").exists()
 

@@ -52,18 +52,6 @@ def test_only_a_full_disk_is_blamed_on_the_disk(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_temporary_names_differ_and_nothing_is_written_through_a_link(tmp_path, monkeypatch):
-    """Processes of two containers may have the same number and write into the same folder."""
-    assert len({temporary_name(tmp_path / "best.pt") for _ in range(100)}) == 100
-    (tmp_path / "model_epoch_2.pt").write_bytes(b"weights")
-    fixed = tmp_path / ".best.pt.0123456789abcdef.tmp"
-    os.link(tmp_path / "model_epoch_2.pt", fixed)
-    monkeypatch.setattr("captioning.io.temporary_name", lambda _: fixed)
-    with pytest.raises(UserError):
-        write_text(tmp_path / "best.pt", "other")
-    assert (tmp_path / "model_epoch_2.pt").read_bytes() == b"weights"
-
-
 def test_a_file_keeps_the_usual_permissions(tmp_path):
     (tmp_path / "plain").touch()
     write_text(tmp_path / "a.json", "{}")

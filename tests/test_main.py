@@ -88,9 +88,9 @@ def test_training_is_reproducible_bit_for_bit_also_when_it_trains_on(here, tiny_
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_dry_run_without_a_cache_leaves_nothing(here, capsys):
-    """That of `lstm` is in tests/test_package.py."""
-    assert run(here, "--decoder", "attention", "--feature_cache", "off", "--dry_run", "--device", "cpu") == 0
+@pytest.mark.parametrize("decoder", ("lstm", "attention"))
+def test_a_dry_run_without_a_cache_leaves_nothing(here, capsys, decoder):
+    assert run(here, "--decoder", decoder, "--feature_cache", "off", "--dry_run", "--device", "cpu") == 0
     assert "files of the dry run are deleted" in capsys.readouterr().out
     assert not list(Path().rglob("*.pt")) and not Path("feature_cache").exists()
 

@@ -118,8 +118,6 @@ def test_samples_follow_the_decoders_distribution(kind):
 def test_the_nucleus_keeps_the_likeliest_words():
     decoder = small("lstm", 40)
     drawn = sample(decoder, torch.randn(5, 8), 3, 6, top_p=1e-6)
-    greedy = [found[0].ids for found in beam_search([(decoder, torch.zeros(1, 8))], 1, 6)]
-    assert len(greedy) == 1
     rows = drawn.words.reshape(5, 3, -1)
     assert (rows == rows[:, :1]).all()  # one word has it all: the three samples are the greedy caption
 

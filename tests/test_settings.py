@@ -143,15 +143,19 @@ def test_a_run_config_records_what_was_explicit(tmp_path):
 
 
 def test_a_checkpoint_decides_and_only_explicit_flags_contradict_it(tmp_path):
-    first = parse_flags(["--decoder", "attention", "--batch_size", "64", "--weight_decay", "0.05"])
+    words = ["--decoder", "attention", "--encoder", "efficientnet_lite0", "--batch_size", "64", "--weight_decay", "0.05"]
+    first = parse_flags(words)
     checkpoint = {"flags": first.stored() | {"precision": "fp32"}, "consensus": None, "decoding": None}
     source = Path("x.pt")
     later = parse_flags(["--model_path", "x.pt", "--batch_size", "32"]).with_checkpoint(checkpoint, source)
     assert (later.decoder, later.batch_size, later.weight_decay) == ("attention", 32, 0.05)
-    with pytest.raises(UserError, match="--hidden_size 99 contradicts x.pt"):
-        parse_flags(["--model_path", "x.pt", "--hidden_size", "99"]).with_checkpoint(checkpoint, source)
-    with pytest.raises(UserError, match="--num_heads has no effect with x.pt, whose decoder is attention"):
-        parse_flags(["--model_path", "x.pt", "--num_heads", "4"]).with_checkpoint(checkpoint, source)
+    for flag, message in (
+        ("--hidden_size 99", "--hidden_size 99 contradicts x.pt"),
+        ("--num_heads 4", "--num_heads has no effect with x.pt, whose decoder is attention"),
+        ("--resnet_weights a.pth", "--resnet_weights has no effect with x.pt, whose encoder is efficientnet_lite0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parse_flags(["--model_path", "x.pt", *flag.split()]).with_checkpoint(checkpoint, source)
 
 
 def test_a_decoder_has_defaults_of_its_own(tmp_path):

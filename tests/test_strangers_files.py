@@ -6,15 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from fuzz_targets import checkpoint_records, encoded, sound_checkpoint, zipped
-from PIL import Image
-from run_files import png_of
+from fuzz_targets import checkpoint_records, sound_checkpoint, zipped
 from safetensors.torch import save
 
 from captioning.checkpoints import load_checkpoint
 from captioning.dataset import load_caption_set, tokenize_cached
 from captioning.encoders import load_weights
-from captioning.images import UnreadableImage, open_image
 from captioning.io import UserError
 from captioning.layouts import read_captions
 from captioning.registry import LIMITS
@@ -114,21 +111,6 @@ def test_duplicates_and_long_captions_are_counted(tiny):
     assert "1 caption(s) that their image has already, kept" in data.notes
     assert any(note.startswith("1 caption(s) of more than 100 words") for note in data.notes)
     assert len(data.references(0)) == 4 and len(data.references(1)[2].split()) == 10_000
-
-
-# --------------------------------------------------------------------------------------------------
-# Pictures
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"a text", png_of(60_000, 60_000), encoded(Image.new("RGB", (64, 64)), "JPEG")[:-200], b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"],
-    ids=["empty", "text", "bomb", "truncated", "postscript"],
-)  # fmt: skip
-def test_pictures_that_are_none(tmp_path, content):
-    (tmp_path / "a.jpg").write_bytes(content)
-    with pytest.raises(UnreadableImage, match="a.jpg"):
-        open_image(tmp_path / "a.jpg", at_least=8)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -288,7 +270,7 @@ def test_a_damaged_token_cache_is_made_again(tmp_path):
     tokens = tokenize_cached(texts, tmp_path)
     (path,) = tmp_path.iterdir()
     sound = path.read_bytes()
-    for place in range(0, len(sound), 97):
+    for place in range(0, len(sound), 397):
         path.write_bytes(sound[:place] + bytes([sound[place] ^ 1]) + sound[place + 1 :])
         again = tokenize_cached(texts, tmp_path)
         assert again.words == tokens.words
