@@ -143,8 +143,7 @@ def test_a_run_config_records_what_was_explicit(tmp_path):
 
 
 def test_a_checkpoint_decides_and_only_explicit_flags_contradict_it(tmp_path):
-    words = ["--decoder", "attention", "--encoder", "efficientnet_lite0", "--batch_size", "64", "--weight_decay", "0.05"]
-    first = parse_flags(words)
+    first = parse_flags(["--decoder", "attention", "--encoder", "efficientnet_lite0", "--weight_decay", "0.05"])
     checkpoint = {"flags": first.stored() | {"precision": "fp32"}, "consensus": None, "decoding": None}
     source = Path("x.pt")
     later = parse_flags(["--model_path", "x.pt", "--batch_size", "32"]).with_checkpoint(checkpoint, source)
