@@ -52,18 +52,6 @@ def test_only_a_full_disk_is_blamed_on_the_disk(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_temporary_names_differ_and_nothing_is_written_through_a_link(tmp_path, monkeypatch):
-    """Two containers may have processes of one number in one folder."""
-    assert len({temporary_name(tmp_path / "best.pt") for _ in range(100)}) == 100
-    (tmp_path / "model_epoch_2.pt").write_bytes(b"weights")
-    fixed = tmp_path / ".best.pt.0123456789abcdef.tmp"
-    os.link(tmp_path / "model_epoch_2.pt", fixed)
-    monkeypatch.setattr("captioning.io.temporary_name", lambda _: fixed)
-    with pytest.raises(UserError):
-        write_text(tmp_path / "best.pt", "other")
-    assert (tmp_path / "model_epoch_2.pt").read_bytes() == b"weights"
-
-
 def test_a_file_keeps_the_usual_permissions(tmp_path):
     (tmp_path / "plain").touch()
     write_text(tmp_path / "a.json", "{}")
@@ -150,7 +138,7 @@ def test_a_name_of_many_bytes_can_be_written(tmp_path):
 
 @pytest.mark.parametrize("own, kept", [(None, str(KERNELS)), ("7", "7")])
 def test_kernels_are_limited_before_pytorch_is_imported_unless_the_user_says_how_many(own, kept, tmp_path):
-    """Else oneDNN's cache grows to gigabytes."""
+    """Without a limit oneDNN's cache grows to gigabytes."""
     name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
     (tmp_path / "torch.py").write_text(f"import os\nprint(os.environ.get({name!r}))\nraise SystemExit")
     script = Path(__file__).resolve().parent.parent / "flickr_image_caption_with_pytorch_resnet_lstm.py"

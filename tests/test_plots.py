@@ -133,19 +133,6 @@ def test_gallery_shows_every_sample_with_its_caption_and_two_references():
     assert "dog.jpg" in texts(figure)
 
 
-def test_groups_have_rows_and_titles_of_their_own():
-    groups = ["Best"] * 4 + ["Median"] * 2 + ["Worst"] * 4
-    figure = plots.captions_figure([sample(group=group) for group in groups])
-    tops = [round(axes.get_position().y1, 6) for axes in figure.axes]
-    assert len(set(tops)) == 3 and tops == sorted(tops, reverse=True)
-    assert [tops.count(top) for top in dict.fromkeys(tops)] == [4, 2, 4]
-    titles = {text.get_text(): text.get_position() for text in figure.texts if text.get_text() in groups}
-    assert list(titles) == ["Best", "Median", "Worst"]
-    left = figure.axes[0].get_position().x0
-    for (x, y), top in zip(titles.values(), dict.fromkeys(tops), strict=True):
-        assert x == left and top < y < top + 0.1
-
-
 def test_a_photo_of_another_shape_is_shown_whole():
     tall = Image.new("RGB", (100, 300), "teal")
     tall.paste("red", (0, 0, 100, 5))
@@ -179,15 +166,3 @@ def test_gallery_takes_empty_and_odd_texts():
     odd = [sample(caption="", references=[]), sample(caption="costs $5 or $6_x", name="y" * 200)]
     figure = plots.captions_figure(odd)
     assert "(no words)" in texts(figure) and "$5 or $6_x" in texts(figure).replace("\n", " ")
-
-
-def test_wrap_keeps_the_lines_it_may_and_says_where_it_cut():
-    assert plots.wrap("a dog", 5, 10, lines=1) == ["a dog"]
-    cut = plots.wrap("word " * 100, 2, 10, lines=3)
-    assert len(cut) == 3 and cut[-1].endswith("…") and not cut[0].endswith("…")
-    (name,) = plots.wrap("x" * 300, 2, 10, lines=1)
-    assert name.startswith("xxx") and name.endswith("…")
-    for text in ("W" * 200, "WWWW iiii " * 20, "a man and a dog " * 9):
-        lines = plots.wrap(text, 2, 10, lines=50, bold=True)
-        assert max(plots.text_width(line, 10, bold=True) for line in lines) <= 2
-        assert "".join(lines).replace(" ", "") == text.replace(" ", "")
