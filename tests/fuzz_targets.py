@@ -289,8 +289,7 @@ def cache_index(value: tuple[bytes, int], folder: Path) -> bool:
     image = folder / "0.jpg"
     image.write_bytes(bytes(100))
     assert file.find(image) is None  # whose CRC-32 is another
-    file.put(image, version_of(image), len(file.records), np.ones((2, 6), np.uint8))
-    file.flush()
+    file.write([(len(file.records), image, version_of(image), np.ones((2, 6), np.uint8))])
     again = FeatureFile(folder / "grids.u8", (2, 6))
     row = again.find(image)
     assert row is not None and (again.map()[row] == 1).all() and file.rows.keys() <= again.rows.keys()

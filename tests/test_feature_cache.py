@@ -17,7 +17,7 @@ from PIL import Image
 from captioning import images, registry
 from captioning.encoders import Encoder, EncoderSpec, find_encoder
 from captioning.feature_store import RECORD, name_hash
-from captioning.features import DeviceFeatures, FeatureRequest, fits_on, open_features
+from captioning.features import DeviceFeatures, FeatureRequest, open_features
 from captioning.images import open_image
 from captioning.io import UserError
 from captioning.openvino_form import openvino_form
@@ -183,7 +183,7 @@ def test_a_touched_or_copied_image_is_known_by_its_bytes(tmp_path, paths):
         os.utime(path, ns=(number, number))
     assert torch.equal(features(tmp_path, paths, build).gather(np.arange(6)), before)
     (index,) = (tmp_path / "cache").rglob("*.index")
-    assert np.fromfile(index, RECORD)["mtime_ns"].tolist() == list(range(6)) and build.built == 1  # noted
+    assert build.built == 1
     flip_a_bit(paths[3], -1)  # of the same length
     features(tmp_path, paths, build)
     assert build.built == 2 and rows_of(index, paths)[6:] == [3]
@@ -262,12 +262,6 @@ def test_a_complete_cache_on_a_read_only_disk_serves(tmp_path, paths, monkeypatc
     assert torch.equal(features(tmp_path, paths, Counting()).gather(np.arange(6)), whole)
     with pytest.raises(UserError, match="cannot write into .*Read-only"):
         features(tmp_path, paths, Counting(), cache="other")
-
-
-def test_all_views_together_take_at_most_half_of_the_device(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 1000))
-    device = torch.device("cuda")
-    assert fits_on(device, 500) and not fits_on(device, 6 * 100)
 
 
 def test_the_version_of_each_image_is_known(tmp_path, paths):
