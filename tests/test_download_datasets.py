@@ -2,6 +2,7 @@
 
 import io
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -161,7 +162,7 @@ def test_force_replaces_and_keeps_the_old_data_on_failure_and_other_files_always
     assert call(tmp_path, "--verify-only") == 0
 
 
-def test_old_data_comes_back_when_the_new_set_does_not_verify(tiny, tmp_path, capsys, monkeypatch):
+def test_old_data_stays_when_the_new_set_does_not_verify(tiny, tmp_path, capsys, monkeypatch):
     assert call(tmp_path) == 0
     before = files_in(tmp_path / "flickr8k")
     answers = iter([{}, {"images": "one is missing"}])
@@ -171,11 +172,12 @@ def test_old_data_comes_back_when_the_new_set_does_not_verify(tiny, tmp_path, ca
     assert files_in(tmp_path / "flickr8k") == before
 
 
-def test_killed_while_replacing_heals_on_the_next_run(tiny, tmp_path):
+def test_killed_while_replacing_heals_on_the_next_run(tiny, tmp_path, bodies):
     assert call(tmp_path) == 0
     before = files_in(tmp_path / "flickr8k")
-    (tmp_path / ".flickr8k.old").mkdir()
-    (tmp_path / "flickr8k" / "Flicker8k_Dataset").rename(tmp_path / ".flickr8k.old" / "Flicker8k_Dataset")
+    shutil.rmtree(tmp_path / "flickr8k" / "Flicker8k_Dataset")
+    (tmp_path / "downloads").mkdir()
+    (tmp_path / "downloads" / "images.zip").write_bytes(bodies["images"])
     tiny.requests.clear()
     assert call(tmp_path) == 0
     assert files_in(tmp_path / "flickr8k") == before and not tiny.requests
