@@ -375,24 +375,13 @@ def _draw_path(axes: Axes, dimmed: Image.Image, rows: np.ndarray) -> None:
         edge = plots.ORANGE if last else plots.BLUE if first else "black"
         ink, line_width, layer = ("white", 2.2, 5) if first or last else ("black", 1.2, 4)
         axes.text(
-            x, y, "\n".join(plots.wrap(_ranges(numbers), cell, 8.5, lines=2)), fontsize=8.5, fontweight="bold",
+            x, y, "\n".join(plots.wrap(", ".join(map(str, numbers)), cell, 8.5, lines=2)), fontsize=8.5, fontweight="bold",
             color=ink, ha="center", va="center", linespacing=1.0, zorder=layer,
             bbox={"boxstyle": "round,pad=0.25", "facecolor": face, "edgecolor": edge, "linewidth": line_width},
         )  # fmt: skip
     for x, name, colour in ((0.0, "start", plots.BLUE), (0.75, "end", plots.ORANGE)):
         axes.annotate(f"■ {name}", (0, 0), xycoords="axes fraction", xytext=(72 * x, -5), textcoords="offset points",
                       color=colour, fontsize=11, fontweight="bold", va="top")  # fmt: skip
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """[1, 2, 3, 7] -> '1–3, 7'."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _draw_entropy(axes: Axes, words: Sequence[str], bits: np.ndarray, cells: int) -> None:

@@ -26,7 +26,7 @@ DPI = 120  # with the sizes below, a picture fills a screen and its text stays r
 GREY = "#595959"
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"  # of Okabe and Ito's palette for colour-blind readers
 NEUTRAL = "#808080"  # marks and grid lines: readable on white and on a dark page behind a transparent figure
-MAX_SAMPLES, COLUMN = 12, 3.4  # of a gallery: photos, and a column's width in inches
+COLUMN = 3.4  # inches, the width of a column of a gallery
 
 
 # --------------------------------------------------------------------------------------------------
@@ -52,15 +52,6 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
     undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(form)  # the same figure, the same bytes
     with rc_context({"svg.hashsalt": "figure", "pdf.fonttype": 42}):  # letters stay letters, as journals ask
         write_atomic(path, lambda file: figure.savefig(file, format=form, dpi=figure.dpi, metadata=undated))
-
-
-def pixels_of(figure: Figure) -> np.ndarray:
-    """What `save_figure` would write, as uint8 (height, width, 3)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
 def place_axes(figure: Figure, left: float, top: float, width: float, height: float, label: str) -> Axes:
@@ -283,14 +274,14 @@ def _finish(figure: Figure, title: str, self_critical: Sequence[int], note: str 
 
 
 def captions_figure(samples: Sequence[Mapping[str, Any]]) -> Figure:
-    """A gallery of photos, the captions a model gave them below; of more than 12 samples the first 12.
+    """A gallery of photos, the captions a model gave them below.
 
     Args:
         samples: `{"image": PIL image, "name": a line of text, "caption": str, "references": list of str}` each;
             the first two references are shown. With a `group` each, consecutive samples of one group stand
             in rows of their own under the group's name.
     """
-    groups = [(name, list(found)) for name, found in groupby(samples[:MAX_SAMPLES], lambda each: each.get("group", ""))]
+    groups = [(name, list(found)) for name, found in groupby(samples, lambda each: each.get("group", ""))]
     columns = min(max(len(found) for _, found in groups), 4)
     rows = [
         (name if first == 0 else "", [(each, _caption_lines(each)) for each in found[first : first + columns]])

@@ -75,14 +75,6 @@ def test_the_grid_is_as_large_as_the_weights_say(side):
     assert attention.attention_numbers("a.jpg", caption(2), weights)["grid"] == side
 
 
-@pytest.mark.parametrize("shape", [(48,), (49, 1), (1, 49), (0,)])
-def test_upsampling_refuses_other_shapes_and_an_empty_picture(shape):
-    with pytest.raises(ValueError, match="square grid"):
-        attention.upsample(np.zeros(shape), 10, 10)
-    with pytest.raises(ValueError):
-        attention.upsample(np.zeros(49), 0, 10)
-
-
 def test_entropy_of_known_distributions():
     pair = np.zeros(49)
     pair[[3, 30]] = 0.5
@@ -169,7 +161,7 @@ def test_path_gathers_words_of_one_cell_and_draws_a_move_only_between_cells():
     figure = attention.advanced_attention_figure(photo(), caption(6), one_hot(0, 0, 0, 24, 0, 48))
     (axes,) = [axes for axes in figure.axes if axes.get_label() == "path"]
     places = {text.get_text().replace("\n", " "): text.get_position() for text in axes.texts}
-    assert places["1–3, 5"] == pytest.approx((500 / 14, 375 / 14))
+    assert places["1, 2, 3, 5"] == pytest.approx((500 / 14, 375 / 14))
     assert places["4"] == pytest.approx((250, 187.5))
     assert places["6"] == pytest.approx((500 * 13 / 14, 375 * 13 / 14))
     boxes = {text.get_text(): text.get_bbox_patch() for text in axes.texts if text.get_bbox_patch()}
