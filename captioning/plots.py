@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from captioning.io import write_atomic
 
@@ -304,7 +304,7 @@ def captions_figure(samples: Sequence[Mapping[str, Any]]) -> Figure:
         for column, (sample, (caption, small)) in enumerate(row):
             left = margin + column * (COLUMN + gap)
             axes = place_axes(figure, left, upper, COLUMN, photo, label="sample")
-            show_photo(axes, _framed(shrunk(sample["image"]), COLUMN / photo))
+            show_photo(axes, shrunk(sample["image"]))
             below = upper + photo + 0.08
             place_text(figure, left, below, "\n".join(caption), fontsize=12.5, fontweight="bold", linespacing=1.15)
             below += 0.06 + 0.21 * len(caption)
@@ -321,13 +321,3 @@ def _caption_lines(sample: Mapping[str, Any]) -> tuple[list[str], list[str]]:
         small.append(f"+ {len(references) - 2} more")
     small += wrap(sample["name"], COLUMN, 9.5, lines=3)
     return wrap(sample["caption"] or "(no words)", COLUMN, 12.5, lines=8, bold=True), small
-
-
-def _framed(photo: Image.Image, aspect: float) -> Image.Image:
-    """The photo at this aspect: cropped to it if at most a quarter of a side is lost, else whole on light grey."""
-    own = photo.width / photo.height
-    if 0.75 <= own / aspect <= 1 / 0.75:
-        size = min(photo.width, photo.height * aspect)
-        return ImageOps.fit(photo, (round(size), round(size / aspect)))
-    size = max(photo.width, photo.height * aspect)
-    return ImageOps.pad(photo, (round(size), round(size / aspect)), color="#eeeeee")

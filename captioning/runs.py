@@ -415,10 +415,6 @@ def lock_run_directory(directory: Path) -> BaseFileLock:
         lock.acquire(timeout=0)
     except Timeout:
         raise UserError(f"another process is training in {directory}: wait for it, or stop it first") from None
-    except OSError as error:
-        raise UserError(
-            f"cannot write into {directory}: {error.strerror}. Make it writable, or copy the run"
-        ) from error
     remove_stale_files(directory)
     return lock
 

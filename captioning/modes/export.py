@@ -210,19 +210,15 @@ def score_table(scores: Sequence[Mapping[str, Any]]) -> list[str]:
         "|---" * (3 + len(names)) + "|",
     ]
     for entry in scores:
-        cells = [cell(entry.get("split")), cell(entry.get("images")), cell(decoding(entry))]
+        cells = [code(str(each)) for each in (entry["split"], entry["images"], decoding(entry))]
         cells += [f"{100 * entry[name]:.1f}" if is_number(entry.get(name)) else "" for name in names]
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, "", "x100, on lower-cased tokens without punctuation; CIDEr depends on how many images are scored."]
 
 
-def cell(value: Any) -> str:
-    """Return a value for a Markdown table."""
-    return code(str(value)).replace("|", "\\|")
-
-
 def code(text: str) -> str:
-    return printable(text).replace("`", "'").replace("<", "&lt;")[:80]
+    """Return a text as Markdown that means nothing but itself, in a table too."""
+    return printable(text).replace("`", "'").replace("<", "&lt;").replace("|", "\\|")[:80]
 
 
 def onnx_card(checkpoint: dict[str, Any], networks: Sequence[OnnxNetwork]) -> list[str]:
