@@ -19,7 +19,7 @@ from captioning import distributed
 from captioning.encoders import ENCODE_BATCH, Encoder, EncoderSpec
 from captioning.feature_store import RECORD, FeatureFile, Version, name_hash, version_of
 from captioning.images import UnreadableImage
-from captioning.io import Progress, UserError, make_directory, require_free_space, wait_for_lock
+from captioning.io import UserError, make_directory, progress_bar, require_free_space, wait_for_lock
 from captioning.quantization import SCALE_BYTES, decoded, stored_form
 from captioning.registry import folder_name
 
@@ -281,7 +281,7 @@ def encode_images(request: FeatureRequest, files: Sequence[FeatureFile], todo: R
         places = [(image, view, version) for image, (version, _) in read.items() for view in todo[image]]
         return [(*place, values) for place, values in zip(places, stored_form(grids, request.means), strict=True)]
 
-    bar = Progress(len(mine), f"Encoding images ({encoder.spec.name}, {', '.join(request.views)})", "image")
+    bar = progress_bar(len(mine), f"Encoding images ({encoder.spec.name}, {', '.join(request.views)})", "image")
     with ThreadPoolExecutor(request.workers) as readers, ThreadPoolExecutor(streams + BATCHES_AHEAD) as encoders:
         try:
             following: Iterator[list[tuple[int, int, Version, np.ndarray]]] = iter(())
