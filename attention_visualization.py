@@ -370,18 +370,11 @@ def _draw_path(axes: Axes, dimmed: Image.Image, rows: np.ndarray) -> None:
             )  # fmt: skip
             axes.add_patch(arrow)
     for (x, y), numbers in stops.items():
-        first, last = 1 in numbers, len(rows) in numbers
-        face = plots.BLUE if first else plots.ORANGE if last else "white"
-        edge = plots.ORANGE if last else plots.BLUE if first else "black"
-        ink, line_width, layer = ("white", 2.2, 5) if first or last else ("black", 1.2, 4)
         axes.text(
             x, y, "\n".join(plots.wrap(", ".join(map(str, numbers)), cell, 8.5, lines=2)), fontsize=8.5, fontweight="bold",
-            color=ink, ha="center", va="center", linespacing=1.0, zorder=layer,
-            bbox={"boxstyle": "round,pad=0.25", "facecolor": face, "edgecolor": edge, "linewidth": line_width},
+            ha="center", va="center", linespacing=1.0, zorder=4,
+            bbox={"boxstyle": "round,pad=0.25", "facecolor": "white", "edgecolor": "black", "linewidth": 1.2},
         )  # fmt: skip
-    for x, name, colour in ((0.0, "start", plots.BLUE), (0.75, "end", plots.ORANGE)):
-        axes.annotate(f"■ {name}", (0, 0), xycoords="axes fraction", xytext=(72 * x, -5), textcoords="offset points",
-                      color=colour, fontsize=11, fontweight="bold", va="top")  # fmt: skip
 
 
 def _draw_entropy(axes: Axes, words: Sequence[str], bits: np.ndarray, cells: int) -> None:

@@ -284,13 +284,16 @@ class TorchvisionSpec(EncoderSpec):
             raise UserError(f"{path} is damaged: its SHA-256 begins {digest[:8]}, not {promised}. Delete it and rerun")
         return path, digest[:16]
 
+    def present(self, files: Sequence[str]) -> Path | None:
+        """Return the first of these files that is in one of the usual places."""
+        places = (*WEIGHTS_PLACES, Path(torch.hub.get_dir()) / "checkpoints")
+        return next((place / file for place in places for file in files if (place / file).is_file()), None)
+
     def usual_file(self, expected: str | None) -> Path:
         """Return the first file of the usual places that can be the expected one, or download it."""
         files = [file for file in self.files if expected is None or expected.startswith(hash_in_name(file))]
-        places = (*WEIGHTS_PLACES, Path(torch.hub.get_dir()) / "checkpoints")
-        for path in (folder / file for folder in places for file in files):
-            if path.is_file():
-                return path
+        if path := self.present(files):
+            return path
         if self.files[0] in files:
             return self.download()
         raise UserError(

@@ -97,7 +97,9 @@ def export(checkpoint: dict[str, Any], path: Path, output: Path, onnx: bool, res
         fresh.mkdir()
         write_model(checkpoint, fresh)
         networks = write_onnx(checkpoint, fresh, resnet_weights) if onnx else []
-        card = model_card(checkpoint, read_scores(path, checkpoint), networks)
+        tests = read_test_rows(results_directory(path) / "test_metrics.json")
+        tests = [row for row in tests if (row["checkpoint"], row["epoch"]) == (path.name, checkpoint["epoch"])]
+        card = model_card(checkpoint, tests, networks)
         write_atomic(fresh / "README.md", lambda file: file.write(card.encode()))
         if target.exists():
             target.rmdir()  # empty, and Windows renames nothing over it
@@ -147,16 +149,6 @@ def shortened(tensor: torch.Tensor) -> torch.Tensor:
 
 # --------------------------------------------------------------------------------------------------
 # The model card
-
-
-def read_scores(path: Path, checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the entries of a checkpoint's `test_metrics.json` that are of it; none where it was not tested.
-
-    Raises:
-        UserError: the file is not a list of scores.
-    """
-    entries = read_test_rows(results_directory(path) / "test_metrics.json")
-    return [e for e in entries if (e.get("checkpoint"), e.get("epoch")) == (path.name, checkpoint["epoch"])]
 
 
 def model_card(checkpoint: dict[str, Any], scores: Sequence[Mapping[str, Any]], networks: Sequence[OnnxNetwork]) -> str:
