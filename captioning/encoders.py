@@ -318,7 +318,6 @@ class TorchvisionSpec(EncoderSpec):
         return Path(torch.hub.get_dir()) / "checkpoints" / self.files[0]
 
     def load_stages(self, weights: Path | None) -> Sequence[nn.Module]:
-        """See `EncoderSpec.load_stages`."""
         import torchvision
 
         with torch.random.fork_rng(devices=[]):  # random weights are the same each time, and no run's numbers move
@@ -370,7 +369,6 @@ class EfficientNetLiteSpec(EncoderSpec):
         return path, sha256(path)[:16]
 
     def load_stages(self, weights: Path | None) -> Sequence[nn.Module]:
-        """See `EncoderSpec.load_stages`."""
         from efficientnet_lite_pytorch import EfficientNet
 
         network = EfficientNet.from_name(self.network.replace("_", "-"), image_size=self.image_size)

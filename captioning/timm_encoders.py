@@ -43,7 +43,6 @@ class TimmSpec(EncoderSpec):
 
     @property
     def transform(self) -> str:
-        """See `EncoderSpec.transform`."""
         return f"{super().transform}-{f'grid{self.grid}-' if self.pooled else ''}{self.config_hash}"
 
     def locate_weights(self, named: str | None, expected: str | None) -> tuple[Path | None, str]:
