@@ -43,7 +43,7 @@ ABOVE_CHANCE = 4  # a region is strong if its cell has this many times the weigh
 CROPS, CROP_CELLS = 4, 3  # strongest regions at most, and cells along the side of one in a square photo
 
 # All in inches.
-PAGE_WIDTH, PAGE_HEIGHT, MARGIN, GAP, LARGEST_PANEL = 13.5, 12.0, 0.35, 0.16, 4.5
+PAGE_WIDTH, MARGIN, GAP, LARGEST_PANEL = 13.5, 0.35, 0.16, 4.5
 HEADING, SECTION, FOOTER = 0.34, 0.34, 1.15  # above a panel, above the regions, below all for the colour bar
 
 
@@ -211,15 +211,10 @@ def _panel_aspect(image: Image.Image) -> float:
 
 
 def _fit_grid(panels: int, aspect: float) -> tuple[int, float]:
-    """The number of columns that makes the panels largest on a page of this size, and the panels' width."""
-
-    def width(columns: int) -> float:
-        from_height = ((PAGE_HEIGHT - 1.2 - FOOTER) / -(-panels // columns) - HEADING - GAP) * aspect
-        from_width = (PAGE_WIDTH - 2 * MARGIN + GAP) / columns - GAP
-        return min(from_width, from_height, LARGEST_PANEL * min(1, aspect))
-
-    columns = max(range(panels, 0, -1), key=width)  # of equals the most
-    return columns, width(columns)
+    """The number of columns on a page that is about as high as it is wide, and the panels' width."""
+    columns = min(panels, math.ceil(math.sqrt(1.2 * panels / aspect)))
+    width = (PAGE_WIDTH - 2 * MARGIN + GAP) / columns - GAP
+    return columns, min(width, LARGEST_PANEL * min(1, aspect))
 
 
 def _new_page(

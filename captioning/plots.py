@@ -242,17 +242,14 @@ def _plot(axes: Axes, epochs: np.ndarray, values: np.ndarray, label: str, color:
 def _mark_best(
     panels: Sequence[Axes], epochs: np.ndarray, values: np.ndarray, best_epoch: int | None, note: str
 ) -> None:
-    """A dashed line at the best epoch and, in the first panel, a ring around its value."""
+    """A dashed line at the best epoch, whose value the legend has."""
     if best_epoch is None or best_epoch not in epochs:
         return
-    for axes in panels:
-        axes.axvline(best_epoch, color=NEUTRAL, linestyle="--", linewidth=1.2, zorder=0)
     value = values[list(epochs).index(best_epoch)]
     label = f"best epoch: {best_epoch}" + (f" ({note.format(value)})" if np.isfinite(value) else "")
-    panels[0].plot(
-        [best_epoch], [value], color=NEUTRAL, label=label, marker="o", markersize=13, markerfacecolor="none",
-        markeredgewidth=2, linestyle="none",
-    )  # fmt: skip
+    for axes in panels:
+        axes.axvline(best_epoch, color=NEUTRAL, linestyle="--", linewidth=1.2, zorder=0, label=label)
+        label = ""  # once in the legend
 
 
 def _finish(figure: Figure, title: str, self_critical: Sequence[int], note: str = "self-critical epochs") -> None:

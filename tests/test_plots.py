@@ -46,7 +46,7 @@ def test_losses_show_both_curves_and_the_best_epoch(epochs):
     assert list(lines["training"].get_xdata()) == list(range(1, epochs + 1))
     assert lines["validation"].get_ydata()[-1] == 5 / epochs
     (best,) = [line for label, line in lines.items() if label.startswith(f"best epoch: {epochs} ")]
-    assert best.get_xdata()[0] == epochs and best.get_ydata()[0] == 5 / epochs
+    assert best.get_xdata()[0] == epochs and f"{5 / epochs:.3f}" in best.get_label()
     assert axes.get_xlabel() == "epoch" and axes.get_ylabel() == "loss"
     ticks = [tick for tick in axes.get_xticks() if axes.get_xlim()[0] <= tick <= axes.get_xlim()[1]]
     assert ticks and all(float(tick).is_integer() for tick in ticks)
@@ -120,7 +120,7 @@ def test_cider_has_a_panel_of_its_own_scale():
     np.testing.assert_allclose(upper["CIDEr"], [10, 20, 30])
     np.testing.assert_allclose(lower["ROUGE-L"], [40, 40, 40])
     np.testing.assert_allclose(lower["BLEU-4"], [np.nan, 20, 20])
-    assert upper["best epoch: 2 (CIDEr 20.0)"] == [20] and [axes.get_ylim()[0] for axes in figure.axes] == [0, 0]
+    assert "best epoch: 2 (CIDEr 20.0)" in upper and [axes.get_ylim()[0] for axes in figure.axes] == [0, 0]
     assert legend(figure) == ["CIDEr", "ROUGE-L", "BLEU-4", "best epoch: 2 (CIDEr 20.0)"]
     assert figure.axes[1].get_xlabel() == "epoch" and all("x100" in axes.get_ylabel() for axes in figure.axes)
 
