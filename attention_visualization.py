@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from captioning.evaluation import EvalContext
     from captioning.settings import Settings
 
-FORMATS = ("png", "svg", "pdf")
 ABOVE_CHANCE = 4  # a region is strong if its cell has this many times the weight of an even distribution
 CROPS, CROP_CELLS = 4, 3  # strongest regions at most, and cells along the side of one in a square photo
 
