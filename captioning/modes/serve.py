@@ -392,11 +392,9 @@ def serve_page(args: Settings) -> int:
             )
             captioner.expect_many()
             log.info(f"Model: {captioner}. Device: {captioner.device}")
-            options = given_options(args)
-            how = captioner.decoding(**options)
+            how = captioner.decoding(**given_options(args))
             page = build_page(captioner, find_examples(captioner, args), how)
             app = build_app(captioner, page, args.host, how)
-            warm_up(captioner, options)
             host = f"[{args.host}]" if ":" in args.host else args.host
             print(f"The page is at http://{host}:{listener.getsockname()[1]}/ (Ctrl-C ends it)", flush=True)
             if args.host not in ("127.0.0.1", "localhost", "::1"):
@@ -410,10 +408,3 @@ def serve_page(args: Settings) -> int:
         pass
     log.info("\nThe page is closed.")
     return 0
-
-
-def warm_up(captioner: Captioner, options: DecodingOptions) -> None:
-    """Caption a grey picture, so that the first photo does not wait for what is built on first use."""
-    picture = io.BytesIO()
-    Image.new("RGB", (640, 480), "grey").save(picture, "JPEG")
-    caption_upload(captioner, picture.getvalue(), True, options)
