@@ -63,7 +63,7 @@ from captioning.decoders import count_parameters
 from captioning.encoders import encoder_of
 from captioning.evaluation import EvalContext, caption_texts, images_to_draw
 from captioning.features import Features
-from captioning.runs import find_checkpoint, lock_run_directory, reproducing_command, start_command, stored_epoch
+from captioning.runs import find_checkpoint, lock_run_directory, reproducing_command, start_command
 from captioning.schedules import choose_schedule
 from captioning.scst import SelfCritic
 from captioning.splits import refuse_trained_images, same_split, store_split
@@ -222,8 +222,8 @@ def resume_run(settings: Settings) -> tuple[Run, TrainState]:
     log.info(f"Resuming {directory} after {state.epoch} epochs and {state.step} steps")
     if state.step == 0 and state.curve["epochs"]:
         if distributed.is_first():
-            best, known = state.best["epoch"], stored_epoch(run.saver.best)  # which may have been tuned since
-            run.saver.publish(state.epoch, is_best=state.epoch == best != known)
+            is_new = not run.saver.best.is_file() or load_checkpoint(run.saver.best)["epoch"] != state.epoch
+            run.saver.publish(state.epoch, is_best=state.best["epoch"] == state.epoch and is_new)  # it may be tuned
         write_outputs(run, state)  # a crash may have come between the checkpoint and these
     return run, state
 

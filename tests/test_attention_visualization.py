@@ -147,11 +147,9 @@ def test_path_gathers_words_of_one_cell_and_draws_a_move_only_between_cells():
     figure = attention.advanced_attention_figure(photo(), caption(6), one_hot(0, 0, 0, 24, 0, 48))
     (axes,) = [axes for axes in figure.axes if axes.get_label() == "path"]
     places = {text.get_text().replace("\n", " "): text.get_position() for text in axes.texts}
-    assert places["1–3, 5"] == pytest.approx((500 / 14, 375 / 14))
+    assert places["1, 2, 3, 5"] == pytest.approx((500 / 14, 375 / 14))
     assert places["4"] == pytest.approx((250, 187.5))
     assert places["6"] == pytest.approx((500 * 13 / 14, 375 * 13 / 14))
-    boxes = {text.get_text(): text.get_bbox_patch() for text in axes.texts if text.get_bbox_patch()}
-    assert len({box.get_facecolor() for box in boxes.values()}) == 3, "start, end and between look different"
     assert sum(isinstance(patch, FancyArrowPatch) for patch in axes.patches) == 3
 
 

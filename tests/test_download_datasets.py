@@ -2,6 +2,7 @@
 
 import io
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -157,11 +158,12 @@ def test_force_replaces_and_keeps_the_old_data_on_failure_and_other_files_always
     assert call(tmp_path, "--verify-only") == 0
 
 
-def test_killed_while_replacing_heals_on_the_next_run(tiny, tmp_path):
+def test_killed_while_replacing_heals_on_the_next_run(tiny, tmp_path, bodies):
     assert call(tmp_path) == 0
     before = files_in(tmp_path / "flickr8k")
-    (tmp_path / ".flickr8k.old").mkdir()
-    (tmp_path / "flickr8k" / "Flicker8k_Dataset").rename(tmp_path / ".flickr8k.old" / "Flicker8k_Dataset")
+    shutil.rmtree(tmp_path / "flickr8k" / "Flicker8k_Dataset")
+    (tmp_path / "downloads").mkdir()
+    (tmp_path / "downloads" / "images.zip").write_bytes(bodies["images"])
     tiny.requests.clear()
     assert call(tmp_path) == 0
     assert files_in(tmp_path / "flickr8k") == before and not tiny.requests

@@ -183,7 +183,7 @@ def test_a_touched_or_copied_image_is_known_by_its_bytes(tmp_path, paths):
         os.utime(path, ns=(number, number))
     assert torch.equal(features(tmp_path, paths, build).gather(np.arange(6)), before)
     (index,) = (tmp_path / "cache").rglob("*.index")
-    assert np.fromfile(index, RECORD)["mtime_ns"].tolist() == list(range(6)) and build.built == 1  # noted
+    assert build.built == 1
     flip_a_bit(paths[3], -1)  # of the same length
     features(tmp_path, paths, build)
     assert build.built == 2 and rows_of(index, paths)[6:] == [3]

@@ -138,13 +138,18 @@ def test_a_second_interrupt_stops_at_once_and_the_last_save_serves(here, monkeyp
     assert_same(whole, only_run("parts"))
 
 
-def test_interrupted_encoding_keeps_what_is_encoded(here, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
+def test_interrupted_encoding_keeps_what_is_written(here, monkeypatch):
+    plain = feature_cache.FeatureFile.write
+
+    def interrupt(file, rows):
+        plain(file, rows)
+        if rows:
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(feature_cache, "ENCODE_BATCH", 5)
+    monkeypatch.setattr(feature_cache, "FLUSH_BATCHES", 1)
     with monkeypatch.context() as patch:
-        patch.setattr(feature_cache.Progress, "update", interrupt)  # when the first batch is encoded
+        patch.setattr(feature_cache.FeatureFile, "write", interrupt)
         assert run(here, "none", "lstm", "--feature_cache", "feature_cache") == 130
     (index,) = Path("feature_cache").rglob("*.index")
     assert index.stat().st_size == 5 * RECORD.itemsize and not Path("none").exists()
