@@ -38,12 +38,11 @@ if TYPE_CHECKING:
     from captioning.evaluation import EvalContext
     from captioning.settings import Settings
 
-FORMATS = ("png", "svg", "pdf")
 ABOVE_CHANCE = 4  # a region is strong if its cell has this many times the weight of an even distribution
 CROPS, CROP_CELLS = 4, 3  # strongest regions at most, and cells along the side of one in a square photo
 
 # All in inches.
-PAGE_WIDTH, PAGE_HEIGHT, MARGIN, GAP, LARGEST_PANEL = 13.5, 12.0, 0.35, 0.16, 4.5
+PAGE_WIDTH, MARGIN, GAP, LARGEST_PANEL = 13.5, 0.35, 0.16, 4.5
 HEADING, SECTION, FOOTER = 0.34, 0.34, 1.15  # above a panel, above the regions, below all for the colour bar
 
 
@@ -211,15 +210,10 @@ def _panel_aspect(image: Image.Image) -> float:
 
 
 def _fit_grid(panels: int, aspect: float) -> tuple[int, float]:
-    """The number of columns that makes the panels largest on a page of this size, and the panels' width."""
-
-    def width(columns: int) -> float:
-        from_height = ((PAGE_HEIGHT - 1.2 - FOOTER) / -(-panels // columns) - HEADING - GAP) * aspect
-        from_width = (PAGE_WIDTH - 2 * MARGIN + GAP) / columns - GAP
-        return min(from_width, from_height, LARGEST_PANEL * min(1, aspect))
-
-    columns = max(range(panels, 0, -1), key=width)  # of equals the most
-    return columns, width(columns)
+    """The number of columns on a page that is about as high as it is wide, and the panels' width."""
+    columns = min(panels, math.ceil(math.sqrt(1.2 * panels / aspect)))
+    width = (PAGE_WIDTH - 2 * MARGIN + GAP) / columns - GAP
+    return columns, min(width, LARGEST_PANEL * min(1, aspect))
 
 
 def _new_page(
@@ -370,29 +364,11 @@ def _draw_path(axes: Axes, dimmed: Image.Image, rows: np.ndarray) -> None:
             )  # fmt: skip
             axes.add_patch(arrow)
     for (x, y), numbers in stops.items():
-        first, last = 1 in numbers, len(rows) in numbers
-        face = plots.BLUE if first else plots.ORANGE if last else "white"
-        edge = plots.ORANGE if last else plots.BLUE if first else "black"
-        ink, line_width, layer = ("white", 2.2, 5) if first or last else ("black", 1.2, 4)
         axes.text(
-            x, y, "\n".join(plots.wrap(_ranges(numbers), cell, 8.5, lines=2)), fontsize=8.5, fontweight="bold",
-            color=ink, ha="center", va="center", linespacing=1.0, zorder=layer,
-            bbox={"boxstyle": "round,pad=0.25", "facecolor": face, "edgecolor": edge, "linewidth": line_width},
+            x, y, "\n".join(plots.wrap(", ".join(map(str, numbers)), cell, 8.5, lines=2)), fontsize=8.5, fontweight="bold",
+            ha="center", va="center", linespacing=1.0, zorder=4,
+            bbox={"boxstyle": "round,pad=0.25", "facecolor": "white", "edgecolor": "black", "linewidth": 1.2},
         )  # fmt: skip
-    for x, name, colour in ((0.0, "start", plots.BLUE), (0.75, "end", plots.ORANGE)):
-        axes.annotate(f"■ {name}", (0, 0), xycoords="axes fraction", xytext=(72 * x, -5), textcoords="offset points",
-                      color=colour, fontsize=11, fontweight="bold", va="top")  # fmt: skip
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """[1, 2, 3, 7] -> '1–3, 7'."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _draw_entropy(axes: Axes, words: Sequence[str], bits: np.ndarray, cells: int) -> None:

@@ -219,22 +219,15 @@ def fullest_folder(directory: Path) -> Path:
 def fetch(name: str, data_dir: Path, force: bool) -> None:
     """Complete the data set in `data_dir/name`; download only the parts that are missing, or all with `force`.
 
-    The new parts are unpacked beside the old ones and replace them at the end. If the result is incomplete, the old
-    ones are restored.
+    The new parts are unpacked beside the old ones and checked before they replace them. A run that was killed starts
+    again with the archives that it had downloaded.
 
     Raises:
         UserError: no mirror gave a part, the disk is full, or other files in `data_dir/name` are in the way.
     """
     source = SOURCES[name]
-    target = data_dir / name
-    old, fresh = data_dir / f".{name}.old", data_dir / f".{name}.new"
+    target, fresh = data_dir / name, data_dir / f".{name}.new"
     problems = find_problems(target, source.images)
-    if old.exists():  # the last run was killed while replacing files
-        if problems:
-            restore(old, target)
-            problems = find_problems(target, source.images)
-        else:
-            shutil.rmtree(old)
     if not problems and not force:
         print(f"{name}: complete already in {target} (--force downloads it again)")
         return
@@ -248,15 +241,16 @@ def fetch(name: str, data_dir: Path, force: bool) -> None:
             print(f"{name}: fetching its {part}")
             archives.append(fetch_part(name, part, downloads, fresh, source))
         print(f"{name}: checking")
-        swap_in(fresh, old, target)
-        problems = find_problems(target, source.images)
+        whole = len(parts) == len(source.parts)
+        problems = find_problems(fresh, source.images) if whole else {}
+        if not problems:
+            swap_in(fresh, target)
+            problems = find_problems(target, source.images)
         if problems:
-            restore(old, target)
             raise UserError(
-                f"{target} is still incomplete: {'; '.join(problems.values())}. What was there before is untouched; "
-                f"files of another layout may be in the way: move {target} aside and run again"
+                f"{target} is still incomplete: {'; '.join(problems.values())}. Files of another layout may be in the "
+                f"way: move {target} aside and run again"
             )
-        shutil.rmtree(old)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     for archive in archives:
@@ -325,26 +319,13 @@ def place_captions(unpacked: Path, fresh: Path, members: Sequence[str], archive:
         os.replace(path, fresh / path.name)
 
 
-def swap_in(fresh: Path, old: Path, target: Path) -> None:
-    """Move every entry of `fresh` into `target`; what they replace goes to `old`, other files stay."""
+def swap_in(fresh: Path, target: Path) -> None:
+    """Move every entry of `fresh` into `target` in place of an old one; other files stay."""
     target.mkdir(exist_ok=True)
-    old.mkdir()
     for entry in sorted(fresh.iterdir()):
-        if (target / entry.name).exists():
-            os.replace(target / entry.name, old / entry.name)
+        if (target / entry.name).is_dir():
+            shutil.rmtree(target / entry.name)
         os.replace(entry, target / entry.name)
-
-
-def restore(old: Path, target: Path) -> None:
-    """Move everything that `swap_in` replaced back from `old` into `target`."""
-    for entry in sorted(old.iterdir()):
-        replacement = target / entry.name
-        if replacement.is_dir():
-            shutil.rmtree(replacement)
-        else:
-            replacement.unlink(missing_ok=True)
-        os.replace(entry, replacement)
-    old.rmdir()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ from captioning.decoders import count_parameters
 from captioning.encoders import encoder_of
 from captioning.evaluation import EvalContext, caption_texts, images_to_draw
 from captioning.features import Features
-from captioning.runs import find_checkpoint, reproducing_command, start_command, stored_epoch
+from captioning.runs import find_checkpoint, reproducing_command, start_command
 from captioning.schedules import cosine
 from captioning.scst import SelfCritic
 from captioning.source import Source
@@ -168,9 +168,9 @@ def build_run(settings: Settings, argv: list[str]) -> tuple[Run, TrainState]:
     if source.way == "resume":
         log.info(f"Resuming {directory} after {state.epoch} epochs and {state.step} steps")
         if state.step == 0 and state.curve["epochs"]:  # a crash may have come between a checkpoint and what follows
-            best, known = state.best["epoch"], stored_epoch(run.saver.best)  # which may have been tuned since
+            is_new = not run.saver.best.is_file() or load_checkpoint(run.saver.best)["epoch"] != state.epoch
             if distributed.is_first():
-                run.saver.publish(state.epoch, is_best=state.epoch == best != known)
+                run.saver.publish(state.epoch, is_best=state.best["epoch"] == state.epoch and is_new)  # it may be tuned
             write_outputs(state, run)
         return run, state
     state.best = source.carry_best(directory, settings, split) or state.best

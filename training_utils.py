@@ -238,8 +238,6 @@ class TrainState:
     def checkpoint(self, constants: Mapping[str, Any]) -> dict[str, Any]:
         """Return all that is needed to train on from this step, or to caption. Every process comes here.
 
-        The epoch comes first: `runs.stored_epoch` reads the head of the file alone.
-
         Args:
             constants: what every checkpoint of the run has.
         """

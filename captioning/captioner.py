@@ -391,16 +391,14 @@ class Captioner:
         table: Mapping[str, Any] | None = None,
     ) -> Caption:  # fmt: skip
         """Put a caption together. Args: as in `Hypothesis`; table: as `calibration_of` returns it."""
-        texts, maps = self.vocabulary.decode(ids), repeat(None) if attention is None else map(as_grid, attention)
+        texts, maps = self.vocabulary.decode(ids), cast(Iterable[np.ndarray | None], repeat(None))
+        if attention is not None:
+            side = grid_side(attention.shape[1])
+            maps = attention.reshape(-1, side, side)  # (words, 49) -> (words, 7, 7)
         chances = [math.exp(min(each, 0.0)) for each in log_probabilities]  # float32 may round a mean to just above 0
         words = [Word(*parts) for parts in zip(texts, chances, maps, strict=False)]
         end = chances[-1] if len(chances) > len(words) else 1.0
         return Caption(words, float(sum(log_probabilities)), end, confidence_of(table, log_probabilities))
-
-
-def as_grid(row: np.ndarray) -> np.ndarray:
-    """(49,) -> (7, 7)."""
-    return row.reshape(grid_side(len(row)), -1)
 
 
 def checked(name: str, value: Any) -> Any:

@@ -91,11 +91,6 @@ class NgramTable:
         """
         self.keys, self.idf, self.words, self.log_images = keys, idf, words, log_images
 
-    @property
-    def size(self) -> int:
-        """How many n-grams there are."""
-        return sum(map(len, self.keys))
-
     def weigh(self, ids: np.ndarray, offsets: np.ndarray) -> Iterator[tuple[Grams, np.ndarray, np.ndarray, np.ndarray]]:
         """Yield the n-grams of captions with their weights, for n from 1 to N.
 

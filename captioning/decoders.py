@@ -158,32 +158,25 @@ class FineTuned(Decoder):
         return grid if self.decoder.uses_grid else grid.mean(1)
 
     def after_stages(self, features: torch.Tensor) -> tuple[Decoder, torch.Tensor]:
-        """See `Decoder.after_stages`."""
         return self.decoder, self.features(features)
 
     def begin(self, features: torch.Tensor) -> DecoderState:
-        """See `Decoder.begin`."""
         return self.decoder.begin(self.features(features))
 
     def step(self, state: Any, words: torch.Tensor) -> tuple[DecoderState, DecoderOutput]:
-        """See `Decoder.step`."""
         return self.decoder.step(state, words)
 
     def forward(self, features: torch.Tensor, batch: Batch) -> DecoderOutput:
-        """See `Decoder.forward`."""
         output: DecoderOutput = self.decoder(self.features(features), batch)
         return output
 
     def set_word_frequencies(self, counts: torch.Tensor) -> None:
-        """See `Decoder.set_word_frequencies`."""
         self.decoder.set_word_frequencies(counts)
 
     def logits(self, hidden_out: torch.Tensor) -> torch.Tensor:
-        """See `Decoder.logits`."""
         return self.decoder.logits(hidden_out)
 
     def cross_entropy(self, *arguments: Any, **named: Any) -> torch.Tensor:
-        """See `Decoder.cross_entropy`."""
         return self.decoder.cross_entropy(*arguments, **named)
 
 
@@ -250,7 +243,6 @@ class LSTMDecoder(Decoder):
 
     @classmethod
     def from_flags(cls, flags: Mapping[str, Any], vocabulary_size: int, spec: EncoderSpec) -> Self:
-        """See `Decoder.from_flags`."""
         return cls(
             vocabulary_size, spec.channels, flags["embed_size"], flags["hidden_size"], flags["num_layers"], flags["drop_prob"],
         )  # fmt: skip
@@ -282,7 +274,6 @@ class LSTMDecoder(Decoder):
         return inputs, torch.stack([h for h, _ in states]), torch.stack([c for _, c in states])
 
     def forward(self, features: torch.Tensor, batch: Batch) -> DecoderOutput:
-        """See `Decoder.forward`."""
         state = self.begin(features)
         words = self.embed(batch.inputs)  # (N, E)
         hidden = self.run_lstm(
@@ -308,7 +299,6 @@ class LSTMDecoder(Decoder):
         return packed[:tokens]
 
     def step(self, state: LSTMState, words: torch.Tensor) -> tuple[LSTMState, DecoderOutput]:
-        """See `Decoder.step`."""
         embedded = self.embed(words)  # (rows, E)
         out, hidden, cell = self.lstm_step(self.dropout(embedded), state.hidden, state.cell)
         output = self.predict(out, embedded, state, None)
@@ -354,7 +344,6 @@ class AttentionDecoder(LSTMDecoder):
 
     @classmethod
     def from_flags(cls, flags: Mapping[str, Any], vocabulary_size: int, spec: EncoderSpec) -> Self:
-        """See `Decoder.from_flags`."""
         return cls(
             vocabulary_size, spec.channels, flags["embed_size"], flags["hidden_size"], flags["num_layers"], flags["drop_prob"],
             flags["attention_dim"], spec.regions,

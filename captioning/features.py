@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,7 @@ from captioning import distributed
 from captioning.encoders import ENCODE_BATCH, Encoder, EncoderSpec
 from captioning.feature_store import RECORD, FeatureFile, Version, name_hash, version_of
 from captioning.images import UnreadableImage
-from captioning.io import Progress, UserError, make_directory, require_free_space, wait_for_lock
+from captioning.io import UserError, make_directory, progress_bar, require_free_space, wait_for_lock
 from captioning.quantization import SCALE_BYTES, decoded, stored_form
 from captioning.registry import folder_name
 
@@ -52,7 +51,6 @@ class CachedFeatures:
         for image in images:
             self.rows[image] = row = file.rows[name_hash(paths[image])]
             self.versions[image] = file.records["size"][row], file.records["content"][row]
-        file.rows.clear()  # not needed any more
         self.map = file.map()
         self.verified = np.zeros(len(paths), dtype=bool)
 
@@ -110,11 +108,6 @@ def gather_views(
     return torch.cat(parts)[torch.from_numpy(np.argsort(order)).to(parts[0].device)]
 
 
-def fits_on(device: torch.device, size: int) -> bool:
-    """Whether `size` bytes are at most half of a GPU's free memory."""
-    return device.type == "cuda" and size <= torch.cuda.mem_get_info(device)[0] // 2
-
-
 @dataclass(frozen=True)
 class FeatureRequest:
     """Whose features are wanted, from which encoder, and where they are kept."""
@@ -130,7 +123,7 @@ class FeatureRequest:
     means: bool  # the mean over the 49 regions rather than the regions
     workers: int  # threads that decode images while the encoder runs
     views: Sequence[str] = ("whole",)  # of `images.VIEWS`
-    keep_on_device: str = "off"  # auto, on or off: a copy of the features in the memory of a GPU
+    keep_on_device: str = "off"  # on, off or auto: a copy in a GPU's memory; auto where it takes half of what is free
 
     @property
     def directory(self) -> Path:
@@ -141,16 +134,10 @@ class FeatureRequest:
         return (self.cache or Path()) / encoder / f"{folder.name}-{identity}"
 
     def files(self) -> list[FeatureFile]:
-        """Read what the cache has of each view. Raises UserError where it cannot be read."""
+        """Read what the cache has of each view."""
         kind = "means.f16" if self.means else "grids.u8"
         shape = (self.spec.channels,) if self.means else (self.spec.regions, self.spec.channels + SCALE_BYTES)
-        try:
-            return [FeatureFile(self.directory / f"{view}-{kind}", shape) for view in self.views]
-        except OSError as error:
-            raise UserError(
-                f"cannot read the feature cache {self.directory}: {error.strerror}. --feature_cache DIR chooses another "
-                "place, off does without"
-            ) from error
+        return [FeatureFile(self.directory / f"{view}-{kind}", shape) for view in self.views]
 
     def read(self, image: int, views: Sequence[str]) -> tuple[Version, np.ndarray] | str:
         """Return the version of an image's file and what `EncoderSpec.load_views` returns, or why it cannot be read."""
@@ -160,15 +147,15 @@ class FeatureRequest:
             return str(error)
 
 
+@dataclass
 class LiveFeatures:
     """The plain path (`--feature_cache off`): every batch through the encoder. Implements `Features`."""
 
-    def __init__(
-        self, request: FeatureRequest, encode: Callable[[np.ndarray], torch.Tensor], view: str,
-        unreadable: dict[int, str], versions: np.ndarray,
-    ):  # fmt: skip
-        self.request, self.encode, self.view = request, encode, view
-        self.unreadable, self.versions = unreadable, versions
+    request: FeatureRequest
+    encode: Callable[[np.ndarray], torch.Tensor]
+    view: str
+    unreadable: dict[int, str]
+    versions: np.ndarray
 
     @classmethod
     def of_views(cls, request: FeatureRequest) -> list[LiveFeatures]:
@@ -212,8 +199,6 @@ def open_features(request: FeatureRequest) -> list[Features]:
         return [*LiveFeatures.of_views(request)]
     files = request.files()
     complete = distributed.from_first(lambda: not missing_rows(request, files))
-    for file in files if distributed.is_first() else ():
-        file.note_times()
     unreadable: dict[int, str] = {}
     if not complete:
         unreadable = encode_missing(request)
@@ -225,8 +210,10 @@ def open_features(request: FeatureRequest) -> list[Features]:
             f"process encoded (or the image changed meanwhile): {SHARED_CACHE}"
         )
     readable = [image for image in needed if image not in unreadable]
-    size = len(readable) * sum(file.row_bytes for file in files)
-    on_device = request.keep_on_device == "on" or (request.keep_on_device == "auto" and fits_on(device, size))
+    on_device = request.keep_on_device == "on"
+    if request.keep_on_device == "auto" and device.type == "cuda":
+        size = len(readable) * sum(file.row_bytes for file in files)
+        on_device = size <= torch.cuda.mem_get_info(device)[0] // 2
     cached = [CachedFeatures(file, paths, readable, unreadable) for file in files]
     return [DeviceFeatures(each, np.array(readable, np.int64), device) if on_device else each for each in cached]
 
@@ -277,39 +264,37 @@ def encode_images(request: FeatureRequest, files: Sequence[FeatureFile], todo: R
     """
     encoder, unreadable = request.build_encoder(), dict[int, str]()
     streams = min(torch.get_num_threads(), MOST_STREAMS) if request.device.type == "cpu" else 1
-    encode, free_stream = encoder.fast_form(request.device, streams=streams), threading.Semaphore(streams)
+    encode = encoder.fast_form(request.device, streams=streams)
     mine, per_batch = distributed.shard([*todo]), max(1, ENCODE_BATCH // len(files))
     batches = [mine[start : start + per_batch] for start in range(0, len(mine), per_batch)]
     groups = [batches[start : start + FLUSH_BATCHES] for start in range(0, len(batches), FLUSH_BATCHES)]
 
     def encode_batch(images: Sequence[int]) -> list[tuple[int, int, Version, np.ndarray]]:
-        """Return for each image that can be read, and each view: both, the version of the file, and the row's values."""
+        """Return for each view of each image that can be read: both, the version of the image's file, and the features."""
         views = [[request.views[view] for view in todo[image]] for image in images]
         found = dict(zip(images, readers.map(request.read, images, views), strict=True))
         unreadable.update({image: problem for image, problem in found.items() if isinstance(problem, str)})
         read = {image: each for image, each in found.items() if not isinstance(each, str)}
         if not read:
             return []
-        with free_stream:
-            grids = encode(np.concatenate([squares for _, squares in read.values()]))
+        grids = encode(np.concatenate([squares for _, squares in read.values()]))
         places = [(image, view, version) for image, (version, _) in read.items() for view in todo[image]]
         return [(*place, values) for place, values in zip(places, stored_form(grids, request.means), strict=True)]
 
-    bar = Progress(len(mine), f"Encoding images ({encoder.spec.name}, {', '.join(request.views)})", "image")
+    bar = progress_bar(len(mine), f"Encoding images ({encoder.spec.name}, {', '.join(request.views)})", "image")
     with ThreadPoolExecutor(request.workers) as readers, ThreadPoolExecutor(streams + BATCHES_AHEAD) as encoders:
         try:
             following: Iterator[list[tuple[int, int, Version, np.ndarray]]] = iter(())
             for group, next_group in itertools.pairwise([[], *groups, []]):
                 encoded, following = following, encoders.map(encode_batch, next_group)  # goes on while this is written
-                for batch, rows in zip(group, encoded, strict=True):
-                    for image, view, version, values in rows:
-                        files[view].put(request.paths[image], version, todo[image][view], values)
+                rows: list[list[tuple[int, Path, Version, np.ndarray]]] = [[] for _ in files]
+                for batch, found in zip(group, encoded, strict=True):
+                    for image, view, version, values in found:
+                        rows[view].append((todo[image][view], request.paths[image], version, values))
                     bar.update(len(batch))
-                for file in files:
-                    file.flush()
-        finally:  # Ctrl-C keeps what is encoded
+                for file, its in zip(files, rows, strict=True):
+                    file.write(its)
+        finally:
             encoders.shutdown(wait=False, cancel_futures=True)
-            for file in files:
-                file.flush()
             bar.close()
     return unreadable

@@ -21,6 +21,7 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from filelock import AcquireReturnProxy
+    from tqdm import tqdm
 
 # Not allowed in a name or a caption: each breaks a message's line, a terminal or a UTF-8 file.
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -116,9 +117,10 @@ class SteadyStream:
 
 
 @contextlib.contextmanager
-def steady_streams(active: bool = True) -> Iterator[None]:
+def steady_streams() -> Iterator[None]:
     """Let hours of work go on where their messages cannot be printed."""
-    out, err = (SteadyStream(stream) if active else stream for stream in (sys.stdout, sys.stderr))
+    out: Any = SteadyStream(sys.stdout)
+    err: Any = SteadyStream(sys.stderr)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         yield
 
@@ -130,24 +132,14 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
-class Progress:
-    """A progress bar on a terminal; a line every tenth where output is redirected, e.g. to a job's log file."""
+def progress_bar(total: int, what: str, unit: str) -> tqdm[NoReturn]:
+    """Return a progress bar; redirected output, e.g. a job's log file, has it once a minute."""
+    from tqdm import tqdm
 
-    def __init__(self, total: int, what: str, unit: str):
-        from tqdm import tqdm
-
-        self.bar = tqdm(total=total, desc=what, unit=unit, disable=bars_off())
-        self.total, self.what, self.done, self.started = total, what, 0, time.monotonic()
-
-    def update(self, count: int) -> None:
-        self.bar.update(count)
-        tenths, self.done = 10 * self.done // max(1, self.total), self.done + count
-        if self.bar.disable and tenths < 10 * self.done // max(1, self.total):
-            left = (time.monotonic() - self.started) * (self.total / self.done - 1)
-            log.info(f"{self.what}: {self.done} of {self.total}, {duration(left)} left")
-
-    def close(self) -> None:
-        self.bar.close()
+    seconds = 0.1 if getattr(sys.stderr, "isatty", bool)() else 60.0  # a closed stream has no isatty
+    return tqdm(
+        total=total, desc=what, unit=unit, disable=bool(bars_off()), mininterval=seconds, maxinterval=60, delay=seconds
+    )  # fmt: skip
 
 
 def prepare_process() -> None:

@@ -93,9 +93,8 @@ def find_image_directory(data_dir: Path | None, image_dir: Path | None, images: 
         if not image_dir.is_dir():
             raise UserError(f"--image_dir {image_dir} is not a directory")
         return image_dir
-    for name in IMAGE_DIRECTORIES if data_dir is not None else ():
-        assert data_dir is not None
-        if any((data_dir / name / image).is_file() for image in images[:50]):
+    for name in IMAGE_DIRECTORIES:
+        if data_dir and any((data_dir / name / image).is_file() for image in images[:50]):
             return data_dir / name
     raise UserError(
         f"no image of the captions file ({images[0]}, for example) in {data_dir} or its "

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from captioning.io import write_atomic
 
@@ -26,7 +26,7 @@ DPI = 120  # with the sizes below, a picture fills a screen and its text stays r
 GREY = "#595959"
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"  # of Okabe and Ito's palette for colour-blind readers
 NEUTRAL = "#808080"  # marks and grid lines: readable on white and on a dark page behind a transparent figure
-MAX_SAMPLES, COLUMN = 12, 3.4  # of a gallery: photos, and a column's width in inches
+COLUMN = 3.4  # inches, the width of a column of a gallery
 
 
 # --------------------------------------------------------------------------------------------------
@@ -52,15 +52,6 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
     undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(form)  # the same figure, the same bytes
     with rc_context({"svg.hashsalt": "figure", "pdf.fonttype": 42}):  # letters stay letters, as journals ask
         write_atomic(path, lambda file: figure.savefig(file, format=form, dpi=figure.dpi, metadata=undated))
-
-
-def pixels_of(figure: Figure) -> np.ndarray:
-    """What `save_figure` would write, as uint8 (height, width, 3)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
 def place_axes(figure: Figure, left: float, top: float, width: float, height: float, label: str) -> Axes:
@@ -251,17 +242,14 @@ def _plot(axes: Axes, epochs: np.ndarray, values: np.ndarray, label: str, color:
 def _mark_best(
     panels: Sequence[Axes], epochs: np.ndarray, values: np.ndarray, best_epoch: int | None, note: str
 ) -> None:
-    """A dashed line at the best epoch and, in the first panel, a ring around its value."""
+    """A dashed line at the best epoch, whose value the legend has."""
     if best_epoch is None or best_epoch not in epochs:
         return
-    for axes in panels:
-        axes.axvline(best_epoch, color=NEUTRAL, linestyle="--", linewidth=1.2, zorder=0)
     value = values[list(epochs).index(best_epoch)]
     label = f"best epoch: {best_epoch}" + (f" ({note.format(value)})" if np.isfinite(value) else "")
-    panels[0].plot(
-        [best_epoch], [value], color=NEUTRAL, label=label, marker="o", markersize=13, markerfacecolor="none",
-        markeredgewidth=2, linestyle="none",
-    )  # fmt: skip
+    for axes in panels:
+        axes.axvline(best_epoch, color=NEUTRAL, linestyle="--", linewidth=1.2, zorder=0, label=label)
+        label = ""  # once in the legend
 
 
 def _finish(figure: Figure, title: str, self_critical: Sequence[int], note: str = "self-critical epochs") -> None:
@@ -283,14 +271,14 @@ def _finish(figure: Figure, title: str, self_critical: Sequence[int], note: str 
 
 
 def captions_figure(samples: Sequence[Mapping[str, Any]]) -> Figure:
-    """A gallery of photos, the captions a model gave them below; of more than 12 samples the first 12.
+    """A gallery of photos, the captions a model gave them below.
 
     Args:
         samples: `{"image": PIL image, "name": a line of text, "caption": str, "references": list of str}` each;
             the first two references are shown. With a `group` each, consecutive samples of one group stand
             in rows of their own under the group's name.
     """
-    groups = [(name, list(found)) for name, found in groupby(samples[:MAX_SAMPLES], lambda each: each.get("group", ""))]
+    groups = [(name, list(found)) for name, found in groupby(samples, lambda each: each.get("group", ""))]
     columns = min(max(len(found) for _, found in groups), 4)
     rows = [
         (name if first == 0 else "", [(each, _caption_lines(each)) for each in found[first : first + columns]])
@@ -313,7 +301,7 @@ def captions_figure(samples: Sequence[Mapping[str, Any]]) -> Figure:
         for column, (sample, (caption, small)) in enumerate(row):
             left = margin + column * (COLUMN + gap)
             axes = place_axes(figure, left, upper, COLUMN, photo, label="sample")
-            show_photo(axes, _framed(shrunk(sample["image"]), COLUMN / photo))
+            show_photo(axes, shrunk(sample["image"]))
             below = upper + photo + 0.08
             place_text(figure, left, below, "\n".join(caption), fontsize=12.5, fontweight="bold", linespacing=1.15)
             below += 0.06 + 0.21 * len(caption)
@@ -330,13 +318,3 @@ def _caption_lines(sample: Mapping[str, Any]) -> tuple[list[str], list[str]]:
         small.append(f"+ {len(references) - 2} more")
     small += wrap(sample["name"], COLUMN, 9.5, lines=3)
     return wrap(sample["caption"] or "(no words)", COLUMN, 12.5, lines=8, bold=True), small
-
-
-def _framed(photo: Image.Image, aspect: float) -> Image.Image:
-    """The photo at this aspect: cropped to it if at most a quarter of a side is lost, else whole on light grey."""
-    own = photo.width / photo.height
-    if 0.75 <= own / aspect <= 1 / 0.75:
-        size = min(photo.width, photo.height * aspect)
-        return ImageOps.fit(photo, (round(size), round(size / aspect)))
-    size = max(photo.width, photo.height * aspect)
-    return ImageOps.pad(photo, (round(size), round(size / aspect)), color="#eeeeee")

@@ -37,7 +37,6 @@ from captioning.scores import METRIC_NAMES, by_rank
 if TYPE_CHECKING:
     from captioning.dataset import CaptionSet
 
-MAX_PICTURES = 3_300_000  # bytes of pictures; as base64 they are a third more, and the file stays below 5 MB
 GROUP = 4  # captions in each group of the gallery, and attention pictures
 FREQUENT = 12  # words in each list of words
 SHOWN_TESTS = 6
@@ -108,7 +107,6 @@ def load_data(run: Run, data_dir: Path | None) -> CaptionSet:
 
 def page(run: Run, data: CaptionSet | None, problem: str) -> dict[str, Any]:
     """Return what the template shows."""
-    pictures = Pictures()
     predictions, references = test_texts(run)
     command = run.flags.get("command")
     hidden = {"command", "mode", "resume", "config"}
@@ -119,11 +117,11 @@ def page(run: Run, data: CaptionSet | None, problem: str) -> dict[str, Any]:
         "scores": score_table(run.tests[-SHOWN_TESTS:], run.best),
         "test_command": "" if run.tests else command_to_test(run.directory),
         "ensembles": [(row["checkpoint"], score_table([row])) for row in run.ensembles],
-        "training": training(run, pictures),
-        "gallery": gallery(run, predictions, data, problem, pictures),
+        "training": training(run),
+        "gallery": gallery(run, predictions, data, problem),
         "errors": errors(run, predictions, references),
         "confidence": confidence(run),
-        "attention": attention(run, pictures),
+        "attention": attention(run),
         "parameters": [(k, v) for k, v in run.flags.items() if k not in hidden and v not in (None, "", [])],
         "command": command if isinstance(command, str) else "",
         "damage": run.damage,
@@ -214,9 +212,9 @@ def interval_text(key: str, row: Mapping[str, Any]) -> str:
 # Curves
 
 
-def training(run: Run, pictures: Pictures) -> dict[str, Any]:
+def training(run: Run) -> dict[str, Any]:
     """Return the pictures of the curves as training drew them, and the figures by epoch as a table."""
-    curves = [(name, pictures.uri(run.directory / name)) for name in CURVES if (run.directory / name).is_file()]
+    curves = [(name, data_uri(run.directory / name)) for name in CURVES if (run.directory / name).is_file()]
     columns = list(dict.fromkeys(name for row in run.epochs for name, value in row.items() if is_number(value)))
     rows = [[f"{row[name]:.4g}" if is_number(row.get(name)) else "" for name in columns] for row in run.epochs]
     return {"curves": curves, "columns": columns, "rows": rows}
@@ -226,34 +224,23 @@ def training(run: Run, pictures: Pictures) -> dict[str, Any]:
 # Captions and pictures
 
 
-class Pictures:
-    """Turns pictures into `data:` URIs as long as they have room in `MAX_PICTURES` bytes."""
-
-    def __init__(self) -> None:
-        self.left = MAX_PICTURES
-
-    def uri(self, path: Path, longest: int | None = None) -> str | None:
-        """Return a picture as it is, or a JPEG no side of which is longer; None where it cannot be read or has no room."""
-        kind, content = {".png": "image/png", ".svg": "image/svg+xml"}.get(path.suffix, ""), b""
-        try:
-            if longest is None:  # in an image a browser runs and loads nothing of an SVG
-                content = path.read_bytes() if path.stat().st_size <= self.left else b""
-            else:
-                picture, file = open_image(path, at_least=longest), io.BytesIO()
-                picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
-                picture.save(file, "JPEG", quality=82, optimize=True)
-                kind, content = "image/jpeg", file.getvalue()
-        except (OSError, UnreadableImage):
-            return None
-        if not content or len(content) > self.left:
-            return None
-        self.left -= len(content)
-        return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+def data_uri(path: Path, longest: int | None = None) -> str | None:
+    """Return a picture as it is, or a JPEG no side of which is longer; None where it cannot be read."""
+    kind = {".png": "image/png", ".svg": "image/svg+xml"}.get(path.suffix, "")
+    try:
+        if longest is None:  # in an image a browser runs and loads nothing of an SVG
+            content = path.read_bytes()
+        else:
+            picture, file = open_image(path, at_least=longest), io.BytesIO()
+            picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+            picture.save(file, "JPEG", quality=82, optimize=True)
+            kind, content = "image/jpeg", file.getvalue()
+    except (OSError, UnreadableImage):
+        return None
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def gallery(
-    run: Run, predictions: Mapping[str, str], data: CaptionSet | None, problem: str, pictures: Pictures
-) -> dict[str, Any]:
+def gallery(run: Run, predictions: Mapping[str, str], data: CaptionSet | None, problem: str) -> dict[str, Any]:
     """Return captions with their photos and references, chosen by rank of their CIDEr and at random, never by hand.
 
     Args:
@@ -281,7 +268,7 @@ def gallery(
         name, caption = stored.names[place], captions[place]
         image, cider, bleu = position[name], stored.scores.cider[place], stored.scores.sentence_bleu4[place]
         return {
-            "picture": pictures.uri(data.image_dir / data.names[image], 480), "name": name,
+            "picture": data_uri(data.image_dir / data.names[image], 480), "name": name,
             "caption": caption, "people": data.references(image)[:5], "nearest": nearest.get(caption, ""),
             "unsupported": unsupported_words(caption, data.references(image)),
             "scores": [f"CIDEr {100 * cider:.0f}", f"sentence BLEU-4 {100 * bleu:.0f}"],
@@ -350,10 +337,10 @@ def confidence(run: Run) -> dict[str, Any] | None:
     return {"note": "", "images": len(sure), "error": 100 * calibration_error(bins), "rows": rows}
 
 
-def attention(run: Run, pictures: Pictures) -> dict[str, Any]:
+def attention(run: Run) -> dict[str, Any]:
     """Return the run's first attention pictures, and the names of the others."""
     names = sorted((path.name for path in run.directory.glob("*attention_viz_sample_*.*")), key=lambda n: (len(n), n))
     names = [name for name in names if not name.endswith(".json")]
     first = [name for name in names if name.startswith("attention") and not name.endswith(".pdf")][:GROUP]
-    found = [(name, pictures.uri(run.directory / name, None if name.endswith(".svg") else 1500)) for name in first]
+    found = [(name, data_uri(run.directory / name, None if name.endswith(".svg") else 1500)) for name in first]
     return {"pictures": found, "named": [name for name in names if name not in first]}

@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 DRY_RUN = "dry_run_"  # begins the names of runs that are not results
 PRETRAINED = Path(__file__).parent / "pretrained"  # models that come with the package, each an exported folder
 PRETRAINED_MODEL = "flickr8k_attention"  # the one of them that captions images unless another is named
-EPOCH_FILE = re.compile(r"model_epoch_([1-9][0-9]{0,8})\.pt")
 # The lists of loss_curve.json, which are of equal length, and the columns of `training_rows`.
 CURVE = {"epochs": "epoch", "training_losses": "training_loss", "validation_losses": "validation_loss"}
 CURVE["learning_rates"] = "learning_rate"
@@ -413,10 +412,6 @@ def lock_run_directory(directory: Path) -> BaseFileLock:
         lock.acquire(timeout=0)
     except Timeout:
         raise UserError(f"another process is training in {directory}: wait for it, or stop it first") from None
-    except OSError as error:
-        raise UserError(
-            f"cannot write into {directory}: {error.strerror}. Make it writable, or copy the run"
-        ) from error
     remove_stale_files(directory)
     return lock
 
@@ -435,21 +430,8 @@ def newest_interrupted(folder: Path) -> Path | None:
 # Epoch files
 
 
-def stored_epoch(path: Path) -> int | None:
-    """Return the epoch that a checkpoint says it is of; None where it says none."""
-    import torch
-
-    try:
-        epoch = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["epoch"]
-    except Exception:  # PyTorch raises many kinds
-        return None
-    return epoch if is_epoch(epoch) else None
-
-
 def deletable_epochs(directory: Path) -> tuple[list[Path], int]:
-    """Find the run's `model_epoch_N.pt`, except what was trained after last.pt was written (a crash in between).
-
-    Only files that a run wrote count: the name has a number, and the checkpoint says that it is of this epoch.
+    """Find `model_epoch_N.pt` of the run's own epochs, but what was trained after last.pt was written (a crash in between).
 
     Returns:
         the files, and the bytes that deleting them frees: a file that best.pt or last.pt is a hard link to frees none.
@@ -467,14 +449,10 @@ def deletable_epochs(directory: Path) -> tuple[list[Path], int]:
         if damaged:
             raise UserError(f"{path} is missing or damaged: the epoch files of this run stay")
     written = kept[1].stat().st_mtime_ns
-    files = [
-        path
-        for path in directory.glob("model_epoch_*.pt")
-        if (name := EPOCH_FILE.fullmatch(path.name)) and path.is_file() and not path.is_symlink()
-        if path.stat().st_mtime_ns <= written and stored_epoch(path) == int(name[1])
-    ]
+    named = [directory / f"model_epoch_{row['epoch']}.pt" for row in read_run(directory).epochs]
+    files = [path for path in named if path.is_file() and not path.is_symlink() and path.stat().st_mtime_ns <= written]
     freed = sum(path.stat().st_size for path in files if path.stat().st_nlink == 1)
-    return sorted(files), freed
+    return files, freed
 
 
 # --------------------------------------------------------------------------------------------------

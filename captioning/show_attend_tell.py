@@ -57,7 +57,6 @@ class ShowAttendTellDecoder(Decoder):
 
     @classmethod
     def from_flags(cls, flags: Mapping[str, Any], vocabulary_size: int, spec: EncoderSpec) -> Self:
-        """See `Decoder.from_flags`."""
         return cls(
             vocabulary_size, spec.channels, flags["embed_size"], flags["hidden_size"], flags["drop_prob"],
             flags["attention_dim"],
@@ -70,7 +69,6 @@ class ShowAttendTellDecoder(Decoder):
         return LSTMState(hidden.unsqueeze(0), cell.unsqueeze(0), features, self.key(features))
 
     def step(self, state: LSTMState, words: torch.Tensor) -> tuple[LSTMState, DecoderOutput]:
-        """See `Decoder.step`."""
         embedded = self.embed(words)  # (rows, E)
         rows, images = words.shape[0], state.regions.shape[0]
         slots = torch.arange(rows, device=words.device)  # the rows of an image lie together
@@ -82,7 +80,6 @@ class ShowAttendTellDecoder(Decoder):
         return state, DecoderOutput(self.predict(hidden, embedded, context), alphas)
 
     def forward(self, features: torch.Tensor, batch: Batch) -> DecoderOutput:
-        """See `Decoder.forward`."""
         state, words = self.begin(features), self.embed(batch.inputs)  # (N, E)
         image = batch.row_image  # (R,)
         rank = (image.unsqueeze(1) == image).tril(-1).sum(1)  # (R,) how many earlier rows are of the same image

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from captioning import plots
 from captioning.io import UserError
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ def write_tensorboard(directory: Path, rows: Sequence[Mapping[str, Any]], figure
                         group = "loss/" if name.endswith("_loss") else "" if name == "learning_rate" else "validation/"
                         writer.add_scalar(group + name.removesuffix("_loss"), value, row["epoch"])  # type: ignore[no-untyped-call]
             for name, figure in figures.items():
-                writer.add_image(name, plots.pixels_of(figure), epoch, dataformats="HWC")  # type: ignore[no-untyped-call]
+                writer.add_figure(name, figure, epoch, close=False)  # type: ignore[no-untyped-call]
     except OSError as error:
         raise UserError(
             f"cannot write {folder}: {error}. Free some space, or continue without --tensorboard"

@@ -9,7 +9,6 @@ timm builds and fills the networks. Their file of weights is found here, whateve
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 import itertools
@@ -44,7 +43,6 @@ class TimmSpec(EncoderSpec):
 
     @property
     def transform(self) -> str:
-        """See `EncoderSpec.transform`."""
         return f"{super().transform}-{f'grid{self.grid}-' if self.pooled else ''}{self.config_hash}"
 
     def locate_weights(self, named: str | None, expected: str | None) -> tuple[Path | None, str]:
@@ -155,9 +153,7 @@ def find_model(name: str) -> tuple[str, str | None]:
         raise UserError(f"no {CONFIG} in {path}: timm:local-dir: {takes}")
     known = set(timm.list_models()) | set(timm.list_models(pretrained=True))
     if name not in known:
-        close = difflib.get_close_matches(name, known, 1, 0.5)
-        hint = f"did you mean timm:{close[0]}? " if close else ""
-        raise UserError(f"timm has no model {name}: {hint}--encoder list PATTERN names those that match")
+        raise UserError(f"timm has no model {name}: --encoder list PATTERN names those that match")
     config = timm.models.get_pretrained_cfg(name)
     return name, config.hf_hub_id if config else None
 

@@ -145,7 +145,6 @@ class TransformerDecoder(Decoder):
 
     @classmethod
     def from_flags(cls, flags: Mapping[str, Any], vocabulary_size: int, spec: EncoderSpec) -> Self:
-        """See `Decoder.from_flags`."""
         return cls(
             vocabulary_size, spec.channels, flags["embed_size"], flags["hidden_size"], flags["num_layers"], flags["drop_prob"],
             flags["num_heads"], flags["max_length"] + 1, spec.regions,
@@ -158,7 +157,6 @@ class TransformerDecoder(Decoder):
         return TransformerState(known[:, :, :0], known)
 
     def step(self, state: TransformerState, words: torch.Tensor) -> tuple[TransformerState, DecoderOutput]:
-        """See `Decoder.step`."""
         rows, images = words.shape[0], state.regions.shape[1]
         time = torch.full_like(words, state.past.shape[2])
         by_row, by_image = Table(rows, 1), Table(images, rows // images)  # the rows of an image lie together
@@ -166,7 +164,6 @@ class TransformerDecoder(Decoder):
         return state._replace(past=torch.stack(past)), output
 
     def forward(self, features: torch.Tensor, batch: Batch) -> DecoderOutput:
-        """See `Decoder.forward`."""
         regions, length, device = self.begin(features).regions, len(batch.batch_sizes), features.device
         time = torch.arange(length, device=device).repeat_interleave(
             batch.batch_sizes.to(device), output_size=len(batch.inputs)

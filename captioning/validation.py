@@ -62,7 +62,7 @@ def learn_consensus(context: EvalContext, val: np.ndarray) -> tuple[NgramHead | 
     found = search(context, val, CONSENSUS_BEAM, consensus=True)
     references = list(map(context.data.references, val))
     head, chosen = settle_weight(head, found, pooled_features(context, val), context.text, references)
-    log.info(f"Consensus: {head.table.size:,} n-grams, in {duration(time.perf_counter() - started)}")
+    log.info(f"Consensus: {len(head.stored['keys']):,} n-grams, in {duration(time.perf_counter() - started)}")
     captions = {BEAM: [max(hypotheses, key=lambda h: h.score) for hypotheses in found]}
     return (head, captions | {CONSENSUS: chosen}) if head.weight else (None, captions)
 

@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import logging
+import os
 import tempfile
 import zipfile
 from functools import cache, partial
@@ -21,48 +22,120 @@ from typing import Any
 
 import numpy as np
 import torch
-from fuzz_data import (
-    archive,
-    archives,
-    caption_files,
-    captions,
-    run_directory,
-    run_trees,
-    split_files,
-    split_names,
-    splits,
-    stored_split,
-    stored_split_file,
-    stored_splits,
-)
-from fuzz_inputs import Target, altered, mutated, names, refuses, values
+from fuzz_inputs import ENCODINGS, ODD_CAPTIONS, Target, altered, mostly_sound, mutated, names, refuses, values
 from hypothesis import strategies as st
 from PIL import Image
 
 from captioning import encoders
-from captioning.checkpoints import (
-    SCHEMA,
-    load_checkpoint,
-    load_weights,
-    require_trainable,
-    save_checkpoint,
-)
+from captioning.checkpoints import SCHEMA, load_checkpoint, load_weights, require_trainable, save_checkpoint
 from captioning.dataset import Vocabulary
 from captioning.decoders import build_decoder
 from captioning.encoders import find_encoder
-from captioning.feature_store import RECORD, FeatureFile, name_hash, version_of
 from captioning.flags import FLAGS
 from captioning.images import UnreadableImage, open_image
 from captioning.io import CONTROL_CHARACTERS, UserError
+from captioning.layouts import SPLITS, read_captions
 from captioning.modes.export import model_card, write_model
 from captioning.runs import find_checkpoint
 from captioning.schedules import Schedule, ScheduleSettings
 from captioning.settings import config_flags, get_parser, parse_flags
+from captioning.splits import find_splits, is_stored
 
 with contextlib.suppress(UserError):  # where FastAPI is not installed, the page's reader is not tried
     from captioning.modes import serve
 
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # as the page does
+
+
+# --------------------------------------------------------------------------------------------------
+# Captions and splits
+
+
+@st.composite
+def caption_files(draw: st.DrawFn) -> tuple[str, bytes]:
+    form = draw(st.sampled_from(["csv", "bars", "token", "karpathy"]))
+    rows = draw(st.lists(st.tuples(mostly_sound, st.sampled_from(ODD_CAPTIONS) | st.text(max_size=20)), max_size=6))
+    rows += [("a.jpg", "A dog ."), ("b.jpg", "Two dogs .")] if draw(st.booleans()) else []
+    if form == "karpathy":
+        images: list[Any] = [{"filename": n, "split": "train", "sentences": [{"raw": c}]} for n, c in rows]
+        document = {"images": images} if draw(st.booleans()) else draw(altered({"images": images}))
+        return "dataset.json", draw(mutated(json.dumps(document).encode(), 2))
+    file, header, pattern = {
+        "csv": ("captions.txt", draw(st.sampled_from(["image,caption", "caption,image", "image_name,n,comment", ""])), "{},{}"),
+        "bars": ("results.csv", "image_name| comment_number| comment", "{}| 0| {}"),
+        "token": ("Flickr8k.token.txt", "x.jpg#0\tA cat", "{}#0\t{}"),
+    }[form]  # fmt: skip
+    end = draw(st.sampled_from(["\n", "\r\n", "\r", "\n\n"]))
+    text = end.join([header, *(pattern.format(*row) for row in rows)]) + draw(st.sampled_from([end, "", '"', "\x1a"]))
+    return file, draw(mutated(text.encode(draw(st.sampled_from(ENCODINGS)), "replace"), 2))
+
+
+def captions(value: tuple[str, bytes], folder: Path) -> bool:
+    path = folder / value[0]
+    path.write_bytes(value[1])
+    read = refuses(lambda: read_captions(path))
+    if read is None:
+        return False
+    found, notes = read
+    for name, texts in found.groupby("image")["caption"]:
+        parts = name.split("/")  # a file, or a file in one folder
+        assert len(parts) <= 2 and all(os.path.basename(part) == part not in ("", ".", "..") for part in parts)
+        assert not CONTROL_CHARACTERS.search(name)
+        assert len(texts) and not any(CONTROL_CHARACTERS.search(text) or not text.strip() for text in texts)
+        name.encode()
+    assert not any(CONTROL_CHARACTERS.search(note) for note in notes)
+    return True
+
+
+@st.composite
+def split_files(draw: st.DrawFn) -> tuple[dict[str, bytes], Any]:
+    extra = st.sampled_from([[]] * 3) | st.lists(st.sampled_from([f"{i}.jpg" for i in range(6)]) | names, max_size=3)
+    lists = {
+        split: [*sound, *draw(extra)]
+        for split, sound in zip(SPLITS, (["0.jpg", "1.jpg"], ["2.jpg"], ["3.jpg"]), strict=True)
+    }
+    saved: Any = None
+    files: dict[str, bytes] = {}
+    match draw(st.sampled_from(["lists", "karpathy", "saved"])):
+        case "lists":
+            encoding = draw(st.sampled_from(ENCODINGS))
+            for split in SPLITS:
+                files[f"{split}.txt"] = draw(mutated("\r\n".join(lists[split]).encode(encoding, "replace"), 1))
+        case "karpathy":
+            images: list[Any] = [{"filename": name, "split": split} for split in SPLITS for name in lists[split]]
+            document = {"images": images} if draw(st.booleans()) else draw(altered({"images": images}))
+            files["dataset.json"] = draw(mutated(json.dumps(document).encode(), 1))
+        case "saved":
+            saved = stored_split(**lists)
+    return files, saved
+
+
+def stored_split(**lists: list[str]) -> dict[str, Any]:
+    """The stored form of a split of images whose sizes are the lengths of their names."""
+    return {
+        split: {"names": part, "sizes": [len(name) for name in part], "hashes": [7] * len(part)}
+        for split, part in {**lists, "inherited": ["old.jpg"]}.items()
+    }
+
+
+def splits(value: tuple[dict[str, bytes], Any], folder: Path) -> bool:
+    files, saved = value
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    sound = saved is None or is_stored(saved)  # which the reader of checkpoints has made sure of
+    return sound and split_names([f"{i}.jpg" for i in range(6)], [folder], saved) is not None
+
+
+def split_names(known: list[str], places: list[Path], saved: Any) -> dict[str, list[str]] | None:
+    """Split these images, whose sizes are the lengths of their names; return the names, or None if that is refused."""
+    notes: list[str] = []
+    read = refuses(lambda: find_splits(places, known, [len(name) for name in known], 0, saved, notes))
+    if read is None:
+        return None
+    positions = np.concatenate([read[0][split] for split in SPLITS])
+    assert len(set(positions.tolist())) == len(positions) <= len(known) and all(len(read[0][split]) for split in SPLITS)
+    assert not any(CONTROL_CHARACTERS.search(note) for note in notes)
+    return {split: [known[i] for i in images] for split, images in read[0].items()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -95,7 +168,7 @@ def picture(value: bytes, folder: Path) -> bool:
 
 
 # --------------------------------------------------------------------------------------------------
-# Checkpoints and caches
+# Checkpoints, exported models, encoder weights
 
 
 @cache
@@ -253,30 +326,6 @@ def fill_decoder(checkpoint: dict[str, Any], path: Path) -> torch.nn.Module:
     return decoder
 
 
-@st.composite
-def cache_indices(draw: st.DrawFn) -> tuple[bytes, int]:
-    sound = [(name_hash(Path(f"{i}.jpg")), 100, 10**18, 5, 7) for i in range(draw(st.integers(0, 4)))]
-    return draw(mutated(np.array(sound, RECORD).tobytes(), 2)), draw(st.integers(0, 60))
-
-
-def cache_index(value: tuple[bytes, int], folder: Path) -> bool:
-    """A record that fits no image is as good as none."""
-    index, size = value
-    (folder / "grids.u8.index").write_bytes(index)
-    (folder / "grids.u8").write_bytes(bytes(size))
-    file = FeatureFile(folder / "grids.u8", (2, 6))
-    assert all(file.map()[row].shape == (2, 6) for row in file.rows.values())
-    image = folder / "0.jpg"
-    image.write_bytes(bytes(100))
-    assert file.find(image) is None  # whose CRC-32 is another
-    file.put(image, version_of(image), len(file.records), np.ones((2, 6), np.uint8))
-    file.flush()
-    again = FeatureFile(folder / "grids.u8", (2, 6))
-    row = again.find(image)
-    assert row is not None and (again.map()[row] == 1).all() and file.rows.keys() <= again.rows.keys()
-    return bool(file.rows)
-
-
 # --------------------------------------------------------------------------------------------------
 # --config and run_config.json
 
@@ -377,15 +426,11 @@ def upload(value: tuple[str, list[bytes]], folder: Path) -> bool:
 TARGETS = {
     "captions file": Target(caption_files(), captions),
     "split lists": Target(split_files(), splits),
-    "stored split": Target(stored_splits(), stored_split_file),
     "picture": Target(st.sampled_from(range(9)).flatmap(lambda i: mutated(pictures()[i])), picture),
-    "archive": Target(archives(), archive),
     "checkpoint bytes": Target(checkpoint_files(), checkpoint_bytes),
     "checkpoint fields": Target(st.builds(sound_checkpoint).flatmap(altered), checkpoint_fields),
     "encoder weights": Target(st.booleans().flatmap(lambda old: mutated(tensor_file(old), 3)), encoder_weights),
     "exported model": Target(exported_models(), exported_model),
-    "cache index": Target(cache_indices(), cache_index),
-    "run directory": Target(run_trees(), run_directory),
     "file of flags": Target(config_files(), config),
 }
 if "serve" in globals():

@@ -32,7 +32,6 @@ def serving(app, text: str):
 def page_of(model, tiny_runs):
     """Serve the page of a run of `tiny_runs`, with its examples; the address."""
     text = serve.build_page(model, serve.find_examples(model, flags(tiny_runs)), model.decoding())
-    serve.warm_up(model, {})
     with serving(serve.build_app(model, text, "127.0.0.1", model.decoding()), text) as address:
         yield address
 

@@ -155,7 +155,6 @@ def test_an_exported_folder_and_what_is_not_there(photos, tiny_runs, capsys):
 
 
 def test_settings_for_few_photos_unless_given(tmp_path):
-    """On the command line and in a file alike."""
     (tmp_path / "flags.yaml").write_text("init_from: a\nbatch_size: 7\n")
     settings = parse_flags(["--config", str(tmp_path / "flags.yaml"), "--freq_threshold", "5"])
     assert {name: getattr(settings, name) for name in ADAPTATION} == ADAPTATION | {"batch_size": 7, "freq_threshold": 5}
@@ -166,7 +165,7 @@ def test_settings_for_few_photos_unless_given(tmp_path):
 
 
 def test_images_that_the_source_was_trained_on_are_never_held_out(photos, tiny_runs, capsys):
-    """Some under their names, one a copy under another: they train, whatever the draw says."""
+    """Nine under their names and one as a copy with another name: all of them are training images."""
     photos = shutil.copytree(photos, Path("photos"))
     known = load_checkpoint(tiny_runs["attention"] / "best.pt")["split"]["train"]["names"]
     rows = ""
@@ -189,7 +188,7 @@ def test_images_that_the_source_was_trained_on_are_never_held_out(photos, tiny_r
 
 
 def test_the_old_photos_in_another_size(photos, tiny_runs, capsys):
-    """Replay knows them by their names; as own photos they are named, since only their owner can tell what they are."""
+    """Replay finds them by name. Among own photos they are only reported: they may be other photos of the same name."""
     shutil.copytree(tiny_runs["data"], "larger", ignore=shutil.ignore_patterns("*.txt.*"))
     for path in Path("larger/Images").iterdir():
         Image.open(path).resize((90, 90)).save(path)

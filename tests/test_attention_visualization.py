@@ -75,14 +75,6 @@ def test_the_grid_is_as_large_as_the_weights_say(side):
     assert attention.attention_numbers("a.jpg", caption(2), weights)["grid"] == side
 
 
-@pytest.mark.parametrize("shape", [(48,), (49, 1), (1, 49), (0,)])
-def test_upsampling_refuses_other_shapes_and_an_empty_picture(shape):
-    with pytest.raises(ValueError, match="square grid"):
-        attention.upsample(np.zeros(shape), 10, 10)
-    with pytest.raises(ValueError):
-        attention.upsample(np.zeros(49), 0, 10)
-
-
 def test_entropy_of_known_distributions():
     pair = np.zeros(49)
     pair[[3, 30]] = 0.5
@@ -96,27 +88,13 @@ def test_peak_is_the_middle_of_the_strongest_cell_as_x_and_y():
     np.testing.assert_allclose(points * 14, [[1, 1], [13, 1], [7, 7], [1, 13]])
 
 
-@pytest.mark.parametrize(
-    "weights",
-    [
-        np.zeros((0, 49)), np.full(49, 1 / 49), np.full((2, 48), 1 / 48), np.full((2, 7, 7), 1 / 49),
-        np.full((2, 49), 1.002 / 49), np.full((2, 49), np.nan), one_hot(0) * 2 - one_hot(1),
-    ],
-    ids=["no words", "one row", "48 cells", "grids", "sums to 1.002", "nan", "negative"],
-)  # fmt: skip
-def test_weights_that_are_no_distributions_raise(weights):
-    for function in (attention.entropy, attention.peak):
-        with pytest.raises(ValueError):
-            function(weights)
-    for build in (attention.attention_figure, attention.advanced_attention_figure):
-        with pytest.raises(ValueError):
-            build(photo(), caption(len(weights)), weights)
-
-
 @BOTH
-def test_words_and_weights_must_be_as_many(build):
-    with pytest.raises(ValueError, match="4 words, but attention weights for 3"):
-        build(photo(), caption(4), maps(3))
+@pytest.mark.parametrize(
+    ("words", "weights"), [(4, maps(3)), (2, np.full((2, 48), 1 / 48)), (2, np.full((2, 49), 1.002 / 49))]
+)
+def test_weights_that_are_no_distribution_for_each_word_raise(build, words, weights):
+    with pytest.raises(ValueError):
+        build(photo(), caption(words), weights)
 
 
 # Pictures
@@ -169,11 +147,9 @@ def test_path_gathers_words_of_one_cell_and_draws_a_move_only_between_cells():
     figure = attention.advanced_attention_figure(photo(), caption(6), one_hot(0, 0, 0, 24, 0, 48))
     (axes,) = [axes for axes in figure.axes if axes.get_label() == "path"]
     places = {text.get_text().replace("\n", " "): text.get_position() for text in axes.texts}
-    assert places["1–3, 5"] == pytest.approx((500 / 14, 375 / 14))
+    assert places["1, 2, 3, 5"] == pytest.approx((500 / 14, 375 / 14))
     assert places["4"] == pytest.approx((250, 187.5))
     assert places["6"] == pytest.approx((500 * 13 / 14, 375 * 13 / 14))
-    boxes = {text.get_text(): text.get_bbox_patch() for text in axes.texts if text.get_bbox_patch()}
-    assert len({box.get_facecolor() for box in boxes.values()}) == 3, "start, end and between look different"
     assert sum(isinstance(patch, FancyArrowPatch) for patch in axes.patches) == 3
 
 
@@ -187,9 +163,7 @@ def test_strongest_regions_are_apart_strong_and_of_different_words():
     assert len(attention.strongest_regions(maps(30), 3)) == 3
 
 
-@pytest.mark.parametrize(
-    ("cells", "times", "strong"), [(49, 3.9, 0), (49, 4.1, 1), (64, 3.9, 0), (64, 4.1, 1), (1, 1, 0)]
-)
+@pytest.mark.parametrize(("cells", "times", "strong"), [(49, 3.9, 0), (64, 4.1, 1), (1, 1, 0)])
 def test_a_region_is_strong_from_four_times_an_even_share_on(cells, times, strong):
     weights = np.full((1, cells), (1 - times / cells) / max(1, cells - 1))
     weights[0, 0] = times / cells
@@ -209,13 +183,7 @@ def test_dark_and_light_photos_are_dimmed_to_the_same_middle_tones(level):
     assert np.ptp(grey.astype(int)) > 30, "the scene stays recognisable"
 
 
-def test_an_even_photo_gets_no_noise():
-    noise = np.random.default_rng(0).integers(100, 104, (40, 40, 3)).astype(np.uint8)
-    assert np.ptp(np.asarray(attention.dim(Image.fromarray(noise))).astype(int)) < 15
-
-
-@pytest.mark.parametrize("shape", SIZES)
-@pytest.mark.parametrize("cell", [0, 24, 48])
+@pytest.mark.parametrize(("shape", "cell"), [("landscape", 24), ("portrait", 0), ("panorama", 48), ("tower", 48)])
 def test_a_crop_is_square_and_shows_the_cell_that_it_frames(shape, cell):
     image = photo(shape)
     row, column = divmod(cell, 7)
@@ -266,15 +234,6 @@ def test_every_format_is_written_alike_each_time(tmp_path, form, start):
         attention.save_pictures(tmp_path / folder, 1, photo(), "dog.jpg", caption(1), maps(1), viz(form))
     first, second = ((tmp_path / folder / f"attention_viz_sample_1.{form}").read_bytes() for folder in ("one", "two"))
     assert first.startswith(start) and first == second
-
-
-def test_more_dots_per_inch_make_a_larger_png_of_the_same_page(tmp_path):
-    sizes = []
-    for dpi in (40, 160):
-        attention.save_pictures(tmp_path, 1, photo(), "dog.jpg", caption(1), maps(1), viz(dpi=dpi))
-        with Image.open(tmp_path / "attention_viz_sample_1.png") as picture:
-            sizes.append(picture.size)
-    assert sizes[1] == pytest.approx(np.multiply(sizes[0], 4), abs=4)
 
 
 def test_images_are_found_by_name_and_a_wrong_name_gets_a_near_one():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from run_files import png_of
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from captioning import encoders
@@ -114,6 +115,7 @@ def test_one_bad_image_never_stops_the_rest(tiny_runs, photos, capsys):
     (photos / "half.jpg").write_bytes(whole[: len(whole) // 2])
     (photos / "empty.png").touch()
     (photos / "script.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0")
+    (photos / "bomb.png").write_bytes(png_of(60_000, 60_000))
     (photos / "tab\tand\x1b[31m.jpg").write_bytes(b"no picture")
     (photos / "p02.jpg").rename(photos / "tab\tline\n.jpg")
     assert caption(tiny_runs["attention"], "--images", "photos") == 1
@@ -121,9 +123,9 @@ def test_one_bad_image_never_stops_the_rest(tiny_runs, photos, capsys):
     assert [line.split("\t")[0] for line in captured.out.splitlines()] == [
         "photos/p01.jpg", "photos/tab\\tline\\n.jpg", "photos/below/p03.jpg",
     ]  # fmt: skip
-    for name in ("half.jpg", "empty.png", "script.jpg", "tab\\tand\\x1b[31m.jpg"):
+    for name in ("half.jpg", "empty.png", "script.jpg", "bomb.png", "tab\\tand\\x1b[31m.jpg"):
         assert f"Cannot read photos/{name}" in captured.err
-    assert "Not readable: 4 of 7 images" in captured.err and "\x1b[31m" not in captured.err
+    assert "Not readable: 5 of 8 images" in captured.err and "\x1b[31m" not in captured.err
 
 
 # What a phone, a scanner or a drawing program writes; each holds the same picture: red left, blue right, green below.

@@ -75,7 +75,6 @@ def test_bins_and_their_error():
 
 
 def test_a_damaged_calibration_is_none():
-    """The reader of checkpoints asks for it: tests/test_strangers_files.py."""
     assert is_calibration({"beam": SOUND, "consensus": SOUND})
     for damage in (
         {"scores": [-1.0, -2.0]}, {"shares": [0.75, 0.25]}, {"shares": [0.25, 1.5]}, {"shares": [float("nan"), 0.5]},

@@ -136,7 +136,7 @@ def test_the_evidence_is_the_beams_agreement_and_what_is_expected(data, monkeypa
 
 @pytest.mark.parametrize("right, expected", [("first", 0.0), ("second", 4.0), ("never", 0.0)])
 def test_the_weight_is_what_helps_on_the_validation_images(data, monkeypatch, right, expected):
-    """The smaller where two are equal."""
+    """Of two equally good weights the smaller."""
     vocabulary = build_vocabulary(data, 1)
     head = fit_head(data, vocabulary, pooled)
     found = [[hypothesis(vocabulary, "w1", -4.0), hypothesis(vocabulary, "w2", -4.2)]]

@@ -1,26 +1,21 @@
 """Layouts, splits by image, vocabulary and batches; runs under pytest and as a script."""
 
-import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import as_script
 import numpy as np
 import pytest
-from PIL import Image
 
 from captioning.batches import BatchMaker
 from captioning.dataset import EOS, SOS, build_vocabulary, load_caption_set, tokenize
-from captioning.images import UnreadableImage, load_views, open_image
 from captioning.io import UserError
 from captioning.layouts import read_captions
-from captioning.splits import store_split
 
 
 def test_tokens_are_lower_case_without_punctuation():
@@ -133,22 +128,6 @@ def test_lines_are_counted_over_blank_ones_and_captions_of_several_lines(tmp_pat
         read_captions(tmp_path / name)
 
 
-@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="their file names are always Unicode")
-def test_file_names_that_are_not_utf_8(tiny):
-    name = os.fsencode(tiny / "Images") + b"/caf\xe9.jpg"
-    Path(os.fsdecode(name)).write_bytes((tiny / "Images" / "p00.jpg").read_bytes())
-    data = load_caption_set(tiny)
-    assert data.notes == ["1 image(s) without captions, left out"] and len(data.names) == 20
-    rows = (tiny / "captions.txt").read_bytes()
-    (tiny / "captions.txt").write_bytes(rows + b"caf\xe9.jpg,A cup .\n")
-    with pytest.raises(UserError, match="line 42: not utf-8 text; .*iconv"):
-        load_caption_set(tiny)
-    document = {"images": [{"filename": "caf\udce9.jpg", "split": "train", "sentences": [{"raw": "a cup"}]}]}
-    (tiny / "dataset.json").write_text(json.dumps(document))
-    with pytest.raises(UserError, match=r"'caf.udce9.jpg' has a line break or another control character"):
-        read_captions(tiny / "dataset.json")
-
-
 @pytest.mark.parametrize("script", ["test_lr_scheduling.py", "test_dataset_support.py", "test_unique_directories.py"])
 def test_without_pytest_the_scripts_say_how_to_install_it(tmp_path, script):
     (tmp_path / "pytest.py").write_text("raise ModuleNotFoundError('No module named pytest', name='pytest')")
@@ -163,23 +142,6 @@ def test_without_pytest_the_scripts_say_how_to_install_it(tmp_path, script):
 # Images
 
 
-def picture(**options: Any) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (30, 20), "red").save(buffer, "PNG", **options)
-    return buffer.getvalue()
-
-
-def test_an_image_is_opened_from_a_path_or_from_bytes(tmp_path):
-    (tmp_path / "a.jpg").write_bytes(picture())
-    for source in (tmp_path / "a.jpg", io.BytesIO(picture())):
-        assert open_image(source).getpixel((3, 3)) == (255, 0, 0)
-    assert load_views(io.BytesIO(picture()), 8).shape == (1, 8, 8, 3)
-    with pytest.raises(UnreadableImage, match="the image: "):
-        open_image(io.BytesIO(b"not an image"))
-    with pytest.raises(UnreadableImage, match="absent.jpg: No such file or directory"):
-        open_image(tmp_path / "absent.jpg")
-
-
 def test_split_is_by_image_and_seeded(tiny):
     data = load_caption_set(tiny, seed=3)
     parts = [set(images.tolist()) for images in data.splits.values()]
@@ -187,14 +149,6 @@ def test_split_is_by_image_and_seeded(tiny):
     again = load_caption_set(tiny, seed=3)
     assert all((data.splits[s] == again.splits[s]).all() for s in data.splits)
     assert any((data.splits[s] != load_caption_set(tiny, seed=4).splits[s]).any() for s in ("val", "test"))
-
-
-def test_a_split_kept_in_a_checkpoint_wins(tiny):
-    whole = load_caption_set(tiny)
-    splits = {"train": np.arange(3, 20), "val": np.array([0]), "test": np.array([1, 2])}
-    versions = np.array([(path.stat().st_size, 7) for path in whole.paths()])
-    data = load_caption_set(tiny, stored=store_split(splits, whole.names, versions, parent=None))
-    assert data.splits["val"].tolist() == [0] and data.splits["test"].tolist() == [1, 2]
 
 
 def test_an_image_in_two_splits_is_refused(tiny):

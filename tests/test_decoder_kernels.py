@@ -66,7 +66,7 @@ class ProductShapes(TorchDispatchMode):
 
 
 def test_under_autocast_batches_share_their_shapes_and_the_lstm_is_that_of_float32_within_its_rounding():
-    """Since oneDNN keeps a kernel for every shape of a bf16 product."""
+    """oneDNN keeps a kernel in memory for every shape of a bf16 product, so there should be few shapes."""
     torch.manual_seed(0)
     decoder = LSTMDecoder(30, 8, 32, 32, 2, 0.0)
 

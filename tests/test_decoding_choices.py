@@ -177,12 +177,6 @@ def test_tests_that_end_at_once_keep_each_others_rows(tmp_path):
     assert len(set(files)) == 6 and sorted(row["beam_size"] for row in rows(tmp_path)) == list(range(6))
 
 
-def test_weights_are_refused_where_the_checkpoints_encoder_brings_its_own(trained, capsys):
-    _, _, lstm, _ = trained
-    assert score("--resnet_weights", "x.pth", model=[lstm]) == 2
-    assert "whose encoder is efficientnet_lite0" in capsys.readouterr().err
-
-
 def test_members_of_other_data_are_refused(trained, capsys):
     _, _, lstm, attention = trained
     other = torch.load(lstm / "best.pt", weights_only=True)

@@ -21,7 +21,6 @@ import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 import training_utils
 from captioning import distributed
 from captioning.feature_store import RECORD
-from captioning.io import UserError
 from training_utils import StopRequest
 
 SCRIPT = Path(trainer.__file__)
@@ -171,7 +170,7 @@ def workers(launcher: int) -> list[int]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks ps for a process's children as Linux has it")
 def test_killed_then_stopped_together_and_resumed_alone(place, monkeypatch):
-    """Processes that torchrun starts anew begin no second run; the first one goes on from where two stood."""
+    """Processes that torchrun restarts end; the run is then resumed by two processes, stopped, and resumed by one."""
     flags = [*TRAIN, "--epochs", "300", "--drop_prob", "0", "--keep_checkpoints", "400"]
     process = torchrun(place, *flags, "--checkpoint_minutes", "0.0001", "--model_save_dir", "parts")
     wait_for(lambda: saved_epochs(place / "parts") >= 2, process)
@@ -203,13 +202,13 @@ def test_processes_with_other_flags_are_refused(place):
     flags = [*TRAIN, "--model_save_dir", "otherwise"]
     first, second = by_hand([place, place], [*flags, "--drop_prob", "0.2"], [*flags, "--drop_prob", "0.4"])
     assert (first.returncode, second.returncode) == (2, 2) and "Traceback" not in first.stderr + second.stderr
-    assert (first.stderr + second.stderr).count("error: ") == 1
+    assert first.stderr.count("error: ") == 1 >= second.stderr.count("error: ")  # if the first was gone already
     assert "error: the processes disagree on --drop_prob: '0.2' in rank 0, '0.4' in rank 1" in first.stderr
     assert not (place / "otherwise").exists()
 
 
 def test_machines_without_a_shared_cache_are_refused(place):
-    """As on two machines: the second process stands elsewhere, where the relative --feature_cache is another folder."""
+    """The working directory of the second process differs, so its relative --feature_cache is another folder."""
     elsewhere = place / "elsewhere"
     elsewhere.mkdir()
     places = {"data_dir": place / "tiny", "model_save_dir": place / "apart", "feature_cache": "own"}
@@ -219,7 +218,7 @@ def test_machines_without_a_shared_cache_are_refused(place):
 
 
 def test_machines_with_another_data_set_are_refused(place):
-    """The second process stands where the relative --data_dir has other captions."""
+    """The working directory of the second process differs, and its relative --data_dir has other captions."""
     other = place / "other"
     other.mkdir()
     captions = draw_tiny(other / "tiny") / "captions.txt"
@@ -257,10 +256,3 @@ def test_a_signal_that_torchrun_passes_on_is_no_second_one(monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(1)
-
-
-def test_without_torchrun_one_process_has_all():
-    assert distributed.shard([1, 2, 3]) == distributed.gather([1, 2, 3]) == [1, 2, 3]
-    assert distributed.total(1, 2.5) == [1.0, 2.5] and distributed.is_first() and distributed.size() == 1
-    with pytest.raises(UserError, match="no weights"):
-        distributed.from_first(lambda: (_ for _ in ()).throw(UserError("no weights")))

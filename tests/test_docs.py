@@ -137,7 +137,7 @@ def test_links_and_files_that_are_named_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_flags_that_are_named_exist(page: Path) -> None:
-    """Outside of the blocks, whose commands are parsed. The log names flags that are gone."""
+    """Outside of code blocks, whose commands another test parses. The log names removed flags."""
     scripts = [*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py"), ROOT / "setup.sh"]
     ours = {flag for path in scripts for flag in re.findall(r"""["' ]--([a-z][\w-]*)["')]""", path.read_text("utf-8"))}
     named = set(re.findall(r"(?<![\w-])--([A-Za-z][\w-]*)", parts(page)[1]))

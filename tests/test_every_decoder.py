@@ -57,7 +57,7 @@ def model(tmp_path, monkeypatch, name, stages) -> Path:
         for size in group_sizes(decoder)
     ]  # no tuple of two groups, which a checkpoint cannot have
     checkpoint |= {
-        "flags": flags, "decoder": decoder.state_dict(), "optimizer": torch.optim.AdamW(groups, fused=True).state_dict(),
+        "flags": flags, "decoder": dict(decoder.state_dict()), "optimizer": torch.optim.AdamW(groups, fused=True).state_dict(),
         "encoder": checkpoint["encoder"] | {"transform": spec.transform}, "consensus": head_for_dogs(),
     }  # fmt: skip
     save_checkpoint(tmp_path / "best.pt", checkpoint)

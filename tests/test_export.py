@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from captioning import encoders, registry
 from captioning.checkpoints import load_checkpoint, save_checkpoint
-from captioning.decoders import find_decoder
 from captioning.io import UserError
 from captioning.modes import export as export_model
 from captioning.runs import TEST_KEYS
@@ -102,17 +101,11 @@ def rewrite(model: Path, name: str, change) -> None:
     "name, change, message",
     [
         ("config.json", lambda c: c["flags"].update(hidden_size=3), "another architecture .* lstm.weight_ih_l0 is"),
-        ("config.json", lambda c: c["flags"].update(max_length=10**6), "at most 1000"),
-        ("config.json", lambda c: c["flags"].update(hidden_size="2"), "flags.hidden_size is a str"),
-        ("config.json", lambda c: c["flags"].pop("max_length") and None, "flags lacks some of"),
         ("config.json", lambda c: c["flags"].update(dataset_type="../x"), "flags.dataset_type"),
-        ("config.json", lambda c: c["flags"].update(drop_prob=float("inf")), "flags.drop_prob"),
         ("config.json", lambda c: c.update(schema=2), "has schema 2"),
-        ("config.json", lambda c: c["encoder"].update(name="vgg"), "encoder.name"),
         ("config.json", lambda c: c["sha256"].update({"vocabulary.json": "0"}), "vocabulary.json is damaged"),
         ("config.json", lambda c: [c], "lacks some of"),
         ("vocabulary.json", lambda v: v[:-1], "output_bias is .6. rather than .5."),
-        ("vocabulary.json", lambda v: [*v[:-1], "a"], "a list of different words"),
         ("vocabulary.json", lambda v: [*v[:-1], "\x1b[2J"], "a list of different words"),
         ("split.json", lambda s: s.update(val=[3]), "split is a dict"),
         ("model.safetensors", lambda t: t.update({"key.weight": torch.full_like(t["key.weight"], float("nan"))}), "finite"),
@@ -223,7 +216,7 @@ def onnx_checkpoint(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) ->
 
 
 @pytest.mark.skipif(not ONNX, reason="requirements-export.txt is not installed")
-@pytest.mark.parametrize("name", registry.DECODERS)
+@pytest.mark.parametrize("name", sorted(registry.DECODERS.keys() - {"lstm"}))  # tests/test_every_decoder.py has that
 def test_onnx_of_the_decoder_says_what_pytorch_says(tmp_path, monkeypatch, encoder_onnx, name):
     import onnxruntime
 
@@ -249,8 +242,8 @@ def test_onnx_of_the_decoder_says_what_pytorch_says(tmp_path, monkeypatch, encod
     else:
         assert "`words` int64 (R), `hidden` (1, R, 2), `cell` (1, R, 2), `regions` (R, " in card
         assert "`log_probabilities` (R, 6), `next_hidden` (1, R, 2), `next_cell` (1, R, 2)" in card
-        assert ("`keys` (R, 49, 2)" in card) == find_decoder(name).has_attention
-    assert ("`attention` (R, 49)" in card) == find_decoder(name).has_attention
+        assert "`keys` (R, 49, 2)" in card
+    assert "`attention` (R, 49)" in card
 
     step = onnxruntime.InferenceSession(tmp_path / "model" / "decoder_step.onnx")
     begin = onnxruntime.InferenceSession(tmp_path / "model" / "decoder_begin.onnx")
@@ -265,7 +258,7 @@ def test_onnx_of_the_decoder_says_what_pytorch_says(tmp_path, monkeypatch, encod
 
 @pytest.mark.skipif(not ONNX, reason="requirements-export.txt is not installed")
 def test_a_network_for_one_number_of_rows_is_refused(tmp_path):
-    """`len(tensor)` is a constant to the exporter: the file would serve three rows and no other number."""
+    """The exporter makes `len(tensor)` a constant: the network would take three rows only."""
 
     class Fixed(torch.nn.Module):
         def forward(self, features: torch.Tensor) -> torch.Tensor:

@@ -14,10 +14,10 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
-from captioning import images, registry
+from captioning import images
 from captioning.encoders import Encoder, EncoderSpec, find_encoder
 from captioning.feature_store import RECORD, name_hash
-from captioning.features import DeviceFeatures, FeatureRequest, fits_on, open_features
+from captioning.features import DeviceFeatures, FeatureRequest, open_features
 from captioning.images import open_image
 from captioning.io import UserError
 from captioning.openvino_form import openvino_form
@@ -110,7 +110,7 @@ def test_a_changed_image_is_encoded_again_and_only_that(tmp_path, paths):
 
 
 def test_openvino_gives_pytorchs_features_and_opens_no_socket(monkeypatch):
-    """In float32, and the same to the bit in batches of any size and from several threads."""
+    """They are float32, and the same bits in batches of any size and from several threads."""
     called = []
     monkeypatch.setattr(socket.socket, "connect", lambda *where: called.append(where))
     monkeypatch.setattr(socket, "getaddrinfo", lambda *where: called.append(where))
@@ -183,7 +183,7 @@ def test_a_touched_or_copied_image_is_known_by_its_bytes(tmp_path, paths):
         os.utime(path, ns=(number, number))
     assert torch.equal(features(tmp_path, paths, build).gather(np.arange(6)), before)
     (index,) = (tmp_path / "cache").rglob("*.index")
-    assert np.fromfile(index, RECORD)["mtime_ns"].tolist() == list(range(6)) and build.built == 1  # noted
+    assert build.built == 1
     flip_a_bit(paths[3], -1)  # of the same length
     features(tmp_path, paths, build)
     assert build.built == 2 and rows_of(index, paths)[6:] == [3]
@@ -191,7 +191,7 @@ def test_a_touched_or_copied_image_is_known_by_its_bytes(tmp_path, paths):
 
 @pytest.mark.parametrize("index_bytes, rows", [(-20, 6), (-20, 5.5), (None, 2.5), (0, 6), (None, 0)])
 def test_killed_encoding_goes_on_where_it_was(tmp_path, paths, index_bytes, rows):
-    """The last record or row is torn; a record without its row names nothing."""
+    """The last record or row is incomplete; a record without its row is ignored."""
     build = Counting()
     whole = features(tmp_path, paths, build).gather(np.arange(6))
     (data,), (index,) = ((tmp_path / "cache").rglob(name) for name in ("*.u8", "*.index"))
@@ -264,28 +264,8 @@ def test_a_complete_cache_on_a_read_only_disk_serves(tmp_path, paths, monkeypatc
         features(tmp_path, paths, Counting(), cache="other")
 
 
-def test_all_views_together_take_at_most_half_of_the_device(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 1000))
-    device = torch.device("cuda")
-    assert fits_on(device, 500) and not fits_on(device, 6 * 100)
-
-
 def test_the_version_of_each_image_is_known(tmp_path, paths):
     found = [features(tmp_path, paths, Counting(), needed=[1, 4], cache=cache) for cache in ("cache", None)]
     for each in found:
         assert each.versions[1].tolist() == [paths[1].stat().st_size, zlib.crc32(paths[1].read_bytes())]
         assert each.versions[0].tolist() == [-1, -1]
-
-
-def test_the_encoders_say_what_they_are():
-    specs = {name: find_encoder(name) for name in registry.ENCODERS}
-    said = {name: (spec.network, spec.family, spec.regions, spec.transform) for name, spec in specs.items()}
-    assert said == {
-        "resnet50": ("resnet50", "resnet", 49, "squash224"),
-        "resnet101": ("resnet101", "resnet", 49, "squash224"),
-        "resnet152": ("resnet152", "resnet", 49, "squash224"),
-        "convnext_base": ("convnext_base", "convnext_base", 49, "squash224"),
-        "efficientnet_lite0": ("efficientnet_lite0", "efficientnet_lite0", 49, "squash224"),
-        "efficientnet_lite2": ("efficientnet_lite2", "efficientnet_lite2", 64, "squash256"),
-    }
-    assert all(spec.name == name for name, spec in specs.items())

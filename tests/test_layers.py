@@ -82,7 +82,7 @@ def test_small_modules_load_nothing_large() -> None:
 
 
 def test_nothing_goes_through_pyplot() -> None:
-    """Which keeps every figure until it is closed, and may not be used in a thread."""
+    """pyplot keeps every figure until it is closed, and must not be used in a thread."""
     statement = re.compile(r"^\s*(from|import)\b.*\bpyplot\b", re.MULTILINE)
     assert [name for name, path in FILES.items() if statement.search(path.read_text("utf-8"))] == []
 

@@ -77,7 +77,7 @@ CHECKPOINT = {
 
 
 def test_a_fresh_schedule_begins_at_the_runs_rate(capsys):
-    """Not at the flag's default."""
+    """The rate of the checkpoint, not the default of --learning_rate."""
     later = settings("--scheduler_type", "step", "--model_path", "x.pt").with_checkpoint(CHECKPOINT, Path("x.pt"))
     assert later.stored()["learning_rate"] == 0.004  # for the run after this one
     schedule = choose_schedule(later, None, 6, 5)
@@ -100,7 +100,7 @@ def test_training_past_the_end_of_a_schedule_is_told_at_the_start(capsys):
     "kind, advice", [("cosine", "Add --scheduler_t_max 14 "), ("one_cycle", "--scheduler_t_max 8 ")]
 )
 def test_the_advice_for_a_schedule_that_is_under_way_helps(capsys, kind, advice):
-    """The rate falls to the end, from where it was or from the run's."""
+    """With the advised flags the rate falls until the last epoch."""
     state = Schedule(replace(BASE, type=kind, epochs=10, t_max=10)).state()
     resumed = ["--model_path", "x.pt", "--epochs", "8"]
     choose_schedule(parse_flags(resumed), Schedule.from_state(state), 6, 5)
@@ -114,7 +114,7 @@ def test_the_advice_for_a_schedule_that_is_under_way_helps(capsys, kind, advice)
 
 
 def test_exponential_takes_a_tenth_over_the_whole_run_also_with_a_config(tmp_path):
-    """Rather than in each epoch, the original's defect."""
+    """The original took a tenth in each epoch."""
     (tmp_path / "x.yaml").write_text("epochs: 5\nuse_scheduler: true\nscheduler_type: exponential\n")
     schedule = choose_schedule(parse_flags(["--config", str(tmp_path / "x.yaml")]), None, 0, 5)
     assert schedule.rate(5) == pytest.approx(1e-5) and schedule.rate(1) > 6e-5
@@ -143,7 +143,7 @@ def test_plateau_is_pytorchs():
 
 @pytest.mark.parametrize("kind", SCHEDULERS)
 def test_state_goes_on_where_it_was(kind):
-    """Also in mid-epoch, and for the losses to come."""
+    """Within an epoch too, and with further losses."""
     schedule = Schedule(replace(BASE, type=kind, patience=1))
     for loss in (2.0, 2.0, 2.0, 2.0):
         schedule.epoch_ended(loss)

@@ -103,7 +103,7 @@ def test_thirty_two_memorised_captions_all_come_back(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ATTENDING)
 def test_attention_sums_to_one_differs_and_has_gradients(kind, batch):
-    """Defect 2."""
+    """The original attended to one vector: its weights were always 1, their gradients 0."""
     vocabulary, made = batch
     decoder = tiny_decoder(kind, len(vocabulary))
     output = decoder(features_for(kind, 20)[made.images], made)
@@ -115,7 +115,7 @@ def test_attention_sums_to_one_differs_and_has_gradients(kind, batch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_teacher_forcing_is_the_step_by_step_decoder(kind, batch):
-    """Which knows no later word."""
+    """So training sees no later word."""
     vocabulary, made = batch
     decoder = tiny_decoder(kind, len(vocabulary)).eval()
     features = features_for(kind, 20)[made.images]
@@ -286,7 +286,7 @@ def test_a_longer_more_probable_caption_beats_those_that_ended_before_it():
 
 @pytest.mark.parametrize("beam", (1, 2, 4))
 def test_a_caption_cut_at_its_longest_has_the_score_of_its_words(beam):
-    """Without the score of the word that was cut off, and each caption once."""
+    """The word that was cut off does not count, and no caption is found twice."""
     (found,) = beam_search([(Endless(), torch.zeros(1, 1))], beam, 2, length_penalty=0.7, num_hypotheses=beam)
     chances = {(4, 4): 0.33, (4, 5): 0.27, (5, 4): 0.04, (5, 5): 0.36}
     assert len({tuple(each.ids) for each in found}) == len(found) == beam
@@ -341,7 +341,7 @@ def test_each_word_has_the_members_mean_probability_and_the_firsts_attention(kin
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_dropout_layers_and_sizes_are_in_force(kind, batch):
-    """Defect 10."""
+    """The original ignored --drop_prob in one decoder and --num_layers in the other."""
     vocabulary, made = batch
     features = features_for(kind, 20)[made.images]
     dropping = tiny_decoder(kind, len(vocabulary), drop=0.5).train()
@@ -355,7 +355,7 @@ def test_dropout_layers_and_sizes_are_in_force(kind, batch):
 
 
 def test_the_encoder_is_frozen_in_eval_mode_for_ever():
-    """Defects 6 and 11."""
+    """Its BatchNorm never moves, and its images are normalized: the original did neither."""
     spec = find_encoder("efficientnet_lite0")
     encoder = spec.build(spec.find_weights()[0])
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
@@ -387,7 +387,8 @@ def test_resnet50_weights_come_from_a_file(tmp_path):
         spec.find_weights(str(tmp_path / "absent.pth"))
 
 
-def test_a_checkpoint_names_no_file_and_downloads_nothing_but_what_it_was_trained_on(tmp_path, monkeypatch):
+def test_weights_are_those_that_the_checkpoint_was_trained_on_or_none(tmp_path, monkeypatch):
+    """Nothing else is downloaded."""
     spec = find_encoder("resnet50")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
@@ -395,10 +396,9 @@ def test_a_checkpoint_names_no_file_and_downloads_nothing_but_what_it_was_traine
     monkeypatch.setattr(TorchvisionSpec, "download", lambda self: downloads.append(self.name) or Path("downloaded.pth"))
     monkeypatch.setattr(encoders, "sha256", lambda path: path.read_text())
     assert spec.find_weights(None, RANDOM_HASH) == (None, RANDOM_HASH)
-    with pytest.raises(UserError, match="not those that torchvision downloads: name their file with --resnet_weights"):
-        spec.find_weights(None, "feed" * 4)
-    with pytest.raises(UserError, match="not those that torchvision downloads"):
-        spec.find_weights(None, "11ad3fa6" * 2)  # torchvision's, but not what it would download
+    for digest in ("feed" * 4, "11ad3fa6" * 2):  # the second is torchvision's, but not what it would download
+        with pytest.raises(UserError, match="not those that torchvision downloads: name .* with --resnet_weights"):
+            spec.find_weights(None, digest)
     assert downloads == []
     Path("downloaded.pth").write_text("0676ba61" * 8)
     assert spec.find_weights(None, "0676ba61" * 2) == (Path("downloaded.pth"), "0676ba61" * 2)
@@ -413,7 +413,7 @@ def test_a_checkpoint_names_no_file_and_downloads_nothing_but_what_it_was_traine
 
 
 def test_an_encoder_that_gives_another_shape_than_declared_is_named():
-    """It was reported as a damaged feature cache."""
+    """Not reported as a damaged feature cache."""
     spec = find_encoder("efficientnet_lite0")
     weights, _ = spec.find_weights()
     with pytest.raises(UserError, match=r"efficientnet_lite0 gives \(1, 49, 1280\) .* declares \(1, 49, 1200\)"):
@@ -430,6 +430,7 @@ def test_every_encoder_of_torchvisions_knows_its_files_and_its_normalisation():
         assert spec.mean == pytest.approx([255 * value for value in transforms.mean])
         assert spec.std == pytest.approx([255 * value for value in transforms.std])
         assert transforms.crop_size == [spec.image_size]
+    assert find_encoder("resnet50").family == find_encoder("resnet101").family == "resnet"  # in names of directories
 
 
 def test_packaged_weights_say_how_to_get_them(monkeypatch):

@@ -61,13 +61,11 @@ def test_commands_answer_before_pytorch_is_imported(installed: Path, tmp_path: P
     assert done.returncode == 1 and "`flickr-caption-data --dataset demo --data_dir data` gets" in done.stdout
 
 
-def test_training_and_its_report(installed: Path, tmp_path: Path, tiny: Path) -> None:
-    flags = "--dataset_type custom --encoder efficientnet_lite0 --decoder lstm --embed_size 8 --hidden_size 8 --dry_run"
-    words = [*flags.split(), "--feature_cache", "off", "--device", "cpu", "--data_dir", str(tiny)]
-    done = run(installed, tmp_path, "flickr-caption", *words, PATH="")  # without Java, which takes seconds
+def test_it_captions_with_the_included_captioner(installed: Path, tmp_path: Path, tiny: Path) -> None:
+    photo = str(tiny / "Images" / "p03.jpg")
+    done = run(installed, tmp_path, "flickr-caption", "--mode", "caption", "--images", photo, "--device", "cpu")
     assert done.returncode == 0, done.stderr
-    assert "report.html" in done.stdout and "The files of the dry run are deleted" in done.stdout
-    assert not list(tmp_path.rglob("*.pt")) and not (tmp_path / "feature_cache").exists()
+    assert done.stdout.startswith(f"{photo}\ta ") and "Using flickr8k_attention" in done.stderr
 
 
 def test_messages_print_what_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,7 +46,7 @@ def test_losses_show_both_curves_and_the_best_epoch(epochs):
     assert list(lines["training"].get_xdata()) == list(range(1, epochs + 1))
     assert lines["validation"].get_ydata()[-1] == 5 / epochs
     (best,) = [line for label, line in lines.items() if label.startswith(f"best epoch: {epochs} ")]
-    assert best.get_xdata()[0] == epochs and best.get_ydata()[0] == 5 / epochs
+    assert best.get_xdata()[0] == epochs and f"{5 / epochs:.3f}" in best.get_label()
     assert axes.get_xlabel() == "epoch" and axes.get_ylabel() == "loss"
     ticks = [tick for tick in axes.get_xticks() if axes.get_xlim()[0] <= tick <= axes.get_xlim()[1]]
     assert ticks and all(float(tick).is_integer() for tick in ticks)
@@ -64,7 +64,7 @@ def test_nothing_crosses_the_title_and_legend(epochs):
         plots.learning_rate_figure(curve(epochs), 1, rows),
         plots.scores_figure(rows, 1),
     ):
-        plots.pixels_of(figure)  # places everything
+        figure.draw_without_rendering()  # places everything
         box = figure.legends[0].get_window_extent()
         assert figure.legends[0].get_title().get_text().split(" ")[0] in ("Loss", "Learning", "Scores")
         assert box.y0 > max(axes.get_tightbbox().y1 for axes in figure.axes)
@@ -120,7 +120,7 @@ def test_cider_has_a_panel_of_its_own_scale():
     np.testing.assert_allclose(upper["CIDEr"], [10, 20, 30])
     np.testing.assert_allclose(lower["ROUGE-L"], [40, 40, 40])
     np.testing.assert_allclose(lower["BLEU-4"], [np.nan, 20, 20])
-    assert upper["best epoch: 2 (CIDEr 20.0)"] == [20] and [axes.get_ylim()[0] for axes in figure.axes] == [0, 0]
+    assert "best epoch: 2 (CIDEr 20.0)" in upper and [axes.get_ylim()[0] for axes in figure.axes] == [0, 0]
     assert legend(figure) == ["CIDEr", "ROUGE-L", "BLEU-4", "best epoch: 2 (CIDEr 20.0)"]
     assert figure.axes[1].get_xlabel() == "epoch" and all("x100" in axes.get_ylabel() for axes in figure.axes)
 
@@ -133,19 +133,6 @@ def test_gallery_shows_every_sample_with_its_caption_and_two_references():
     assert "dog.jpg" in texts(figure)
 
 
-def test_groups_have_rows_and_titles_of_their_own():
-    groups = ["Best"] * 4 + ["Median"] * 2 + ["Worst"] * 4
-    figure = plots.captions_figure([sample(group=group) for group in groups])
-    tops = [round(axes.get_position().y1, 6) for axes in figure.axes]
-    assert len(set(tops)) == 3 and tops == sorted(tops, reverse=True)
-    assert [tops.count(top) for top in dict.fromkeys(tops)] == [4, 2, 4]
-    titles = {text.get_text(): text.get_position() for text in figure.texts if text.get_text() in groups}
-    assert list(titles) == ["Best", "Median", "Worst"]
-    left = figure.axes[0].get_position().x0
-    for (x, y), top in zip(titles.values(), dict.fromkeys(tops), strict=True):
-        assert x == left and top < y < top + 0.1
-
-
 def test_a_photo_of_another_shape_is_shown_whole():
     tall = Image.new("RGB", (100, 300), "teal")
     tall.paste("red", (0, 0, 100, 5))
@@ -154,22 +141,20 @@ def test_a_photo_of_another_shape_is_shown_whole():
     shown = np.asarray(figure.axes[2].images[0].get_array())
     assert (shown[0, shown.shape[1] // 2, :3] == (255, 0, 0)).all()
     assert (shown[-1, shown.shape[1] // 2, :3] == (0, 0, 255)).all()
-    assert (shown[0, 0, :3] == 0xEE).all()
-    assert shown.shape[1] / shown.shape[0] == pytest.approx(4 / 3, rel=0.02)
+    assert shown.shape[1] / shown.shape[0] == pytest.approx(1 / 3, rel=0.02)
 
 
 def test_a_gallery_shows_captions_of_thirty_words_to_the_end_and_no_text_on_another():
     long = sample(caption=" ".join(f"word{n}" for n in range(30)), references=["some long reference " * 6] * 5)
     figure = plots.captions_figure([long] * 2 + [sample()] * 6)
     assert "word29" in texts(figure) and "…" not in texts(figure)
-    plots.pixels_of(figure)
+    figure.draw_without_rendering()
     boxes = [each.get_window_extent() for each in (*figure.texts, *figure.axes)]
     assert sum(one.overlaps(other) for one in boxes for other in boxes) == len(boxes), "each overlaps itself alone"
     assert all(box.x1 <= figure.bbox.x1 and box.y0 >= 0 for box in boxes)
 
 
-def test_gallery_stops_at_twelve(tmp_path):
-    assert len(plots.captions_figure([sample()] * 15).axes) == 12
+def test_a_gallery_of_long_and_tall_photos_is_of_bounded_size(tmp_path):
     plots.save_figure(plots.captions_figure([sample(90, 10), sample(10, 90)] * 6), tmp_path / "captions.png")
     with Image.open(tmp_path / "captions.png") as picture:
         assert picture.format == "PNG" and max(picture.size) <= 2400
@@ -179,15 +164,3 @@ def test_gallery_takes_empty_and_odd_texts():
     odd = [sample(caption="", references=[]), sample(caption="costs $5 or $6_x", name="y" * 200)]
     figure = plots.captions_figure(odd)
     assert "(no words)" in texts(figure) and "$5 or $6_x" in texts(figure).replace("\n", " ")
-
-
-def test_wrap_keeps_the_lines_it_may_and_says_where_it_cut():
-    assert plots.wrap("a dog", 5, 10, lines=1) == ["a dog"]
-    cut = plots.wrap("word " * 100, 2, 10, lines=3)
-    assert len(cut) == 3 and cut[-1].endswith("…") and not cut[0].endswith("…")
-    (name,) = plots.wrap("x" * 300, 2, 10, lines=1)
-    assert name.startswith("xxx") and name.endswith("…")
-    for text in ("W" * 200, "WWWW iiii " * 20, "a man and a dog " * 9):
-        lines = plots.wrap(text, 2, 10, lines=50, bold=True)
-        assert max(plots.text_width(line, 10, bold=True) for line in lines) <= 2
-        assert "".join(lines).replace(" ", "") == text.replace(" ", "")

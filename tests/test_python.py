@@ -35,7 +35,7 @@ def said(result: Captioned) -> tuple:
 
 
 def test_the_examples_of_the_documentation(tiny_runs, photos):
-    """The model's name is a folder here, which wins over a model of the package."""
+    """The model that they name is a folder here, which comes before the included model of that name."""
     shutil.copytree(tiny_runs["attention"], "flickr8k_attention")
     Path("notes.txt").write_text("no picture")
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)

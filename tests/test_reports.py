@@ -182,14 +182,6 @@ def test_names_that_no_file_can_have_or_that_lead_elsewhere(runs, name):
     assert f"No intervals of the scores' differences: {runs / 'one'}" in compared
 
 
-def test_pictures_are_left_out_before_the_file_grows_too_large(tmp_path, monkeypatch):
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (400, 400, 3), dtype=np.uint8)).save(tmp_path / "a.png")
-    monkeypatch.setattr(reports, "MAX_PICTURES", 150_000)
-    pictures = reports.Pictures()
-    found = [pictures.uri(tmp_path / "a.png", 300) for _ in range(5)]
-    assert found[0] is not None and found[-1] is None and sum(len(uri) for uri in found if uri) < 150_000 * 1.4
-
-
 def test_the_report_of_a_damaged_run_names_what_is_missing(runs, data_dir):
     for name in ("run_config", "loss_curve", "metrics_history", "test_metrics", "ensemble_metrics"):
         (runs / "one" / f"{name}.json").write_text(json.dumps([{"epoch": HUGE, "cider": []}]))

@@ -1,7 +1,6 @@
 """The table of flags, --config, and what a checkpoint decides."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from captioning.flags import FLAGS, MODES
 from captioning.io import UserError
-from captioning.settings import Settings, answer_flags, parse_flags
+from captioning.settings import parse_flags
 
 SCRIPT = Path(trainer.__file__)
 TEST = ["--mode", "test", "--model_path", "x"]
@@ -26,7 +25,6 @@ def refused(capsys, *argv: str) -> str:
 
 
 def test_help_through_the_command_shows_every_default():
-    """16.11: the parser was read twice, and no default was left."""
     ended = subprocess.run([sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, check=True)
     shown = " ".join(ended.stdout.split())
     for flag in FLAGS.values():
@@ -46,13 +44,6 @@ def test_the_originals_defaults():
         "drop_prob": 0.3, "num_workers": 16, "use_scheduler": False, "save_attention_viz": False,
     }  # fmt: skip
     assert {name: getattr(settings, name) for name in original} == original and not settings.explicit
-
-
-def test_settings_are_not_written_to():
-    settings = parse_flags(["--epochs", "3"])
-    with pytest.raises(AttributeError):
-        settings.epochs = 4
-    assert settings.with_values(epochs=4).epochs == 4 and settings.epochs == 3
 
 
 def test_a_new_flag_is_a_decision():
@@ -92,7 +83,6 @@ def test_the_table_is_sound():
         (["--fine_tune_learning_rate", "1e-4"], "--fine_tune_learning_rate has no effect without --fine_tune"),
         (["--scst_samples", "3"], "--scst_samples has no effect without --scst_epochs"),
         (["--seed", "9223372036854775808"], "--seed: 9223372036854775808 is out of range"),
-        (["--seed", str(2**70)], "out of range"),
         (["--data_dir", "a\nb"], "a line break"),
         (["--feature_cache", ""], "it is empty"),
         (["--length_penalty", "200"], "out of range"),
@@ -100,7 +90,6 @@ def test_the_table_is_sound():
         (["--decoder", "transformer", "--num_heads", "7"], "--embed_size 512 cannot be divided among --num_heads 7"),
         (["--decoder", "show_attend_tell", "--num_layers", "2"], "add --decoder lstm or attention or transformer"),
         (["--decoder", "lstm", "--save_attention_viz"], "no effect with --decoder lstm"),
-        (["--scheduler_type", "cosine"], "without --use_scheduler"),
         (["--learning_rate", "nan"], "out of range"),
         (["--batch_size", "0"], "at least 1"),
         (["--epochs", "0"], "leaves nothing to do"),
@@ -116,16 +105,13 @@ def test_the_table_is_sound():
         (["--init_from", "a", "--replay", "1"], "at most 0.9"),
         (["--resume", "a", "--init_from", "b"], "no effect with --resume"),
         (["--mode", "tune"], "needs --model_path"),
-        (["--mode", "export"], "--mode export needs --model_path"),
         (["--mode", "export", "--model_path", "x"], "--mode export needs --output"),
-        (["--mode", "test"], "needs --model_path"),
         ([*TEST, "--init_from", "a"], "no effect with --mode test"),
         ([*TEST, "--onnx"], "--onnx has no effect with --mode test, only with export"),
         ([*TEST, "--consensus", "on", "--beam_size", "1"], "above 1"),
         (["--mode", "test", "--predictions", "a.csv", "--consensus", "on"], "captions already"),
         (["--mode", "caption"], "needs --images"),
         (["--mode", "caption", "--images"], "expected at least one argument"),
-        ([*CAPTION, "--epochs", "3"], "--epochs has no effect with --mode caption"),
         ([*CAPTION, "--port", "8000"], "--port has no effect with"),
         ([*CAPTION, "--num_captions", "4", "--beam_size", "3"], "needs a --beam_size of at least as many"),
         ([*CAPTION, "--json", "--output", "y.jsonl"], "--json has no effect with --output"),
@@ -138,17 +124,12 @@ def test_what_is_refused_before_anything_is_read(capsys, argv, message):
     assert message in refused(capsys, *argv)
 
 
-def test_a_hand_written_config_counts_as_typed(tmp_path, capsys):
-    """16.7: values of --config were lost beside --model_path, and idle flags in a file went unnoticed."""
+def test_a_hand_written_config_counts_as_explicit(tmp_path):
     file = tmp_path / "own.yaml"
     file.write_text("epochs: 4\nbatch_size: 32\nuse_scheduler: false\n")
     settings = parse_flags(["--config", str(file), "--epochs", "2"])
     assert (settings.epochs, settings.batch_size) == (2, 32) and settings.explicit >= {"epochs", "batch_size"}
-    assert "use_scheduler" not in settings.explicit
-    file.write_text("scheduler_gamma: 0.5\n")
-    assert "--scheduler_gamma has no effect without" in refused(capsys, "--config", str(file))
-    file.write_text("batch_sise: 32\n")
-    assert "did you mean batch_size?" in refused(capsys, "--config", str(file))
+    assert "use_scheduler" not in settings.explicit  # `false` in a file is the same as leaving the switch out
 
 
 def test_a_hand_written_config_says_what_to_do(tmp_path, capsys):
@@ -203,15 +184,18 @@ def test_a_run_config_records_what_was_explicit(tmp_path):
 
 
 def test_a_checkpoint_decides_and_only_explicit_flags_contradict_it(tmp_path):
-    first = parse_flags(["--decoder", "attention", "--batch_size", "64", "--weight_decay", "0.05"])
+    first = parse_flags(["--decoder", "attention", "--encoder", "efficientnet_lite0", "--weight_decay", "0.05"])
     checkpoint = {"flags": first.stored() | {"precision": "fp32"}, "consensus": None, "decoding": None}
     source = Path("x.pt")
     later = parse_flags(["--model_path", "x.pt", "--batch_size", "32"]).with_checkpoint(checkpoint, source)
     assert (later.decoder, later.batch_size, later.weight_decay) == ("attention", 32, 0.05)
-    with pytest.raises(UserError, match="--hidden_size 99 contradicts x.pt"):
-        parse_flags(["--model_path", "x.pt", "--hidden_size", "99"]).with_checkpoint(checkpoint, source)
-    with pytest.raises(UserError, match="--num_heads has no effect with x.pt, whose decoder is attention"):
-        parse_flags(["--model_path", "x.pt", "--num_heads", "4"]).with_checkpoint(checkpoint, source)
+    for flag, message in (
+        ("--hidden_size 99", "--hidden_size 99 contradicts x.pt"),
+        ("--num_heads 4", "--num_heads has no effect with x.pt, whose decoder is attention"),
+        ("--resnet_weights a.pth", "--resnet_weights has no effect with x.pt, whose encoder is efficientnet_lite0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parse_flags(["--model_path", "x.pt", *flag.split()]).with_checkpoint(checkpoint, source)
 
 
 def test_a_decoder_has_defaults_of_its_own(tmp_path):
@@ -236,23 +220,7 @@ def test_tuned_decoding_counts_unless_flags_say_otherwise():
     assert beam("--length_penalty", "0.3") == 5, "each of the two is kept by itself"
 
 
-@pytest.mark.skipif(os.name == "nt", reason="where such a path is only not there")
-def test_a_name_that_no_file_can_have_is_a_line(capsys):
-    with pytest.raises(SystemExit) as ended:
-        answer_flags(["--resume", "a" * 300])
-    assert ended.value.code == 2 and capsys.readouterr().err.endswith("aaa/run_config.json: File name too long\n")
-
-
-def test_run_config_has_every_flag():
-    settings = parse_flags([])
-    assert isinstance(settings, Settings)
-    stored = settings.stored()
-    assert set(stored) == set(FLAGS)
-    json.dumps(stored)
-
-
 def test_a_folder_of_runs_names_the_newest_interrupted_one(tmp_path):
-    """16.24: `--resume saved_models/demo` only said that it is none."""
     for name, finished in (("a_20260101_000000", False), ("b_20260102_000000", False), ("c_20260103_000000", True)):
         (tmp_path / name).mkdir()
         for file in ("run_config.json", "last.pt", *(["run_summary.txt"] if finished else [])):
@@ -262,15 +230,36 @@ def test_a_folder_of_runs_names_the_newest_interrupted_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content, message",
+    "text, message",
     [
-        ("a: &x 1\nepochs: *x\n", "aliases are not allowed"),
+        ("[" * 5000, "--config .* as YAML"),
+        ("- 3", "not a mapping of flags"),
+        ("epochs: !!bool x", "--config .* as YAML"),
+        ("epochs: !!python/name:os.system x", "could not determine a constructor"),
+        ("a: &x 1\nepochs: *x\n", "aliases are not allowed"),  # nested ones take minutes, and so do merge keys
         ("<<: {<<: {epochs: 3}}\n", "merge keys are not allowed"),
         ("epochs: 3  #" + "x" * 200_000, "larger than"),
     ],
 )
-def test_a_config_file_cannot_take_minutes(tmp_path, content, message):
-    """17.7: 326 bytes of merge keys took 25 s."""
-    (tmp_path / "x.yaml").write_text(content)
-    with pytest.raises(UserError, match=message):
+def test_a_config_file_that_cannot_be_read_is_one_line(tmp_path, text, message):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(UserError, match=message) as error:
         parse_flags(["--config", str(tmp_path / "x.yaml")])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("feature_cache: [a]", "feature_cache: expected a number or a text"),
+        ("use_scheduler: 'no'", "use_scheduler: expected true or false"),
+        ("epochs: true", "epochs: expected a number or a text"),
+        ("epochs: " + "9" * 400, "epochs: "),
+        ("help: true", "unknown flag 'help'"),
+        ("scheduler_gamma: 0.5", "--scheduler_gamma has no effect without"),
+        ("batch_sise: 32", "did you mean batch_size?"),
+    ],
+)
+def test_values_of_a_config_that_no_flag_takes(tmp_path, capsys, text, message):
+    (tmp_path / "x.yaml").write_text(text)
+    assert message in refused(capsys, "--config", str(tmp_path / "x.yaml"))

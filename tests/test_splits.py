@@ -49,7 +49,7 @@ def test_the_same_data_set_encoded_anew_keeps_its_split(tmp_path):
 
 
 def test_a_download_that_has_more_images_keeps_the_split_too(tmp_path):
-    """A drawn split would test the model on images that it was trained on."""
+    """A newly drawn split would score the model on images that it was trained on."""
     notes: list[str] = []
     lists, source = found([*NAMES, "a.jpg", "b.jpg"], [1] * 12, STORED, tmp_path, notes)
     assert source == "the checkpoint" and lists["test"] == NAMES[8:] and "a.jpg" in notes[1]

@@ -18,7 +18,6 @@ from captioning.io import UserError, log
 from captioning.runs import training_rows
 from captioning.tensorboard import write_tensorboard
 from experiment_utils import write_epoch_files
-from training_utils import Stopwatch
 
 WRITE_REPORT = reports.write_report
 CURVE = {"epochs": [1, 2], "training_losses": [2.0, 1.0], "validation_losses": [2.5, 1.5], "learning_rates": [0.1, 0.1]}
@@ -59,15 +58,6 @@ def test_tensorboard_has_each_epoch_once_also_after_resuming(here, monkeypatch):
     assert len(events.Images("attention")) >= 1  # a model that says nothing has none
 
 
-def test_a_first_file_brings_the_earlier_epochs_along(tmp_path):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    write_tensorboard(tmp_path, training_rows(CURVE, [{"epoch": 2, "cider": 0.5}]), {})
-    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert [event.step for event in events.Scalars("loss/training")] == [1, 2]
-    assert [event.step for event in events.Scalars("validation/cider")] == [2]
-
-
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     pytest.importorskip("tensorboard")
     (tmp_path / "tensorboard").write_text("a file")
@@ -99,19 +89,6 @@ def test_a_typed_quiet_or_verbose_wins_over_a_config(tmp_path):
     (tmp_path / "flags.yaml").write_text("quiet: true\n")
     args = trainer.parse_flags(["--config", str(tmp_path / "flags.yaml"), "--verbose"])
     assert args.verbose and not args.quiet
-
-
-def test_the_stopwatch_adds_up_and_reports_what_is_new(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    watch = Stopwatch()
-    for seconds, part in ((3.0, "steps"), (1.0, "drawing"), (0.01, "saving")):
-        now[0] += seconds
-        watch.lap(part)
-    assert watch.report() == "steps 3.0 s, drawing 1.0 s" and watch.share("drawing") == pytest.approx(1 / 4.01)
-    now[0] += 2
-    watch.lap("steps")
-    assert watch.report() == "steps 2.0 s" and watch.share("never") == 0
 
 
 def test_the_log_has_a_row_per_epoch_and_leaves_gaps(tmp_path):

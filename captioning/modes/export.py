@@ -97,7 +97,9 @@ def export(checkpoint: dict[str, Any], path: Path, output: Path, onnx: bool, res
         fresh.mkdir()
         write_model(checkpoint, fresh)
         networks = write_onnx(checkpoint, fresh, resnet_weights) if onnx else []
-        card = model_card(checkpoint, read_scores(path, checkpoint), networks)
+        tests = read_test_rows(results_directory(path) / "test_metrics.json")
+        tests = [row for row in tests if (row["checkpoint"], row["epoch"]) == (path.name, checkpoint["epoch"])]
+        card = model_card(checkpoint, tests, networks)
         write_atomic(fresh / "README.md", lambda file: file.write(card.encode()))
         if target.exists():
             target.rmdir()  # empty, and Windows renames nothing over it
@@ -147,16 +149,6 @@ def shortened(tensor: torch.Tensor) -> torch.Tensor:
 
 # --------------------------------------------------------------------------------------------------
 # The model card
-
-
-def read_scores(path: Path, checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the entries of a checkpoint's `test_metrics.json` that are of it; none where it was not tested.
-
-    Raises:
-        UserError: the file is not a list of scores.
-    """
-    entries = read_test_rows(results_directory(path) / "test_metrics.json")
-    return [e for e in entries if (e.get("checkpoint"), e.get("epoch")) == (path.name, checkpoint["epoch"])]
 
 
 def model_card(checkpoint: dict[str, Any], scores: Sequence[Mapping[str, Any]], networks: Sequence[OnnxNetwork]) -> str:
@@ -210,19 +202,15 @@ def score_table(scores: Sequence[Mapping[str, Any]]) -> list[str]:
         "|---" * (3 + len(names)) + "|",
     ]
     for entry in scores:
-        cells = [cell(entry.get("split")), cell(entry.get("images")), cell(decoding(entry))]
+        cells = [code(str(each)) for each in (entry["split"], entry["images"], decoding(entry))]
         cells += [f"{100 * entry[name]:.1f}" if is_number(entry.get(name)) else "" for name in names]
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, "", "x100, on lower-cased tokens without punctuation; CIDEr depends on how many images are scored."]
 
 
-def cell(value: Any) -> str:
-    """Return a value for a Markdown table."""
-    return code(str(value)).replace("|", "\\|")
-
-
 def code(text: str) -> str:
-    return printable(text).replace("`", "'").replace("<", "&lt;")[:80]
+    """Return a text as Markdown that means nothing but itself, in a table too."""
+    return printable(text).replace("`", "'").replace("<", "&lt;").replace("|", "\\|")[:80]
 
 
 def onnx_card(checkpoint: dict[str, Any], networks: Sequence[OnnxNetwork]) -> list[str]:

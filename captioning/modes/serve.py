@@ -45,7 +45,6 @@ try:
     from fastapi import FastAPI, HTTPException, Query, Request
     from fastapi.responses import HTMLResponse
     from fastapi.telemetry import TelemetryConfig
-    from pydantic import BaseModel, Field
     from starlette.datastructures import UploadFile
     from starlette.formparsers import MultiPartException, MultiPartParser
     from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -72,39 +71,6 @@ MAP_SIZE = 7 * 8  # pixels along a side of a map, which the browser stretches ov
 
 # --------------------------------------------------------------------------------------------------
 # The answer
-
-
-class Peak(BaseModel):
-    row: int = Field(description="of the strongest cell of the grid, from 0")
-    column: int
-    x: float = Field(description="the cell's middle, as a fraction of the image's width")
-    y: float
-    weight: float
-
-
-class Word(BaseModel):
-    word: str
-    probability: float = Field(description="given the image and the words before it")
-    peak: Peak | None = Field(None, description="where the model looked for it; not of a decoder `lstm`")
-    map: str | None = Field(None, description="with maps=true: the attention over the image, a PNG as data URL")
-
-
-class Alternative(BaseModel):
-    caption: str
-    log_probability: float
-    confidence: float | None
-    words: list[Word] | None = Field(None, description="with maps=true")
-
-
-class Answer(BaseModel):
-    caption: str
-    log_probability: float = Field(description="natural logarithm, of all words and of ending there")
-    confidence: float | None = Field(
-        description="the share of its content words that people are expected to say too; null of a model without calibration"
-    )
-    words: list[Word]
-    alternatives: list[Alternative] | None = Field(None, description="with num_captions above 1, best first")
-    photo: str | None = Field(None, description="with maps=true: the image, upright, a JPEG as data URL")
 
 
 def caption_upload(captioner: Captioner, upload: bytes, maps: bool, options: DecodingOptions) -> dict[str, Any]:
@@ -340,7 +306,7 @@ def build_app(captioner: Captioner, page: str, host: str, how: Decoding) -> Fast
     }  # fmt: skip
 
     @app.post(
-        "/caption", response_model=Answer, response_model_exclude_unset=True, openapi_extra={"requestBody": body},
+        "/caption", openapi_extra={"requestBody": body}, response_description="what `--mode caption --json` prints",
         responses={code: {"description": text} for code, text in refusals.items()},
     )  # fmt: skip
     async def caption(
@@ -426,11 +392,9 @@ def serve_page(args: Settings) -> int:
             )
             captioner.expect_many()
             log.info(f"Model: {captioner}. Device: {captioner.device}")
-            options = given_options(args)
-            how = captioner.decoding(**options)
+            how = captioner.decoding(**given_options(args))
             page = build_page(captioner, find_examples(captioner, args), how)
             app = build_app(captioner, page, args.host, how)
-            warm_up(captioner, options)
             host = f"[{args.host}]" if ":" in args.host else args.host
             print(f"The page is at http://{host}:{listener.getsockname()[1]}/ (Ctrl-C ends it)", flush=True)
             if args.host not in ("127.0.0.1", "localhost", "::1"):
@@ -444,10 +408,3 @@ def serve_page(args: Settings) -> int:
         pass
     log.info("\nThe page is closed.")
     return 0
-
-
-def warm_up(captioner: Captioner, options: DecodingOptions) -> None:
-    """Caption a grey picture, so that the first photo does not wait for what is built on first use."""
-    picture = io.BytesIO()
-    Image.new("RGB", (640, 480), "grey").save(picture, "JPEG")
-    caption_upload(captioner, picture.getvalue(), True, options)
