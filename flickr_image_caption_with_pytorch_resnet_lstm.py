@@ -351,7 +351,7 @@ def finish(state: TrainState, run: Run, minutes: float) -> None:
     write_summary(directory, flags, start_command(directory), facts)
     print(f"\nBest epoch: {state.best['epoch']} by {state.best['metric']}. Everything is in {directory}")
     print(f"Report: {reports.write_report(directory, data).name}")
-    if not run.settings.dry_run:
+    if not run.settings.dry_run and len(data.splits["test"]):
         print(f"Score it on the test images: {reproducing_command(['--mode', 'test', '--model_path', str(directory)])}")
     run.lock.release()
 

@@ -207,6 +207,11 @@ def load_context(settings: Settings, splits: list[str]) -> tuple[EvalContext, np
     data = build_data(resolved, first["split"])
     context = EvalContext(resolved, device, data, Vocabulary(first["vocabulary"]), [])
     images = images_of(data, splits)
+    if not len(images):
+        raise UserError(
+            f"no image of {settings.data_dir or data.image_dir} is in {' or '.join(splits)} ({data.split_source}): choose "
+            "other images with --split, or --data_dir"
+        )
     needed = np.union1d(images, images_to_draw(resolved, data, images))
     if settings.mode == "tune":  # consensus learns from these
         needed = np.union1d(needed, data.splits["train"])

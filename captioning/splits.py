@@ -139,7 +139,7 @@ def equal_files(folder: Path, names: Sequence[str], sizes: Sequence[int]) -> lis
         by_size[size].append(name)
     for size, alike in by_size.items():
         beginnings = defaultdict(list)  # most files of one size differ early
-        for name in alike if len(alike) > 1 else ():
+        for name in alike if size and len(alike) > 1 else ():  # an empty file is no image
             with open(folder / name, "rb") as file:
                 beginnings[file.read(4096)].append(name)
         for same in beginnings.values():

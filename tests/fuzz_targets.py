@@ -133,7 +133,7 @@ def split_names(known: list[str], places: list[Path], saved: Any) -> dict[str, l
     if read is None:
         return None
     positions = np.concatenate([read[0][split] for split in SPLITS])
-    assert len(set(positions.tolist())) == len(positions) <= len(known) and all(len(read[0][split]) for split in SPLITS)
+    assert len(set(positions.tolist())) == len(positions) <= len(known) and all(len(read[0][split]) for split in ("train", "val"))
     assert not any(CONTROL_CHARACTERS.search(note) for note in notes)
     return {split: [known[i] for i in images] for split, images in read[0].items()}
 

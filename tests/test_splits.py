@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from captioning.io import UserError
-from captioning.splits import find_splits, refuse_trained_images, same_split, store_split
+from captioning.splits import drawn_split, equal_files, find_splits, refuse_trained_images, same_split, store_split
 
 NAMES = [f"IMG_{n}.jpg" for n in range(10)]
 SIZES = [100 + n for n in range(10)]
@@ -24,6 +24,60 @@ def test_the_stored_split_rules_over_lists_that_were_added_later(tmp_path):
     assert found(NAMES, SIZES, None, tmp_path)[0]["test"] == NAMES[:2]
     lists, source = found(NAMES, SIZES, STORED, tmp_path)
     assert lists == {"train": NAMES[:6], "val": NAMES[6:8], "test": NAMES[8:]} and source == "the checkpoint"
+
+
+@pytest.mark.parametrize(
+    "files, expected, note",
+    [
+        ({"train": NAMES[:8], "test": NAMES[8:]}, {"test": NAMES[8:]}, "1 of the training list, drawn"),
+        ({"val": NAMES[6:8], "test": NAMES[8:]}, {"train": NAMES[:6], "val": NAMES[6:8]}, "all that no other list names"),
+        ({"train": NAMES[:6], "val": NAMES[6:8]}, {"train": NAMES[:6], "test": []}, "none are tested"),
+        ({"test": NAMES[8:]}, {"test": NAMES[8:]}, "1 of the training list, drawn"),
+    ],
+    ids=["no val", "no train", "no test", "test alone"],
+)
+def test_lists_hold_where_others_are_missing(tmp_path, files, expected, note):
+    """Images of test.txt were trained on where there was no val.txt."""
+    for name, images in files.items():
+        (tmp_path / f"{name}.txt").write_text("\n".join(images))
+    notes: list[str] = []
+    lists, _ = found(NAMES, SIZES, None, tmp_path, notes)
+    assert {name: lists[name] for name in expected} == expected and any(note in each for each in notes)
+    held = {name for part in ("val", "test") for name in files.get(part, [])}
+    assert not held.intersection(lists["train"]) and not set(lists["val"]) & set(lists["test"]) and lists["val"]
+
+
+def test_entries_with_a_folder_or_without_an_ending_match(tmp_path):
+    for name, images in (("train", NAMES[:6]), ("val", NAMES[6:8]), ("test", NAMES[8:])):
+        (tmp_path / f"{name}.txt").write_text("\n".join(f"Images/{n}" if name == "val" else n[:-4] for n in images))
+    lists, _ = found(NAMES, SIZES, None, tmp_path)
+    assert (lists["train"], lists["val"], lists["test"]) == (NAMES[:6], NAMES[6:8], NAMES[8:])
+
+
+def test_known_images_do_not_shrink_another_set_to_themselves(tmp_path):
+    """One known image each in val and test left 70 others out."""
+    names = [NAMES[0], NAMES[6], NAMES[8], *(f"own_{n}.jpg" for n in range(60))]
+    sizes = [SIZES[0], SIZES[6], SIZES[8], *range(1000, 1060)]
+    lists, source = found(names, sizes, STORED, tmp_path)
+    assert sum(map(len, lists.values())) == 63 and "3 image(s) as in the checkpoint" in source
+    assert NAMES[0] in lists["train"] and NAMES[6] in lists["val"] and NAMES[8] in lists["test"]
+
+
+def test_equal_files_are_found_and_stay_together(tmp_path):
+    """Copies in two parts could be trained on, and then neither tested nor resumed."""
+    for number, name in enumerate(NAMES):
+        (tmp_path / name).write_bytes(b"same" if number in (1, 7) else b"%04d" % number)
+    groups = equal_files(tmp_path, NAMES, [4] * 10)
+    assert groups == [[NAMES[1], NAMES[7]]]
+    for seed in range(20):
+        lists, _ = drawn_split(NAMES, seed, groups)
+        assert sorted(name for part in lists.values() for name in part) == NAMES
+        assert sum(set(groups[0]) <= set(part) for part in lists.values()) == 1
+    for name, images in (("train", NAMES[:6]), ("val", NAMES[6:8]), ("test", NAMES[8:])):
+        (tmp_path / f"{name}.txt").write_text("\n".join(images))
+    notes: list[str] = []
+    splits, _ = find_splits([tmp_path], NAMES, SIZES, 0, None, notes, lambda: groups)
+    assert splits["train"].tolist() == [0, 2, 3, 4, 5] and NAMES[1] in notes[0]
 
 
 def test_images_that_came_or_went_are_named(tmp_path):
