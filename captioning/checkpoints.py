@@ -107,7 +107,9 @@ def load_exported(path: Path) -> dict[str, Any]:
 
     place = path.with_name("config.json")
     config = read_exported_json(place)
-    require_schema(isinstance(config, dict) and config.get("schema"), EXPORT_SCHEMA, place)
+    if type(config) is not dict:
+        raise malformed(place, "it is not an object of JSON")
+    require_schema(config.get("schema"), EXPORT_SCHEMA, place)
     config["flags"] = with_defaults(config.get("flags"))
     require_form(config, EXPORTED, place)
     contents: dict[str, Any] = {}

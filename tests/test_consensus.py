@@ -32,7 +32,7 @@ def pooled(images: np.ndarray) -> torch.Tensor:
 
 def tfidf(table, text: list[int]) -> np.ndarray:
     """The vector (G,) of a caption of numbers, for each length of n-grams of length one."""
-    vector, first = np.zeros(table.size), 0
+    vector, first = np.zeros(sum(map(len, table.keys))), 0
     for keys, (grams, known, weights, norms) in zip(
         table.keys, table.weigh(np.array(text), np.array([0, len(text)])), strict=True
     ):
