@@ -176,7 +176,8 @@ def find_problems(directory: Path, images: int) -> dict[str, str]:
         names = sorted(table["image"].unique())
         splits, _ = find_splits([directory], names, [0] * len(names), 0, None, [])
         used = {names[i] for positions in splits.values() for i in positions}
-        if listed_split([directory]) is None:
+        listed, _ = listed_split([directory]) or ({}, "")
+        if len(listed) < 3:
             problems["captions"] = f"{directory} has no lists of its training, validation and test images"
     except UserError as error:
         problems["captions"] = str(error)

@@ -76,6 +76,7 @@ def join() -> None:
         return
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         if os.environ["RANK"] != "0":
+            time.sleep(60)  # the first says why; torchrun then ends this process
             end(2)
         raise UserError(
             "torchrun lost a process and has started all anew, which begins no second run: continue the one that it "

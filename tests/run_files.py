@@ -43,7 +43,8 @@ def write_run(directory: Path, captions: list[str] | None = CAPTIONS, order=rang
     curve = {"epochs": [1, 2, 3], "training_losses": [3.0, 2.0, 1.5], "validation_losses": [3.1, 2.2, 2.3]}
     (directory / "loss_curve.json").write_text(json.dumps(curve | {"learning_rates": [0.001] * 3}))
     history = [
-        {"epoch": n, "split": "val", "beam_size": 1, "images": 2, "cider": c} for n, c in ((1, 0.1), (2, 0.5), (3, 0.4))
+        {"epoch": n, "is_best": n < 3, "split": "val", "beam_size": 1, "images": 2, "cider": c}
+        for n, c in ((1, 0.1), (2, 0.5), (3, 0.4))
     ]
     (directory / "metrics_history.json").write_text(json.dumps(history))
     if captions is not None:

@@ -181,10 +181,10 @@ def test_images_that_the_source_was_trained_on_are_never_held_out(photos, tiny_r
     assert held_out and all(name.startswith("my_p") for name in held_out)
     assert {*known[1:10], "my_copy.jpg"} <= set(split["train"]["names"])
     assert "are training images instead" in capsys.readouterr().out
-    for split, names in {"train": ["my_p01.jpg"], "val": ["my_p02.jpg"], "test": known[1:10]}.items():
+    for split, names in {"train": ["my_p01.jpg"], "test": ["my_p02.jpg"], "val": known[1:10]}.items():
         (photos / f"{split}.txt").write_text("\n".join(names))
     assert adapt(tiny_runs["attention"], photos, "lists") == 2
-    assert "the test split has no images (without 9 images that" in capsys.readouterr().err
+    assert "the val split has no images (without 9 images that" in capsys.readouterr().err
 
 
 def test_the_old_photos_in_another_size(photos, tiny_runs, capsys):

@@ -172,7 +172,7 @@ def workers(launcher: int) -> list[int]:
 def test_killed_then_stopped_together_and_resumed_alone(place, monkeypatch):
     """Processes that torchrun restarts end; the run is then resumed by two processes, stopped, and resumed by one."""
     flags = [*TRAIN, "--epochs", "300", "--drop_prob", "0", "--keep_checkpoints", "400"]
-    process = torchrun(place, *flags, "--checkpoint_minutes", "0.0001", "--model_save_dir", "parts")
+    process = torchrun(place, *flags, "--model_save_dir", "parts")
     wait_for(lambda: saved_epochs(place / "parts") >= 2, process)
     os.kill(workers(process.pid)[1], signal.SIGKILL)
     output, _ = process.communicate(timeout=120)

@@ -31,6 +31,8 @@ def rank(module: str) -> int:
         return 3
     if module.startswith("captioning.modes"):
         return 2
+    if module == "captioning.source":  # of the helper modules' states and directories
+        return 1
     return 0 if module.split(".")[0] == "captioning" else 1
 
 
