@@ -97,8 +97,7 @@ def load_exported(path: Path) -> dict[str, Any]:
     """Read an exported folder (`modes/export.py`) as a checkpoint that has no optimizer state.
 
     Args:
-        path: its `model.safetensors`; `config.json`, `vocabulary.json` and, where the model's split is known, `split.json`
-            lie beside it.
+        path: its `model.safetensors`; `config.json`, `vocabulary.json` and `split.json` lie beside it.
 
     Raises:
         UserError: something of it is missing, damaged or malformed.
