@@ -23,6 +23,7 @@ From flags to captions: images, captions and split -> vocabulary -> features, on
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import sys
@@ -175,7 +176,9 @@ def build_run(settings: Settings, argv: list[str]) -> tuple[Run, TrainState]:
         return run, state
     state.best = source.carry_best(directory, settings, split) or state.best
     if distributed.is_first():
-        explicit = settings.explicit.union(state.schedule.flags() if state.schedule and state.schedule.inherited else ())
+        explicit = settings.explicit.union(
+            state.schedule.flags() if state.schedule and state.schedule.inherited else ()
+        )
         write_run_files(directory, constants["flags"], explicit, reproducing_command(argv), data)
     save_last(state, run)  # from here on the run can be resumed
     return run, state
@@ -306,30 +309,35 @@ def train(settings: Settings, argv: list[str]) -> Path:
     distributed.from_first(lambda: require_room(directory, size, epochs_left, settings.keep_checkpoints))
     distributed.check_file(directory / "last.pt")
     log.debug(f"Reading data, encoding images and building the model: {time.time() - started:.1f} s")
-    training_started, first = time.time(), state.epoch
-    with run.monitor.stop:
-        while state.epoch < run.last_epoch and not run.stopped_early(state):
-            rate, self_critical = run.learning_rate(state, 0), run.is_self_critical(state)
-            try:
-                training = train_one_epoch(state, run)
-                validation, scores = evaluate(state, run)
-            except torch.OutOfMemoryError as error:
-                raise UserError(advise_on_memory(context.device, settings.batch_size, directory, run.views)) from error
-            is_best = state.end_epoch(training, validation, rate, scores, settings.best_metric, self_critical)
-            save_epoch(state, run, is_best)
-            write_outputs(state, run)
-            log_epoch(state, run, is_best, (time.time() - training_started) / (state.epoch - first))
-            run.monitor.stop.check(directory)
-    if run.stopped_early(state):
-        log.info(f"Stopped early: no better {settings.best_metric} in {settings.early_stopping} epochs")
-    distributed.wait_for_all()  # until the first has written all
-    load_weights(state.decoder, load_checkpoint(run.saver.best)["decoder"], run.saver.best)
-    complete_checkpoint(run.saver.best, context, run.views)
-    if settings.save_attention_viz:
-        images = images_to_draw(settings, context.data, context.data.splits["test"])
-        save_attention_pictures(context, images, directory)
-    if distributed.is_first():
-        finish(state, run, (time.time() - started) / 60)
+    with contextlib.ExitStack() as held:
+        if run.lock is not None:
+            held.callback(run.lock.release)  # also after an error
+        training_started, first = time.time(), state.epoch
+        with run.monitor.stop:
+            while state.epoch < run.last_epoch and not run.stopped_early(state):
+                rate, self_critical = run.learning_rate(state, 0), run.is_self_critical(state)
+                try:
+                    training = train_one_epoch(state, run)
+                    validation, scores = evaluate(state, run)
+                except torch.OutOfMemoryError as error:
+                    raise UserError(
+                        advise_on_memory(context.device, settings.batch_size, directory, run.views)
+                    ) from error
+                is_best = state.end_epoch(training, validation, rate, scores, settings.best_metric, self_critical)
+                save_epoch(state, run, is_best)
+                write_outputs(state, run)
+                log_epoch(state, run, is_best, (time.time() - training_started) / (state.epoch - first))
+                run.monitor.stop.check(directory)
+        if run.stopped_early(state):
+            log.info(f"Stopped early: no better {settings.best_metric} in {settings.early_stopping} epochs")
+        distributed.wait_for_all()  # until the first has written all
+        load_weights(state.decoder, load_checkpoint(run.saver.best)["decoder"], run.saver.best)
+        complete_checkpoint(run.saver.best, context, run.views)
+        if settings.save_attention_viz:
+            images = images_to_draw(settings, context.data, context.data.splits["test"])
+            save_attention_pictures(context, images, directory)
+        if distributed.is_first():
+            finish(state, run, (time.time() - started) / 60)
     return directory
 
 
@@ -353,7 +361,6 @@ def finish(state: TrainState, run: Run, minutes: float) -> None:
     print(f"Report: {reports.write_report(directory, data).name}")
     if not run.settings.dry_run and len(data.splits["test"]):
         print(f"Score it on the test images: {reproducing_command(['--mode', 'test', '--model_path', str(directory)])}")
-    run.lock.release()
 
 
 # --------------------------------------------------------------------------------------------------

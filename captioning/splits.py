@@ -50,10 +50,15 @@ def find_splits(
     known, is_own = (None, False) if stored is None else stored_lists(stored, names, sizes, notes)
     listed = listed_split(places)
     if listed:
-        listed = complete_lists({s: match_names(part, names) for s, part in listed[0].items()}, names, seed, notes), listed[1]
+        listed = (
+            complete_lists({s: match_names(part, names) for s, part in listed[0].items()}, names, seed, notes),
+            listed[1],
+        )
     if known and is_own:
         lists, source = known, "the checkpoint"
-        owners = [{name: part for part in SPLITS for name in each[part]} for each in (known, listed[0] if listed else known)]
+        owners = [
+            {name: part for part in SPLITS for name in each[part]} for each in (known, listed[0] if listed else known)
+        ]
         moved = [name for name, part in owners[1].items() if owners[0].get(name, part) != part]
         if moved and listed:
             notes.append(
@@ -128,7 +133,9 @@ def leave_training(lists: dict[str, list[str]], copies: Sequence[Sequence[str]],
     held_out, train = {*lists["val"], *lists["test"]}, set(lists["train"])
     leaking = {name for group in copies if held_out.intersection(group) for name in group if name in train}
     if leaking:
-        notes.append(f"{len(leaking)} training image(s) are copies of validation or test images, left out: {few(leaking)}")
+        notes.append(
+            f"{len(leaking)} training image(s) are copies of validation or test images, left out: {few(leaking)}"
+        )
         lists["train"] = [name for name in lists["train"] if name not in leaking]
 
 
