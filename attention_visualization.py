@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from captioning import plots
-from captioning.images import (
+from captioning.data.images import (
     ImageSource,
     UnreadableImage,
     check_weights,
@@ -29,14 +28,15 @@ from captioning.images import (
     upsample,
 )
 from captioning.io import log, printable, write_json
+from captioning.runs import plots
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
 
-    from captioning.evaluation import EvalContext
-    from captioning.settings import Settings
+    from captioning.config.settings import Settings
+    from captioning.decoding.caption_set import EvalContext
 
 ABOVE_CHANCE = 4  # a region is strong if its cell has this many times the weight of an even distribution
 CROPS, CROP_CELLS = 4, 3  # strongest regions at most, and cells along the side of one in a square photo
@@ -398,7 +398,7 @@ def _draw_entropy(axes: Axes, words: Sequence[str], bits: np.ndarray, cells: int
 def save_attention_pictures(context: EvalContext, images: np.ndarray, directory: Path) -> None:
     """Draw `attention_viz_sample_N` (and the advanced ones) of images, N from 1, with their numbers as JSON."""
     from captioning import distributed
-    from captioning.evaluation import caption
+    from captioning.decoding.caption_set import caption
 
     settings, data = context.settings, context.data
     unreadable = [image for _, features in context.members for image in features.unreadable]
@@ -419,7 +419,7 @@ def epoch_figures(context: EvalContext) -> dict[str, Figure]:
 
     Of several processes each captions its shard; all must come here.
     """
-    from captioning.evaluation import caption
+    from captioning.decoding.caption_set import caption
 
     data = context.data
     images = np.random.default_rng(context.settings.seed).permutation(data.splits["val"])[:4]

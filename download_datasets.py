@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from captioning.fetch import BadArchive, DownloadError, download_file, extract_archive
+from captioning.data.fetch import BadArchive, DownloadError, download_file, extract_archive
 from captioning.io import (
     DATA_SCRIPT,
     UserError,
@@ -163,8 +163,8 @@ def find_problems(directory: Path, images: int) -> dict[str, str]:
     Returns:
         a reason under "captions" (captions or split lists) and under "images".
     """
-    from captioning.layouts import find_captions_file, find_image_directory, read_captions
-    from captioning.splits import find_splits, listed_split
+    from captioning.data.layouts import find_captions_file, find_image_directory, read_captions
+    from captioning.data.splits import find_splits, listed_split
 
     if not directory.is_dir():
         return dict.fromkeys(("captions", "images"), f"{directory} is not there")
@@ -369,7 +369,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def get_datasets(names: Sequence[str], data_dir: Path, force: bool) -> int:
     if names == ["demo"]:
-        from captioning.demo_set import draw_demo_dataset
+        from captioning.data.demo_set import draw_demo_dataset
 
         draw_demo_dataset(data_dir / "demo", redraw=force)
         print(f"demo: complete, 800 drawn scenes and their captions are in {data_dir / 'demo'}")

@@ -19,7 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from captioning.flags import CONFIG_NAMES
+from captioning.config.flags import CONFIG_NAMES
 from captioning.io import (
     UserError,
     format_bytes,
@@ -33,7 +33,7 @@ from captioning.io import (
     write_json,
     write_text,
 )
-from captioning.runs import (
+from captioning.runs.directories import (
     DRY_RUN,
     deletable_epochs,
     find_run,
@@ -44,8 +44,8 @@ from captioning.runs import (
 )
 
 if TYPE_CHECKING:
-    from captioning.dataset import CaptionSet
-    from captioning.runs import Run
+    from captioning.data.dataset import CaptionSet
+    from captioning.runs.directories import Run
 
 
 def rate_text(rate: float) -> str:
@@ -128,7 +128,7 @@ def write_epoch_files(
     directory: Path, curve: dict[str, list[Any]], history: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """Write `loss_curve.json`, `metrics_history.json` and `training_log.csv`; return the rows of the last."""
-    from captioning.comparison import csv_text  # imports pandas, which `--help` does without
+    from captioning.runs.table import csv_text  # imports pandas, which `--help` does without
 
     write_json(directory / "loss_curve.json", curve)
     write_json(directory / "metrics_history.json", history)
@@ -284,11 +284,11 @@ def run(args: argparse.Namespace) -> int:
         print(prune(args.folder, args.yes))
         return 0
     if args.command == "report":
-        from captioning.reports import write_report
+        from captioning.runs.report import write_report
 
         print(printable(f"Report: {write_report(find_run(args.run), data_dir=args.data_dir)}"))
         return 0
-    from captioning import comparison
+    from captioning.runs import table as comparison
 
     if args.command == "list":
         runs = [read_run(directory) for directory in run_directories(args.folder)]

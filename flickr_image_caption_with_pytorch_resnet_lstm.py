@@ -18,7 +18,7 @@
     python flickr_image_caption_with_pytorch_resnet_lstm.py --mode serve --model_path saved_models/...
 
 From flags to captions: images, captions and split -> vocabulary -> features, once per image -> batches -> decoder
--> loss -> checkpoint -> beam search -> captions -> scores and pictures. The flags are in captioning/flags.py.
+-> loss -> checkpoint -> beam search -> captions -> scores and pictures. The flags are in captioning/config/flags.py.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from captioning.config.settings import Settings, answer_flags, parse_flags
 from captioning.io import UserError, bars_off, duration, format_bytes, log, prepare_process, run_command, steady_streams
-from captioning.settings import Settings, answer_flags, parse_flags
 
 if __name__ == "__main__":  # --help and a mistyped flag are answered before PyTorch's seconds of importing
     prepare_process()
@@ -44,27 +44,29 @@ import torch
 from tqdm import tqdm
 
 from attention_visualization import epoch_figures, save_attention_pictures
-from captioning import distributed, plots, reports, tensorboard
-from captioning.adaptation import add_replay
-from captioning.batches import BatchMaker
-from captioning.building import (
+from captioning import distributed
+from captioning.data.batches import BatchMaker
+from captioning.data.splits import store_split
+from captioning.decoders.base import count_parameters
+from captioning.decoding.caption_set import EvalContext, caption_texts, images_to_draw
+from captioning.encoders.base import encoder_of
+from captioning.encoders.features import Features
+from captioning.runs import plots, tensorboard
+from captioning.runs import report as reports
+from captioning.runs.checkpoints import CheckpointSaver, load_checkpoint, load_weights
+from captioning.runs.directories import find_checkpoint, reproducing_command, start_command
+from captioning.training.adaptation import add_replay
+from captioning.training.building import (
     build_data,
     build_decoder,
     build_features,
     load_context,
     warn_of_small_data,
 )
-from captioning.checkpoints import CheckpointSaver, load_checkpoint, load_weights
-from captioning.decoders import count_parameters
-from captioning.encoders import encoder_of
-from captioning.evaluation import EvalContext, caption_texts, images_to_draw
-from captioning.features import Features
-from captioning.runs import find_checkpoint, reproducing_command, start_command
-from captioning.schedules import cosine
-from captioning.scst import SelfCritic
-from captioning.source import Source
-from captioning.splits import store_split
-from captioning.validation import complete_checkpoint
+from captioning.training.calibrate import complete_checkpoint
+from captioning.training.schedules import cosine
+from captioning.training.self_critical import SelfCritic
+from captioning.training.source import Source
 from experiment_utils import require_room, write_epoch_files, write_run_files, write_summary
 from metrics_utils import score_captions
 from training_utils import (

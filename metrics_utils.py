@@ -1,6 +1,6 @@
 """Scores of generated captions, as the field computes them.
 
-Everything here takes strings that `captioning.dataset.tokenize` has split (lower case, no punctuation, words joined by
+Everything here takes strings that `captioning.data.dataset.tokenize` has split (lower case, no punctuation, words joined by
 spaces): one hypothesis and all references for each image.
 
 METEOR runs in Java. It raises `MetricFailed` rather than an error of its own, so that whatever happens there costs
@@ -20,10 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
-from captioning.analysis import leave_one_out, unsupported_counts
-from captioning.cider import cider_of_each
 from captioning.io import printable
-from captioning.scores import ImageScores, corpus_bleu
+from captioning.scoring.cider import cider_of_each
+from captioning.scoring.scores import ImageScores, corpus_bleu
+from captioning.scoring.words import leave_one_out, unsupported_counts
 
 JAVA_SECONDS = 60.0  # for Java to start and to read its tables: about 5 on a laptop
 METEOR_SECONDS = 0.1  # ... and for each caption: about 0.01

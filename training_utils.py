@@ -21,14 +21,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from captioning import distributed
-from captioning.batches import Batch, BatchMaker
-from captioning.decoders import Decoder, group_sizes
-from captioning.features import DeviceFeatures, Features, gather_views
+from captioning.config.settings import Settings
+from captioning.data.batches import Batch, BatchMaker
+from captioning.decoders.base import Decoder, group_sizes
+from captioning.encoders.features import DeviceFeatures, Features, gather_views
 from captioning.io import Terminated, UserError, format_bytes, log
-from captioning.runs import reproducing_command
-from captioning.schedules import Schedule
-from captioning.scst import SelfCritic
-from captioning.settings import Settings
+from captioning.runs.directories import reproducing_command
+from captioning.training.schedules import Schedule
+from captioning.training.self_critical import SelfCritic
 
 MAX_BAD_BATCHES = 10  # batches of an epoch whose loss or gradient may be non-finite
 TRIM_SECONDS = 20.0  # between two calls of `trim_memory`, which takes some hundredths of a second

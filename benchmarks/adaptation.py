@@ -23,10 +23,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
-from captioning.dataset import CaptionSet, load_caption_set
+from captioning.data.dataset import CaptionSet, load_caption_set
+from captioning.data.layouts import read_captions
 from captioning.io import read_json
-from captioning.layouts import read_captions
-from captioning.runs import read_run
+from captioning.runs.directories import read_run
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SOURCE = ["--config", str(CONFIGS / "flickr8k_attention_cpu.yaml"), "--fine_tune", "0", "--best_metric", "cider"]

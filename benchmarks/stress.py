@@ -46,7 +46,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from captioning.demo_set import draw_demo_dataset
+from captioning.data.demo_set import draw_demo_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "flickr_image_caption_with_pytorch_resnet_lstm.py"

@@ -16,23 +16,26 @@ if TYPE_CHECKING:  # what type checkers and editors know of the names below
     from captioning.captioner import Captioned as Captioned
     from captioning.captioner import Captioner as Captioner
     from captioning.captioner import Word as Word
-    from captioning.dataset import CaptionSet as CaptionSet
-    from captioning.dataset import Vocabulary as Vocabulary
-    from captioning.dataset import load_caption_set as load_caption_set
-    from captioning.decoders import build_decoder as build_decoder
-    from captioning.decoding import beam_search as beam_search
-    from captioning.decoding import sample as sample
-    from captioning.encoders import find_encoder as find_encoder
-    from captioning.images import UnreadableImage as UnreadableImage
+    from captioning.data.dataset import CaptionSet as CaptionSet
+    from captioning.data.dataset import Vocabulary as Vocabulary
+    from captioning.data.dataset import load_caption_set as load_caption_set
+    from captioning.data.images import UnreadableImage as UnreadableImage
+    from captioning.decoders.base import build_decoder as build_decoder
+    from captioning.decoding.beam_search import beam_search as beam_search
+    from captioning.decoding.beam_search import sample as sample
+    from captioning.encoders.base import find_encoder as find_encoder
     from captioning.io import UserError as UserError
 
 __version__ = "0.2.0"
 _MODULE_OF = {
-    "Caption": "captioner", "Captioned": "captioner", "Captioner": "captioner", "CaptionSet": "dataset",
-    "UnreadableImage": "images", "UserError": "io", "Vocabulary": "dataset", "Word": "captioner",
-    "beam_search": "decoding", "build_decoder": "decoders", "find_encoder": "encoders", "load_caption_set": "dataset",
-    "sample": "decoding",
-}  # fmt: skip
+    **dict.fromkeys(("Caption", "Captioned", "Captioner", "Word"), "captioner"),
+    **dict.fromkeys(("CaptionSet", "Vocabulary", "load_caption_set"), "data.dataset"),
+    **dict.fromkeys(("beam_search", "sample"), "decoding.beam_search"),
+    "UnreadableImage": "data.images",
+    "UserError": "io",
+    "build_decoder": "decoders.base",
+    "find_encoder": "encoders.base",
+}
 __all__ = list(_MODULE_OF)
 
 

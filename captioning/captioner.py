@@ -21,20 +21,20 @@ import numpy as np
 import torch
 from PIL import Image
 
-from captioning import plots
-from captioning.checkpoints import load_checkpoint, load_weights
-from captioning.confidence import confidence_of, table_of
-from captioning.consensus import NgramHead, search_by_consensus
-from captioning.dataset import Vocabulary
-from captioning.decoders import build_decoder
-from captioning.decoding import Member, beam_search, sample
+from captioning.config.flags import FLAGS, chosen_beam
+from captioning.data.dataset import Vocabulary
+from captioning.data.images import VIEW_SETS, ImageSource, UnreadableImage, grid_side, images_below, open_image
+from captioning.decoders.base import build_decoder
+from captioning.decoding.beam_search import Member, beam_search, sample
+from captioning.decoding.confidence import confidence_of, table_of
+from captioning.decoding.consensus import NgramHead, search_by_consensus
 from captioning.distributed import pick_device
-from captioning.encoders import ENCODE_BATCH, MANY, encoder_of
-from captioning.flags import FLAGS, chosen_beam
-from captioning.images import VIEW_SETS, ImageSource, UnreadableImage, grid_side, images_below, open_image
+from captioning.encoders.base import ENCODE_BATCH, MANY, encoder_of
+from captioning.encoders.quantization import decoded, stored_form
 from captioning.io import UserError
-from captioning.quantization import decoded, stored_form
-from captioning.runs import PRETRAINED_MODEL, find_checkpoint
+from captioning.runs import plots
+from captioning.runs.checkpoints import load_checkpoint, load_weights
+from captioning.runs.directories import PRETRAINED_MODEL, find_checkpoint
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -35,7 +35,7 @@ def draw_tiny(folder: Path) -> Path:
 
 def round_to_float16(path: Path) -> None:
     """Round a checkpoint's weights as export does: the two then have the same weights, and choose the same captions."""
-    from captioning.checkpoints import load_checkpoint, save_checkpoint
+    from captioning.runs.checkpoints import load_checkpoint, save_checkpoint
 
     def rounded(values: dict) -> dict:
         return {
@@ -63,7 +63,7 @@ def without_java(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 @pytest.fixture(scope="session", autouse=True)
 def compiled_once() -> Iterator[None]:
     """Encoders of the same weights are compiled once: OpenVINO takes a second of every test that trains."""
-    from captioning import encoders
+    from captioning.encoders import base as encoders
 
     compile_form, known = encoders.openvino_form, {}
 

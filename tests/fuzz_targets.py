@@ -26,20 +26,20 @@ from fuzz_inputs import ENCODINGS, ODD_CAPTIONS, Target, altered, mostly_sound, 
 from hypothesis import strategies as st
 from PIL import Image
 
-from captioning import encoders
-from captioning.checkpoints import SCHEMA, load_checkpoint, load_weights, require_trainable, save_checkpoint
-from captioning.dataset import Vocabulary
-from captioning.decoders import build_decoder
-from captioning.encoders import find_encoder
-from captioning.flags import FLAGS
-from captioning.images import UnreadableImage, open_image
+from captioning.config.flags import FLAGS
+from captioning.config.settings import config_flags, get_parser, parse_flags
+from captioning.data.dataset import Vocabulary
+from captioning.data.images import UnreadableImage, open_image
+from captioning.data.layouts import SPLITS, read_captions
+from captioning.data.splits import find_splits, is_stored
+from captioning.decoders.base import build_decoder
+from captioning.encoders import base as encoders
+from captioning.encoders.base import find_encoder
 from captioning.io import CONTROL_CHARACTERS, UserError
-from captioning.layouts import SPLITS, read_captions
 from captioning.modes.export import model_card, write_model
-from captioning.runs import find_checkpoint
-from captioning.schedules import Schedule, ScheduleSettings
-from captioning.settings import config_flags, get_parser, parse_flags
-from captioning.splits import find_splits, is_stored
+from captioning.runs.checkpoints import SCHEMA, load_checkpoint, load_weights, require_trainable, save_checkpoint
+from captioning.runs.directories import find_checkpoint
+from captioning.training.schedules import Schedule, ScheduleSettings
 
 with contextlib.suppress(UserError):  # where FastAPI is not installed, the page's reader is not tried
     from captioning.modes import serve

@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from captioning import fetch
+from captioning.data import fetch
 
 
 class Server:

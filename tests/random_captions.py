@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from captioning.dataset import CaptionSet, Tokens
+from captioning.data.dataset import CaptionSet, Tokens
 
 WORDS = [f"w{n}" for n in range(30)]
 

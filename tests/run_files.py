@@ -116,8 +116,8 @@ def png_of(width: int, height: int) -> bytes:
 
 def skip_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw no curves and no report: they take longer than training a tiny model does."""
-    monkeypatch.setattr("captioning.plots.draw_curves", lambda *_: None)
-    for module in ("captioning.reports", "captioning.modes.test"):
+    monkeypatch.setattr("captioning.runs.plots.draw_curves", lambda *_: None)
+    for module in ("captioning.runs.report", "captioning.modes.test"):
         monkeypatch.setattr(f"{module}.write_report", lambda directory, *_: directory / "report.html")
 
 

@@ -15,15 +15,15 @@ from run_files import only_run, skip_pictures
 from test_resume import assert_same, at_step
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
-from captioning.adaptation import grow_weights, train_on_seen_images
-from captioning.batches import BatchMaker
-from captioning.checkpoints import load_checkpoint, save_checkpoint
-from captioning.dataset import Vocabulary, frequent_words, join_sets, load_caption_set
-from captioning.decoders import build_decoder
-from captioning.encoders import encoder_of
-from captioning.flags import ADAPTATION
-from captioning.registry import DECODERS
-from captioning.settings import parse_flags
+from captioning.config.flags import ADAPTATION
+from captioning.config.registry import DECODERS
+from captioning.config.settings import parse_flags
+from captioning.data.batches import BatchMaker
+from captioning.data.dataset import Vocabulary, frequent_words, join_sets, load_caption_set
+from captioning.decoders.base import build_decoder
+from captioning.encoders.base import encoder_of
+from captioning.runs.checkpoints import load_checkpoint, save_checkpoint
+from captioning.training.adaptation import grow_weights, train_on_seen_images
 from training_utils import TrainLoader
 
 

@@ -3,7 +3,7 @@
 import pytest
 from spacy.lang.en.stop_words import STOP_WORDS
 
-from captioning.analysis import find_errors, stop_words, unsupported_share, unsupported_words
+from captioning.scoring.words import find_errors, stop_words, unsupported_share, unsupported_words
 from metrics_utils import person_scores
 
 # The first caption invents a colour and a place, the second misses the number and says "running" for "run".

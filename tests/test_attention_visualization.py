@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import attention_visualization as attention
-from captioning.evaluation import find_images
+from captioning.decoding.caption_set import find_images
 from captioning.io import UserError
 
 SIZES = {"landscape": (500, 375), "portrait": (333, 500), "panorama": (900, 90), "tower": (40, 600)}

@@ -13,7 +13,7 @@ import adaptation
 import bench
 import stress
 
-from captioning.dataset import load_caption_set
+from captioning.data.dataset import load_caption_set
 
 
 def test_every_rate_is_measured(tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ from PIL import Image
 from run_files import png_of
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
-from captioning import encoders
 from captioning.captioner import Captioner
-from captioning.decoding import beam_search
-from captioning.images import images_below, load_views
+from captioning.data.images import images_below, load_views
+from captioning.decoding.beam_search import beam_search
+from captioning.encoders import base as encoders
 from captioning.io import UserError
 from captioning.modes.caption import find_images, given_options
 

@@ -9,8 +9,8 @@ from fuzz_targets import sound_checkpoint
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from captioning.captioner import Captioner
-from captioning.checkpoints import CheckpointSaver, load_checkpoint, save_checkpoint
 from captioning.io import UserError
+from captioning.runs.checkpoints import CheckpointSaver, load_checkpoint, save_checkpoint
 
 
 def names(folder: Path) -> set[str]:

@@ -11,10 +11,9 @@ import pytest
 from run_files import skip_pictures
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
-from captioning import confidence, validation
 from captioning.captioner import Captioner
-from captioning.checkpoints import load_checkpoint, save_checkpoint
-from captioning.confidence import (
+from captioning.decoding import confidence
+from captioning.decoding.confidence import (
     calibrate,
     calibration_error,
     confidence_of,
@@ -24,6 +23,8 @@ from captioning.confidence import (
     supported_shares,
     table_of,
 )
+from captioning.runs.checkpoints import load_checkpoint, save_checkpoint
+from captioning.training import calibrate as validation
 
 SOUND = {"scores": [-2.0, -1.0], "shares": [0.25, 0.75], "images": 100}
 

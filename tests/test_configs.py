@@ -8,8 +8,8 @@ import pytest
 from run_files import skip_pictures
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
-from captioning.flags import ADAPTATION
-from captioning.registry import DECODERS
+from captioning.config.flags import ADAPTATION
+from captioning.config.registry import DECODERS
 
 CONFIGS = Path(trainer.__file__).parent / "configs"
 RECIPES = sorted(CONFIGS.glob("flickr*.yaml"))

@@ -12,13 +12,14 @@ from random_captions import WORDS, random_set
 from run_files import skip_pictures
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
-from captioning import consensus, validation
-from captioning.checkpoints import load_checkpoint, save_checkpoint
-from captioning.cider import CiderReward
-from captioning.consensus import NgramHead, direction, fit_head, frequent_ngrams, settle_weight
-from captioning.dataset import CaptionSet, Vocabulary, build_vocabulary
-from captioning.decoding import Hypothesis
+from captioning.data.dataset import CaptionSet, Vocabulary, build_vocabulary
+from captioning.decoding import consensus
+from captioning.decoding.beam_search import Hypothesis
+from captioning.decoding.consensus import NgramHead, direction, fit_head, frequent_ngrams, settle_weight
 from captioning.io import UserError
+from captioning.runs.checkpoints import load_checkpoint, save_checkpoint
+from captioning.scoring.cider import CiderReward
+from captioning.training import calibrate as validation
 
 
 @pytest.fixture(scope="module")

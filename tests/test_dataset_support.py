@@ -12,10 +12,10 @@ import as_script
 import numpy as np
 import pytest
 
-from captioning.batches import BatchMaker
-from captioning.dataset import EOS, SOS, build_vocabulary, load_caption_set, tokenize
+from captioning.data.batches import BatchMaker
+from captioning.data.dataset import EOS, SOS, build_vocabulary, load_caption_set, tokenize
+from captioning.data.layouts import read_captions
 from captioning.io import UserError
-from captioning.layouts import read_captions
 
 
 def test_tokens_are_lower_case_without_punctuation():

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from captioning.decoders import LSTMDecoder
-from captioning.kernels import ROWS_AT_A_TIME, Dropout, ProjectedCrossEntropy
+from captioning.decoders.base import LSTMDecoder
+from captioning.decoders.kernels import ROWS_AT_A_TIME, Dropout, ProjectedCrossEntropy
 
 
 @pytest.mark.parametrize("smoothing", (0.0, 0.1))

@@ -12,11 +12,11 @@ import torch
 from run_files import skip_pictures
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
-from captioning.checkpoints import load_checkpoint
-from captioning.images import VIEWS, load_views
+from captioning.data.images import VIEWS, load_views
 from captioning.modes.test import Result, save_result
-from captioning.runs import TEST_KEYS, read_run, read_scores
-from captioning.scores import ImageScores
+from captioning.runs.checkpoints import load_checkpoint
+from captioning.runs.directories import TEST_KEYS, read_run, read_scores
+from captioning.scoring.scores import ImageScores
 
 
 @pytest.fixture(scope="module")

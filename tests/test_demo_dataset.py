@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from captioning import demo_set as demo_dataset
-from captioning.dataset import load_caption_set
-from captioning.demo_set import COLORS, SHAPES, draw_demo_dataset
+from captioning.data import demo_set as demo_dataset
+from captioning.data.dataset import load_caption_set
+from captioning.data.demo_set import COLORS, SHAPES, draw_demo_dataset
 from captioning.io import UserError
 
 SCENES = 30

@@ -20,7 +20,7 @@ from run_files import only_run, skip_pictures
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 import training_utils
 from captioning import distributed
-from captioning.feature_store import RECORD
+from captioning.encoders.feature_store import RECORD
 from training_utils import StopRequest
 
 SCRIPT = Path(trainer.__file__)
@@ -35,7 +35,7 @@ START.set_forkserver_preload(["torch._dynamo", "spacy", __name__])
 NO_PICTURES = """
 import sys
 from unittest.mock import MagicMock
-sys.modules["captioning.plots"] = sys.modules["captioning.reports"] = MagicMock()
+sys.modules["captioning.runs.plots"] = sys.modules["captioning.runs.report"] = MagicMock()
 """
 
 

@@ -14,9 +14,9 @@ import torch.distributed.run
 
 import download_datasets
 import experiment_utils
-from captioning.flags import FLAGS, GROUPS, MODES, Flag
+from captioning.config.flags import FLAGS, GROUPS, MODES, Flag
+from captioning.config.settings import parse_flags, shown
 from captioning.io import DATA_SCRIPT, SCRIPT
-from captioning.settings import parse_flags, shown
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -31,7 +31,7 @@ FOREIGN = "index-url local_addr logdir max_restarts rdzv_endpoint shutdown-timeo
 
 FLAGS_PAGE = f"""# All flags of `{SCRIPT}`
 
-`python -m tests.test_docs` writes this page from the table in `captioning/flags.py`, and a test
+`python -m tests.test_docs` writes this page from the table in `captioning/config/flags.py`, and a test
 compares the two. `--help` prints the same. In a `--config` file each flag is a line, such as
 `epochs: 15`.
 

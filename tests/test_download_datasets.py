@@ -13,7 +13,7 @@ from local_server import Server, known_hash, running_server, serve, zipped
 from PIL import Image
 
 import download_datasets
-from captioning import demo_set, fetch
+from captioning.data import demo_set, fetch
 from download_datasets import Mirror, Part, Source, download, main
 
 NAMES = [f"{number:03d}.jpg" for number in range(10)]

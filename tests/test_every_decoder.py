@@ -9,11 +9,12 @@ import pytest
 import torch
 from fuzz_targets import sound_checkpoint
 
-from captioning import encoders, registry
 from captioning.captioner import Captioner
-from captioning.checkpoints import load_checkpoint, save_checkpoint
-from captioning.decoders import build_decoder, find_decoder, group_sizes
+from captioning.config import registry
+from captioning.decoders.base import build_decoder, find_decoder, group_sizes
+from captioning.encoders import base as encoders
 from captioning.modes.export import export
+from captioning.runs.checkpoints import load_checkpoint, save_checkpoint
 
 ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
 DOG = 5  # the last of the checkpoint's words

@@ -14,11 +14,12 @@ from run_files import skip_pictures
 from safetensors.torch import load_file, save_file
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
-from captioning import encoders, registry
-from captioning.checkpoints import load_checkpoint, save_checkpoint
+from captioning.config import registry
+from captioning.encoders import base as encoders
 from captioning.io import UserError
 from captioning.modes import export as export_model
-from captioning.runs import TEST_KEYS
+from captioning.runs.checkpoints import load_checkpoint, save_checkpoint
+from captioning.runs.directories import TEST_KEYS
 
 ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
 

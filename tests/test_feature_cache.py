@@ -14,14 +14,14 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
-from captioning import images
-from captioning.encoders import Encoder, EncoderSpec, find_encoder
-from captioning.feature_store import RECORD, name_hash
-from captioning.features import DeviceFeatures, FeatureRequest, open_features
-from captioning.images import open_image
+from captioning.data import images
+from captioning.data.images import open_image
+from captioning.encoders.base import Encoder, EncoderSpec, find_encoder
+from captioning.encoders.feature_store import RECORD, name_hash
+from captioning.encoders.features import DeviceFeatures, FeatureRequest, open_features
+from captioning.encoders.openvino import openvino_form
+from captioning.encoders.quantization import dequantize, quantize
 from captioning.io import UserError
-from captioning.openvino_form import openvino_form
-from captioning.quantization import dequantize, quantize
 
 SPEC = EncoderSpec("toy", 6, (0.0,) * 3, (255.0,) * 3, image_size=28)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from local_server import Server, answer, known_hash, packed, running_server, serve, tar_entry, tarred, zipped
 
-from captioning import fetch
-from captioning.fetch import BadArchive, DownloadError, download_file, extract_archive
+from captioning.data import fetch
+from captioning.data.fetch import BadArchive, DownloadError, download_file, extract_archive
 from captioning.io import UserError
 
 BODY = bytes(range(256)) * 40

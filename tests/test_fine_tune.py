@@ -9,10 +9,10 @@ from conftest import round_to_float16
 from run_files import only_run, skip_pictures
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
-from captioning import registry
-from captioning.checkpoints import load_checkpoint
-from captioning.encoders import TrainedStages, find_encoder
+from captioning.config import registry
+from captioning.encoders.base import TrainedStages, find_encoder
 from captioning.io import UserError
+from captioning.runs.checkpoints import load_checkpoint
 
 
 @pytest.mark.parametrize("name", registry.ENCODERS)

@@ -14,11 +14,11 @@ from fuzz_targets import sound_checkpoint
 from local_server import Server, answer, running_server, serve
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
-from captioning.checkpoints import load_checkpoint
-from captioning.hub import LARGEST, NAME
 from captioning.io import UserError
 from captioning.modes import export as export_model
-from captioning.runs import find_checkpoint
+from captioning.runs.checkpoints import load_checkpoint
+from captioning.runs.directories import find_checkpoint
+from captioning.runs.hub import LARGEST, NAME
 
 huggingface_hub = pytest.importorskip("huggingface_hub", reason="requirements-hub.txt is not installed")
 MODEL = "hf-hub:someone/tiny"

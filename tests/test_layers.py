@@ -31,7 +31,7 @@ def rank(module: str) -> int:
         return 3
     if module.startswith("captioning.modes"):
         return 2
-    if module == "captioning.source":  # of the helper modules' states and directories
+    if module == "captioning.training.source":  # of the helper modules' states and directories
         return 1
     return 0 if module.split(".")[0] == "captioning" else 1
 
@@ -77,7 +77,7 @@ def test_no_file_has_more_than_600_lines() -> None:
 
 def test_small_modules_load_nothing_large() -> None:
     """Neither they nor the answer to a flag take the seconds of importing PyTorch, pandas and matplotlib."""
-    program = f"import sys, {', '.join(SMALL)}; captioning.settings.parse_flags([]);"
+    program = f"import sys, {', '.join(SMALL)}; captioning.config.settings.parse_flags([]);"
     program += "print({'torch', 'pandas', 'matplotlib'} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert found.stdout == "set()\n"

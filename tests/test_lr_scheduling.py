@@ -10,10 +10,10 @@ import as_script
 import pytest
 import torch
 
-from captioning.flags import SCHEDULERS
+from captioning.config.flags import SCHEDULERS
+from captioning.config.settings import parse_flags
 from captioning.io import UserError
-from captioning.schedules import Schedule, ScheduleSettings, choose_schedule
-from captioning.settings import parse_flags
+from captioning.training.schedules import Schedule, ScheduleSettings, choose_schedule
 
 BASE = ScheduleSettings("step", 0.1, 1e-7, 3, 0.5, 7, 0.1, 10, 2, 0, 12, 5)
 

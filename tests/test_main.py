@@ -10,12 +10,12 @@ from conftest import draw_tiny
 from run_files import only_run, skip_pictures
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
-from captioning.batches import BatchMaker
-from captioning.building import note_unused_gpu, warn_of_small_data
-from captioning.checkpoints import load_checkpoint
-from captioning.dataset import build_vocabulary, load_caption_set
-from captioning.runs import read_run
-from captioning.schedules import Schedule, ScheduleSettings
+from captioning.data.batches import BatchMaker
+from captioning.data.dataset import build_vocabulary, load_caption_set
+from captioning.runs.checkpoints import load_checkpoint
+from captioning.runs.directories import read_run
+from captioning.training.building import note_unused_gpu, warn_of_small_data
+from captioning.training.schedules import Schedule, ScheduleSettings
 
 SMALL = "--encoder efficientnet_lite0 --embed_size 16 --hidden_size 16 --num_layers 1 --freq_threshold 1 --epochs 2"
 

@@ -14,8 +14,8 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
 import metrics_utils
-from captioning.cider import cider_of_each
-from captioning.scores import ImageScores, bootstrap_intervals, corpus_bleu, paired_bootstrap
+from captioning.scoring.cider import cider_of_each
+from captioning.scoring.scores import ImageScores, bootstrap_intervals, corpus_bleu, paired_bootstrap
 from metrics_utils import MetricFailed, meteor_scores, score_captions, score_images
 
 REFERENCES = [["a dog runs over the grass", "the dog is running"], ["two men sit on a bench", "men on a bench"]]

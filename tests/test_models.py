@@ -13,12 +13,13 @@ import torchvision
 from torch.nn.utils.rnn import PackedSequence
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
-from captioning import encoders, registry
-from captioning.batches import BatchMaker
-from captioning.dataset import build_vocabulary, load_caption_set
-from captioning.decoders import Decoder, DecoderOutput, LSTMState, build_decoder, count_parameters, find_decoder
-from captioning.decoding import beam_search
-from captioning.encoders import RANDOM_HASH, EfficientNetLiteSpec, EncoderSpec, TorchvisionSpec, find_encoder
+from captioning.config import registry
+from captioning.data.batches import BatchMaker
+from captioning.data.dataset import build_vocabulary, load_caption_set
+from captioning.decoders.base import Decoder, DecoderOutput, LSTMState, build_decoder, count_parameters, find_decoder
+from captioning.decoding.beam_search import beam_search
+from captioning.encoders import base as encoders
+from captioning.encoders.base import RANDOM_HASH, EfficientNetLiteSpec, EncoderSpec, TorchvisionSpec, find_encoder
 from captioning.io import UserError
 from training_utils import Precision, RankBatch, StepLoss
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from captioning.io import DATA_SCRIPT, install_command, program
-from captioning.runs import reproducing_command
+from captioning.runs.directories import reproducing_command
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from captioning import plots
+from captioning.runs import plots
 
 
 def curve(epochs: int, rates: list[float] | None = None) -> dict[str, list]:

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from captioning.dataset import PAD
-from captioning.decoders import Decoder, DecoderOutput
-from captioning.encoders import EncoderSpec
+from captioning.data.dataset import PAD
+from captioning.decoders.base import Decoder, DecoderOutput
+from captioning.encoders.base import EncoderSpec
 
 
 class TinySpec(EncoderSpec):
@@ -87,7 +87,7 @@ import json
 import shutil
 from pathlib import Path
 
-from captioning import registry
+from captioning.config import registry
 
 registry.ENCODERS["tiny"] = registry.Entry("plugin:TINY")
 registry.DECODERS["gru"] = registry.Entry("plugin:GRUDecoder", ("save_attention_viz", "attention_reg"))
@@ -99,7 +99,7 @@ from run_files import skip_pictures
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from captioning.captioner import Captioner
-from captioning.checkpoints import load_checkpoint
+from captioning.runs.checkpoints import load_checkpoint
 
 skip_pictures(pytest.MonkeyPatch())  # no plug-in has a part in them
 

@@ -8,9 +8,9 @@ from run_files import only_run, skip_pictures
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from captioning import Captioner
-from captioning.demo_set import draw_demo_dataset
-from captioning.images import cell_middles, peak
-from captioning.settings import parse_flags
+from captioning.config.settings import parse_flags
+from captioning.data.demo_set import draw_demo_dataset
+from captioning.data.images import cell_middles, peak
 
 NEAR = 0.5 / 7  # half a cell of the 7 x 7 grid
 

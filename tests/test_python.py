@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
-from captioning import Captioned, Captioner, UnreadableImage, UserError, runs
-from captioning.images import open_image
-from captioning.runs import find_checkpoint
+from captioning import Captioned, Captioner, UnreadableImage, UserError
+from captioning.data.images import open_image
+from captioning.runs import directories as runs
+from captioning.runs.directories import find_checkpoint
 
 PAGE = Path(trainer.__file__).parent / "docs" / "python.md"
 

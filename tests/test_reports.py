@@ -9,8 +9,10 @@ import pytest
 from PIL import Image
 from run_files import CAPTIONS, HUGE, REFERENCES, Page, add_ensemble, command, write_data, write_run, write_runs
 
-from captioning import comparison, plots, reports
-from captioning.runs import read_run
+from captioning.runs import plots
+from captioning.runs import report as reports
+from captioning.runs import table as comparison
+from captioning.runs.directories import read_run
 from experiment_utils import write_summary
 from metrics_utils import score_images
 

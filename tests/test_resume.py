@@ -13,10 +13,10 @@ from run_files import only_run, skip_pictures
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 import training_utils
-from captioning import features as feature_cache
-from captioning.dataset import load_caption_set
-from captioning.feature_store import RECORD
-from captioning.runs import lock_run_directory
+from captioning.data.dataset import load_caption_set
+from captioning.encoders import features as feature_cache
+from captioning.encoders.feature_store import RECORD
+from captioning.runs.directories import lock_run_directory
 from training_utils import Precision
 
 FLAGS = [

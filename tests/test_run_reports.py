@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from run_files import CAPTIONS, HUGE, add_ensemble, command, write_checkpoint, write_run, write_runs
 
-from captioning import comparison
 from captioning.io import format_bytes
-from captioning.runs import TEST_KEYS, deletable_epochs, lock_run_directory, read_run
-from captioning.scores import WITH_INTERVAL
+from captioning.runs import table as comparison
+from captioning.runs.directories import TEST_KEYS, deletable_epochs, lock_run_directory, read_run
+from captioning.scoring.scores import WITH_INTERVAL
 
 
 @pytest.fixture

@@ -9,13 +9,13 @@ import torch
 from pycocoevalcap.cider.cider_scorer import CiderScorer
 from random_captions import WORDS, random_set
 
-from captioning.cider import CiderReward
-from captioning.dataset import EOS, PAD, SOS, UNK, CaptionSet, Vocabulary, build_vocabulary
-from captioning.decoders import Decoder, build_decoder
-from captioning.decoding import Ensemble, beam_search, sample
-from captioning.encoders import EncoderSpec
-from captioning.registry import DECODERS
-from captioning.scst import SelfCritic
+from captioning.config.registry import DECODERS
+from captioning.data.dataset import EOS, PAD, SOS, UNK, CaptionSet, Vocabulary, build_vocabulary
+from captioning.decoders.base import Decoder, build_decoder
+from captioning.decoding.beam_search import Ensemble, beam_search, sample
+from captioning.encoders.base import EncoderSpec
+from captioning.scoring.cider import CiderReward
+from captioning.training.self_critical import SelfCritic
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
-from captioning.flags import FLAGS, MODES
+from captioning.config.flags import FLAGS, MODES
+from captioning.config.settings import parse_flags
 from captioning.io import UserError
-from captioning.settings import parse_flags
 
 SCRIPT = Path(trainer.__file__)
 TEST = ["--mode", "test", "--model_path", "x"]

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from captioning.data.splits import drawn_split, equal_files, find_splits, refuse_trained_images, same_split, store_split
 from captioning.io import UserError
-from captioning.splits import drawn_split, equal_files, find_splits, refuse_trained_images, same_split, store_split
 
 NAMES = [f"IMG_{n}.jpg" for n in range(10)]
 SIZES = [100 + n for n in range(10)]

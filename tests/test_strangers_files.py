@@ -9,13 +9,13 @@ import torch
 from fuzz_targets import checkpoint_records, sound_checkpoint, zipped
 from safetensors.torch import save
 
-from captioning.checkpoints import load_checkpoint
-from captioning.dataset import load_caption_set, tokenize_cached
-from captioning.encoders import load_weights
+from captioning.config.registry import LIMITS
+from captioning.data.dataset import load_caption_set, tokenize_cached
+from captioning.data.layouts import read_captions
+from captioning.data.splits import find_splits
+from captioning.encoders.base import load_weights
 from captioning.io import UserError
-from captioning.layouts import read_captions
-from captioning.registry import LIMITS
-from captioning.splits import find_splits
+from captioning.runs.checkpoints import load_checkpoint
 
 
 def captions(folder: Path, text: str | bytes, name: str = "captions.txt") -> tuple[dict[str, list[str]], list[str]]:

@@ -13,12 +13,12 @@ from run_files import only_run, skip_pictures
 from torch import nn
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
-from captioning import timm_encoders
-from captioning.checkpoints import load_checkpoint
-from captioning.encoders import TrainedStages, find_encoder
+from captioning.config.registry import folder_name, is_encoder, without_path
+from captioning.config.settings import list_pattern
+from captioning.encoders import timm as timm_encoders
+from captioning.encoders.base import TrainedStages, find_encoder
 from captioning.io import UserError
-from captioning.registry import folder_name, is_encoder, without_path
-from captioning.settings import list_pattern
+from captioning.runs.checkpoints import load_checkpoint
 
 timm = pytest.importorskip("timm", reason="requirements-timm.txt is not installed")
 from timm.models import save_for_hf  # noqa: E402

@@ -11,7 +11,7 @@ import as_script
 import pytest
 
 from captioning.io import UserError, read_json
-from captioning.runs import find_checkpoint
+from captioning.runs.directories import find_checkpoint
 from experiment_utils import create_run_directory, rate_text, run_name, write_run_config
 
 FLAGS = {

@@ -13,10 +13,11 @@ from test_main import run as train
 from test_resume import at_step
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
-from captioning import plots, reports
 from captioning.io import UserError, log
-from captioning.runs import training_rows
-from captioning.tensorboard import write_tensorboard
+from captioning.runs import plots
+from captioning.runs import report as reports
+from captioning.runs.directories import training_rows
+from captioning.runs.tensorboard import write_tensorboard
 from experiment_utils import write_epoch_files
 
 WRITE_REPORT = reports.write_report

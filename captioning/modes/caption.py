@@ -20,11 +20,11 @@ from tqdm import tqdm
 
 from attention_visualization import save_pictures
 from captioning.captioner import Caption, Captioned, Captioner, Decoding, DecodingOptions, Word
-from captioning.confidence import FEWEST
-from captioning.images import cell_middles, images_below
+from captioning.config.settings import Settings
+from captioning.data.images import cell_middles, images_below
+from captioning.decoding.confidence import FEWEST
 from captioning.io import UserError, bars_off, csv_cell, log, make_directory, printable, write_atomic
-from captioning.runs import command_to_tune, given_model
-from captioning.settings import Settings
+from captioning.runs.directories import command_to_tune, given_model
 
 
 def find_images(entries: Sequence[str]) -> tuple[list[Path], list[str]]:

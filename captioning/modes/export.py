@@ -29,10 +29,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from captioning.checkpoints import EXPORT_SCHEMA, EXPORTED, HEAD, load_weights
-from captioning.dataset import SOS
-from captioning.decoders import Decoder, build_decoder, find_decoder
-from captioning.encoders import encoder_of
+from captioning.config.registry import without_path
+from captioning.data.dataset import SOS
+from captioning.decoders.base import Decoder, build_decoder, find_decoder
+from captioning.encoders.base import encoder_of
 from captioning.io import (
     EXPORTED_WEIGHTS,
     UserError,
@@ -47,9 +47,9 @@ from captioning.io import (
     write_atomic,
     write_json,
 )
-from captioning.registry import without_path
-from captioning.runs import decoding, is_number, read_test_rows, results_directory
-from captioning.scores import METRIC_NAMES
+from captioning.runs.checkpoints import EXPORT_SCHEMA, EXPORTED, HEAD, load_weights
+from captioning.runs.directories import decoding, is_number, read_test_rows, results_directory
+from captioning.scoring.scores import METRIC_NAMES
 
 if TYPE_CHECKING:
     import onnxruntime

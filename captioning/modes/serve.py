@@ -30,14 +30,14 @@ from PIL import Image
 from attention_visualization import colours
 from captioning import __version__
 from captioning.captioner import Captioner, Decoding, DecodingOptions
-from captioning.dataset import load_caption_set
-from captioning.images import IMAGE_FORMATS, UnreadableImage, open_image, upsample
+from captioning.config.settings import Settings
+from captioning.data.dataset import load_caption_set
+from captioning.data.images import IMAGE_FORMATS, UnreadableImage, open_image, upsample
+from captioning.data.layouts import default_folder
 from captioning.io import UserError, format_bytes, install_command, log
-from captioning.layouts import default_folder
 from captioning.modes.caption import given_options, json_lines, word_dict
-from captioning.plots import shrunk
-from captioning.runs import given_model
-from captioning.settings import Settings
+from captioning.runs.directories import given_model
+from captioning.runs.plots import shrunk
 
 try:
     import python_multipart  # noqa: F401  (Starlette's form parser needs it, and would miss it only at a request)
@@ -54,7 +54,7 @@ except ModuleNotFoundError as problem:
         f"--mode serve needs a package that is not installed ({problem.name}): {install_command('serve')}"
     ) from problem
 
-PAGE = Path(__file__).parent.parent / "page" / "index.html"
+PAGE = Path(__file__).parent / "page" / "index.html"
 FIRST_PORT, LAST_PORT = 7860, 7959
 MAX_BYTES = 32_000_000  # of a request's body; a phone's largest JPEG has some 20 MB
 MAX_PIXELS = 64_000_000  # a picture that is not a JPEG takes four to sixteen bytes for each while it is decoded

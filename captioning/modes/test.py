@@ -14,16 +14,17 @@ import numpy as np
 from filelock import FileLock
 
 from attention_visualization import save_attention_pictures
-from captioning import distributed, plots
-from captioning.confidence import calibration_error, confidence_of, reliability, supported_shares, table_of
-from captioning.dataset import CaptionSet, captions_of, tokenize
-from captioning.decoding import Hypothesis
-from captioning.evaluation import EvalContext, caption, images_to_draw, search
-from captioning.images import UnreadableImage, open_image
+from captioning import distributed
+from captioning.data.dataset import CaptionSet, captions_of, tokenize
+from captioning.data.images import UnreadableImage, open_image
+from captioning.decoding.beam_search import Hypothesis
+from captioning.decoding.caption_set import EvalContext, caption, images_to_draw, search
+from captioning.decoding.confidence import calibration_error, confidence_of, reliability, supported_shares, table_of
 from captioning.io import UserError, make_directory, printable, read_json, write_json
-from captioning.reports import write_report
-from captioning.runs import read_test_rows, results_directory
-from captioning.scores import METRIC_NAMES, ImageScores, bootstrap_intervals, by_rank
+from captioning.runs import plots
+from captioning.runs.directories import read_test_rows, results_directory
+from captioning.runs.report import write_report
+from captioning.scoring.scores import METRIC_NAMES, ImageScores, bootstrap_intervals, by_rank
 from experiment_utils import save_numbered
 from metrics_utils import MetricFailed, meteor_scores, person_scores, score_images, summarize, variety
 

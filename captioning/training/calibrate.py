@@ -1,0 +1,116 @@
+"""What a trained decoder learns from the validation images, for its checkpoint: consensus and confidence."""
+
+from __future__ import annotations
+
+import functools
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from captioning import distributed
+from captioning.config.flags import CONSENSUS_BEAM
+from captioning.decoding.beam_search import Hypothesis
+from captioning.decoding.caption_set import EvalContext, caption, search
+from captioning.decoding.confidence import BEAM, CONSENSUS, FEWEST, calibrate, score_of, supported_shares
+from captioning.decoding.consensus import (
+    FEWEST_TRAINING_IMAGES,
+    FEWEST_VALIDATION_IMAGES,
+    NgramHead,
+    fit_head,
+    pool,
+    settle_weight,
+)
+from captioning.encoders.base import ENCODE_BATCH
+from captioning.encoders.features import Features
+from captioning.io import duration, log
+from captioning.runs.checkpoints import load_checkpoint, save_checkpoint
+
+MOST_VALIDATION = 1000  # validation images at most
+
+
+@torch.inference_mode()
+def pooled_features(context: EvalContext, images: np.ndarray) -> torch.Tensor:
+    """Return what consensus knows of images: the mean (n, C) over regions and members, behind trained stages."""
+    batches = []
+    for batch in np.array_split(images, len(images) // ENCODE_BATCH + 1):
+        members = [(decoder.eval(), view.gather(batch, context.device)) for decoder, view in context.members]
+        batches.append(torch.stack([pool(decoder.after_stages(features)[1]) for decoder, features in members]).mean(0))
+    return torch.cat(batches).cpu()
+
+
+def learn_consensus(context: EvalContext, val: np.ndarray) -> tuple[NgramHead | None, dict[str, list[Hypothesis]]]:
+    """Fit the regression of consensus decoding to the training images, and settle its weight on validation images.
+
+    Args:
+        context: whose members are views of the images for one decoder, trained already.
+        val: positions (n,) of the validation images.
+
+    Returns:
+        the regression, None where it does not raise the CIDEr of the validation images, or has too few to learn from;
+        and the captions of the validation images that a beam of CONSENSUS_BEAM finds alone, and by consensus.
+    """
+    started = time.perf_counter()
+    if len(context.data.splits["train"]) < FEWEST_TRAINING_IMAGES or len(val) < FEWEST_VALIDATION_IMAGES:
+        return None, {BEAM: caption(context, val, CONSENSUS_BEAM)} if len(val) >= FEWEST else {}
+
+    head = fit_head(context.data, context.vocabulary, functools.partial(pooled_features, context))
+    context = replace(context, heads=[head] * len(context.members))
+    found = search(context, val, CONSENSUS_BEAM, consensus=True)
+    references = list(map(context.data.references, val))
+    head, chosen = settle_weight(head, found, pooled_features(context, val), context.text, references)
+    log.info(f"Consensus: {len(head.stored['keys']):,} n-grams, in {duration(time.perf_counter() - started)}")
+    captions = {BEAM: [max(hypotheses, key=lambda h: h.score) for hypotheses in found]}
+    return (head, captions | {CONSENSUS: chosen}) if head.weight else (None, captions)
+
+
+def learn_from_validation(context: EvalContext, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Learn from the validation images what a trained decoder's checkpoint has beside its weights.
+
+    Args:
+        context: as for `learn_consensus`.
+        checkpoint: whose calibration stays where there are too few validation images for another.
+
+    Returns:
+        its fields `consensus` and `confidence`.
+    """
+    images, calibration = context.data.splits["val"], checkpoint["confidence"]
+    if len(images) > MOST_VALIDATION:
+        images = np.sort(np.random.default_rng(0).choice(images, MOST_VALIDATION, replace=False))
+    head, captions = learn_consensus(context, images)
+    if len(images) >= FEWEST:
+        references = list(map(context.data.references, images))
+        calibration = {
+            way: calibrate(
+                np.array([score_of(each.log_probabilities) for each in found]),
+                supported_shares(list(map(context.text, found)), references),
+            )
+            for way, found in captions.items()
+        }
+        for way, table in calibration.items():
+            low, high = table["shares"][0], table["shares"][-1]
+            log.info(f"Confidence, {way}: {low:.2f} to {high:.2f}, calibrated on {table['images']} validation images")
+    else:
+        too_few = f"with {len(images)} validation images, of {FEWEST} that calibrating takes"
+        kept = "that of the model that the run started from" if calibration else "none"
+        log.info(f"Confidence: {kept}, {too_few}")
+    return {"consensus": head and head.stored, "confidence": calibration}
+
+
+def complete_checkpoint(path: Path, context: EvalContext, views: list[Features]) -> None:
+    """Write what `learn_from_validation` finds into the checkpoint of a finished run, unless it is there already.
+
+    Args:
+        context: whose decoder has the checkpoint's weights.
+        views: of the images, all that are averaged in testing.
+    """
+    checkpoint = load_checkpoint(path)
+    if checkpoint["consensus"] or context.settings.dry_run:
+        return
+    (decoder, _), *_ = context.members
+    learned = learn_from_validation(replace(context, members=[(decoder, view) for view in views]), checkpoint)
+    if any(learned.values()) and distributed.is_first():
+        save_checkpoint(path, checkpoint | learned)
