@@ -288,16 +288,16 @@ def run(args: argparse.Namespace) -> int:
 
         print(printable(f"Report: {write_report(find_run(args.run), data_dir=args.data_dir)}"))
         return 0
-    from captioning.runs import table as comparison
+    from captioning.runs import table
 
     if args.command == "list":
         runs = [read_run(directory) for directory in run_directories(args.folder)]
-        runs = comparison.sort_runs(comparison.select_runs(runs, args.where), args.sort)
-        print(comparison.runs_csv(runs) if args.csv else comparison.runs_table(runs, args.folder))
+        runs = table.sort_runs(table.select_runs(runs, args.where), args.sort)
+        print(table.runs_csv(runs) if args.csv else table.runs_table(runs, args.folder))
     else:
         first, second = sides_to_compare(args.runs, args.against)
         runs = [*first, *second]
-        print(comparison.compare(first, second))
+        print(table.compare(first, second))
     for problem in dict.fromkeys(problem for each in runs for problem in each.damage):
         print(printable(f"Damaged: {problem}"), file=sys.stderr)
     return 0

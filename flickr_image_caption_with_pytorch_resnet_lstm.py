@@ -51,8 +51,7 @@ from captioning.decoders.base import count_parameters
 from captioning.decoding.caption_set import EvalContext, caption_texts, images_to_draw
 from captioning.encoders.base import encoder_of
 from captioning.encoders.features import Features
-from captioning.runs import plots, tensorboard
-from captioning.runs import report as reports
+from captioning.runs import plots, report, tensorboard
 from captioning.runs.checkpoints import CheckpointSaver, load_checkpoint, load_weights
 from captioning.runs.directories import find_checkpoint, reproducing_command, start_command
 from captioning.training.adaptation import add_replay
@@ -360,7 +359,7 @@ def finish(state: TrainState, run: Run, minutes: float) -> None:
         facts["Peak GPU Memory"] = format_bytes(torch.cuda.max_memory_allocated())
     write_summary(directory, flags, start_command(directory), facts)
     print(f"\nBest epoch: {state.best['epoch']} by {state.best['metric']}. Everything is in {directory}")
-    print(f"Report: {reports.write_report(directory, data).name}")
+    print(f"Report: {report.write_report(directory, data).name}")
     if not run.settings.dry_run and len(data.splits["test"]):
         print(f"Score it on the test images: {reproducing_command(['--mode', 'test', '--model_path', str(directory)])}")
 

@@ -209,7 +209,7 @@ class Captioner:
 
         Args:
             name_or_path: a checkpoint, a run directory, a folder of runs, an exported folder, or the name of a model
-                that comes with the package (`runs.find_checkpoint`).
+                that comes with the package (`directories.find_checkpoint`).
             device: `auto`, `cpu`, `cuda` or `mps`.
             resnet_weights: as `EncoderSpec.find_weights` takes it. A path in the checkpoint is not followed.
             workers: threads that decode images; as many as there are cores unless given.

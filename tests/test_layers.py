@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -13,9 +14,15 @@ import captioning
 ROOT = Path(__file__).resolve().parent.parent
 MAIN = "flickr_image_caption_with_pytorch_resnet_lstm"
 # Their command lines, and `Captioned.plot`, import what they show, whatever it is, when they are called.
-SHOWING = ("experiment_utils", "download_datasets", "captioning.captioner")
-PARTS = ("io", "flags", "runs", "scores", "layouts", "dataset", "settings", "plots")
+SHOWING = ("experiment_utils", "download_datasets", "captioning.captioner", "captioning.config.settings")
+PARTS = ("io", "config.settings", "runs.directories", "runs.plots", "scoring.scores", "data.layouts", "data.dataset")
 SMALL = ("experiment_utils", "captioning", *(f"captioning.{name}" for name in PARTS))
+# The rooms in the order of docs/architecture.md: each may import from those before it.
+ORDER = (
+    "io", "distributed", "config", "data", "scoring", "encoders", "decoders", "decoding", "runs", "captioner", "training",
+    "the helper modules", "training.source", "modes", "the main script",
+)  # fmt: skip
+MOST_FILES = 8  # of a room
 
 
 def module_of(path: Path) -> str:
@@ -26,14 +33,12 @@ FILES = {module_of(path): path for path in [*ROOT.glob("*.py"), *ROOT.glob("capt
 
 
 def rank(module: str) -> int:
-    """The layer of a module; it may import from its own and from lower ones."""
+    """The place of a module's room in `ORDER`."""
+    top, _, rest = module.partition(".")
+    room = rest if rest in ORDER else rest.partition(".")[0] or "captioner"  # the package itself names what it has
     if module in (MAIN, "captioning.__main__"):  # which runs it
-        return 3
-    if module.startswith("captioning.modes"):
-        return 2
-    if module == "captioning.training.source":  # of the helper modules' states and directories
-        return 1
-    return 0 if module.split(".")[0] == "captioning" else 1
+        room = "the main script"
+    return ORDER.index(room if top == "captioning" or module == MAIN else "the helper modules")
 
 
 def imports(node: ast.AST, in_function: bool = False) -> Iterator[tuple[str, bool]]:
@@ -61,6 +66,11 @@ def test_nobody_imports_upwards() -> None:
         if rank(name) > rank(module) and not (module in SHOWING and in_function)
     }
     assert upwards == set()
+
+
+def test_a_room_has_few_files() -> None:
+    rooms = Counter(path.parent.name for path in ROOT.glob("captioning/*/*.py") if path.name != "__init__.py")
+    assert set(rooms) <= set(ORDER) and max(rooms.values()) <= MOST_FILES
 
 
 def test_there_are_no_circles() -> None:

@@ -1,6 +1,6 @@
 """Show, Attend and Tell (Xu et al., 2015) as the paper has it, with soft attention: for those who reproduce it.
 
-`decoders.AttentionDecoder` attends after the LSTM, so that a caption is one LSTM call. Here the LSTM reads at each word
+`base.AttentionDecoder` attends after the LSTM, so that a caption is one LSTM call. Here the LSTM reads at each word
 what it attended to with the state before: every word waits for the last one, and training is slower.
 """
 

@@ -33,7 +33,7 @@ def write_tensorboard(directory: Path, rows: Sequence[Mapping[str, Any]], figure
     written twice. Where there is no such folder yet, the curves of earlier epochs are written too.
 
     Args:
-        rows: a row per epoch, as `runs.training_rows` makes them.
+        rows: a row per epoch, as `directories.training_rows` makes them.
         figures: pictures of the last epoch by name.
 
     Raises:
