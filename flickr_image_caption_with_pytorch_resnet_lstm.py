@@ -96,12 +96,16 @@ class Run:
     saver: CheckpointSaver
     monitor: StepMonitor  # finds signals, saves that are due, and batches whose loss or gradient is not finite
     lock: Any  # on the run directory; None but in the first process
-    first_epoch: int  # epochs that were trained before this run
     clock: Stopwatch = field(default_factory=Stopwatch)
 
     @property
     def directory(self) -> Path:
         return self.saver.directory
+
+    @property
+    def first_epoch(self) -> int:
+        """Epochs that were trained before this run."""
+        return self.saver.first_epoch
 
     @property
     def last_epoch(self) -> int:
@@ -165,7 +169,7 @@ def build_run(settings: Settings, argv: list[str]) -> tuple[Run, TrainState]:
     run = Run(
         settings, EvalContext(settings, device, data, vocabulary, [(decoder, views[0])]), loader, views, step_loss,
         constants, CheckpointSaver(directory, settings.keep_checkpoints, state.first_epoch),
-        StepMonitor(loader, directory, settings, device), lock, state.first_epoch,
+        StepMonitor(loader, directory, settings, device), lock,
     )  # fmt: skip
     if source.way == "resume":
         log.info(f"Resuming {directory} after {state.epoch} epochs and {state.step} steps")

@@ -204,7 +204,10 @@ class TrainState:
                 known = [row["cider"] for row in self.history if row["epoch"] == self.best["epoch"]]
                 self.best |= {"score": known[-1] if known else -math.inf, "metric": "cider"}
         if self.schedule is not None:
-            self.schedule.rest() if self_critical else self.schedule.epoch_ended(validation)
+            if self_critical:
+                self.schedule.rest()
+            else:
+                self.schedule.epoch_ended(validation)
         self.epoch, self.step, self.tokens, self.reward_sum = self.epoch + 1, 0, 0, 0.0
         self.loss_sum.zero_()
         for key, value in zip(self.curve, (self.epoch, training, validation, rate), strict=True):

@@ -22,8 +22,11 @@ def test_the_stored_split_rules_over_lists_that_were_added_later(tmp_path):
     for name, images in (("train.txt", NAMES[4:]), ("val.txt", NAMES[2:4]), ("test.txt", NAMES[:2])):
         (tmp_path / name).write_text("\n".join(images))
     assert found(NAMES, SIZES, None, tmp_path)[0]["test"] == NAMES[:2]
-    lists, source = found(NAMES, SIZES, STORED, tmp_path)
+    notes: list[str] = []
+    (tmp_path / "val.txt").unlink()
+    lists, source = found(NAMES, SIZES, STORED, tmp_path, notes)
     assert lists == {"train": NAMES[:6], "val": NAMES[6:8], "test": NAMES[8:]} and source == "the checkpoint"
+    assert len(notes) == 1 and "6 image(s) are in another split" in notes[0], "nothing is said of a list that rules nothing"
 
 
 @pytest.mark.parametrize(

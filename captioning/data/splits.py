@@ -48,24 +48,21 @@ def find_splits(
         UserError: a list names an image twice, or no image trains or validates.
     """
     known, is_own = (None, False) if stored is None else stored_lists(stored, names, sizes, notes)
-    listed = listed_split(places)
-    if listed:
-        listed = (
-            complete_lists({s: match_names(part, names) for s, part in listed[0].items()}, names, seed, notes),
-            listed[1],
-        )
+    found, place = listed_split(places) or ({}, "")
+    listed = {split: match_names(part, names) for split, part in found.items()}
     if known and is_own:
         lists, source = known, "the checkpoint"
-        owners = [
-            {name: part for part in SPLITS for name in each[part]} for each in (known, listed[0] if listed else known)
-        ]
-        moved = [name for name, part in owners[1].items() if owners[0].get(name, part) != part]
-        if moved and listed:
+        part_of = {name: split for split in SPLITS for name in known[split]}
+        moved = [name for split, part in listed.items() for name in part if part_of.get(name, split) != split]
+        if moved:
             notes.append(
-                f"{len(moved)} image(s) are in another split in {listed[1]} ({few(moved)}): the checkpoint's split rules"
+                f"{len(moved)} image(s) are in another split in {place} ({few(moved)}): the checkpoint's split rules"
             )
     else:
-        lists, source = listed or drawn_split(names, seed, copies())
+        if listed:
+            lists, source = complete_lists(listed, names, seed, notes), place
+        else:
+            lists, source = drawn_split(names, seed, copies())
         if known:  # images of the checkpoint among others keep their part
             held = {name for part in known.values() for name in part}.intersection(names)
             lists = {s: [n for n in lists[s] if n not in held] + [n for n in known[s] if n in held] for s in SPLITS}
