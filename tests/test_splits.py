@@ -80,7 +80,7 @@ def test_equal_files_are_found_and_stay_together(tmp_path):
         (tmp_path / f"{name}.txt").write_text("\n".join(images))
     notes: list[str] = []
     splits, _ = find_splits([tmp_path], NAMES, SIZES, 0, None, notes, lambda: groups)
-    assert splits["train"].tolist() == [0, 2, 3, 4, 5] and NAMES[1] in notes[0]
+    assert splits["train"].tolist() == [0, 2, 3, 4, 5] and NAMES[1] in notes[0] and len(notes) == 1
 
 
 def test_images_that_came_or_went_are_named(tmp_path):

@@ -47,6 +47,7 @@ def find_splits(
     Raises:
         UserError: a list names an image twice, or no image trains or validates.
     """
+    leaking: set[str] = set()
     known, is_own = (None, False) if stored is None else stored_lists(stored, names, sizes, notes)
     found, place = listed_split(places) or ({}, "")
     listed = {split: match_names(part, names) for split, part in found.items()}
@@ -67,7 +68,11 @@ def find_splits(
             held = {name for part in known.values() for name in part}.intersection(names)
             lists = {s: [n for n in lists[s] if n not in held] + [n for n in known[s] if n in held] for s in SPLITS}
             source += f", {len(held)} image(s) as in the checkpoint"
-        leave_training(lists, copies(), notes)
+        leaking = leave_training(lists, copies())
+        if leaking:
+            notes.append(
+                f"{len(leaking)} training image(s) are copies of validation or test images, left out: {few(leaking)}"
+            )
     position = {name: number for number, name in enumerate(names)}
     owner: dict[str, str] = {}
     for split in SPLITS:
@@ -83,7 +88,7 @@ def find_splits(
     absent = [name for name in owner if name not in position]
     if absent:
         notes.append(f"{len(absent)} image(s) of the split are not in the data set, left out: {few(absent)}")
-    unused = [name for name in names if name not in owner]
+    unused = [name for name in names if name not in owner and name not in leaking]
     if unused:
         notes.append(f"{len(unused)} image(s) in no split, left out: {few(unused)}")
     require_splits(splits, source)
@@ -125,15 +130,12 @@ def complete_lists(
     return lists
 
 
-def leave_training(lists: dict[str, list[str]], copies: Sequence[Sequence[str]], notes: list[str]) -> None:
-    """Take training images out of their list whose files are equal to those of a held-out image."""
+def leave_training(lists: dict[str, list[str]], copies: Sequence[Sequence[str]]) -> set[str]:
+    """Take training images out of their list whose files are equal to those of a held-out image; return them."""
     held_out, train = {*lists["val"], *lists["test"]}, set(lists["train"])
     leaking = {name for group in copies if held_out.intersection(group) for name in group if name in train}
-    if leaking:
-        notes.append(
-            f"{len(leaking)} training image(s) are copies of validation or test images, left out: {few(leaking)}"
-        )
-        lists["train"] = [name for name in lists["train"] if name not in leaking]
+    lists["train"] = [name for name in lists["train"] if name not in leaking]
+    return leaking
 
 
 def equal_files(folder: Path, names: Sequence[str], sizes: Sequence[int]) -> list[list[str]]:
