@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from captioning.config.settings import Settings
-    from captioning.decoding.caption_set import EvalContext
+    from captioning.decoding.caption_set import DecodingContext
 
 ABOVE_CHANCE = 4  # a region is strong if its cell has this many times the weight of an even distribution
 CROPS, CROP_CELLS = 4, 3  # strongest regions at most, and cells along the side of one in a square photo
@@ -395,7 +395,7 @@ def _draw_entropy(axes: Axes, words: Sequence[str], bits: np.ndarray, cells: int
 # Pictures of a data set's images
 
 
-def save_attention_pictures(context: EvalContext, images: np.ndarray, directory: Path) -> None:
+def save_attention_pictures(context: DecodingContext, images: np.ndarray, directory: Path) -> None:
     """Draw `attention_viz_sample_N` (and the advanced ones) of images, N from 1, with their numbers as JSON."""
     from captioning import distributed
     from captioning.decoding.caption_set import caption
@@ -414,7 +414,7 @@ def save_attention_pictures(context: EvalContext, images: np.ndarray, directory:
         log.info(f"Attention pictures of {drawn} images: {directory / 'attention_viz_sample_*'}")
 
 
-def epoch_figures(context: EvalContext) -> dict[str, Figure]:
+def epoch_figures(context: DecodingContext) -> dict[str, Figure]:
     """Return the figures of an epoch for TensorBoard: captions of four validation images, attention of the first.
 
     Of several processes each captions its shard; all must come here.

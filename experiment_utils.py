@@ -45,7 +45,7 @@ from captioning.runs.directories import (
 
 if TYPE_CHECKING:
     from captioning.data.dataset import CaptionSet
-    from captioning.runs.directories import Run
+    from captioning.runs.directories import StoredRun
 
 
 def rate_text(rate: float) -> str:
@@ -252,7 +252,7 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def sides_to_compare(paths: Sequence[Path], against: Sequence[Path] | None) -> tuple[list[Run], list[Run]]:
+def sides_to_compare(paths: Sequence[Path], against: Sequence[Path] | None) -> tuple[list[StoredRun], list[StoredRun]]:
     """Read the runs of `diff`.
 
     Raises:

@@ -45,21 +45,21 @@ from tqdm import tqdm
 
 from attention_visualization import epoch_figures, save_attention_pictures
 from captioning import distributed
-from captioning.data.batches import BatchMaker
+from captioning.data.batches import Collator
 from captioning.data.splits import store_split
 from captioning.decoders.base import count_parameters
-from captioning.decoding.caption_set import EvalContext, caption_texts, images_to_draw
+from captioning.decoding.caption_set import DecodingContext, caption_texts, images_to_draw
 from captioning.encoders.base import encoder_of
 from captioning.encoders.features import Features
 from captioning.runs import plots, report, tensorboard
-from captioning.runs.checkpoints import CheckpointSaver, load_checkpoint, load_weights
+from captioning.runs.checkpoints import CheckpointSaver, load_checkpoint, load_decoder_weights
 from captioning.runs.directories import find_checkpoint, reproducing_command, start_command
 from captioning.training.adaptation import add_replay
 from captioning.training.building import (
     build_data,
-    build_decoder,
     build_features,
     load_context,
+    seeded_decoder,
     warn_of_small_data,
 )
 from captioning.training.calibrate import complete_checkpoint
@@ -69,11 +69,11 @@ from captioning.training.source import Source
 from experiment_utils import require_room, write_epoch_files, write_run_files, write_summary
 from metrics_utils import score_captions
 from training_utils import (
+    BatchSampler,
     StepLoss,
     StepMonitor,
     Stopped,
     Stopwatch,
-    TrainLoader,
     TrainState,
     advise_on_memory,
     seed_step,
@@ -88,8 +88,8 @@ class Run:
     """What stays the same while a run trains. What changes is the TrainState."""
 
     settings: Settings
-    context: EvalContext  # data, vocabulary, device, the decoder with its validation features
-    loader: TrainLoader
+    context: DecodingContext  # data, vocabulary, device, the decoder with its validation features
+    sampler: BatchSampler
     views: list[Features]
     step_loss: torch.nn.Module
     constants: dict[str, Any]  # what every checkpoint of the run has: vocabulary, split, encoder, flags
@@ -118,7 +118,7 @@ class Run:
     def learning_rate(self, state: TrainState, step: int) -> float:
         """Return the rate of a step of the current epoch."""
         if self.is_self_critical(state):  # half a cosine to zero over all self-critical epochs
-            done = state.epoch - self.first_epoch - self.settings.epochs + step / self.loader.steps
+            done = state.epoch - self.first_epoch - self.settings.epochs + step / self.sampler.steps
             return cosine(self.settings.scst_learning_rate, 0.0, min(1.0, done / self.settings.scst_epochs))
         return state.schedule.rate(state.epoch, step) if state.schedule else float(self.settings.learning_rate)
 
@@ -144,19 +144,19 @@ def build_run(settings: Settings, argv: list[str]) -> tuple[Run, TrainState]:
     split = store_split(data.splits, data.names, views[0].versions, parent=source.seen)
     vocabulary = source.vocabulary(data, settings.freq_threshold)
     replay = add_replay(settings, data, views, split, weights_hash)
-    batches = BatchMaker(replay.data, vocabulary, settings.max_length)
-    loader = TrainLoader(
-        batches, data.splits["train"], len(views), settings.batch_size, settings.seed, replay.images, replay.per_epoch
+    collator = Collator(replay.data, vocabulary, settings.max_length)
+    sampler = BatchSampler(
+        collator, data.splits["train"], len(views), settings.batch_size, settings.seed, replay.images, replay.per_epoch
     )
-    decoder = build_decoder(settings, vocabulary, pretrained=source.way == "new")
-    source.fill(decoder, batches.word_counts(data.splits["train"]))
+    decoder = seeded_decoder(settings, vocabulary, pretrained=source.way == "new")
+    source.fill(decoder, collator.word_counts(data.splits["train"]))
     decoder.to(device)
     size = count_parameters(decoder)
     log.info(f"Vocabulary: {len(vocabulary)} words. Decoder: {settings.decoder}, {size:,} parameters")
     if source.way == "new" and not settings.dry_run:
-        warn_of_small_data(data, batches, loader.steps, size)
+        warn_of_small_data(data, collator, sampler.steps, size)
     state = TrainState.begin(decoder, settings, device)
-    source.restore(state, settings, loader.steps)
+    source.restore(state, settings, sampler.steps)
     critic = SelfCritic(replay.data, vocabulary, settings) if settings.scst_epochs else None
     step_loss = wrap_ddp(StepLoss(decoder, replay.views, critic, state.precision, settings))
     spec = encoder_of(settings.values())
@@ -167,9 +167,9 @@ def build_run(settings: Settings, argv: list[str]) -> tuple[Run, TrainState]:
     }  # fmt: skip
     directory, lock = source.open_directory(settings)
     run = Run(
-        settings, EvalContext(settings, device, data, vocabulary, [(decoder, views[0])]), loader, views, step_loss,
+        settings, DecodingContext(settings, device, data, vocabulary, [(decoder, views[0])]), sampler, views, step_loss,
         constants, CheckpointSaver(directory, settings.keep_checkpoints, state.first_epoch),
-        StepMonitor(loader, directory, settings, device), lock,
+        StepMonitor(sampler, directory, settings, device), lock,
     )  # fmt: skip
     if source.way == "resume":
         log.info(f"Resuming {directory} after {state.epoch} epochs and {state.step} steps")
@@ -205,18 +205,19 @@ def train_one_epoch(state: TrainState, run: Run) -> float:
     """
     settings, monitor, clock = run.settings, run.monitor, run.clock
     state.decoder.train()
-    plan, self_critical = run.loader.plan(state.epoch), run.is_self_critical(state)
+    plan, self_critical = run.sampler.plan(state.epoch), run.is_self_critical(state)
     bar = tqdm(plan, f"Epoch {state.epoch + 1}", initial=state.step, unit="batch", disable=bars_off(), leave=False)
     monitor.begin_epoch()
     for captions in plan[state.step :]:
         seed_step(settings.seed, state.epoch, state.step)
         rate = run.learning_rate(state, state.step)
         set_rates(state.optimizer, rate, state.epoch, settings)
-        batch = run.loader.rank_batch(captions, state.epoch, state.step)
+        batch = run.sampler.rank_batch(captions, state.epoch, state.step)
         clock.lap("making batches")
         loss, token_loss, reward = run.step_loss(batch, self_critical)
         clock.lap("features and forward")
-        norm = state.precision.step(loss, state.optimizer, settings.grad_clip)
+        state.precision.backward(loss, state.optimizer)
+        norm = state.precision.clip_and_update(state.optimizer, settings.grad_clip)
         batch_loss = token_loss.to(state.loss_sum.dtype) * batch.tokens
         finite = batch_loss.isfinite() & (norm.isfinite() | state.precision.scaler.is_enabled())  # fp16 may overflow
         state.loss_sum += torch.where(finite, batch_loss, 0.0)
@@ -243,7 +244,9 @@ def evaluate(state: TrainState, run: Run) -> tuple[float, dict[str, Any]]:
     """Return the validation loss, and the scores of greedy captions of the validation images."""
     context, images = run.context, run.context.data.splits["val"]
     ((_, features),) = context.members
-    loss = validation_loss(state.decoder, features, run.loader.batches, images, run.settings.batch_size, context.device)
+    loss = validation_loss(
+        state.decoder, features, run.sampler.collator, images, run.settings.batch_size, context.device
+    )
     run.clock.lap("validation loss")
     captions = caption_texts(context, images, beam=1)
     references = [context.data.references(image) for image in images]
@@ -336,7 +339,7 @@ def train(settings: Settings, argv: list[str]) -> Path:
         if run.stopped_early(state):
             log.info(f"Stopped early: no better {settings.best_metric} in {settings.early_stopping} epochs")
         distributed.wait_for_all()  # until the first has written all
-        load_weights(state.decoder, load_checkpoint(run.saver.best)["decoder"], run.saver.best)
+        load_decoder_weights(state.decoder, load_checkpoint(run.saver.best)["decoder"], run.saver.best)
         complete_checkpoint(run.saver.best, context, run.views)
         if settings.save_attention_viz:
             images = images_to_draw(settings, context.data, context.data.splits["test"])

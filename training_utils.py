@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from captioning import distributed
 from captioning.config.settings import Settings
-from captioning.data.batches import Batch, BatchMaker
+from captioning.data.batches import Batch, Collator
 from captioning.decoders.base import Decoder, group_sizes
 from captioning.encoders.features import DeviceFeatures, Features, gather_views
 from captioning.io import Terminated, UserError, format_bytes, log
@@ -56,11 +56,11 @@ class RankBatch(NamedTuple):
     captions: int  # of the whole step
 
 
-class TrainLoader:
+class BatchSampler:
     """The training captions of each epoch, cut into steps."""
 
     def __init__(
-        self, batches: BatchMaker, images: np.ndarray, views: int, batch_size: int, seed: int,
+        self, collator: Collator, images: np.ndarray, views: int, batch_size: int, seed: int,
         old_images: np.ndarray = NOBODY, old_per_epoch: int = 0,
     ):  # fmt: skip
         """Prepare the epochs of a training set.
@@ -70,9 +70,9 @@ class TrainLoader:
             views: how many each image has.
             old_images: positions of images of which every epoch has the next `old_per_epoch` beside these.
         """
-        self.batches, self.images, self.views, self.batch_size, self.seed = batches, images, views, batch_size, seed
+        self.collator, self.images, self.views, self.batch_size, self.seed = collator, images, views, batch_size, seed
         self.old_images, self.old_per_epoch = old_images, old_per_epoch
-        self.steps = len(batches.plan(self.epoch_images(0), batch_size))
+        self.steps = len(collator.plan(self.epoch_images(0), batch_size))
 
     def epoch_images(self, epoch: int) -> np.ndarray:
         """Return the positions of the images of an epoch."""
@@ -82,22 +82,22 @@ class TrainLoader:
     def plan(self, epoch: int) -> list[np.ndarray]:
         """Return the caption numbers (R,) of each step, in an order that depends on (seed, epoch) alone."""
         order = np.random.default_rng([self.seed, epoch]).permutation(self.epoch_images(epoch))
-        return self.batches.plan(order, self.batch_size)
+        return self.collator.plan(order, self.batch_size)
 
     def rank_batch(self, captions: np.ndarray, epoch: int, step: int) -> RankBatch:
         """Return this process's part of a step: whole images, with about as many tokens as any other's part.
 
         The view of an image depends on (seed, epoch, step) alone, not on the number of processes.
         """
-        images, image_of = np.unique(self.batches.owner(captions), return_inverse=True)
-        tokens = self.batches.lengths[captions] + 1  # the words and <EOS>
+        images, image_of = np.unique(self.collator.owner(captions), return_inverse=True)
+        tokens = self.collator.lengths[captions] + 1  # the words and <EOS>
         drawn = np.random.default_rng([self.seed, epoch, step]).integers(self.views, size=len(images))
         mine = np.ones(len(images), dtype=bool)
         if distributed.size() > 1:
             mine = (
                 distributed.balance_by_weight(np.bincount(image_of, tokens), distributed.size()) == distributed.rank()
             )
-        batch = self.batches.make(captions[mine[image_of]]) if mine.any() else None
+        batch = self.collator.collate(captions[mine[image_of]]) if mine.any() else None
         return RankBatch(batch, drawn[mine], int(tokens.sum()), len(captions))
 
 
@@ -290,9 +290,9 @@ class StepMonitor:
     together, so that they act on the same findings.
     """
 
-    def __init__(self, loader: TrainLoader, directory: Path, settings: Settings, device: torch.device):
+    def __init__(self, sampler: BatchSampler, directory: Path, settings: Settings, device: torch.device):
         """Args: directory: of the run."""
-        self.loader, self.directory, self.settings, self.stop = loader, directory, settings, StopRequest()
+        self.sampler, self.directory, self.settings, self.stop = sampler, directory, settings, StopRequest()
         self.on_cpu, self.interval, self.bad = device.type == "cpu", STEPS_PER_SYNC, 0
         self.last_save = self.last_sync = self.last_trim = time.monotonic()
         self.finite: list[torch.Tensor] = []  # of the steps since the last sync
@@ -330,9 +330,9 @@ class StepMonitor:
         self.finite.clear()
         for step in (first + number for number, failed in enumerate(bad) if failed):
             self.bad += 1
-            skipped = self.loader.batches.make(plan[step])
+            skipped = self.sampler.collator.collate(plan[step])
             state.tokens -= len(skipped.targets)
-            images = ", ".join(self.loader.batches.names[image] for image in skipped.images[:3])
+            images = ", ".join(self.sampler.collator.names[image] for image in skipped.images[:3])
             self.report_bad_batch(f"batch {step + 1} of epoch {state.epoch + 1} ({images}, ...)")
         if due:
             self.last_save = time.monotonic()
@@ -369,14 +369,14 @@ def advise_on_memory(device: torch.device, batch_size: int, directory: Path, vie
 
 @torch.inference_mode()
 def validation_loss(
-    decoder: Decoder, features: Features, batches: BatchMaker, images: np.ndarray, batch_size: int,
+    decoder: Decoder, features: Features, collator: Collator, images: np.ndarray, batch_size: int,
     device: torch.device,
 ) -> float:  # fmt: skip
     """Return the plain cross-entropy per token of these images' captions, whatever the training loss adds."""
     decoder.eval()
     total, tokens = 0.0, 0.0
-    for captions in distributed.shard(batches.plan(images, max(batch_size, 64))):
-        batch = batches.make(captions)
+    for captions in distributed.shard(collator.plan(images, max(batch_size, 64))):
+        batch = collator.collate(captions)
         output = decoder(features.gather(batch.images, device), batch.to(device))
         total += float(decoder.cross_entropy(output.hidden_out, batch.targets.to(device)))
         tokens += len(batch.targets)
@@ -406,16 +406,19 @@ class Precision:
         """Around the forward pass."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.name != "fp32")
 
-    def step(self, loss: torch.Tensor, optimizer: torch.optim.Optimizer, grad_clip: float) -> torch.Tensor:
-        """Backward pass, clipping and update; returns the gradient's norm, on the device.
+    def backward(self, loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+        """Replace the gradients with those of the loss, which fp16 scales up."""
+        optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+
+    def clip_and_update(self, optimizer: torch.optim.Optimizer, grad_clip: float) -> torch.Tensor:
+        """Clip the gradients and update the weights; return the norm before, on the device.
 
         Where the norm is not a finite number the weights stay as they are: the fused optimizer is told so
         on the device, without waiting for it.
         """
         moving = [group for group in optimizer.param_groups if group["lr"]] or optimizer.param_groups
         parameters = [p for group in moving for p in group["params"]]  # resting stages do not scale the others down
-        optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
         if self.scaler.is_enabled():

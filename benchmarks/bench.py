@@ -361,9 +361,9 @@ def training_figures(bench: Bench, trained: tuple[str, int, int]) -> Iterator[Fi
     plain, auto = (trainer.build_run(parse_flags([*flags, "--precision", name]), []) for name in ("fp32", "auto"))
     (run, _), (auto_run, auto_state) = plain, auto
     encoder = build_encoder(scale.encoder, device)
-    images = np.resize(run.loader.images, BATCH)
+    images = np.resize(run.sampler.images, BATCH)
     paths = [run.context.data.paths()[image] for image in images[: scale.naive]]
-    longest, words = int(run.loader.batches.lengths.max()) + 1, len(run.context.vocabulary)
+    longest, words = int(run.sampler.collator.lengths.max()) + 1, len(run.context.vocabulary)
     inputs, targets = torch.randint(words, (2, BATCH, longest), device=device)  # any words take the same time
     adam = torch.optim.Adam(auto_state.decoder.parameters(), lr=0.001)
     gather = partial(run.views[0].gather, images, device)
@@ -379,7 +379,7 @@ def training_figures(bench: Bench, trained: tuple[str, int, int]) -> Iterator[Fi
         ways |= {name: partial(train_epoch, *training), f"product {name}": product}
     seconds = interleaved(ways, scale.repeats)
     work = operations(partial(train_epoch, *plain))  # without the rows that are added in bf16
-    captions, encoding = sum(map(len, run.loader.plan(0))), seconds["encode"] * BATCH / len(paths)
+    captions, encoding = sum(map(len, run.sampler.plan(0))), seconds["encode"] * BATCH / len(paths)
     for name in trainings:
         about, rate = f"{decoder}, {hidden} x {layers}, {name}", captions / seconds[name]
         limit = captions / (work / products[name] * seconds[f"product {name}"]), f"matrix product in {name}"

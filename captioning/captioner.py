@@ -30,10 +30,10 @@ from captioning.decoding.confidence import confidence_of, table_of
 from captioning.decoding.consensus import NgramHead, search_by_consensus
 from captioning.distributed import pick_device
 from captioning.encoders.base import ENCODE_BATCH, MANY, encoder_of
-from captioning.encoders.quantization import decoded, stored_form
+from captioning.encoders.feature_store import decoded, stored_form
 from captioning.io import UserError
 from captioning.runs import plots
-from captioning.runs.checkpoints import load_checkpoint, load_weights
+from captioning.runs.checkpoints import load_checkpoint, load_decoder_weights
 from captioning.runs.directories import PRETRAINED_MODEL, find_checkpoint
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ class Captioner:
         self.encode = self.encoder.fast_form(self.device, many=False)
         self.vocabulary = Vocabulary(checkpoint["vocabulary"])
         self.decoder = build_decoder(flags, len(self.vocabulary), self.spec)
-        load_weights(self.decoder, checkpoint["decoder"], self.path)
+        load_decoder_weights(self.decoder, checkpoint["decoder"], self.path)
         self.decoder.to(self.device).eval()
 
     @classmethod

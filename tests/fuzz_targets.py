@@ -37,7 +37,13 @@ from captioning.encoders import base as encoders
 from captioning.encoders.base import find_encoder
 from captioning.io import CONTROL_CHARACTERS, UserError
 from captioning.modes.export import model_card, write_model
-from captioning.runs.checkpoints import SCHEMA, load_checkpoint, load_weights, require_trainable, save_checkpoint
+from captioning.runs.checkpoints import (
+    SCHEMA,
+    load_checkpoint,
+    load_decoder_weights,
+    require_trainable,
+    save_checkpoint,
+)
 from captioning.runs.directories import find_checkpoint
 from captioning.training.schedules import Schedule, ScheduleSettings
 
@@ -133,7 +139,9 @@ def split_names(known: list[str], places: list[Path], saved: Any) -> dict[str, l
     if read is None:
         return None
     positions = np.concatenate([read[0][split] for split in SPLITS])
-    assert len(set(positions.tolist())) == len(positions) <= len(known) and all(len(read[0][split]) for split in ("train", "val"))
+    assert len(set(positions.tolist())) == len(positions) <= len(known) and all(
+        len(read[0][split]) for split in ("train", "val")
+    )
     assert not any(CONTROL_CHARACTERS.search(note) for note in notes)
     return {split: [known[i] for i in images] for split, images in read[0].items()}
 
@@ -272,7 +280,7 @@ def encoder_weights(value: bytes, folder: Path) -> bool:
     """A file of weights, of which only this layer's are accepted."""
     (folder / "x.pth").write_bytes(value)
     layer = torch.nn.Linear(2, 3)
-    return refuses(lambda: encoders.load_weights(layer, folder / "x.pth") or True) is not None
+    return refuses(lambda: encoders.load_encoder_weights(layer, folder / "x.pth") or True) is not None
 
 
 @cache
@@ -322,7 +330,7 @@ def exported_model(value: dict[str, bytes], folder: Path) -> bool:
 def fill_decoder(checkpoint: dict[str, Any], path: Path) -> torch.nn.Module:
     flags = checkpoint["flags"]
     decoder = build_decoder(flags, len(Vocabulary(checkpoint["vocabulary"])), find_encoder(flags["encoder"]))
-    load_weights(decoder, checkpoint["decoder"], path)
+    load_decoder_weights(decoder, checkpoint["decoder"], path)
     return decoder
 
 

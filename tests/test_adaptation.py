@@ -18,13 +18,13 @@ import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from captioning.config.flags import ADAPTATION
 from captioning.config.registry import DECODERS
 from captioning.config.settings import parse_flags
-from captioning.data.batches import BatchMaker
+from captioning.data.batches import Collator
 from captioning.data.dataset import Vocabulary, frequent_words, join_sets, load_caption_set
 from captioning.decoders.base import build_decoder
 from captioning.encoders.base import encoder_of
 from captioning.runs.checkpoints import load_checkpoint, save_checkpoint
 from captioning.training.adaptation import grow_weights, train_on_seen_images
-from training_utils import TrainLoader
+from training_utils import BatchSampler
 
 
 @pytest.fixture(scope="module")
@@ -209,10 +209,10 @@ def test_a_joined_set_has_the_captions_of_both(photos, tiny_runs):
     ]
     assert list(both.paths())[:first] == list(new.paths())
     assert [path.samefile(other) for path, other in zip(both.paths()[first:], old.paths(), strict=True)] == [True] * 20
-    batches = BatchMaker(both, Vocabulary(frequent_words(both, 1).words), 12)
-    loader = TrainLoader(batches, np.arange(5), 1, 8, 0, first + np.arange(7), 3)
-    turns = [set(loader.epoch_images(epoch).tolist()) - set(range(5)) for epoch in range(7)]
+    collator = Collator(both, Vocabulary(frequent_words(both, 1).words), 12)
+    sampler = BatchSampler(collator, np.arange(5), 1, 8, 0, first + np.arange(7), 3)
+    turns = [set(sampler.epoch_images(epoch).tolist()) - set(range(5)) for epoch in range(7)]
     assert all(len(turn) == 3 for turn in turns)
     assert turns[0] | turns[1] | turns[2] == set(range(first, first + 7))  # all of them in turn
-    planned = np.concatenate(loader.plan(1))
-    assert set(batches.owner(planned).tolist()) == set(range(5)) | turns[1]
+    planned = np.concatenate(sampler.plan(1))
+    assert set(collator.owner(planned).tolist()) == set(range(5)) | turns[1]

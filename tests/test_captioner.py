@@ -19,7 +19,7 @@ from captioning.data.images import images_below, load_views
 from captioning.decoding.beam_search import beam_search
 from captioning.encoders import base as encoders
 from captioning.io import UserError
-from captioning.modes.caption import find_images, given_options
+from captioning.modes.caption import find_photos, given_options
 
 
 @pytest.fixture
@@ -184,7 +184,7 @@ def test_every_kind_of_image(tmp_path, name):
 
 def test_what_images_means(photos, monkeypatch):
     def names(*entries: str) -> list[str]:
-        return [path.as_posix() for path in find_images(entries)[0]]
+        return [path.as_posix() for path in find_photos(entries)[0]]
 
     assert names("photos") == ["photos/p01.jpg", "photos/p02.jpg", "photos/below/p03.jpg"]
     assert names("photos/p0[12].jpg") == ["photos/p01.jpg", "photos/p02.jpg"]
@@ -194,13 +194,13 @@ def test_what_images_means(photos, monkeypatch):
     assert names("photos/[1].jpg") == ["photos/[1].jpg"]
     listed = "photos/p02.jpg\nabsent.jpg\n\nphotos/below\n"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(listed.encode())))
-    images, problems = find_images(["-"])
+    images, problems = find_photos(["-"])
     assert [path.name for path in images] == ["p02.jpg", "p03.jpg"]
     assert problems == ["absent.jpg: no such file or folder"]
     with pytest.raises(UserError, match="absent.jpg is not there"):
-        find_images(["absent.jpg"])
+        find_photos(["absent.jpg"])
     with pytest.raises(UserError, match="no/such"):
-        find_images(["no/such/*.jpg"])
+        find_photos(["no/such/*.jpg"])
 
 
 def test_a_folder_that_leads_back_to_itself_ends(photos):

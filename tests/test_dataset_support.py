@@ -12,7 +12,7 @@ import as_script
 import numpy as np
 import pytest
 
-from captioning.data.batches import BatchMaker
+from captioning.data.batches import Collator
 from captioning.data.dataset import EOS, SOS, build_vocabulary, load_caption_set, tokenize
 from captioning.data.layouts import read_captions
 from captioning.io import UserError
@@ -176,10 +176,10 @@ def test_references_are_the_images_own(tiny):
 def test_batches_hold_whole_images_and_no_padding(tiny):
     data = load_caption_set(tiny)
     vocabulary = build_vocabulary(data, 1)
-    batches = BatchMaker(data, vocabulary, max_length=40)
-    plan = batches.plan(data.splits["train"], 5)
+    collator = Collator(data, vocabulary, max_length=40)
+    plan = collator.plan(data.splits["train"], 5)
     assert all(len(captions) <= 5 for captions in plan) and sum(map(len, plan)) == 32
-    batch = batches.make(plan[0])
+    batch = collator.collate(plan[0])
     sizes = batch.batch_sizes.tolist()
     assert sum(sizes) == len(batch.inputs) == len(batch.targets) and sizes == sorted(sizes, reverse=True)
     assert (batch.inputs[: sizes[0]] == SOS).all() and (batch.targets == EOS).sum() == sizes[0]

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from captioning.decoders.base import LSTMDecoder
 from captioning.decoders.kernels import ROWS_AT_A_TIME, Dropout, ProjectedCrossEntropy
+from captioning.decoders.lstm import LSTMDecoder
 
 
 @pytest.mark.parametrize("smoothing", (0.0, 0.1))

@@ -15,7 +15,7 @@ import torch.distributed.run
 import download_datasets
 import experiment_utils
 from captioning.config.flags import FLAGS, GROUPS, MODES, Flag
-from captioning.config.settings import parse_flags, shown
+from captioning.config.settings import default_text, parse_flags
 from captioning.io import DATA_SCRIPT, SCRIPT
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,7 +48,7 @@ def flag_row(flag: Flag) -> str:
     value = (
         "" if flag.switch else " " + (flag.metavar or "\\|".join(flag.choices) or flag.name.rpartition("_")[2].upper())
     )
-    default = "" if flag.switch or flag.default is None else f"`{shown(flag.default)}`"
+    default = "" if flag.switch or flag.default is None else f"`{default_text(flag.default)}`"
     modes = "all" if flag.modes == MODES else ", ".join(flag.modes)
     notes = [flag.help.replace("|", "\\|").replace("<", "&lt;"), *([f"Needs `--{flag.needs}`."] if flag.needs else [])]
     cells = [f"`--{flag.name}{value}{' ...' if flag.many else ''}`", default, ". ".join(notes), modes, flag.checkpoint]

@@ -49,7 +49,7 @@ def head_for_dogs() -> dict:
 def model(tmp_path, monkeypatch, name, stages) -> Path:
     monkeypatch.setitem(registry.ENCODERS, "resnet50", registry.Entry("test_every_decoder:SPEC"))
     checkpoint = sound_checkpoint.__wrapped__(name)
-    flags, spec = checkpoint["flags"] | {"fine_tune": stages}, SPEC.before_last(stages)
+    flags, spec = checkpoint["flags"] | {"fine_tune": stages}, SPEC.without_last(stages)
     torch.manual_seed(0)
     decoder = build_decoder(flags, len(checkpoint["vocabulary"]), spec)
     parameters = iter(decoder.parameters())

@@ -17,10 +17,9 @@ from PIL import Image
 from captioning.data import images
 from captioning.data.images import open_image
 from captioning.encoders.base import Encoder, EncoderSpec, find_encoder
-from captioning.encoders.feature_store import RECORD, name_hash
+from captioning.encoders.feature_store import RECORD, dequantize, name_hash, quantize
 from captioning.encoders.features import DeviceFeatures, FeatureRequest, open_features
 from captioning.encoders.openvino import openvino_form
-from captioning.encoders.quantization import dequantize, quantize
 from captioning.io import UserError
 
 SPEC = EncoderSpec("toy", 6, (0.0,) * 3, (255.0,) * 3, image_size=28)

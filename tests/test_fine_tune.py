@@ -10,7 +10,7 @@ from run_files import only_run, skip_pictures
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from captioning.config import registry
-from captioning.encoders.base import TrainedStages, find_encoder
+from captioning.encoders.base import TrainableStages, find_encoder
 from captioning.io import UserError
 from captioning.runs.checkpoints import load_checkpoint
 
@@ -30,9 +30,9 @@ def test_an_encoder_has_the_stages_that_it_declares(name):
 def test_frozen_and_trained_stages_together_are_the_encoder(name, stages):
     spec = find_encoder(name)
     weights, _ = spec.find_weights("random")  # which the packaged ones do not read
-    before = spec.before_last(stages)
+    before = spec.without_last(stages)
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 3, 224, 224), dtype=np.uint8))
-    trained = TrainedStages(before, weights)
+    trained = TrainableStages(before, weights)
     with torch.no_grad():
         whole, regions = spec.build(weights)(pixels), before.build(weights)(pixels)
         assert (trained(regions) - whole).norm() < 1e-4 * whole.norm()
@@ -47,7 +47,7 @@ def test_encoders_that_cannot_be_cut_there(name, stages):
         UserError,
         match=f"--fine_tune {stages}: {name} has (3|4) last stages that can be trained: give at most",
     ):
-        find_encoder(name).before_last(stages)
+        find_encoder(name).without_last(stages)
 
 
 def stages_of(path: Path) -> dict[str, torch.Tensor]:
@@ -65,7 +65,7 @@ def test_the_stages_learn_from_the_second_epoch_on(tiny, monkeypatch, capsys):
     folder = only_run()
     assert "_ft1_" in folder.name
     spec = find_encoder("efficientnet_lite0")
-    pretrained = TrainedStages(spec.before_last(1), spec.find_weights()[0]).state_dict()
+    pretrained = TrainableStages(spec.without_last(1), spec.find_weights()[0]).state_dict()
     first, second, third = (stages_of(folder / f"model_epoch_{epoch}.pt") for epoch in (1, 2, 3))
     assert first and all(torch.equal(first[f"stages.{name}"], tensor) for name, tensor in pretrained.items())
     for before, after in ((first, second), (second, third)):

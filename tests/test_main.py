@@ -10,7 +10,7 @@ from conftest import draw_tiny
 from run_files import only_run, skip_pictures
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
-from captioning.data.batches import BatchMaker
+from captioning.data.batches import Collator
 from captioning.data.dataset import build_vocabulary, load_caption_set
 from captioning.runs.checkpoints import load_checkpoint
 from captioning.runs.directories import read_run
@@ -135,12 +135,12 @@ def test_an_unreadable_image_is_named(tiny, capsys):
 def test_a_small_data_set_is_told_with_figures(tiny, capsys):
     data = load_caption_set(tiny)
     vocabulary = build_vocabulary(data, 20)
-    batches = BatchMaker(data, vocabulary, 40)
-    warn_of_small_data(data, batches, steps=1, parameters=26_000_000)
+    collator = Collator(data, vocabulary, 40)
+    warn_of_small_data(data, collator, steps=1, parameters=26_000_000)
     out = capsys.readouterr().out
     assert "32 training captions for 26,000,000 weights, 1 step(s) an epoch, " in out and "% of the training" in out
     assert "--init_from" in out and "--config configs/own_photos_from_nothing.yaml" in out
-    warn_of_small_data(data, BatchMaker(data, build_vocabulary(data, 1), 40), steps=50, parameters=50_000)
+    warn_of_small_data(data, Collator(data, build_vocabulary(data, 1), 40), steps=50, parameters=50_000)
     assert not capsys.readouterr().out
 
 
@@ -198,4 +198,8 @@ def test_self_critical_epochs_are_compared_by_cider_and_delay_the_schedule(here)
     rates = more["loss_curve"]["learning_rates"]
     cosine = [Schedule(ScheduleSettings(**first["schedule"]["settings"])).rate(epoch) for epoch in (4, 5)]
     assert rates[4:] == cosine and rates[4] < rates[1]
-    assert (more["flags"]["scheduler_type"], more["flags"]["scheduler_t_max"], more["flags"]["min_lr"]) == ("cosine", 8, 1e-5)
+    assert (more["flags"]["scheduler_type"], more["flags"]["scheduler_t_max"], more["flags"]["min_lr"]) == (
+        "cosine",
+        8,
+        1e-5,
+    )

@@ -14,12 +14,15 @@ from torch.nn.utils.rnn import PackedSequence
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from captioning.config import registry
-from captioning.data.batches import BatchMaker
+from captioning.data.batches import Collator
 from captioning.data.dataset import build_vocabulary, load_caption_set
-from captioning.decoders.base import Decoder, DecoderOutput, LSTMState, build_decoder, count_parameters, find_decoder
+from captioning.decoders.base import Decoder, DecoderOutput, build_decoder, count_parameters, find_decoder
+from captioning.decoders.lstm import LSTMState
 from captioning.decoding.beam_search import beam_search
-from captioning.encoders import base as encoders
-from captioning.encoders.base import RANDOM_HASH, EfficientNetLiteSpec, EncoderSpec, TorchvisionSpec, find_encoder
+from captioning.encoders import torchvision as torchvision_encoders
+from captioning.encoders.base import RANDOM_HASH, EncoderSpec, find_encoder
+from captioning.encoders.efficientnet_lite import EfficientNetLiteSpec
+from captioning.encoders.torchvision import TorchvisionSpec
 from captioning.io import UserError
 from training_utils import Precision, RankBatch, StepLoss
 
@@ -52,7 +55,7 @@ def exact(kind, images):
 def batch(tiny):
     data = load_caption_set(tiny)
     vocabulary = build_vocabulary(data, 1)
-    return vocabulary, BatchMaker(data, vocabulary, 40).make(np.arange(32))
+    return vocabulary, Collator(data, vocabulary, 40).collate(np.arange(32))
 
 
 def test_the_packed_lstm_is_pytorchs():
@@ -83,9 +86,9 @@ def test_thirty_two_memorised_captions_all_come_back(kind, tmp_path):
     assert len(images) == 32
     vocabulary = build_vocabulary(data, 1)
     decoder, features = tiny_decoder(kind, len(vocabulary), 1), features_for(kind, 40)
-    batches = BatchMaker(data, vocabulary, 40)
-    (captions,) = batches.plan(images, 64)
-    batch = batches.make(captions)
+    collator = Collator(data, vocabulary, 40)
+    (captions,) = collator.plan(images, 64)
+    batch = collator.collate(captions)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=0.02, betas=(0.9, 0.98))
     for _ in range(1000):  # many times what it takes; how many that is depends on the rounding
         optimizer.zero_grad()
@@ -395,7 +398,7 @@ def test_weights_are_those_that_the_checkpoint_was_trained_on_or_none(tmp_path, 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     downloads = []
     monkeypatch.setattr(TorchvisionSpec, "download", lambda self: downloads.append(self.name) or Path("downloaded.pth"))
-    monkeypatch.setattr(encoders, "sha256", lambda path: path.read_text())
+    monkeypatch.setattr(torchvision_encoders, "sha256", lambda path: path.read_text())
     assert spec.find_weights(None, RANDOM_HASH) == (None, RANDOM_HASH)
     for digest in ("feed" * 4, "11ad3fa6" * 2):  # the second is torchvision's, but not what it would download
         with pytest.raises(UserError, match="not those that torchvision downloads: name .* with --resnet_weights"):

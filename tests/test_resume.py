@@ -70,7 +70,7 @@ def undisturbed(shared: Path, decoder: str, *flags: str) -> Path:
 
 def at_step(monkeypatch, number: int, act) -> None:
     """Have `act` called once, after the given optimizer step of this process."""
-    plain, count = Precision.step, [0]
+    plain, count = Precision.clip_and_update, [0]
 
     def step(self, *args):
         norm = plain(self, *args)
@@ -79,7 +79,7 @@ def at_step(monkeypatch, number: int, act) -> None:
             act()
         return norm
 
-    monkeypatch.setattr(Precision, "step", step)
+    monkeypatch.setattr(Precision, "clip_and_update", step)
 
 
 def assert_same(first: Path, second: Path) -> None:
@@ -178,13 +178,13 @@ def test_a_crash_after_an_epoch(here, monkeypatch):
 
         def crash(*args, **kwargs):
             calls[0] += 1
-            if calls[0] == 2 or function == "load_weights":
+            if calls[0] == 2 or function == "load_decoder_weights":
                 raise Crash
             return plain(*args, **kwargs)
 
         return crash
 
-    for function in ("caption_texts", "write_outputs", "write_epoch_files", "load_weights", "save_epoch"):
+    for function in ("caption_texts", "write_outputs", "write_epoch_files", "load_decoder_weights", "save_epoch"):
         with monkeypatch.context() as patch:
             patch.setattr(trainer, function, crash_in(function))
             with pytest.raises(Crash):

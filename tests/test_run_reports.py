@@ -348,5 +348,3 @@ def test_only_files_that_a_run_wrote_are_deleted(trained, capsys):
     assert command("prune", trained, "--yes") == 0
     assert checkpoints(trained) == foreign | {"best.pt", "last.pt", "model_epoch_11.pt"}
     assert "Deleted 3 epoch files" in capsys.readouterr().out
-
-

@@ -26,14 +26,20 @@ def test_the_stored_split_rules_over_lists_that_were_added_later(tmp_path):
     (tmp_path / "val.txt").unlink()
     lists, source = found(NAMES, SIZES, STORED, tmp_path, notes)
     assert lists == {"train": NAMES[:6], "val": NAMES[6:8], "test": NAMES[8:]} and source == "the checkpoint"
-    assert len(notes) == 1 and "6 image(s) are in another split" in notes[0], "nothing is said of a list that rules nothing"
+    assert len(notes) == 1 and "6 image(s) are in another split" in notes[0], (
+        "nothing is said of a list that rules nothing"
+    )
 
 
 @pytest.mark.parametrize(
     "files, expected, note",
     [
         ({"train": NAMES[:8], "test": NAMES[8:]}, {"test": NAMES[8:]}, "1 of the training list, drawn"),
-        ({"val": NAMES[6:8], "test": NAMES[8:]}, {"train": NAMES[:6], "val": NAMES[6:8]}, "all that no other list names"),
+        (
+            {"val": NAMES[6:8], "test": NAMES[8:]},
+            {"train": NAMES[:6], "val": NAMES[6:8]},
+            "all that no other list names",
+        ),
         ({"train": NAMES[:6], "val": NAMES[6:8]}, {"train": NAMES[:6], "test": []}, "none are tested"),
         ({"test": NAMES[8:]}, {"test": NAMES[8:]}, "1 of the training list, drawn"),
     ],

@@ -13,7 +13,7 @@ from captioning.config.registry import LIMITS
 from captioning.data.dataset import load_caption_set, tokenize_cached
 from captioning.data.layouts import read_captions
 from captioning.data.splits import find_splits
-from captioning.encoders.base import load_weights
+from captioning.encoders.base import load_encoder_weights
 from captioning.io import UserError
 from captioning.runs.checkpoints import load_checkpoint
 
@@ -250,13 +250,13 @@ def test_encoder_weights_are_read_with_the_same_care(tmp_path):
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=message) as error:
-            load_weights(network, tmp_path / name)
+            load_encoder_weights(network, tmp_path / name)
         assert "\n" not in str(error.value)
     state = network.state_dict()
     for name, content in (("new", saved(state)), ("old", old_form(state)), ("new.safetensors", save(state))):
         (tmp_path / name).write_bytes(content)
         again = torch.nn.Linear(2, 2)
-        load_weights(again, tmp_path / name)
+        load_encoder_weights(again, tmp_path / name)
         assert torch.equal(again.weight, network.weight)
 
 

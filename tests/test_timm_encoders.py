@@ -16,7 +16,7 @@ import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from captioning.config.registry import folder_name, is_encoder, without_path
 from captioning.config.settings import list_pattern
 from captioning.encoders import timm as timm_encoders
-from captioning.encoders.base import TrainedStages, find_encoder
+from captioning.encoders.base import TrainableStages, find_encoder
 from captioning.io import UserError
 from captioning.runs.checkpoints import load_checkpoint
 
@@ -297,11 +297,11 @@ def test_list(folders, tmp_path, monkeypatch, capsys):
 def test_the_last_stages_of_a_cnn_can_be_trained(folders, name, grid):
     spec = find_encoder(f"timm:local-dir:{folders[name]}", grid)
     weights, _ = spec.find_weights()
-    before = spec.before_last(2)
+    before = spec.without_last(2)
     pixels = torch.randint(0, 256, (2, 3, spec.image_size, spec.image_size), dtype=torch.uint8)
     with torch.no_grad():
         whole, regions = spec.build(weights)(pixels), before.build(weights)(pixels)
-        assert (TrainedStages(before, weights)(regions) - whole).norm() < 1e-4 * whole.norm()
+        assert (TrainableStages(before, weights)(regions) - whole).norm() < 1e-4 * whole.norm()
     assert before.grid > spec.grid and before.transform.startswith(f"squash{spec.image_size}-bicubic-cut2")
 
 
@@ -329,4 +329,4 @@ def test_a_last_stage_has_weights():
 
 def test_a_vit_has_no_stages_to_train(folders):
     with pytest.raises(UserError, match="has no last stages that can be trained: --fine_tune 0 freezes all of it"):
-        find_encoder(f"timm:local-dir:{folders['vit']}").before_last(1)
+        find_encoder(f"timm:local-dir:{folders['vit']}").without_last(1)

@@ -49,7 +49,7 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf, above: bo
     return parse
 
 
-def text(value: str) -> str:
+def as_text(value: str) -> str:
     """An argparse type: one line of text that can be stored as UTF-8."""
     if not value:
         raise argparse.ArgumentTypeError("it is empty: leave the flag out, or give it a value")
@@ -58,21 +58,21 @@ def text(value: str) -> str:
     return value
 
 
-def path(value: str) -> Path:
+def as_path(value: str) -> Path:
     """An argparse type: a path that a checkpoint can store."""
-    return Path(text(value))
+    return Path(as_text(value))
 
 
-def encoder(value: str) -> str:
+def as_encoder(value: str) -> str:
     """An argparse type: the name of an encoder. Whether a library has it is found out when it is built."""
-    if not is_encoder(text(value)):
+    if not is_encoder(as_text(value)):
         close = difflib.get_close_matches(value, ENCODERS, 1)
         hint = f"did you mean {close[0]}? " if close else ""
         raise argparse.ArgumentTypeError(f"{value[:80]!r} is not an encoder: {hint}--encoder list names them all")
     return value
 
 
-def size(name: str) -> Callable[[str], Any]:
+def as_size(name: str) -> Callable[[str], Any]:
     return number(int, 1, LIMITS[name])
 
 
@@ -109,7 +109,7 @@ class Flag:
     @property
     def place(self) -> bool:
         """Whether it says where something lies on one machine, so that an exported model is without it."""
-        return self.parse is path or self.name == "feature_cache"
+        return self.parse is as_path or self.name == "feature_cache"
 
 
 # What a run with --init_from has unless it is given: for some tens to a thousand images (benchmarks/adaptation.py).
@@ -130,18 +130,18 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             "images; caption images with it; open a page in the browser that does; write it as a folder to share",
             str, "train", MODES, parameter=False),
         Flag("model_path", "checkpoint, run directory, folder of runs, exported folder, or hf-hub:OWNER/NAME, perhaps with "
-            "@REVISION, for one on the Hugging Face hub: to test (several are an ensemble), or to train on from", path, many=True, metavar="PATH"),
+            "@REVISION, for one on the Hugging Face hub: to test (several are an ensemble), or to train on from", as_path, many=True, metavar="PATH"),
         Flag("init_from", "start a new run on other data from this model's weights: what --model_path takes. Unless given, "
             + ", ".join(f"{name} is {value:g}" if isinstance(value, float) else f"{name} is {value}" for name, value in ADAPTATION.items()),
-            path, modes=("train",), metavar="PATH"),
-        Flag("predictions", "score the captions in this file (COCO results or CSV) instead of a model's", path,
+            as_path, modes=("train",), metavar="PATH"),
+        Flag("predictions", "score the captions in this file (COCO results or CSV) instead of a model's", as_path,
             modes=("test",), parameter=False),
-        Flag("output", "--mode export: a new folder; --mode caption: a new .csv or .jsonl, instead of printing", path,
+        Flag("output", "--mode export: a new folder; --mode caption: a new .csv or .jsonl, instead of printing", as_path,
             modes=("caption", "export"), parameter=False),
         Flag("onnx", "write encoder and decoder as ONNX too (requirements-export.txt)", modes=("export",), parameter=False),
-        Flag("resume", "continue an interrupted run in its own directory", path, modes=("train",), resume=True,
+        Flag("resume", "continue an interrupted run in its own directory", as_path, modes=("train",), resume=True,
             parameter=False, metavar="RUN_DIR"),
-        Flag("config", "YAML or JSON file of flags, e.g. a run's run_config.json; the command line wins", path,
+        Flag("config", "YAML or JSON file of flags, e.g. a run's run_config.json; the command line wins", as_path,
             parameter=False),
         Flag("dry_run", "go through everything on a handful of images in seconds", modes=DATA_MODES, parameter=False),
     ),
@@ -152,50 +152,50 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             "slow", str, "lstm", tuple(DECODERS), modes=DATA_MODES, checkpoint="fixed"),
         Flag("epochs", "epochs to train; with --model_path, epochs more", number(int, 0, LIMITS["epochs"]), 10,
             modes=("train",)),
-        Flag("batch_size", "captions in a batch (whole images; fewer if memory runs out)", size("batch_size"), 128,
+        Flag("batch_size", "captions in a batch (whole images; fewer if memory runs out)", as_size("batch_size"), 128,
             modes=("train",), checkpoint="train"),
         Flag("learning_rate", "initial rate; the peak for one_cycle. 1e-3 suits Flickr8k", positive, 0.0001,
             modes=("train",), checkpoint="train"),
     ),
     "data": (
-        Flag("data_dir", "data set folder (default: data/<dataset_type>)", path, modes=(*DATA_MODES, "serve"),
+        Flag("data_dir", "data set folder (default: data/<dataset_type>)", as_path, modes=(*DATA_MODES, "serve"),
             resume=True, checkpoint="kept"),
-        Flag("image_dir", "folder of the images, where it is not found", path, modes=(*DATA_MODES, "serve"),
+        Flag("image_dir", "folder of the images, where it is not found", as_path, modes=(*DATA_MODES, "serve"),
             resume=True, checkpoint="kept"),
-        Flag("captions_file", "captions file, where it is not found", path, modes=(*DATA_MODES, "serve"), resume=True,
+        Flag("captions_file", "captions file, where it is not found", as_path, modes=(*DATA_MODES, "serve"), resume=True,
             checkpoint="kept"),
-        Flag("freq_threshold", "a word seen less often in the training captions becomes <UNK>", size("freq_threshold"), 3,
+        Flag("freq_threshold", "a word seen less often in the training captions becomes <UNK>", as_size("freq_threshold"), 3,
             modes=DATA_MODES, checkpoint="fixed"),
-        Flag("max_length", "most words in a caption, read or written", size("max_length"), 40, modes=DATA_MODES,
+        Flag("max_length", "most words in a caption, read or written", as_size("max_length"), 40, modes=DATA_MODES,
             checkpoint="fixed"),
         Flag("num_workers", "threads that decode images; capped at the cores", whole, 16, modes=(*DATA_MODES, "caption"),
             resume=True, parameter=False),
         Flag("views", "of each image: one is drawn for each training step, all are averaged in testing; each is "
             "encoded once", str, "whole", ("whole", "mirror", "all"), modes=DATA_MODES, checkpoint="kept"),
-        Flag("feature_cache", "folder of encoded images; 'off' encodes them in every batch", text, "feature_cache",
+        Flag("feature_cache", "folder of encoded images; 'off' encodes them in every batch", as_text, "feature_cache",
             modes=DATA_MODES, resume=True, checkpoint="kept", parameter=False),
     ),
     "model": (
         Flag("encoder", "frozen image encoder: resnet50, efficientnet_lite0 (needs no download) and others, or any of "
             "timm's: timm:NAME, timm:hf-hub:OWNER/NAME, timm:local-dir:FOLDER; 'list' or 'list PATTERN' prints names, "
-            "licences and sizes", encoder, "resnet50", modes=DATA_MODES, checkpoint="fixed", metavar="NAME"),
-        Flag("grid", "average the encoder's grid to N x N regions (timm's encoders)", size("grid"), modes=DATA_MODES,
+            "licences and sizes", as_encoder, "resnet50", modes=DATA_MODES, checkpoint="fixed", metavar="NAME"),
+        Flag("grid", "average the encoder's grid to N x N regions (timm's encoders)", as_size("grid"), modes=DATA_MODES,
             checkpoint="fixed", metavar="N"),
         Flag("fine_tune", "train the encoder's last N stages with the decoder; 0 leaves all of it frozen",
             number(int, 0, LIMITS["fine_tune"]), 0, modes=DATA_MODES, checkpoint="fixed", metavar="N"),
         Flag("fine_tune_learning_rate", "peak rate of these stages; it follows the schedule of --learning_rate (default: "
             "0.3 of it); in the first epoch they are not trained", positive, modes=("train",), needs="fine_tune", checkpoint="train"),
         Flag("resnet_weights", "file of the encoder's weights, or 'random'; by default looked for, then downloaded",
-            text, resume=True),
-        Flag("embed_size", "size of word and image embeddings", size("embed_size"), 512, modes=DATA_MODES,
+            as_text, resume=True),
+        Flag("embed_size", "size of word and image embeddings", as_size("embed_size"), 512, modes=DATA_MODES,
             checkpoint="fixed"),
         Flag("hidden_size", "LSTM size, 512 with one layer suits Flickr8k and a laptop; of a transformer, whose width is "
-            "--embed_size, the size within its feed-forward layers", size("hidden_size"), 1024,
+            "--embed_size, the size within its feed-forward layers", as_size("hidden_size"), 1024,
             modes=DATA_MODES, checkpoint="fixed"),
-        Flag("num_layers", f"layers{read_by('num_layers')}", size("num_layers"), 3, modes=DATA_MODES, checkpoint="fixed"),
-        Flag("num_heads", f"attention heads{read_by('num_heads')}", size("num_heads"), 8, modes=DATA_MODES,
+        Flag("num_layers", f"layers{read_by('num_layers')}", as_size("num_layers"), 3, modes=DATA_MODES, checkpoint="fixed"),
+        Flag("num_heads", f"attention heads{read_by('num_heads')}", as_size("num_heads"), 8, modes=DATA_MODES,
             checkpoint="fixed"),
-        Flag("attention_dim", f"size of queries and keys{read_by('attention_dim')}", size("attention_dim"), 512,
+        Flag("attention_dim", f"size of queries and keys{read_by('attention_dim')}", as_size("attention_dim"), 512,
             modes=DATA_MODES, checkpoint="fixed"),
         Flag("drop_prob", "dropout; more for small data sets", number(float, 0, 0.95), 0.3, modes=("train",),
             checkpoint="train"),
@@ -221,7 +221,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             ("cider", "bleu4", "val_loss"), modes=("train",), checkpoint="train"),
         Flag("replay", "share of each epoch's captions that are of images which the model of --init_from was trained on, so "
             "that it forgets less", number(float, 0, 0.9), 0.0, modes=("train",), needs="init_from", checkpoint="train"),
-        Flag("replay_data_dir", "data set folder of these images (default: where that model's data were)", path,
+        Flag("replay_data_dir", "data set folder of these images (default: where that model's data were)", as_path,
             modes=("train",), needs="replay", resume=True, checkpoint="train", parameter=False),
         Flag("early_stopping", "stop after so many epochs without a new best; 0 never", whole, 0, modes=("train",)),
     ),
@@ -253,7 +253,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
     ),
     "decoding": (
         Flag("beam_size", "hypotheses kept by the search (unless given: 20 with consensus, else what --mode tune found)",
-            size("beam_size"), 3),
+            as_size("beam_size"), 3),
         Flag("length_penalty", "exponent of the length; more makes captions longer", number(float, 0, LIMITS["length_penalty"]), 0.7),
         Flag("no_repeat_ngram", "no caption has the same N words twice; 0 for no such rule", number(int, 0, 10), 0,
             modes=("test", "tune", "caption", "serve")),
@@ -274,7 +274,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             "content words that is expected to be right", number(float, 0, 1), modes=("caption",), parameter=False, metavar="SHARE"),
         Flag("json", "print JSON lines, which say more, instead of path<TAB>caption", modes=("caption",),
             parameter=False),
-        Flag("host", "address that the page listens on; 0.0.0.0 lets the whole network in", text, "127.0.0.1",
+        Flag("host", "address that the page listens on; 0.0.0.0 lets the whole network in", as_text, "127.0.0.1",
             modes=("serve",), parameter=False),
         Flag("port", "port of the page (default: the first free one from 7860 on)", number(int, 1, 65535),
             modes=("serve",), parameter=False),
@@ -284,7 +284,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             parameter=False),
         Flag("attention_viz_samples", "how many test images to draw", count, 3, modes=DATA_MODES,
             needs="save_attention_viz", parameter=False),
-        Flag("attention_viz_images", "draw these images of the data set, e.g. dog.jpg", text, many=True,
+        Flag("attention_viz_images", "draw these images of the data set, e.g. dog.jpg", as_text, many=True,
             modes=DATA_MODES, needs="save_attention_viz", parameter=False, metavar="NAME"),
         Flag("advanced_attention_viz", "also the picture with several panels", modes=(*DATA_MODES, "caption"),
             needs="save_attention_viz", parameter=False),
@@ -296,7 +296,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
     "output": (
         Flag("checkpoint_minutes", "minutes between two saves of last.pt within an epoch", positive, 10.0,
             modes=("train",), resume=True, parameter=False),
-        Flag("model_save_dir", "where run directories are made", path, Path("saved_models"), modes=("train",),
+        Flag("model_save_dir", "where run directories are made", as_path, Path("saved_models"), modes=("train",),
             parameter=False),
         Flag("keep_checkpoints", "keep the newest N epochs (and best, last); 0 keeps all", whole, 0, modes=("train",),
             parameter=False),

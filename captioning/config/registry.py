@@ -23,12 +23,12 @@ class Entry(NamedTuple):
 NAMED = ("resnet_weights",)  # the user may name the file of the weights
 ATTENDS = ("attention_reg", "save_attention_viz")  # of every decoder with attention
 ENCODERS = {
-    "resnet50": Entry("captioning.encoders.base:RESNET50", NAMED),
-    "resnet101": Entry("captioning.encoders.base:RESNET101", NAMED),
-    "resnet152": Entry("captioning.encoders.base:RESNET152", NAMED),
-    "convnext_base": Entry("captioning.encoders.base:CONVNEXT_BASE", NAMED),
-    "efficientnet_lite0": Entry("captioning.encoders.base:EFFICIENTNET_LITE0"),
-    "efficientnet_lite2": Entry("captioning.encoders.base:EFFICIENTNET_LITE2"),
+    "resnet50": Entry("captioning.encoders.torchvision:RESNET50", NAMED),
+    "resnet101": Entry("captioning.encoders.torchvision:RESNET101", NAMED),
+    "resnet152": Entry("captioning.encoders.torchvision:RESNET152", NAMED),
+    "convnext_base": Entry("captioning.encoders.torchvision:CONVNEXT_BASE", NAMED),
+    "efficientnet_lite0": Entry("captioning.encoders.efficientnet_lite:EFFICIENTNET_LITE0"),
+    "efficientnet_lite2": Entry("captioning.encoders.efficientnet_lite:EFFICIENTNET_LITE2"),
 }
 # Whole libraries of encoders, each a function of what follows the colon and of --grid: `--encoder timm:resnet18.a1_in1k`.
 LIBRARIES = {"timm:NAME": Entry("captioning.encoders.timm:find_timm", (*NAMED, "grid"))}
@@ -36,10 +36,12 @@ LIBRARY_NAME = re.compile(
     r"timm:(hf-hub:[\w.-]+/[\w.-]+(@[\w.-]+)?|local-dir:[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+|[\w.-]+)"
 )
 DECODERS = {
-    "lstm": Entry("captioning.decoders.base:LSTMDecoder", ("num_layers",)),
-    "attention": Entry("captioning.decoders.base:AttentionDecoder", ("num_layers", "attention_dim", *ATTENDS)),
+    "lstm": Entry("captioning.decoders.lstm:LSTMDecoder", ("num_layers",)),
+    "attention": Entry("captioning.decoders.lstm:AttentionDecoder", ("num_layers", "attention_dim", *ATTENDS)),
     "show_attend_tell": Entry(
-        "captioning.decoders.show_attend_tell:ShowAttendTellDecoder", ("attention_dim", *ATTENDS), {"attention_reg": 1.0}
+        "captioning.decoders.show_attend_tell:ShowAttendTellDecoder",
+        ("attention_dim", *ATTENDS),
+        {"attention_reg": 1.0},
     ),
     "transformer": Entry("captioning.decoders.transformer:TransformerDecoder", ("num_layers", "num_heads", *ATTENDS)),
 }

@@ -28,9 +28,9 @@ from captioning.config.flags import (
     NOT_INHERITED,
     TASK,
     Flag,
+    as_path,
+    as_text,
     chosen_beam,
-    path,
-    text,
 )
 from captioning.config.registry import DECODERS, ENCODERS, LIBRARIES, folder_name, idle_flags, library_of, size_problem
 from captioning.io import UserError, first_line, not_installed, read_json, unreadable
@@ -106,7 +106,7 @@ class Settings(argparse.Namespace):
             if name in PLACES and self.explicit & PLACES:  # one place of a data set says where all of it is
                 continue
             if flag.checkpoint == "fixed" or (kept and name not in self.explicit):
-                found[name] = Path(saved[name]) if flag.parse is path and saved[name] else saved[name]
+                found[name] = Path(saved[name]) if flag.parse is as_path and saved[name] else saved[name]
         if not has_cache(found.get("feature_cache", "off"), saved["encoder"]):
             del found["feature_cache"]
         consensus = self.by_consensus and checkpoint["consensus"] is not None
@@ -163,7 +163,7 @@ def get_parser() -> argparse.ArgumentParser:
     for title, flags in GROUPS.items():
         group = parser.add_argument_group(title)
         for flag in flags:
-            default = "" if flag.default is None or flag.switch else f" (default: {shown(flag.default)})"
+            default = "" if flag.default is None or flag.switch else f" (default: {default_text(flag.default)})"
             only = f"--mode {' or '.join(flag.modes)}: " if len(flag.modes) < 2 and "train" not in flag.modes else ""
             about: dict[str, Any] = {"help": (only + flag.help + default).replace("%", "%%")}
             if flag.switch:
@@ -179,7 +179,7 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def shown(value: Any) -> str:
+def default_text(value: Any) -> str:
     """A default as `--help` prints it: 0.0001 rather than 1e-04."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
@@ -356,7 +356,7 @@ def config_value(parser: argparse.ArgumentParser, file: Path, flag: Flag, value:
         try:
             if (flag.many and type(value) is not list) or type(entry) not in (str, int, float):
                 raise ValueError("expected a list of names" if flag.many else "expected a number or a text of one line")
-            parsed.append(flag.parse(text(str(entry))))
+            parsed.append(flag.parse(as_text(str(entry))))
         except (argparse.ArgumentTypeError, ValueError, OverflowError) as error:
             parser.error(where + str(error))
         if flag.choices and parsed[-1] not in flag.choices:

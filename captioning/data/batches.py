@@ -36,7 +36,7 @@ class Batch(NamedTuple):
         return self._replace(**moved)
 
 
-class BatchMaker:
+class Collator:
     """Makes batches of whole images from a split.
 
     Args:
@@ -74,14 +74,14 @@ class BatchMaker:
         """Count each word, and `<EOS>`, as a target in the captions of `images`: float32 (V,)."""
         counts = torch.zeros(self.words)
         for captions in self.plan(images, 4096):
-            counts += torch.bincount(self.make(captions).targets, minlength=self.words)
+            counts += torch.bincount(self.collate(captions).targets, minlength=self.words)
         return counts
 
     def owner(self, captions: np.ndarray) -> np.ndarray:
         """Return the image of each caption: (R,) -> int64 (R,)."""
         return np.searchsorted(self.first_caption, captions, side="right") - 1
 
-    def make(self, captions: np.ndarray) -> Batch:
+    def collate(self, captions: np.ndarray) -> Batch:
         """Return the batch of the captions with these numbers."""
         owner = self.owner(captions)
         return pack_captions(self.tokens, self.starts[captions], self.lengths[captions], owner, self.lookup)[0]

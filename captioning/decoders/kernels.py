@@ -44,6 +44,13 @@ class PackedLSTMLayer(torch.autograd.Function):
     autocast the matrix products run in its type, all else in float32.
     """
 
+    # In plain PyTorch, of a layer with gates = F.linear(packed, weight_ih_l0, bias_ih_l0 + bias_hh_l0):
+    #     packed, _ = nn.LSTM(...)(PackedSequence(packed, sizes), (hidden, cell))
+    # that is, for each step of n rows:
+    #     i, f, g, o = (gates[step] + hidden[:n] @ weight.t()).chunk(4, 1)
+    #     cell = f.sigmoid() * cell[:n] + i.sigmoid() * g.tanh()
+    #     hidden = o.sigmoid() * cell.tanh()
+
     @staticmethod
     def forward(ctx, gates, weight, hidden, cell, sizes):  # type: ignore[no-untyped-def]
         """Args: gates: (N or more, 4H) input part, overwritten; weight: (4H, H); hidden, cell: (R, H); sizes: [rows per step].
@@ -116,6 +123,11 @@ class ProjectedCrossEntropy(torch.autograd.Function):
     all of them.
     """
 
+    # In plain PyTorch:
+    #     logits = F.linear(hidden_out, weight, bias)
+    #     loss = F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
+    #     return loss.sum() if token_weights is None else (loss * token_weights).sum()
+
     @staticmethod
     def forward(ctx, hidden_out, weight, bias, targets, token_weights, label_smoothing):  # type: ignore[no-untyped-def]
         """Return the sum over tokens of weight * loss, float32.
@@ -175,6 +187,8 @@ class Dropout(nn.Module):
     NumPy's SFC64 gives four 16-bit draws at once. It is seeded from PyTorch's generator, so that
     `torch.manual_seed` governs it too. The probability is rounded to a 65,536th.
     """
+
+    # In plain PyTorch: F.dropout(values, probability, training=self.training)
 
     def __init__(self, probability: float):
         super().__init__()

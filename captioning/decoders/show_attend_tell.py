@@ -1,6 +1,6 @@
 """Show, Attend and Tell (Xu et al., 2015) as the paper has it, with soft attention: for those who reproduce it.
 
-`base.AttentionDecoder` attends after the LSTM, so that a caption is one LSTM call. Here the LSTM reads at each word
+`lstm.AttentionDecoder` attends after the LSTM, so that a caption is one LSTM call. Here the LSTM reads at each word
 what it attended to with the state before: every word waits for the last one, and training is slower.
 """
 
@@ -14,8 +14,9 @@ from torch import nn
 
 from captioning.data.batches import Batch
 from captioning.data.dataset import PAD
-from captioning.decoders.base import Decoder, DecoderOutput, LSTMState
+from captioning.decoders.base import Decoder, DecoderOutput
 from captioning.decoders.kernels import Dropout
+from captioning.decoders.lstm import LSTMState
 
 if TYPE_CHECKING:
     from captioning.encoders.base import EncoderSpec

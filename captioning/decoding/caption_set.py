@@ -24,7 +24,7 @@ ROWS = 384  # images x beams x members that are decoded together
 
 
 @dataclass
-class EvalContext:
+class DecodingContext:
     """What captioning a data set needs."""
 
     settings: Settings
@@ -40,7 +40,7 @@ class EvalContext:
 
 
 def search(
-    context: EvalContext, images: np.ndarray, beam: int, attention: bool = False, length_penalty: float | None = None,
+    context: DecodingContext, images: np.ndarray, beam: int, attention: bool = False, length_penalty: float | None = None,
     consensus: bool = False,
 ) -> list[list[Hypothesis]]:  # fmt: skip
     """Decode captions freely, many images at a time; of several processes each takes its shard.
@@ -72,7 +72,11 @@ def search(
 
 
 def caption(
-    context: EvalContext, images: np.ndarray, beam: int, attention: bool = False, length_penalty: float | None = None
+    context: DecodingContext,
+    images: np.ndarray,
+    beam: int,
+    attention: bool = False,
+    length_penalty: float | None = None,
 ) -> list[Hypothesis]:
     """Return the best caption of each image, as `search` finds it, by consensus where the context has heads."""
     by_consensus = bool(context.heads) and beam > 1
@@ -80,7 +84,7 @@ def caption(
 
 
 def caption_texts(
-    context: EvalContext, images: np.ndarray, beam: int, length_penalty: float | None = None
+    context: DecodingContext, images: np.ndarray, beam: int, length_penalty: float | None = None
 ) -> list[str]:
     """Return the captions of `caption` as texts."""
     return [context.text(found) for found in caption(context, images, beam, length_penalty=length_penalty)]

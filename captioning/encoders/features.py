@@ -19,8 +19,16 @@ from captioning import distributed
 from captioning.config.registry import folder_name
 from captioning.data.images import UnreadableImage
 from captioning.encoders.base import ENCODE_BATCH, Encoder, EncoderSpec
-from captioning.encoders.feature_store import RECORD, FeatureFile, Version, name_hash, version_of
-from captioning.encoders.quantization import SCALE_BYTES, decoded, stored_form
+from captioning.encoders.feature_store import (
+    RECORD,
+    SCALE_BYTES,
+    FeatureFile,
+    Version,
+    decoded,
+    name_hash,
+    stored_form,
+    version_of,
+)
 from captioning.io import UserError, make_directory, progress_bar, require_free_space, wait_for_lock
 
 BATCHES_AHEAD = 3  # that are read while others are encoded

@@ -10,7 +10,8 @@ from collections.abc import Callable
 import torch
 
 from captioning.config import registry
-from captioning.encoders.base import TorchvisionSpec, find_encoder
+from captioning.encoders.base import find_encoder
+from captioning.encoders.torchvision import TorchvisionSpec
 from captioning.io import UserError, printable
 
 MOST_DESCRIBED = 20  # matches whose networks are built (without memory for their weights) to say how large they are

@@ -69,8 +69,8 @@ class TimmSpec(EncoderSpec):
                 what = f"{weights} cannot be read as weights of" if weights else "timm cannot build"
                 raise UserError(f"{what} {self.name}: {first_line(error)}") from error
             pixels = torch.randn(1, 3, self.image_size, self.image_size)
-        whole = Grid(network, self.tokens, (self.uncut or self).grid if self.pooled else None)
-        if not self.cut:
+        whole = Grid(network, self.tokens, (self.whole or self).grid if self.pooled else None)
+        if not self.trainable_stages:
             return [whole]
         stages = split(network)
         with torch.no_grad():

@@ -27,7 +27,7 @@ from captioning.io import UserError, bars_off, csv_cell, log, make_directory, pr
 from captioning.runs.directories import command_to_tune, given_model
 
 
-def find_images(entries: Sequence[str]) -> tuple[list[Path], list[str]]:
+def find_photos(entries: Sequence[str]) -> tuple[list[Path], list[str]]:
     """Find the images of `--images`: files, folders (with all below them), patterns, `-` for a list on standard input.
 
     Returns:
@@ -80,7 +80,7 @@ def write_captions(args: Settings, out: TextIO) -> int:
         raise UserError(f"--output {args.output} should end in .csv or .jsonl, which decides its form")
     if args.output is not None and os.path.lexists(args.output):
         raise UserError(f"--output {args.output} is there already: name another file, or move that one away")
-    paths, problems = find_images(args.images)
+    paths, problems = find_photos(args.images)
     for problem in problems:
         complain(problem)
     if not paths:

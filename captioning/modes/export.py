@@ -47,7 +47,7 @@ from captioning.io import (
     write_atomic,
     write_json,
 )
-from captioning.runs.checkpoints import EXPORT_SCHEMA, EXPORTED, HEAD, load_weights
+from captioning.runs.checkpoints import EXPORT_SCHEMA, EXPORTED, HEAD, load_decoder_weights
 from captioning.runs.directories import decoding, is_number, read_test_rows, results_directory
 from captioning.scoring.scores import METRIC_NAMES
 
@@ -157,8 +157,8 @@ def model_card(checkpoint: dict[str, Any], scores: Sequence[Mapping[str, Any]], 
     spec = encoder_of(flags)
     parameters = sum(tensor.numel() for tensor in checkpoint["decoder"].values())
     data = flags["dataset_type"]
-    last = "its last stage" if spec.cut == 1 else f"its last {spec.cut} stages"
-    trained = f"{last}, trained with the decoder, and " if spec.cut else ""
+    last = "its last stage" if spec.trainable_stages == 1 else f"its last {spec.trainable_stages} stages"
+    trained = f"{last}, trained with the decoder, and " if spec.trainable_stages else ""
     # Images that the models before it were trained on.
     before = len((checkpoint["split"] or {}).get("inherited", {"names": []})["names"])
     begun = f"from the weights of a model that was trained on {before:,} other images" if before else "from scratch"
@@ -186,7 +186,7 @@ def model_card(checkpoint: dict[str, Any], scores: Sequence[Mapping[str, Any]], 
         + (f" The terms of the {before:,} images that the first model was trained on hold too: name them here." if before else ""),
         f"- Encoder: {spec.terms}"
         + ("; they are inside of `encoder.onnx`." if networks else ".")
-        + (f" Trained copies of a part of them are in `{EXPORTED_WEIGHTS}`." if spec.cut else ""),
+        + (f" Trained copies of a part of them are in `{EXPORTED_WEIGHTS}`." if spec.trainable_stages else ""),
         "- Code: Apache-2.0.", "",
     ]  # fmt: skip
     return "\n".join(lines)
@@ -292,7 +292,7 @@ def write_onnx(checkpoint: dict[str, Any], folder: Path, resnet_weights: str | N
     weights, _ = spec.find_weights(resnet_weights, checkpoint["encoder"]["weights_hash"])
     encoder = spec.build(weights)
     decoder = build_decoder(checkpoint["flags"], len(checkpoint["vocabulary"]), spec).eval()
-    load_weights(decoder, checkpoint["decoder"], folder)
+    load_decoder_weights(decoder, checkpoint["decoder"], folder)
     size = spec.image_size
     noise = np.random.default_rng(0).integers(0, 256, (CHECKED_IMAGES, 3, size, size), dtype=np.uint8)
     pixels = torch.from_numpy(noise)

@@ -18,7 +18,7 @@ from captioning import distributed
 from captioning.data.dataset import CaptionSet, captions_of, tokenize
 from captioning.data.images import UnreadableImage, open_image
 from captioning.decoding.beam_search import Hypothesis
-from captioning.decoding.caption_set import EvalContext, caption, images_to_draw, search
+from captioning.decoding.caption_set import DecodingContext, caption, images_to_draw, search
 from captioning.decoding.confidence import calibration_error, confidence_of, reliability, supported_shares, table_of
 from captioning.io import UserError, make_directory, printable, read_json, write_json
 from captioning.runs import plots
@@ -50,7 +50,7 @@ class Result:
         return {**self.header, **self.files, **self.scores}
 
 
-def run(context: EvalContext, images: np.ndarray, checkpoints: Mapping[Path, Mapping[str, Any]]) -> None:
+def run(context: DecodingContext, images: np.ndarray, checkpoints: Mapping[Path, Mapping[str, Any]]) -> None:
     """Test checkpoints: caption and save in every way of decoding, draw, add METEOR, print and report.
 
     An ensemble has files of its own, `ensemble_*`: `test_metrics.json` is about the run's own checkpoints.
@@ -130,7 +130,7 @@ class Way(NamedTuple):
     more: dict[str, Any]  # fields of the row that are results
 
 
-def ways_to_decode(context: EvalContext, images: np.ndarray) -> Iterator[Way]:
+def ways_to_decode(context: DecodingContext, images: np.ndarray) -> Iterator[Way]:
     """Caption images greedily, with the beam, and by consensus of the beam's captions, where the flags ask for it."""
     beam, penalty = context.settings.beam_size, context.settings.length_penalty
     settings: dict[str, Any] = {"beam_size": 1, "length_penalty": None, "consensus": None}
@@ -150,7 +150,7 @@ def ways_to_decode(context: EvalContext, images: np.ndarray) -> Iterator[Way]:
 # Scores
 
 
-def score_way(context: EvalContext, images: np.ndarray, way: Way, header: Mapping[str, Any]) -> Result:
+def score_way(context: DecodingContext, images: np.ndarray, way: Way, header: Mapping[str, Any]) -> Result:
     """Return the scores of one way of decoding that need no Java."""
     captions = [context.text(hypothesis) for hypothesis in way.found]
     scores, by_image = score_test(context.data, images, captions)

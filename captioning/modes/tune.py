@@ -8,7 +8,7 @@ from typing import Any
 
 from captioning import distributed
 from captioning.config.flags import CONSENSUS_BEAM
-from captioning.decoding.caption_set import EvalContext, caption_texts
+from captioning.decoding.caption_set import DecodingContext, caption_texts
 from captioning.runs.checkpoints import require_trainable, save_checkpoint
 from captioning.scoring.cider import cider_of_each
 from captioning.training.calibrate import learn_from_validation
@@ -16,7 +16,7 @@ from captioning.training.calibrate import learn_from_validation
 BEAMS, LENGTH_PENALTIES = (1, 2, 3, 4, 5, 8), (0.0, 0.4, 0.7, 1.0, 1.3)
 
 
-def run(context: EvalContext, path: Path, checkpoint: dict[str, Any]) -> None:
+def run(context: DecodingContext, path: Path, checkpoint: dict[str, Any]) -> None:
     """Tune decoding and keep the result in the checkpoint.
 
     Raises:
@@ -33,7 +33,7 @@ def run(context: EvalContext, path: Path, checkpoint: dict[str, Any]) -> None:
           f"{100 * best['cider']:.2f}. Kept in {path}, which --mode test uses from now on{beam}")  # fmt: skip
 
 
-def tune(context: EvalContext) -> dict[str, Any]:
+def tune(context: DecodingContext) -> dict[str, Any]:
     """Try beam sizes and length penalties on the validation images; return the pair with the best CIDEr."""
     images = context.data.splits["val"]
     references = [context.data.references(image) for image in images]

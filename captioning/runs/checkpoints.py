@@ -22,8 +22,7 @@ from captioning.config.registry import LIMITS, size_problem
 from captioning.data.splits import is_stored
 from captioning.decoders.base import Decoder, build_decoder
 from captioning.decoding.confidence import is_calibration
-from captioning.encoders.base import encoder_of
-from captioning.encoders.tensor_files import read_tensors
+from captioning.encoders.base import encoder_of, read_tensors
 from captioning.io import (
     CONTROL_CHARACTERS,
     EXPORTED_WEIGHTS,
@@ -126,7 +125,9 @@ def load_exported(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read as safetensors: {first_line(error)}. Export it again") from error
     weights = {name: each for name, each in tensors.items() if not name.startswith(HEAD)}
     head = {name.removeprefix(HEAD): each for name, each in tensors.items() if name.startswith(HEAD)}
-    flags = {name: config["flags"][name] if name in EXPORTED["flags"] else DEFAULTS[name] for name in CHECKPOINT["flags"]}
+    flags = {
+        name: config["flags"][name] if name in EXPORTED["flags"] else DEFAULTS[name] for name in CHECKPOINT["flags"]
+    }
     checkpoint = {
         "schema": SCHEMA, "epoch": config["epoch"], "decoder": weights,
         "encoder": config["encoder"], "vocabulary": contents["vocabulary.json"],
@@ -224,7 +225,7 @@ def is_scalar(value: Any) -> bool:
     return value is None or type(value) in (bool, int, float) or is_text(value)
 
 
-def is_plain(value: Any, dtype: torch.dtype) -> bool:
+def is_plain_tensor(value: Any, dtype: torch.dtype) -> bool:
     """A tensor of this type that is as large as it says (an expanded one is not contiguous)."""
     return (
         type(value) is torch.Tensor
@@ -235,7 +236,7 @@ def is_plain(value: Any, dtype: torch.dtype) -> bool:
 
 def is_tensor(value: Any) -> bool:
     """A plain float32 tensor of finite numbers."""
-    return is_plain(value, torch.float32) and bool(value.isfinite().all())
+    return is_plain_tensor(value, torch.float32) and bool(value.isfinite().all())
 
 
 def is_vocabulary(value: Any) -> bool:
@@ -257,7 +258,9 @@ SCHEDULE = {
     "plateau": {"rate": real(0), "best": real(), "bad_epochs": whole()},
 }  # fmt: skip
 CONSENSUS: dict[str, Any] = {  # what `consensus.NgramHead` takes; `check_consensus` looks further
-    **dict.fromkeys(("keys", "sizes"), Rule(lambda value: is_plain(value, torch.int64), "a tensor of whole numbers")),
+    **dict.fromkeys(
+        ("keys", "sizes"), Rule(lambda value: is_plain_tensor(value, torch.int64), "a tensor of whole numbers")
+    ),
     **dict.fromkeys(("idf", "centre", "project", "expect"), Rule(is_tensor, "a float32 tensor of finite numbers")),
     "log_images": real(0, 100),
     "weight": real(0, 1e6),
@@ -367,7 +370,7 @@ def check_architecture(checkpoint: dict[str, Any], path: Path) -> Decoder:
     if checkpoint["schedule"] and len(checkpoint["schedule"]["settings"]) != len(SCHEDULE["settings"]):
         raise malformed(path, "schedule.settings has unknown fields")
     if checkpoint["consensus"]:
-        check_consensus(checkpoint["consensus"], len(checkpoint["vocabulary"]) + 1, (spec.uncut or spec).channels, path)
+        check_consensus(checkpoint["consensus"], len(checkpoint["vocabulary"]) + 1, (spec.whole or spec).channels, path)
     if len(set(map(len, (checkpoint["loss_curve"][name] for name in CHECKPOINT["loss_curve"])))) != 1:
         raise malformed(path, "the lists of loss_curve are not equally long")
     return decoder
@@ -414,7 +417,7 @@ def check_moments(state: dict[Any, Any], decoder: Decoder, path: Path) -> None:
             raise malformed(path, f"optimizer.state.{number} does not fit its parameter")
 
 
-def load_weights(decoder: Decoder, weights: dict[str, torch.Tensor], path: Path) -> None:
+def load_decoder_weights(decoder: Decoder, weights: dict[str, torch.Tensor], path: Path) -> None:
     """Fill a decoder.
 
     Raises:

@@ -69,7 +69,7 @@ def command_to_tune(checkpoint: Path) -> str:
 
 
 @dataclass
-class Run:
+class StoredRun:
     """The content of a run directory."""
 
     directory: Path
@@ -112,7 +112,7 @@ def is_number(value: Any) -> TypeGuard[float]:
     return (type(value) is float and math.isfinite(value)) or (type(value) is int and abs(value) < 2**63)
 
 
-def is_plain(value: Any) -> bool:
+def is_plain_value(value: Any) -> bool:
     return value is None or type(value) in (str, bool, float) or is_number(value)
 
 
@@ -120,10 +120,10 @@ def is_epoch(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**31
 
 
-def read_run(directory: Path) -> Run:
+def read_run(directory: Path) -> StoredRun:
     """Read the files of a run; those that are not there yet count as empty.
 
-    So does a file of another form than this program writes, and `Run.damage` names it and the field.
+    So does a file of another form than this program writes, and `StoredRun.damage` names it and the field.
 
     Raises:
         UserError: not a run directory.
@@ -146,7 +146,7 @@ def read_run(directory: Path) -> Run:
     history = read("metrics_history.json", list, lambda rows: wrong_row(rows, ("epoch",)))
     tests, ensembles = (read(f"{name}_metrics.json", list, wrong_row) for name in ("test", "ensemble"))
     facts = read_facts(directory / "run_summary.txt")
-    return Run(directory, flags, facts, training_rows(curve, history) if curve else [], tests, ensembles, damage)
+    return StoredRun(directory, flags, facts, training_rows(curve, history) if curve else [], tests, ensembles, damage)
 
 
 def read_test_rows(path: Path) -> list[dict[str, Any]]:
@@ -174,7 +174,9 @@ def read_checked(path: Path, kind: type, problem: Callable[[Any], str]) -> Any:
 
 def wrong_flag(config: Mapping[str, Any]) -> str:
     """Return what is wrong with a `run_config.json`; empty where nothing is."""
-    wrong = (key for key, value in config.items() if not all(map(is_plain, value if type(value) is list else [value])))
+    wrong = (
+        key for key, value in config.items() if not all(map(is_plain_value, value if type(value) is list else [value]))
+    )
     return next((f"{key} has a wrong value" for key in wrong), "")
 
 
@@ -182,7 +184,7 @@ def wrong_list(curve: Mapping[str, Any]) -> str:
     """Return what is wrong with a `loss_curve.json`; empty where nothing is."""
     for name in CURVE if curve else ():
         values = curve.get(name)
-        if not isinstance(values, list) or not all(map(is_epoch if name == "epochs" else is_plain, values)):
+        if not isinstance(values, list) or not all(map(is_epoch if name == "epochs" else is_plain_value, values)):
             return f"{name} is not a list of numbers"
         if len(values) != len(curve["epochs"]):
             return f"{name} has {len(values)} entries, epochs has {len(curve['epochs'])}"
@@ -206,7 +208,7 @@ def fits(key: str, value: Any) -> bool:
     if key.endswith("_interval"):
         return isinstance(value, list) and len(value) == 2 and all(map(is_number, value))
     values = value if key in ("checkpoint", "epoch") and isinstance(value, list) else [value]  # a list: of an ensemble
-    return all(map(is_epoch if key == "epoch" else is_number if key in METRIC_NAMES else is_plain, values))
+    return all(map(is_epoch if key == "epoch" else is_number if key in METRIC_NAMES else is_plain_value, values))
 
 
 def read_facts(path: Path) -> dict[str, str]:
@@ -240,7 +242,7 @@ class ByImage(NamedTuple):
     supported: np.ndarray | None = None  # (n,) the share of its content words that a reference has
 
 
-def read_scores(run: Run, row: Mapping[str, Any]) -> ByImage:
+def read_scores(run: StoredRun, row: Mapping[str, Any]) -> ByImage:
     """Read the file of scores by image that belongs to a row of `test_metrics.json`.
 
     Raises:
@@ -263,14 +265,17 @@ def read_scores(run: Run, row: Mapping[str, Any]) -> ByImage:
             raise ValueError("image_id is not a list of different names")
         counts = {name: column(content["bleu"], name, 4) for name in ("guess", "correct")}
         counts |= {name: column(content["bleu"], name) for name in ("length", "reference_length")}
-        means = {name: column(content, name) for name in ("cider", "rouge_l", "wer", "sentence_bleu4", "unsupported", "content")}
+        means = {
+            name: column(content, name)
+            for name in ("cider", "rouge_l", "wer", "sentence_bleu4", "unsupported", "content")
+        }
         calibrated = {name: column(content, name) for name in ("confidence", "supported") if name in content}
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path} is not a file of scores by image ({first_line(error)}): test again") from None
     return ByImage(names, ImageScores(**means, **counts, rouge=np.full(len(names), np.nan)), **calibrated)
 
 
-def read_texts(run: Run, name: Any) -> dict[str, list[str]]:
+def read_texts(run: StoredRun, name: Any) -> dict[str, list[str]]:
     """Read the captions in a file of a run, by image id: COCO's number or the file name; empty where it is absent.
 
     Raises:

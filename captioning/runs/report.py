@@ -22,7 +22,7 @@ from captioning.data.layouts import default_folder
 from captioning.decoding.confidence import FEWEST, calibration_error, reliability
 from captioning.io import CONTROL_CHARACTERS, UserError, read_json, write_atomic
 from captioning.runs.directories import (
-    Run,
+    StoredRun,
     command_to_test,
     decoding,
     is_number,
@@ -44,7 +44,7 @@ FACTS = ("Minutes", "Device", "Machine", "Images", "Vocabulary")  # of run_summa
 CURVES = ("training_losses.png", "learning_rate.png", "validation_scores.png")
 
 
-def shown(value: Any) -> Any:
+def page_text(value: Any) -> Any:
     """Return a value as the text of a page; whoever wrote it, it has no control characters."""
     if isinstance(value, Markup):  # of a macro
         return value
@@ -52,7 +52,7 @@ def shown(value: Any) -> Any:
 
 
 TEMPLATES = Environment(
-    loader=FileSystemLoader(Path(__file__).with_name("templates")), autoescape=True, finalize=shown,
+    loader=FileSystemLoader(Path(__file__).with_name("templates")), autoescape=True, finalize=page_text,
     undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
 )  # fmt: skip
 
@@ -87,7 +87,7 @@ def write_report(directory: Path, data: CaptionSet | None = None, data_dir: Path
     return path
 
 
-def load_data(run: Run, data_dir: Path | None) -> CaptionSet:
+def load_data(run: StoredRun, data_dir: Path | None) -> CaptionSet:
     """Read the images and captions of the data set that a run was trained on; the split does not matter here.
 
     Raises:
@@ -105,7 +105,7 @@ def load_data(run: Run, data_dir: Path | None) -> CaptionSet:
     return load_caption_set(folder, *parts, token_cache=cache if cache.is_dir() else None)
 
 
-def page(run: Run, data: CaptionSet | None, problem: str) -> dict[str, Any]:
+def page(run: StoredRun, data: CaptionSet | None, problem: str) -> dict[str, Any]:
     """Return what the template shows."""
     predictions, references = test_texts(run)
     command = run.flags.get("command")
@@ -128,7 +128,7 @@ def page(run: Run, data: CaptionSet | None, problem: str) -> dict[str, Any]:
     }
 
 
-def test_texts(run: Run) -> tuple[dict[str, str], dict[str, list[str]]]:
+def test_texts(run: StoredRun) -> tuple[dict[str, str], dict[str, list[str]]]:
     """Return the captions of the latest test and the references of its images, by image id; empty where they are gone."""
     texts: list[dict[str, list[str]]] = [{}, {}]
     if run.tests:
@@ -145,7 +145,7 @@ def test_texts(run: Run) -> tuple[dict[str, str], dict[str, list[str]]]:
 # Scores
 
 
-def facts(run: Run) -> list[tuple[str, Any]]:
+def facts(run: StoredRun) -> list[tuple[str, Any]]:
     """Return names and values of what there is to say about the run as a whole."""
     names = {"dataset_type": "Data set", "encoder": "Encoder", "decoder": "Decoder"}
     found = [(name, run.flags[key]) for key, name in names.items() if run.flags.get(key)]
@@ -154,7 +154,7 @@ def facts(run: Run) -> list[tuple[str, Any]]:
     return found + [(name, run.facts[name]) for name in FACTS if name in run.facts]
 
 
-def headline(run: Run) -> dict[str, Any]:
+def headline(run: StoredRun) -> dict[str, Any]:
     """Return the latest test's main scores with their intervals and a person's; before a test, the best epoch's."""
     row = run.latest if run.tests else run.best or {}
     figures = [
@@ -212,7 +212,7 @@ def interval_text(key: str, row: Mapping[str, Any]) -> str:
 # Curves
 
 
-def training(run: Run) -> dict[str, Any]:
+def training(run: StoredRun) -> dict[str, Any]:
     """Return the pictures of the curves as training drew them, and the figures by epoch as a table."""
     curves = [(name, data_uri(run.directory / name)) for name in CURVES if (run.directory / name).is_file()]
     columns = list(dict.fromkeys(name for row in run.epochs for name, value in row.items() if is_number(value)))
@@ -240,7 +240,7 @@ def data_uri(path: Path, longest: int | None = None) -> str | None:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def gallery(run: Run, predictions: Mapping[str, str], data: CaptionSet | None, problem: str) -> dict[str, Any]:
+def gallery(run: StoredRun, predictions: Mapping[str, str], data: CaptionSet | None, problem: str) -> dict[str, Any]:
     """Return captions with their photos and references, chosen by rank of their CIDEr and at random, never by hand.
 
     Args:
@@ -278,7 +278,7 @@ def gallery(run: Run, predictions: Mapping[str, str], data: CaptionSet | None, p
     return {"notes": [note], "groups": [(title, list(map(card, chosen))) for title, chosen in groups.items()]}
 
 
-def nearest_training(run: Run, data: CaptionSet, captions: Sequence[str]) -> dict[str, str]:
+def nearest_training(run: StoredRun, data: CaptionSet, captions: Sequence[str]) -> dict[str, str]:
     """Return by caption the closest of the run's training captions, with its similarity and image; none without a split.
 
     The similarity is ROUGE-L (Lin, 2004) with equal weights: 2 x the longest common subsequence of words, over the words
@@ -300,7 +300,7 @@ def nearest_training(run: Run, data: CaptionSet, captions: Sequence[str]) -> dic
     return found
 
 
-def errors(run: Run, predictions: Mapping[str, str], known: Mapping[str, list[str]]) -> dict[str, Any] | None:
+def errors(run: StoredRun, predictions: Mapping[str, str], known: Mapping[str, list[str]]) -> dict[str, Any] | None:
     """Return what the captions of the latest test get wrong, None before a test.
 
     Args:
@@ -320,7 +320,7 @@ def errors(run: Run, predictions: Mapping[str, str], known: Mapping[str, list[st
     }  # fmt: skip
 
 
-def confidence(run: Run) -> dict[str, Any] | None:
+def confidence(run: StoredRun) -> dict[str, Any] | None:
     """Return how far the confidence of the latest test's captions can be believed, None before a test."""
     if not run.tests:
         return None
@@ -337,7 +337,7 @@ def confidence(run: Run) -> dict[str, Any] | None:
     return {"note": "", "images": len(sure), "error": 100 * calibration_error(bins), "rows": rows}
 
 
-def attention(run: Run) -> dict[str, Any]:
+def attention(run: StoredRun) -> dict[str, Any]:
     """Return the run's first attention pictures, and the names of the others."""
     names = sorted((path.name for path in run.directory.glob("*attention_viz_sample_*.*")), key=lambda n: (len(n), n))
     names = [name for name in names if not name.endswith(".json")]

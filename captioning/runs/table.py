@@ -19,7 +19,7 @@ import pandas as pd
 
 from captioning.io import UserError, csv_cell
 from captioning.runs.directories import (
-    Run,
+    StoredRun,
     command_to_test,
     decoding,
     is_number,
@@ -46,7 +46,7 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
 # Choosing and sorting runs
 
 
-def select_runs(runs: Sequence[Run], conditions: Iterable[str]) -> list[Run]:
+def select_runs(runs: Sequence[StoredRun], conditions: Iterable[str]) -> list[StoredRun]:
     """Return the runs whose parameters have these values (`decoder=attention`, `learning_rate=0.001`).
 
     Raises:
@@ -73,7 +73,7 @@ def has_value(value: Any, text: str) -> bool:
     return text.lower() == str(value).lower()
 
 
-def sort_runs(runs: Sequence[Run], key: str | None) -> list[Run]:
+def sort_runs(runs: Sequence[StoredRun], key: str | None) -> list[StoredRun]:
     """Sort by a score, the best first and those without it last; by age where none is given.
 
     Raises:
@@ -89,7 +89,7 @@ def sort_runs(runs: Sequence[Run], key: str | None) -> list[Run]:
     return [runs[number] for number in order]
 
 
-def score_table(runs: Sequence[Run]) -> pd.DataFrame:
+def score_table(runs: Sequence[StoredRun]) -> pd.DataFrame:
     """Return a row of scores for each run, NaN where it has none."""
     return pd.DataFrame([run.scores() for run in runs], index=range(len(runs)), dtype=np.float64)
 
@@ -98,7 +98,7 @@ def score_table(runs: Sequence[Run]) -> pd.DataFrame:
 # A table of runs
 
 
-def runs_table(runs: Sequence[Run], folder: Path) -> str:
+def runs_table(runs: Sequence[StoredRun], folder: Path) -> str:
     """Return a line per run: name, scores (the best of each starred), and the parameters that differ.
 
     Columns that have no room in the terminal are in a block below, where the runs have the same numbers.
@@ -135,7 +135,7 @@ def runs_table(runs: Sequence[Run], folder: Path) -> str:
     return "\n".join(lines)
 
 
-def runs_csv(runs: Sequence[Run]) -> str:
+def runs_csv(runs: Sequence[StoredRun]) -> str:
     """Return every run with every score at full precision and every parameter."""
     about = ("split", "images", "views", "beam_size", "length_penalty", "consensus")
     return csv_text(
@@ -154,7 +154,7 @@ def runs_csv(runs: Sequence[Run]) -> str:
 # Two runs, or several against several
 
 
-def compare(first: Sequence[Run], second: Sequence[Run]) -> str:
+def compare(first: Sequence[StoredRun], second: Sequence[StoredRun]) -> str:
     """Compare two runs, or the means of two sets of runs: parameters, validation scores, and each kind of test.
 
     Of one run twice, its own tests of the same images are compared that differ in one thing.
@@ -188,7 +188,7 @@ def compare(first: Sequence[Run], second: Sequence[Run]) -> str:
     return "\n".join(lines)
 
 
-def tests_by_kind(run: Run) -> dict[Any, dict[Any, Row]]:
+def tests_by_kind(run: StoredRun) -> dict[Any, dict[Any, Row]]:
     """Return a run's tests by split and kind of decoding, and by beam, penalty and views: the latest of each, in order."""
     found: dict[Any, dict[Any, Row]] = {}
     for row in run.tests:
@@ -199,7 +199,7 @@ def tests_by_kind(run: Run) -> dict[Any, dict[Any, Row]]:
     return found
 
 
-def compare_tests_of(run: Run) -> str:
+def compare_tests_of(run: StoredRun) -> str:
     """Compare a run's tests that differ in one thing: the way of decoding, the images' views, or the checkpoint."""
 
     def things(row: Row) -> list[Any]:
@@ -216,7 +216,7 @@ def compare_tests_of(run: Run) -> str:
     return "\n".join(lines)
 
 
-def compare_tests(first: Sequence[Run], second: Sequence[Run], rows: Sequence[Row]) -> str:
+def compare_tests(first: Sequence[StoredRun], second: Sequence[StoredRun], rows: Sequence[Row]) -> str:
     """Compare two tests, or the means of two sets of tests, with the paired bootstrap where all have scores by image.
 
     Args:
@@ -256,7 +256,7 @@ def way_of(row: Row, views: bool = False, checkpoint: bool = False) -> str:
     return ", ".join(parts)
 
 
-def bootstrap(runs: Sequence[Run], rows: Sequence[Row], number: int) -> dict[str, Difference]:
+def bootstrap(runs: Sequence[StoredRun], rows: Sequence[Row], number: int) -> dict[str, Difference]:
     """Return how much more the others have on average than the first `number`, with intervals over the images.
 
     The images are paired by name, whatever their order.
@@ -283,7 +283,7 @@ def judged(key: str, difference: Difference) -> tuple[str, str]:
     return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", better
 
 
-def differing_parameters(first: Sequence[Run], second: Sequence[Run]) -> pd.DataFrame:
+def differing_parameters(first: Sequence[StoredRun], second: Sequence[StoredRun]) -> pd.DataFrame:
     """Return columns A and B of text: the parameters that differ between the sides or, but for the seed, within one."""
     sides = [[run.parameters() for run in side] for side in (first, second)]
     rows = {}

@@ -15,7 +15,7 @@ import torch
 
 from captioning import distributed
 from captioning.config.flags import ADAPTATION
-from captioning.config.settings import Settings, cache_folder, shown
+from captioning.config.settings import Settings, cache_folder, default_text
 from captioning.data.dataset import SPECIAL_TOKENS, CaptionSet, Vocabulary, frequent_words, join_sets, load_caption_set
 from captioning.data.layouts import find_captions_file
 from captioning.data.splits import StoredSplit, few, keys, require_splits, same_names, seen_in_training, trained_on
@@ -31,7 +31,9 @@ def settle_adaptation(settings: Settings, flags: Mapping[str, Any], source: Path
     Args:
         flags: of the checkpoint that it starts from.
     """
-    unless_given = [f"{name} {shown(getattr(settings, name))}" for name in ADAPTATION if name not in settings.explicit]
+    unless_given = [
+        f"{name} {default_text(getattr(settings, name))}" for name in ADAPTATION if name not in settings.explicit
+    ]
     stages = f", whose last {settings.fine_tune} stage(s) learn too" if settings.fine_tune else ""
     log.info(f"Starting from {source}: {settings.decoder} on {settings.encoder}{stages}")
     if unless_given:

@@ -13,19 +13,18 @@ import torch
 
 from captioning import distributed
 from captioning.config.settings import Settings, cache_folder
-from captioning.data.batches import BatchMaker
+from captioning.data.batches import Collator
 from captioning.data.dataset import EOS, UNK, CaptionSet, Vocabulary, load_caption_set
 from captioning.data.images import VIEW_SETS
 from captioning.data.layouts import default_folder
 from captioning.data.splits import StoredSplit, refuse_trained_images, same_split
-from captioning.decoders import base as decoders
-from captioning.decoders.base import Decoder
-from captioning.decoding.caption_set import EvalContext, images_to_draw
+from captioning.decoders.base import Decoder, build_decoder, find_decoder
+from captioning.decoding.caption_set import DecodingContext, images_to_draw
 from captioning.decoding.consensus import NgramHead
 from captioning.encoders.base import encoder_of
 from captioning.encoders.features import FeatureRequest, Features, open_features
 from captioning.io import DATA_SCRIPT, UserError, log, program
-from captioning.runs.checkpoints import load_checkpoint, load_weights
+from captioning.runs.checkpoints import load_checkpoint, load_decoder_weights
 from captioning.runs.directories import command_to_tune, find_checkpoint
 
 # Where a data set is small. The recipe for own photos has 9,000 weights a caption on fifty photos, the original's defaults 300,000.
@@ -73,7 +72,7 @@ def build_features(
     spec = encoder_of(settings.values())
     weights, digest = spec.find_weights(settings.resnet_weights, weights_hash)
     distributed.check_agreement({"the hash of the encoder's weights": digest}, distributed.SAME_FILES)
-    reads_means = not (decoders.find_decoder(settings.decoder).uses_grid or spec.cut)
+    reads_means = not (find_decoder(settings.decoder).uses_grid or spec.trainable_stages)
     request = FeatureRequest(
         cache=cache_folder(settings.feature_cache), spec=spec, weights_hash=digest,
         build_encoder=lambda: spec.build(weights), paths=data.paths(), folder=data.image_dir, images=images,
@@ -113,26 +112,26 @@ def decoding_threads(workers: int) -> int:
     return min(workers or 1, cores)
 
 
-def build_decoder(settings: Settings, vocabulary: Vocabulary, pretrained: bool = False) -> Decoder:
+def seeded_decoder(settings: Settings, vocabulary: Vocabulary, pretrained: bool = False) -> Decoder:
     """Build the decoder that the settings describe; its initial weights depend on the seed alone.
 
     Args:
         pretrained: stages of the encoder that are trained start from the encoder's weights, rather than at random.
     """
     spec = encoder_of(settings.values())
-    weights = spec.find_weights(settings.resnet_weights)[0] if pretrained and spec.cut else None
+    weights = spec.find_weights(settings.resnet_weights)[0] if pretrained and spec.trainable_stages else None
     torch.manual_seed(settings.seed)
-    return decoders.build_decoder(settings.values(), len(vocabulary), spec, weights)
+    return build_decoder(settings.values(), len(vocabulary), spec, weights)
 
 
-def warn_of_small_data(data: CaptionSet, batches: BatchMaker, steps: int, parameters: int) -> None:
+def warn_of_small_data(data: CaptionSet, collator: Collator, steps: int, parameters: int) -> None:
     """Warn, with figures and the flags that help, where a decoder has too few captions to learn from.
 
     Args:
         steps: of an epoch.
         parameters: of the decoder.
     """
-    counts = batches.word_counts(data.splits["train"])
+    counts = collator.word_counts(data.splits["train"])
     captions = int(counts[EOS])
     unknown = float(counts[UNK]) / max(1.0, float(counts.sum() - counts[EOS]))
     problems = (
@@ -169,7 +168,7 @@ def check_settings(settings: Settings, checkpoint: dict[str, Any] | None = None)
     distributed.check_agreement(facts, distributed.SAME_COMMAND)
 
 
-def load_context(settings: Settings, splits: list[str]) -> tuple[EvalContext, np.ndarray, dict[Path, Any]]:
+def load_context(settings: Settings, splits: list[str]) -> tuple[DecodingContext, np.ndarray, dict[Path, Any]]:
     """Load the checkpoints that `--model_path` names, and the features of the images to caption.
 
     Args:
@@ -206,7 +205,7 @@ def load_context(settings: Settings, splits: list[str]) -> tuple[EvalContext, np
     settings.require_effect(list(each.values()), "with these models")
     resolved = each[first_path]
     data = build_data(resolved, first["split"])
-    context = EvalContext(resolved, device, data, Vocabulary(first["vocabulary"]), [])
+    context = DecodingContext(resolved, device, data, Vocabulary(first["vocabulary"]), [])
     images = images_of(data, splits)
     if not len(images):
         raise UserError(
@@ -220,8 +219,8 @@ def load_context(settings: Settings, splits: list[str]) -> tuple[EvalContext, np
         own = each[path]
         log.info(f"Model: {path} (epoch {checkpoint['epoch']}, {own.decoder} on {own.encoder}, {own.dataset_type})")
         views, _ = build_features(own, data, needed, checkpoint["encoder"]["weights_hash"])
-        decoder = build_decoder(own, context.vocabulary)
-        load_weights(decoder, checkpoint["decoder"], path)
+        decoder = seeded_decoder(own, context.vocabulary)
+        load_decoder_weights(decoder, checkpoint["decoder"], path)
         context.members += [(decoder.to(device), view) for view in views]
         if resolved.by_consensus:
             context.heads += [NgramHead(len(context.vocabulary), checkpoint["consensus"])] * len(views)

@@ -14,7 +14,7 @@ import torch
 from captioning import distributed
 from captioning.config.flags import CONSENSUS_BEAM
 from captioning.decoding.beam_search import Hypothesis
-from captioning.decoding.caption_set import EvalContext, caption, search
+from captioning.decoding.caption_set import DecodingContext, caption, search
 from captioning.decoding.confidence import BEAM, CONSENSUS, FEWEST, calibrate, score_of, supported_shares
 from captioning.decoding.consensus import (
     FEWEST_TRAINING_IMAGES,
@@ -33,7 +33,7 @@ MOST_VALIDATION = 1000  # validation images at most
 
 
 @torch.inference_mode()
-def pooled_features(context: EvalContext, images: np.ndarray) -> torch.Tensor:
+def pooled_features(context: DecodingContext, images: np.ndarray) -> torch.Tensor:
     """Return what consensus knows of images: the mean (n, C) over regions and members, behind trained stages."""
     batches = []
     for batch in np.array_split(images, len(images) // ENCODE_BATCH + 1):
@@ -42,7 +42,7 @@ def pooled_features(context: EvalContext, images: np.ndarray) -> torch.Tensor:
     return torch.cat(batches).cpu()
 
 
-def learn_consensus(context: EvalContext, val: np.ndarray) -> tuple[NgramHead | None, dict[str, list[Hypothesis]]]:
+def learn_consensus(context: DecodingContext, val: np.ndarray) -> tuple[NgramHead | None, dict[str, list[Hypothesis]]]:
     """Fit the regression of consensus decoding to the training images, and settle its weight on validation images.
 
     Args:
@@ -67,7 +67,7 @@ def learn_consensus(context: EvalContext, val: np.ndarray) -> tuple[NgramHead | 
     return (head, captions | {CONSENSUS: chosen}) if head.weight else (None, captions)
 
 
-def learn_from_validation(context: EvalContext, checkpoint: dict[str, Any]) -> dict[str, Any]:
+def learn_from_validation(context: DecodingContext, checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Learn from the validation images what a trained decoder's checkpoint has beside its weights.
 
     Args:
@@ -100,7 +100,7 @@ def learn_from_validation(context: EvalContext, checkpoint: dict[str, Any]) -> d
     return {"consensus": head and head.stored, "confidence": calibration}
 
 
-def complete_checkpoint(path: Path, context: EvalContext, views: list[Features]) -> None:
+def complete_checkpoint(path: Path, context: DecodingContext, views: list[Features]) -> None:
     """Write what `learn_from_validation` finds into the checkpoint of a finished run, unless it is there already.
 
     Args:

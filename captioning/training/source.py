@@ -28,7 +28,7 @@ from captioning.decoders.base import Decoder
 from captioning.decoding.confidence import FEWEST
 from captioning.encoders.base import encoder_of
 from captioning.io import UserError, log
-from captioning.runs.checkpoints import carry_best, load_checkpoint, load_weights, require_trainable
+from captioning.runs.checkpoints import carry_best, load_checkpoint, load_decoder_weights, require_trainable
 from captioning.runs.directories import find_checkpoint, lock_run_directory, start_command
 from captioning.training.adaptation import grow_vocabulary, grow_weights, settle_adaptation, train_on_seen_images
 from captioning.training.building import check_settings, note_unused_gpu
@@ -170,7 +170,7 @@ class Source:
         if not self.goes_on:
             decoder.set_word_frequencies(word_counts)
         if self.checkpoint and self.path:
-            load_weights(decoder, grow_weights(self.checkpoint["decoder"], decoder), self.path)
+            load_decoder_weights(decoder, grow_weights(self.checkpoint["decoder"], decoder), self.path)
 
     def restore(self, state: TrainState, settings: Settings, steps: int) -> None:
         """Take over optimizer, histories and schedule, as far as the way to begin does. Args: steps: of an epoch."""
