@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from captioning.config.settings import Settings
-    from captioning.decoding.caption_set import DecodingContext
+    from captioning.training.caption_set import DecodingContext
 
 ABOVE_CHANCE = 4  # a region is strong if its cell has this many times the weight of an even distribution
 CROPS, CROP_CELLS = 4, 3  # strongest regions at most, and cells along the side of one in a square photo
@@ -398,7 +398,7 @@ def _draw_entropy(axes: Axes, words: Sequence[str], bits: np.ndarray, cells: int
 def save_attention_pictures(context: DecodingContext, images: np.ndarray, directory: Path) -> None:
     """Draw `attention_viz_sample_N` (and the advanced ones) of images, N from 1, with their numbers as JSON."""
     from captioning import distributed
-    from captioning.decoding.caption_set import caption
+    from captioning.training.caption_set import caption
 
     settings, data = context.settings, context.data
     unreadable = [image for _, features in context.members for image in features.unreadable]
@@ -419,7 +419,7 @@ def epoch_figures(context: DecodingContext) -> dict[str, Figure]:
 
     Of several processes each captions its shard; all must come here.
     """
-    from captioning.decoding.caption_set import caption
+    from captioning.training.caption_set import caption
 
     data = context.data
     images = np.random.default_rng(context.settings.seed).permutation(data.splits["val"])[:4]

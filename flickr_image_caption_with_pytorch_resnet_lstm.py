@@ -48,7 +48,6 @@ from captioning import distributed
 from captioning.data.batches import Collator
 from captioning.data.splits import store_split
 from captioning.decoders.base import count_parameters
-from captioning.decoding.caption_set import DecodingContext, caption_texts, images_to_draw
 from captioning.encoders.base import encoder_of
 from captioning.encoders.features import Features
 from captioning.runs import plots, report, tensorboard
@@ -63,6 +62,7 @@ from captioning.training.building import (
     warn_of_small_data,
 )
 from captioning.training.calibrate import complete_checkpoint
+from captioning.training.caption_set import DecodingContext, caption_texts, images_to_draw
 from captioning.training.schedules import cosine
 from captioning.training.self_critical import SelfCritic
 from captioning.training.source import Source
@@ -391,7 +391,7 @@ def dispatch(settings: Settings, argv: list[str]) -> int:
         from captioning.modes.export import export
 
         path = find_checkpoint(settings.model_path[0])
-        export(load_checkpoint(path), path, settings.output, settings.onnx, settings.resnet_weights)
+        export(load_checkpoint(path), path, settings.output, settings.resnet_weights)
         return 0
     from captioning.modes import test, tune
 

@@ -42,9 +42,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from captioning.config.settings import parse_flags
 from captioning.data.dataset import load_caption_set
-from captioning.decoding.caption_set import caption
 from captioning.encoders.base import find_encoder
 from captioning.training.building import build_data, build_features
+from captioning.training.caption_set import caption
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "flickr_image_caption_with_pytorch_resnet_lstm.py"

@@ -7,34 +7,29 @@ command line and the page use the same. docs/python.md tells it with examples.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import os
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeGuard, Unpack, cast, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict, TypeGuard, Unpack, cast, overload
 
 import numpy as np
-import torch
 from PIL import Image
 
 from captioning.config.flags import FLAGS, chosen_beam
 from captioning.data.dataset import Vocabulary
-from captioning.data.images import VIEW_SETS, ImageSource, UnreadableImage, grid_side, images_below, open_image
-from captioning.decoders.base import build_decoder
-from captioning.decoding.beam_search import Member, beam_search, sample
+from captioning.data.images import ImageSource, UnreadableImage, grid_side, images_below, open_image
+from captioning.decoding.beam_search import Reading, beam_search, sample
 from captioning.decoding.confidence import confidence_of, table_of
 from captioning.decoding.consensus import NgramHead, search_by_consensus
-from captioning.distributed import pick_device
-from captioning.encoders.base import ENCODE_BATCH, MANY, encoder_of
-from captioning.encoders.feature_store import decoded, stored_form
-from captioning.io import UserError
+from captioning.io import UserError, not_installed
 from captioning.runs import plots
-from captioning.runs.checkpoints import load_checkpoint, load_decoder_weights
 from captioning.runs.directories import PRETRAINED_MODEL, find_checkpoint
+from captioning.runs.forms import read_exported
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -172,6 +167,30 @@ class DecodingOptions(TypedDict, total=False):
 OneImage = ImageSource | str | os.PathLike[str]
 
 
+class Model(Protocol):
+    """What a captioner reads images with: `models.pytorch`, or `models.exported`, which needs no PyTorch."""
+
+    device: str
+    has_attention: bool
+
+    @property
+    def out_of_memory(self) -> type[Exception]:
+        """What it raises where memory runs out."""
+
+    def expect_many(self) -> None:
+        """Take a second or two now, so that each image takes less time."""
+
+    def load_views(self, source: ImageSource) -> np.ndarray:
+        """Return an image as uint8 (views, size, size, 3). Raises UnreadableImage."""
+
+    def read(self, pixels: np.ndarray) -> Reading:
+        """Read images, uint8 (I, views, size, size, 3)."""
+
+
+IMAGES_TOGETHER = 32  # that are read and decoded as one batch
+MANY = 12  # images from which on `Model.expect_many` saves more time than it takes
+
+
 class Captioner:
     """A model that captions images anywhere.
 
@@ -180,32 +199,22 @@ class Captioner:
     call uses all cores.
     """
 
-    def __init__(
-        self, checkpoint: Mapping[str, Any], path: Path, device: str, resnet_weights: str | None, workers: int | None
-    ):
-        """Build encoder and decoder. Args: checkpoint: what `load_checkpoint` read from `path`; the others as in `load`."""
-        self.path = path
-        self.device, self.workers = pick_device(device), workers or os.cpu_count() or 1
-        self.flags, self.split, self.epoch = checkpoint["flags"], checkpoint["split"], checkpoint["epoch"]
-        self.tuned, self.calibration = checkpoint["decoding"], checkpoint["confidence"]
-        self.head = checkpoint["consensus"] and NgramHead(len(checkpoint["vocabulary"]), checkpoint["consensus"])
-        flags = self.flags
-        self.views = VIEW_SETS[flags["views"]]
-        self.spec = encoder_of(flags)
-        weights, _ = self.spec.find_weights(resnet_weights, checkpoint["encoder"]["weights_hash"])
-        self.encoder, self.expects_many, self.compiling = self.spec.build(weights), False, threading.Lock()
-        self.encode = self.encoder.fast_form(self.device, many=False)
-        self.vocabulary = Vocabulary(checkpoint["vocabulary"])
-        self.decoder = build_decoder(flags, len(self.vocabulary), self.spec)
-        load_decoder_weights(self.decoder, checkpoint["decoder"], self.path)
-        self.decoder.to(self.device).eval()
+    def __init__(self, model: Model, facts: Mapping[str, Any], path: Path, workers: int | None):
+        """Args: facts: what `load_checkpoint` or `read_exported` read from `path`; workers: as in `load`."""
+        self.model, self.path, self.device = model, path, model.device
+        self.workers = workers or os.cpu_count() or 1
+        self.flags, self.split, self.epoch = facts["flags"], facts["split"], facts["epoch"]
+        self.tuned, self.calibration = facts["decoding"], facts["confidence"]
+        self.vocabulary = Vocabulary(facts["vocabulary"])
+        self.head = facts["consensus"] and NgramHead(len(self.vocabulary), facts["consensus"])
+        self.generator = np.random.default_rng()  # of what top_p draws
 
     @classmethod
     def load(
         cls, name_or_path: str | os.PathLike[str] = PRETRAINED_MODEL, *, device: str = "auto", resnet_weights: str | None = None,
         workers: int | None = None,
     ) -> Captioner:  # fmt: skip
-        """Load a model.
+        """Load a model. An exported folder runs without PyTorch, on the processor, unless a device is named.
 
         Args:
             name_or_path: a checkpoint, a run directory, a folder of runs, an exported folder, or the name of a model
@@ -218,17 +227,22 @@ class Captioner:
             UserError: no such model, device or weights, or weights that are not those of training.
         """
         path = find_checkpoint(Path(name_or_path))
-        return cls(load_checkpoint(path), path, device, resnet_weights, workers)
+        if path.suffix == ".safetensors" and device in ("auto", "cpu"):
+            from captioning.models.exported import ExportedModel
+
+            facts = read_exported(path)
+            return cls(ExportedModel(facts, path), facts, path, workers)
+        if importlib.util.find_spec("torch") is None:
+            raise not_installed("torch")
+        from captioning.models.pytorch import PyTorchModel
+        from captioning.runs.checkpoints import load_checkpoint
+
+        facts = load_checkpoint(path)
+        return cls(PyTorchModel(facts, path, device, resnet_weights), facts, path, workers)
 
     def __str__(self) -> str:
         flags = self.flags
         return f"{self.path} (epoch {self.epoch}, {flags['decoder']} on {flags['encoder']}, {flags['dataset_type']})"
-
-    def expect_many(self) -> None:
-        """Take a second or two now, so that each image takes less time."""
-        with self.compiling:
-            if not self.expects_many:
-                self.encode, self.expects_many = self.encoder.fast_form(self.device), True
 
     def decoding(self, **options: Unpack[DecodingOptions]) -> Decoding:
         """Resolve how captions are found: beam size and length penalty as given, else tuned, else the flags' defaults.
@@ -309,8 +323,8 @@ class Captioner:
         """
         how = self.decoding(**options)
         sources = [as_source(image) for image in images]
-        if len(sources) * len(self.views) >= MANY:
-            self.expect_many()
+        if len(sources) >= MANY:
+            self.model.expect_many()
         for batch in self.decoded(sources):
             pixels = [found for _, found in batch if not isinstance(found, UnreadableImage)]
             captions = iter(self.decode(pixels, how) if pixels else ())
@@ -323,20 +337,20 @@ class Captioner:
     def decoded(
         self, sources: Sequence[ImageSource]
     ) -> Iterator[list[tuple[ImageSource, np.ndarray | UnreadableImage]]]:
-        """Yield images, ENCODE_BATCH at a time, as pixels (views, size, size, 3) or as the reason why they cannot be read.
+        """Yield images, IMAGES_TOGETHER at a time, as pixels (views, size, size, 3) or as the reason why they cannot be read.
 
         Threads decode one batch ahead.
         """
 
         def read(source: ImageSource) -> tuple[ImageSource, np.ndarray | UnreadableImage]:
             try:
-                return source, self.spec.load_views(source, self.views)
+                return source, self.model.load_views(source)
             except UnreadableImage as error:
                 return source, error
 
         with ThreadPoolExecutor(self.workers) as pool:
-            starts = range(0, len(sources), ENCODE_BATCH)
-            batches = (pool.map(read, sources[start : start + ENCODE_BATCH]) for start in starts)
+            starts = range(0, len(sources), IMAGES_TOGETHER)
+            batches = (pool.map(read, sources[start : start + IMAGES_TOGETHER]) for start in starts)
             batch = next(batches, None)
             while batch is not None:
                 ahead = next(batches, None)
@@ -344,21 +358,22 @@ class Captioner:
                 batch = ahead
 
     def decode(self, pixels: list[np.ndarray], how: Decoding) -> list[list[Caption]]:
-        """Caption up to ENCODE_BATCH decoded images, uint8 (views, size, size, 3) each.
+        """Caption up to IMAGES_TOGETHER decoded images, uint8 (views, size, size, 3) each.
 
         Raises:
             UserError: the device's memory is too small.
         """
         try:
-            members = [(self.decoder, self.features(view)) for view in np.stack(pixels, 1)]
+            reading, longest = self.model.read(np.stack(pixels)), self.flags["max_length"]
             if how.top_p is not None:
-                return self.drawn(members[0], how.num_captions, how.top_p)
-            search = (how.beam_size, self.flags["max_length"], how.length_penalty, True)
-            if self.head and self.by_consensus(how):
-                found = search_by_consensus(members, [self.head] * len(members), *search, how.no_repeat_ngram)
+                found = sample(reading, how.num_captions, longest, how.top_p, self.generator)
+            elif self.head and self.by_consensus(how):
+                search = (how.beam_size, longest, how.length_penalty, True, how.no_repeat_ngram)
+                found = search_by_consensus(reading, [self.head], *search)
             else:
-                found = beam_search(members, *search, how.num_captions, how.no_repeat_ngram)
-        except torch.OutOfMemoryError as error:
+                search = (how.beam_size, longest, how.length_penalty, True, how.num_captions)
+                found = beam_search(reading, *search, how.no_repeat_ngram)
+        except self.model.out_of_memory as error:
             raise UserError(
                 f"the memory of {self.device} is too small: use a smaller beam size than {how.beam_size}, or the device cpu"
             ) from error
@@ -366,24 +381,6 @@ class Captioner:
         return [
             [self.caption_of(h.ids, h.log_probabilities, h.attention, table) for h in hypotheses[: how.num_captions]]
             for hypotheses in found
-        ]
-
-    def features(self, view: np.ndarray) -> torch.Tensor:
-        """Encode one view of some images, uint8 (I, size, size, 3): (I, 49, C), or (I, C), rounded as a cache stores it."""
-        rows = stored_form(self.encode(view), means=not self.decoder.uses_grid)
-        return decoded(torch.from_numpy(rows)).to(self.device)
-
-    def drawn(self, member: Member, count: int, top_p: float) -> list[list[Caption]]:
-        """Draw up to `count` different captions of each image at random; the likeliest come first."""
-        samples = sample(*member, count, self.flags["max_length"], top_p)
-        captions = [
-            self.caption_of(words[:length], each[: length + ended], None)
-            for words, length, ended, each in zip(*samples, strict=True)
-        ]
-        images = (captions[first : first + count] for first in range(0, len(captions), count))
-        return [
-            sorted({each.text: each for each in found}.values(), key=lambda each: -each.log_probability)
-            for found in images
         ]
 
     def caption_of(

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 import attention_visualization as attention
-from captioning.decoding.caption_set import find_images
 from captioning.io import UserError
+from captioning.training.caption_set import find_images
 
 SIZES = {"landscape": (500, 375), "portrait": (333, 500), "panorama": (900, 90), "tower": (40, 600)}
 

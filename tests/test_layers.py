@@ -19,8 +19,8 @@ PARTS = ("io", "config.settings", "runs.directories", "runs.plots", "scoring.sco
 SMALL = ("experiment_utils", "captioning", *(f"captioning.{name}" for name in PARTS))
 # The rooms in the order of docs/architecture.md: each may import from those before it.
 ORDER = (
-    "io", "distributed", "config", "data", "scoring", "encoders", "decoders", "decoding", "runs", "captioner", "training",
-    "the helper modules", "training.source", "modes", "the main script",
+    "io", "distributed", "config", "data", "scoring", "decoding", "encoders", "decoders", "runs", "models", "captioner",
+    "training", "the helper modules", "training.source", "modes", "the main script",
 )  # fmt: skip
 MOST_FILES = 8  # of a room
 

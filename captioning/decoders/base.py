@@ -93,6 +93,10 @@ class Decoder(nn.Module):
         """Return the decoder that comes after trained stages, and the features that these make of the frozen ones'."""
         return self, features
 
+    @property
+    def vocabulary_size(self) -> int:
+        return len(self.output_bias)
+
     def set_word_frequencies(self, counts: torch.Tensor) -> None:
         """Start the output bias at the log frequency of each word, which saves the first hundred steps.
 
@@ -156,6 +160,10 @@ class FineTuned(Decoder):
     def forward(self, features: torch.Tensor, batch: Batch) -> DecoderOutput:
         output: DecoderOutput = self.decoder(self.features(features), batch)
         return output
+
+    @property
+    def vocabulary_size(self) -> int:
+        return self.decoder.vocabulary_size
 
     def set_word_frequencies(self, counts: torch.Tensor) -> None:
         self.decoder.set_word_frequencies(counts)

@@ -13,10 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from captioning.data.dataset import UNK, CaptionSet, Vocabulary
-from captioning.decoding.beam_search import Hypothesis, Member, beam_search
+from captioning.decoding.beam_search import Hypothesis, Reading, beam_search
 from captioning.io import log
 from captioning.scoring.cider import NgramTable, caption_words, cider_of_each, weigh_references
 
@@ -49,17 +48,18 @@ class NgramHead:
             captions together.
         """
         self.stored, self.weight = stored, float(stored["weight"])
-        ends = stored["sizes"].cumsum(0)[:-1].tolist()
-        keys, idf = (np.split(stored[name].numpy(), ends) for name in ("keys", "idf"))
+        ends = stored["sizes"].cumsum()[:-1]
+        keys, idf = (np.split(stored[name], ends) for name in ("keys", "idf"))
         idf = [each.astype(np.float64) for each in idf]
         self.table = NgramTable(keys, idf, vocabulary_size + 1, stored["log_images"])
 
-    def expected(self, pooled: torch.Tensor) -> torch.Tensor:
+    def expected(self, pooled: np.ndarray) -> np.ndarray:
         """Return the weights (I, G) that the captions of images are expected to have. Args: pooled: features (I, C)."""
         stored = self.stored
-        return direction(pooled.float().cpu(), stored["centre"]) @ stored["project"] @ stored["expect"]
+        expected: np.ndarray = direction(pooled, stored["centre"]) @ stored["project"] @ stored["expect"]
+        return expected
 
-    def evidence(self, found: Sequence[list[Hypothesis]], pooled: torch.Tensor) -> list[Evidence]:
+    def evidence(self, found: Sequence[list[Hypothesis]], pooled: np.ndarray) -> list[Evidence]:
         """Score the candidates of each image, which are its first H = CANDIDATES hypotheses at most.
 
         Args:
@@ -71,7 +71,7 @@ class NgramHead:
             regression.
         """
         evidence = []
-        for hypotheses, vector in zip(found, self.expected(pooled).numpy().astype(np.float64), strict=True):
+        for hypotheses, vector in zip(found, self.expected(pooled).astype(np.float64), strict=True):
             candidates = hypotheses[:CANDIDATES]
             ids = np.concatenate([np.array(each.ids, dtype=np.int64) for each in candidates])
             offsets = np.cumsum([0, *(len(each.ids) for each in candidates)])
@@ -82,48 +82,41 @@ class NgramHead:
         return evidence
 
 
-def pool(features: torch.Tensor) -> torch.Tensor:
-    """(I, 49, C) or (I, C) -> (I, C)."""
-    return features.mean(1) if features.dim() == 3 else features
-
-
 def search_by_consensus(
-    members: Sequence[Member], heads: Sequence[NgramHead], beam_size: int, max_length: int, length_penalty: float,
-    attention: bool, no_repeat_ngram: int,
+    reading: Reading, heads: Sequence[NgramHead], beam_size: int, max_length: int, length_penalty: float, attention: bool,
+    no_repeat_ngram: int,
 ) -> list[list[Hypothesis]]:  # fmt: skip
     """Caption images, and sort what the beam ends with by its evidence.
 
     Args:
-        members, ...: as for `beam_search`.
-        heads: of each member. Those of an ensemble each add their evidence.
+        reading, ...: as for `beam_search`.
+        heads: of each decoder. Those of an ensemble each add their evidence.
 
     Returns:
         for every image its first CANDIDATES hypotheses at most, the one with the best evidence first.
     """
-    with torch.inference_mode():
-        members = [decoder.eval().after_stages(features) for decoder, features in members]
-        found = beam_search(members, beam_size, max_length, length_penalty, attention, beam_size, no_repeat_ngram)
-        values: list[np.ndarray] = [np.zeros(1)] * len(found)
-        for head in dict.fromkeys(heads):
-            views = [pool(features) for (_, features), its in zip(members, heads, strict=True) if its is head]
-            evidence = head.evidence(found, torch.stack(views).mean(0))
-            values = [
-                value + by_beam + head.weight * by_regression
-                for value, (by_beam, by_regression) in zip(values, evidence, strict=True)
-            ]
+    pooled = reading.pooled  # of all images: the search leaves finished ones behind
+    found = beam_search(reading, beam_size, max_length, length_penalty, attention, beam_size, no_repeat_ngram)
+    values: list[np.ndarray] = [np.zeros(1)] * len(found)
+    for head, features in zip(heads, pooled, strict=True):
+        values = [
+            value + by_beam + head.weight * by_regression
+            for value, (by_beam, by_regression) in zip(values, head.evidence(found, features), strict=True)
+        ]
     return [
         [hypotheses[n] for n in np.argsort(-value, kind="stable")]
         for hypotheses, value in zip(found, values, strict=True)
     ]
 
 
-def direction(pooled: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
+def direction(pooled: np.ndarray, centre: np.ndarray) -> np.ndarray:
     """Return what the regression reads, (I, C + 1): the direction of features (I, C) from the centre (C,), and a one."""
-    directions = torch.nn.functional.normalize(pooled - centre)
-    return torch.cat([directions, directions.new_ones(len(directions), 1)], 1)
+    offsets = pooled - centre
+    lengths = np.sqrt((offsets**2).sum(1, keepdims=True)).clip(1e-12)
+    return np.concatenate([offsets / lengths, np.ones_like(lengths)], 1)
 
 
-def fit_head(data: CaptionSet, vocabulary: Vocabulary, pooled: Callable[[np.ndarray], torch.Tensor]) -> NgramHead:
+def fit_head(data: CaptionSet, vocabulary: Vocabulary, pooled: Callable[[np.ndarray], np.ndarray]) -> NgramHead:
     """Fit the regression to the training images, in closed form.
 
     It is a reduced-rank ridge regression (Izenman, 1975; Mukherjee and Zhu, 2011): of a ridge regression's predictions
@@ -140,27 +133,27 @@ def fit_head(data: CaptionSet, vocabulary: Vocabulary, pooled: Callable[[np.ndar
         train = np.sort(np.random.default_rng(0).choice(train, MOST_IMAGES, replace=False))
     keys, idf, entries, weights = frequent_ngrams(data, vocabulary, train)
     batches = [np.arange(start, min(start + FIT_BATCH, len(train))) for start in range(0, len(train), FIT_BATCH)]
-    features = torch.cat([pooled(train[batch]).float().cpu() for batch in batches])  # (T, C)
-    centre = features.double().mean(0).float()
+    features = np.concatenate([pooled(train[batch]) for batch in batches])  # (T, C)
+    centre = features.mean(0, dtype=np.float64).astype(np.float32)
     ngrams = sum(map(len, keys))
-    squares = torch.eye(len(centre) + 1, dtype=torch.float64) * RIDGE  # X'X + ridge, X (T, C + 1)
-    products = torch.zeros(len(centre) + 1, ngrams, dtype=torch.float64)  # X'Y, Y (T, G)
+    squares = np.eye(len(centre) + 1) * RIDGE  # X'X + ridge, X (T, C + 1)
+    products = np.zeros((len(centre) + 1, ngrams))  # X'Y, Y (T, G)
     for batch in batches:
-        x = direction(features[batch], centre).double()  # (n, C + 1)
+        x = direction(features[batch], centre).astype(np.float64)  # (n, C + 1)
         low, high = np.searchsorted(entries, [batch[0] * ngrams, (batch[-1] + 1) * ngrams])
         y = np.bincount(entries[low:high] - batch[0] * ngrams, weights[low:high], len(batch) * ngrams)
         squares += x.T @ x
-        products += x.T @ torch.from_numpy(y).view(len(batch), ngrams)
-    factor = torch.linalg.cholesky(squares)
-    scaled = torch.linalg.solve_triangular(factor, products, upper=False)  # (C + 1, G)
-    directions = torch.linalg.eigh(scaled @ scaled.T).eigenvectors[:, -RANK:]  # (C + 1, R)
+        products += x.T @ y.reshape(len(batch), ngrams)
+    factor = np.linalg.cholesky(squares)
+    scaled = np.linalg.solve(factor, products)  # (C + 1, G)
+    directions = np.linalg.eigh(scaled @ scaled.T).eigenvectors[:, -RANK:]  # (C + 1, R)
     stored = {
-        "keys": torch.from_numpy(np.concatenate(keys)),
-        "idf": torch.from_numpy(np.concatenate(idf)).float(),
-        "sizes": torch.tensor(list(map(len, keys))),
+        "keys": np.concatenate(keys),
+        "idf": np.concatenate(idf).astype(np.float32),
+        "sizes": np.array(list(map(len, keys))),
         "centre": centre,
-        "project": torch.linalg.solve_triangular(factor.T, directions, upper=True).float().contiguous(),
-        "expect": (directions.T @ scaled).float().contiguous(),
+        "project": np.linalg.solve(factor.T, directions).astype(np.float32),
+        "expect": (directions.T @ scaled).astype(np.float32),
         "log_images": float(np.log(len(train))),
         "weight": 0.0,
     }
@@ -204,7 +197,7 @@ def frequent_ngrams(
 
 
 def settle_weight(
-    head: NgramHead, found: Sequence[list[Hypothesis]], pooled: torch.Tensor, texts: Callable[[Hypothesis], str],
+    head: NgramHead, found: Sequence[list[Hypothesis]], pooled: np.ndarray, texts: Callable[[Hypothesis], str],
     references: Sequence[Sequence[str]],
 ) -> tuple[NgramHead, list[Hypothesis]]:  # fmt: skip
     """Return the head with the weight of the best CIDEr on validation images, and what it then takes of each.

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from captioning.data.images import UnreadableImage
 from captioning.io import UserError
@@ -131,15 +130,10 @@ def write_at(path: Path, pieces: Iterable[tuple[int, Any]]) -> None:
 # Rows: means in float16, regions as eight-bit codes
 
 
-def stored_form(grids: torch.Tensor, means: bool) -> np.ndarray:
+def stored_form(grids: np.ndarray, means: bool) -> np.ndarray:
     """Return the rows that the cache stores of an encoder's grids, float (n, 49, C): their means or their codes."""
-    rounded = grids.to(torch.float16).cpu().numpy()
+    rounded = grids.astype(np.float16)
     return rounded.astype(np.float32).mean(1).astype(np.float16) if means else quantize(rounded)
-
-
-def decoded(rows: torch.Tensor) -> torch.Tensor:
-    """Return the features in rows as `stored_form` made them, as floats on the same device."""
-    return dequantize(rows) if rows.dtype == torch.uint8 else rows.float()
 
 
 def quantize(grids: np.ndarray) -> np.ndarray:
@@ -157,8 +151,7 @@ def quantize(grids: np.ndarray) -> np.ndarray:
     return np.concatenate([codes.round().clip(0, 255).astype(np.uint8), scale], -1)
 
 
-def dequantize(rows: torch.Tensor) -> torch.Tensor:
-    """Return the regions that `quantize` coded: uint8 (n, 49, C + 4) -> float (n, 49, C), on the same device."""
-    stored = rows[..., -SCALE_BYTES:].clone(memory_format=torch.contiguous_format)
-    scale = stored.view(torch.float16).float()  # (n, 49, 2)
-    return rows[..., :-SCALE_BYTES].float().mul_(scale[..., 1:]).add_(scale[..., :1])
+def dequantize(rows: np.ndarray) -> np.ndarray:
+    """Return the regions that `quantize` coded: uint8 (n, 49, C + 4) -> float32 (n, 49, C). `features.decoded` does too."""
+    scale = rows[..., -SCALE_BYTES:].copy().view(np.float16).astype(np.float32)  # (n, 49, 2)
+    return rows[..., :-SCALE_BYTES].astype(np.float32) * scale[..., 1:] + scale[..., :1]

@@ -24,7 +24,6 @@ from captioning.encoders.feature_store import (
     SCALE_BYTES,
     FeatureFile,
     Version,
-    decoded,
     name_hash,
     stored_form,
     version_of,
@@ -103,6 +102,19 @@ class DeviceFeatures:
 
     def gather(self, images: np.ndarray, device: torch.device = CPU) -> torch.Tensor:
         return decoded(self.rows[torch.from_numpy(self.place[images]).to(self.rows.device)]).to(device)
+
+
+def encoded_rows(grids: torch.Tensor, means: bool) -> np.ndarray:
+    """Return the rows that the cache stores of an encoder's grids, float (n, 49, C): see `stored_form`."""
+    return stored_form(grids.to(torch.float16).cpu().numpy(), means)
+
+
+def decoded(rows: torch.Tensor) -> torch.Tensor:
+    """Return the features in rows as `stored_form` made them, as floats (n, 49, C) or (n, C) on the same device."""
+    if rows.dtype != torch.uint8:
+        return rows.float()
+    scale = rows[..., -SCALE_BYTES:].clone(memory_format=torch.contiguous_format).view(torch.float16).float()
+    return rows[..., :-SCALE_BYTES].float().mul_(scale[..., 1:]).add_(scale[..., :1])
 
 
 def gather_views(
@@ -191,7 +203,7 @@ class LiveFeatures:
 
         with ThreadPoolExecutor(request.workers) as pool:
             grids = self.encode(np.concatenate(list(pool.map(read, images))))
-        return decoded(torch.from_numpy(stored_form(grids, request.means))).to(device)  # the same as from a cache
+        return decoded(torch.from_numpy(encoded_rows(grids, request.means))).to(device)  # the same as from a cache
 
 
 def open_features(request: FeatureRequest) -> list[Features]:
@@ -287,7 +299,7 @@ def encode_images(request: FeatureRequest, files: Sequence[FeatureFile], todo: R
             return []
         grids = encode(np.concatenate([squares for _, squares in read.values()]))
         places = [(image, view, version) for image, (version, _) in read.items() for view in todo[image]]
-        return [(*place, values) for place, values in zip(places, stored_form(grids, request.means), strict=True)]
+        return [(*place, values) for place, values in zip(places, encoded_rows(grids, request.means), strict=True)]
 
     bar = progress_bar(len(mine), f"Encoding images ({encoder.spec.name}, {', '.join(request.views)})", "image")
     with ThreadPoolExecutor(request.workers) as readers, ThreadPoolExecutor(streams + BATCHES_AHEAD) as encoders:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TextIO, cast
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from attention_visualization import save_pictures
@@ -90,7 +89,7 @@ def write_captions(args: Settings, out: TextIO) -> int:
         given_model(args.model_path), device=args.device, resnet_weights=args.resnet_weights, workers=workers
     )
     log.info(f"Model: {captioner}. Device: {captioner.device}")
-    if args.save_attention_viz and not captioner.decoder.has_attention:
+    if args.save_attention_viz and not captioner.model.has_attention:
         raise UserError(
             f"--save_attention_viz has no effect: the {captioner.flags['decoder']} decoder of {captioner.path} has no attention"
         )
@@ -104,7 +103,7 @@ def write_captions(args: Settings, out: TextIO) -> int:
     form = csv_lines if args.output is not None and args.output.suffix.lower() == ".csv" else json_lines
     if args.output is None and not args.json:
         form = tab_lines
-    torch.manual_seed(args.seed)  # of what --top_p draws
+    captioner.generator = np.random.default_rng(args.seed)  # of what --top_p draws
     failed = withheld = 0
     number = next_number(make_directory(pictures, "the attention pictures")) if args.save_attention_viz else 0
 

@@ -390,7 +390,7 @@ def serve_page(args: Settings) -> int:
             captioner = Captioner.load(
                 given_model(args.model_path), device=args.device, resnet_weights=args.resnet_weights
             )
-            captioner.expect_many()
+            captioner.model.expect_many()
             log.info(f"Model: {captioner}. Device: {captioner.device}")
             how = captioner.decoding(**given_options(args))
             page = build_page(captioner, find_examples(captioner, args), how)

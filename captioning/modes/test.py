@@ -18,13 +18,13 @@ from captioning import distributed
 from captioning.data.dataset import CaptionSet, captions_of, tokenize
 from captioning.data.images import UnreadableImage, open_image
 from captioning.decoding.beam_search import Hypothesis
-from captioning.decoding.caption_set import DecodingContext, caption, images_to_draw, search
 from captioning.decoding.confidence import calibration_error, confidence_of, reliability, supported_shares, table_of
 from captioning.io import UserError, make_directory, printable, read_json, write_json
 from captioning.runs import plots
 from captioning.runs.directories import read_test_rows, results_directory
 from captioning.runs.report import write_report
 from captioning.scoring.scores import METRIC_NAMES, ImageScores, bootstrap_intervals, by_rank
+from captioning.training.caption_set import DecodingContext, caption, images_to_draw, search
 from experiment_utils import save_numbered
 from metrics_utils import MetricFailed, meteor_scores, person_scores, score_images, summarize, variety
 
@@ -140,7 +140,7 @@ def ways_to_decode(context: DecodingContext, images: np.ndarray) -> Iterator[Way
         settings = {"beam_size": beam, "length_penalty": penalty, "consensus": None}
         yield Way(f"beam {beam}", settings, [max(each, key=lambda h: h.score) for each in found], {})
         if context.heads:
-            weights = [head.weight for head in dict.fromkeys(context.heads)]
+            weights = [head.weight for head in context.heads]
             settings = settings | {"consensus": "regression"}
             more = {"consensus_weight": sum(weights) / len(weights)}
             yield Way("consensus", settings, [hypotheses[0] for hypotheses in found], more)

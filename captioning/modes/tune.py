@@ -8,10 +8,10 @@ from typing import Any
 
 from captioning import distributed
 from captioning.config.flags import CONSENSUS_BEAM
-from captioning.decoding.caption_set import DecodingContext, caption_texts
 from captioning.runs.checkpoints import require_trainable, save_checkpoint
 from captioning.scoring.cider import cider_of_each
 from captioning.training.calibrate import learn_from_validation
+from captioning.training.caption_set import DecodingContext, caption_texts
 
 BEAMS, LENGTH_PENALTIES = (1, 2, 3, 4, 5, 8), (0.0, 0.4, 0.7, 1.0, 1.3)
 

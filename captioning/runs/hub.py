@@ -1,6 +1,6 @@
 """Exported models on the Hugging Face hub: `--model_path hf-hub:OWNER/NAME`, also `hf-hub:OWNER/NAME@REVISION`.
 
-Only an exported folder's four files are fetched, within limits of size; `load_checkpoint` reads them as anybody's.
+Only an exported folder's files are fetched, within limits of size; `load_checkpoint` reads them as anybody's.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from captioning.io import EXPORTED_WEIGHTS, UserError, first_line, format_bytes, install_command, log, sha256
-from captioning.runs.checkpoints import LARGEST_JSON
+from captioning.runs.forms import GRAPHS, LARGEST_GRAPH, LARGEST_JSON
 
 NAME = re.compile(r"hf-hub:(?!.*(?:--|\.\.))([\w.-]+/[\w.-]+)(?:@([\w.-]+))?", re.ASCII)
 # The most bytes that each file may have.
 LARGEST = {**dict.fromkeys(("config.json", "vocabulary.json", "split.json"), LARGEST_JSON), EXPORTED_WEIGHTS: 4 * 10**9}
+LARGEST |= dict.fromkeys(GRAPHS, LARGEST_GRAPH)
 ADVICE = {  # by huggingface_hub's errors
     "GatedRepoError": "its owner decides who may have it: ask on its page on the hub, then `hf auth login`, and rerun",
     "RepositoryNotFoundError": "the hub has no such model, or it is private: check OWNER/NAME, or `hf auth login`",

@@ -19,13 +19,13 @@ from captioning.data.images import VIEW_SETS
 from captioning.data.layouts import default_folder
 from captioning.data.splits import StoredSplit, refuse_trained_images, same_split
 from captioning.decoders.base import Decoder, build_decoder, find_decoder
-from captioning.decoding.caption_set import DecodingContext, images_to_draw
 from captioning.decoding.consensus import NgramHead
 from captioning.encoders.base import encoder_of
 from captioning.encoders.features import FeatureRequest, Features, open_features
 from captioning.io import DATA_SCRIPT, UserError, log, program
 from captioning.runs.checkpoints import load_checkpoint, load_decoder_weights
 from captioning.runs.directories import command_to_tune, find_checkpoint
+from captioning.training.caption_set import DecodingContext, images_to_draw
 
 # Where a data set is small. The recipe for own photos has 9,000 weights a caption on fifty photos, the original's defaults 300,000.
 MOST_WEIGHTS, FEWEST_STEPS, MOST_UNKNOWN = 50_000, 3, 0.2
@@ -223,7 +223,7 @@ def load_context(settings: Settings, splits: list[str]) -> tuple[DecodingContext
         load_decoder_weights(decoder, checkpoint["decoder"], path)
         context.members += [(decoder.to(device), view) for view in views]
         if resolved.by_consensus:
-            context.heads += [NgramHead(len(context.vocabulary), checkpoint["consensus"])] * len(views)
+            context.heads += [NgramHead(len(context.vocabulary), checkpoint["consensus"])]
         refuse_trained_images(checkpoint["split"], images_of(data, splits), data.names, views[0].versions, path)
     context.calibration = None if others else first["confidence"]
     return context, images_of(data, splits), checkpoints  # without those that cannot be read

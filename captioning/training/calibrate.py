@@ -13,33 +13,33 @@ import torch
 
 from captioning import distributed
 from captioning.config.flags import CONSENSUS_BEAM
+from captioning.decoders.ensemble import pool
 from captioning.decoding.beam_search import Hypothesis
-from captioning.decoding.caption_set import DecodingContext, caption, search
 from captioning.decoding.confidence import BEAM, CONSENSUS, FEWEST, calibrate, score_of, supported_shares
 from captioning.decoding.consensus import (
     FEWEST_TRAINING_IMAGES,
     FEWEST_VALIDATION_IMAGES,
     NgramHead,
     fit_head,
-    pool,
     settle_weight,
 )
 from captioning.encoders.base import ENCODE_BATCH
 from captioning.encoders.features import Features
 from captioning.io import duration, log
 from captioning.runs.checkpoints import load_checkpoint, save_checkpoint
+from captioning.training.caption_set import DecodingContext, caption, search
 
 MOST_VALIDATION = 1000  # validation images at most
 
 
 @torch.inference_mode()
-def pooled_features(context: DecodingContext, images: np.ndarray) -> torch.Tensor:
+def pooled_features(context: DecodingContext, images: np.ndarray) -> np.ndarray:
     """Return what consensus knows of images: the mean (n, C) over regions and members, behind trained stages."""
     batches = []
     for batch in np.array_split(images, len(images) // ENCODE_BATCH + 1):
         members = [(decoder.eval(), view.gather(batch, context.device)) for decoder, view in context.members]
-        batches.append(torch.stack([pool(decoder.after_stages(features)[1]) for decoder, features in members]).mean(0))
-    return torch.cat(batches).cpu()
+        batches.append(pool([decoder.after_stages(features)[1] for decoder, features in members]))
+    return np.concatenate(batches)
 
 
 def learn_consensus(context: DecodingContext, val: np.ndarray) -> tuple[NgramHead | None, dict[str, list[Hypothesis]]]:
@@ -58,7 +58,7 @@ def learn_consensus(context: DecodingContext, val: np.ndarray) -> tuple[NgramHea
         return None, {BEAM: caption(context, val, CONSENSUS_BEAM)} if len(val) >= FEWEST else {}
 
     head = fit_head(context.data, context.vocabulary, functools.partial(pooled_features, context))
-    context = replace(context, heads=[head] * len(context.members))
+    context = replace(context, heads=[head])
     found = search(context, val, CONSENSUS_BEAM, consensus=True)
     references = list(map(context.data.references, val))
     head, chosen = settle_weight(head, found, pooled_features(context, val), context.text, references)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
 from captioning import distributed
 from captioning.config.settings import Settings
 from captioning.data.batches import pack_captions
-from captioning.data.dataset import EOS, CaptionSet, Vocabulary
+from captioning.data.dataset import EOS, SOS, CaptionSet, Vocabulary
 from captioning.decoders.base import Decoder, DecoderOutput
-from captioning.decoding.beam_search import sample
+from captioning.decoders.ensemble import Ensemble
 from captioning.scoring.cider import CiderReward
 
 
@@ -68,3 +70,49 @@ class SelfCritic:
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         scores = self.reward.score(self.word_of[words[is_word]], offsets, np.repeat(images, self.samples))
         return np.where(ended, scores, 0.0).reshape(len(images), self.samples)
+
+
+class Samples(NamedTuple):
+    """Captions drawn at random, the `count` of an image one after another."""
+
+    words: np.ndarray  # int64 (I x count, T) ids, <EOS> from the end on
+    lengths: np.ndarray  # int64 (I x count,) words before <EOS>
+    ended: np.ndarray  # bool (I x count,) whether <EOS> was drawn
+
+
+@torch.inference_mode()
+def sample(decoder: Decoder, features: torch.Tensor, count: int, max_length: int) -> Samples:
+    """Draw captions word by word from the decoder's own distribution, in eval mode, seeded by `torch.manual_seed`.
+
+    Args:
+        features: (I, C) or (I, 49, C).
+    """
+    training = decoder.training
+    ensemble = Ensemble([(decoder, features)])
+    device = features.device
+    drawn = torch.full((len(features) * count, max_length), EOS, device=device)
+    rows = torch.arange(len(drawn), device=device)  # which rows of `drawn` go on
+    ensemble.select((rows // count).cpu().numpy())
+    words = torch.full_like(rows, SOS)
+    ended = torch.zeros_like(rows, dtype=torch.bool)
+    for time in range(max_length):
+        log_probabilities, _ = ensemble.advance(words)
+        sums = log_probabilities.exp().cumsum(1)  # (rows, V)
+        points = torch.rand(len(rows), 1, device=device) * sums[:, -1:]
+        words = torch.searchsorted(sums, points, right=True).squeeze(1).clamp(max=sums.shape[1] - 1)
+        words = torch.where(ended, EOS, words)
+        ended = words == EOS
+        drawn[rows, time] = words
+        going = ~ended.view(-1, count).all(1)  # an image's rows lie together, so they leave together
+        left = int(going.sum())
+        if left == 0:
+            break
+        if left < 0.8 * len(going):
+            kept = going.nonzero().squeeze(1)
+            stay = (kept.unsqueeze(1) * count + torch.arange(count, device=device)).flatten()
+            ensemble.select(stay.cpu().numpy(), kept.cpu().numpy())
+            rows, words, ended = rows[stay], words[stay], ended[stay]
+    decoder.train(training)
+    result = drawn.cpu().numpy()
+    lengths = (result != EOS).sum(1)
+    return Samples(result, lengths, lengths < max_length)

@@ -15,6 +15,7 @@ from captioning import distributed
 from captioning.config.settings import Settings
 from captioning.data.dataset import CaptionSet, Vocabulary
 from captioning.decoders.base import Decoder
+from captioning.decoders.ensemble import Ensemble
 from captioning.decoding.beam_search import Hypothesis, beam_search
 from captioning.decoding.consensus import NgramHead, search_by_consensus
 from captioning.encoders.features import Features
@@ -32,7 +33,7 @@ class DecodingContext:
     data: CaptionSet
     vocabulary: Vocabulary
     members: list[tuple[Decoder, Features]]  # a decoder with a view of the images, or an ensemble of several
-    heads: list[NgramHead] = field(default_factory=list)  # of each member, for consensus; none for the beam alone
+    heads: list[NgramHead] = field(default_factory=list)  # of each decoder, for consensus; none for the beam alone
     calibration: dict[str, Any] | None = None  # of the captions' confidence; an ensemble has none
 
     def text(self, hypothesis: Hypothesis) -> str:
@@ -61,12 +62,12 @@ def search(
     starts = range(0, len(mine), chunk)
     for start in tqdm(starts, "Captioning", unit="batch", disable=bars_off(), leave=False):
         part = mine[start : start + chunk]
-        members = [(decoder, features.gather(part, context.device)) for decoder, features in context.members]
+        reading = Ensemble([(decoder, features.gather(part, context.device)) for decoder, features in context.members])
         how = (beam, settings.max_length, penalty, attention)
         if consensus:
-            captions += search_by_consensus(members, context.heads, *how, settings.no_repeat_ngram)
+            captions += search_by_consensus(reading, context.heads, *how, settings.no_repeat_ngram)
         else:
-            found = beam_search(members, *how, no_repeat_ngram=settings.no_repeat_ngram)
+            found = beam_search(reading, *how, no_repeat_ngram=settings.no_repeat_ngram)
             captions += [hypotheses[:1] for hypotheses in found]
     return distributed.gather(captions)
 
