@@ -32,7 +32,6 @@ from captioning.runs import plots
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
 
     from captioning.config.settings import Settings
@@ -225,7 +224,7 @@ def _new_page(
         the figure, and where the body begins, in inches from the figure's upper edge.
     """
     from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
+    from matplotlib.colors import ListedColormap, Normalize
 
     room = width - 2 * MARGIN
     caption = plots.wrap(" ".join(words), room, 18, lines=3, bold=True)
@@ -239,7 +238,7 @@ def _new_page(
 
     axes = plots.place_axes(figure, MARGIN, height - 0.74, 2.6, 0.2, label="scale")
     axes.set_facecolor("#666666")  # stands for the dimmed photo behind the map
-    bar = figure.colorbar(ScalarMappable(Normalize(0, 1), colours()), cax=axes, orientation="horizontal")
+    bar = figure.colorbar(ScalarMappable(Normalize(0, 1), ListedColormap(colours())), cax=axes, orientation="horizontal")
     bar.set_ticks([0, 0.5, 1], labels=["0", "half", "peak"], fontsize=11)
     axes.set_title("attention weight", fontsize=11, loc="left", pad=4)
     text = (
@@ -306,15 +305,19 @@ def dim(photo: Image.Image) -> Image.Image:
     return Image.fromarray((255 * mixed.clip(0, 1)).astype(np.uint8))
 
 
-def colours() -> ListedColormap:
-    """Inferno without its near-black end, the more opaque the larger the weight: no weight shows the bare photo."""
-    import matplotlib
-    from matplotlib.colors import ListedColormap
+# Red, green and blue of matplotlib's inferno without its near-black end, at equal steps.
+INFERNO = (
+    (87, 16, 110), (117, 27, 110), (147, 38, 103), (177, 50, 90), (204, 66, 72), (228, 90, 49), (243, 120, 25),
+    (251, 153, 6), (251, 190, 35), (243, 229, 93), (252, 255, 164),
+)  # fmt: skip
 
+
+def colours() -> np.ndarray:
+    """Return the colours (256, 4) of weights, 0 .. 1 each: the more opaque the larger, and none shows the bare photo."""
     share = np.linspace(0, 1, 256)
-    colours = matplotlib.colormaps["inferno"](0.25 + 0.75 * share)
-    colours[:, 3] = 0.75 * share**0.7
-    return ListedColormap(colours, name="attention")
+    steps = np.linspace(0, 1, len(INFERNO))
+    channels = [np.interp(share, steps, channel) / 255 for channel in np.transpose(INFERNO)]
+    return np.stack([*channels, 0.75 * share**0.7], 1)
 
 
 def _show(axes: Axes, photo: Image.Image) -> None:
@@ -324,9 +327,11 @@ def _show(axes: Axes, photo: Image.Image) -> None:
 
 def _draw_map(axes: Axes, dimmed: Image.Image, row: np.ndarray) -> None:
     _show(axes, dimmed)
+    from matplotlib.colors import ListedColormap
+
     smooth = upsample(row, 280, 280)  # fine enough to be stretched further
     extent = (0, dimmed.width, dimmed.height, 0)
-    axes.imshow(smooth, cmap=colours(), vmin=0, vmax=row.max(), extent=extent, interpolation="bilinear")
+    axes.imshow(smooth, cmap=ListedColormap(colours()), vmin=0, vmax=row.max(), extent=extent, interpolation="bilinear")
 
 
 def _draw_crop(axes: Axes, image: Image.Image, cell: int, side: int) -> None:

@@ -124,7 +124,8 @@ def check_upload(file: io.BytesIO) -> None:
 def map_of(weights: np.ndarray) -> Image.Image:
     """One word's attention (7, 7) as a small transparent picture, in the colours of `attention_visualization`."""
     shares = upsample(weights, MAP_SIZE, MAP_SIZE) / weights.max()
-    return Image.fromarray(colours()(shares, bytes=True))
+    table = (255 * colours()).round().astype(np.uint8)
+    return Image.fromarray(table[(255 * shares).round().astype(int)])
 
 
 def data_url(picture: Image.Image, form: str) -> str:
