@@ -304,7 +304,7 @@ def load_caption_set(
     long = int((np.diff(tokens.offsets) > LONG_CAPTION).sum())
     if long:
         notes.append(f"{long} caption(s) of more than {LONG_CAPTION} words: training reads --max_length words of each")
-    search = [place for place in (data_dir, captions_path.parent) if place is not None]
+    search = [place for place in (data_dir, captions_path.parent, captions_path) if place is not None]
     sizes = [(directory / name).stat().st_size for name in names]
     copies = functools.cache(lambda: equal_files(directory, names, sizes))
     splits, source = find_splits(search, names, sizes, seed, stored, notes, copies)

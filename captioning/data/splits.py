@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from captioning.data.layouts import SPLITS, karpathy_split, split_lists
+from captioning.data.layouts import SPLITS, column_split, karpathy_split, split_lists
 from captioning.io import CONTROL_CHARACTERS, UserError, log, printable, sha256
 
 COCO_HELD_OUT = 5000  # validation and test images of COCO, as many as Karpathy's split has
@@ -35,7 +35,7 @@ def find_splits(
     """Split images: as a checkpoint has them, else by the data set's own lists, else at random.
 
     Args:
-        places: folders that may hold split lists.
+        places: folders that may hold split lists, and the captions file, which may have a column `split`.
         names, sizes: of all captioned images; bytes of their files.
         stored: the split in a checkpoint. It rules wherever it knows an image.
         notes: receives what was left out and why.
@@ -163,7 +163,7 @@ def require_splits(splits: Mapping[str, np.ndarray], source: str) -> None:
 
 def listed_split(places: Sequence[Path]) -> tuple[dict[str, list[str]], str] | None:
     for place in places:
-        found = split_lists(place) or karpathy_split(place)
+        found = split_lists(place) or karpathy_split(place) or column_split(place)
         if found:
             return found
     return None
