@@ -184,7 +184,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("fine_tune", "train the encoder's last N stages with the decoder; 0 leaves all of it frozen",
             number(int, 0, LIMITS["fine_tune"]), 0, modes=DATA_MODES, checkpoint="fixed", metavar="N"),
         Flag("fine_tune_learning_rate", "peak rate of these stages; it follows the schedule of --learning_rate (default: "
-            "0.3 of it); in the first epoch they are not trained", positive, modes=("train",), needs="fine_tune", checkpoint="train"),
+            "0.3 of it); without --init_from they are not trained in the first epoch", positive, modes=("train",), needs="fine_tune", checkpoint="train"),
         Flag("resnet_weights", "file of the encoder's weights, or 'random'; by default looked for, then downloaded",
             as_text, resume=True),
         Flag("embed_size", "size of word and image embeddings", as_size("embed_size"), 512, modes=DATA_MODES,
