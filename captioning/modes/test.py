@@ -31,6 +31,7 @@ from captioning.scoring.scores import METRIC_NAMES, ImageScores, bootstrap_inter
 from experiment_utils import save_numbered
 from metrics_utils import MetricFailed, meteor_scores, person_scores, score_images, summarize, variety
 
+FEW_IMAGES = 50  # to score
 INTERVALS = {"cider": "CIDEr", "bleu4": "BLEU-4", "rouge_l": "ROUGE-L", "wer": "WER"}
 
 
@@ -99,7 +100,7 @@ def run(context: DecodingContext, images: np.ndarray, checkpoints: Mapping[Path,
     person = person_scores(references)
     for result in results:  # for the report, which has no references to score
         result.scores |= {f"person_{key}": value for key, value in person.items()}
-    notes += describe_confidence(results[-1], args.split)
+    notes += [*describe_confidence(results[-1], args.split), *weak_evidence(args, len(images))]
     for result in results:
         save_row(rows_file, result)
     print_scores([(each.name, each.scores) for each in results], person, len(images), args.split, notes)
@@ -119,7 +120,7 @@ def score_predictions(data: CaptionSet, args: argparse.Namespace) -> None:
     training = set(map(data.tokens.text, captions_of(data, data.splits["train"])))
     scores, _ = score_test(data, images, captions, training)
     references = [data.references(image) for image in images]
-    notes = add_meteor([(captions, scores)], references)
+    notes = add_meteor([(captions, scores)], references) + weak_evidence(args, len(images))
     columns = [(printable(args.predictions.stem), scores)]
     print_scores(columns, person_scores(references), len(images), args.split, notes)
 
@@ -219,6 +220,14 @@ def add_meteor(
     for (_, scores), value in zip(systems, values, strict=True):
         scores["meteor"] = value
     return []
+
+
+def weak_evidence(args: argparse.Namespace, images: int) -> list[str]:
+    """Return a line where scores say little: those of a dry run, or of few images."""
+    if args.dry_run:
+        return ["A dry run: these scores mean nothing"]
+    few = f"Only {images} images: scores of fewer than {FEW_IMAGES} images vary widely from one choice of images to another"
+    return [few] if images < FEW_IMAGES else []
 
 
 def describe_confidence(result: Result, split: str) -> list[str]:
