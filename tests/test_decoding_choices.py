@@ -259,3 +259,27 @@ def test_captions_are_looked_for_among_those_that_the_model_was_trained_on(train
     assert score("--data_dir", str(others), "--beam_size", "1", model=["moved.pt"]) == 0
     assert "% in training is left out" in capsys.readouterr().out
     assert "in_training" not in rows(Path())[-1]
+
+
+def test_a_folder_of_nothing_but_test_images_is_scored_whole(trained, others, capsys):
+    """Its lists put nothing into training, and a split that is drawn needs three images."""
+    _, tiny, lstm, _ = trained
+    folder = shutil.copytree(others, Path("whole"))
+    (folder / "test.txt").write_text("\n".join(path.name for path in (folder / "Images").iterdir()))
+    assert score("--data_dir", str(folder), "--split", "all", "--beam_size", "1", model=[lstm]) == 0
+    row, out = rows(lstm)[-1], capsys.readouterr().out
+    assert (row["split"], row["images"], row["captions_file"]) == ("all", 20, "all_captions_greedy.json")
+    assert "Only 20 images: scores of fewer than 50" in out
+    where = ["--mode", "test", "--dataset_type", "custom", "--data_dir", str(folder), "--split", "all"]
+    assert trainer.main([*where, "--predictions", str(lstm / row["captions_file"])]) == 0
+    assert f"{100 * row['rouge_l']:.2f}" in capsys.readouterr().out
+    larger = shutil.copytree(
+        tiny, Path("larger")
+    )  # the model's own images in another size, then one of them among others
+    for path in (larger / "Images").iterdir():
+        Image.open(path).resize((90, 90)).save(path)
+    name = load_checkpoint(lstm / "best.pt")["split"]["train"]["names"][0]
+    shutil.copy(tiny / "Images" / name, folder / "Images" / "new_p00.jpg")
+    for place in (tiny, larger, folder):
+        assert score("--data_dir", str(place), "--split", "all", model=[lstm]) == 2
+        assert "was trained on" in capsys.readouterr().err

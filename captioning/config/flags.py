@@ -260,7 +260,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("consensus", "take, of a beam of 20 unless --beam_size is given, the caption that agrees best with the others and with "
             "what the checkpoint expects of the image; has no effect where it expects nothing (--mode tune adds it to older runs)",
             str, "on", ("on", "off"), modes=("test", "caption", "serve")),
-        Flag("split", "which images are scored", str, "test", ("test", "val", "val+test"), modes=("test",),
+        Flag("split", "which images are scored; all needs no lists", str, "test", ("test", "val", "val+test", "all"), modes=("test",),
             parameter=False),
     ),
     "captioning and the page": (

@@ -95,6 +95,20 @@ def find_splits(
     return splits, source
 
 
+def whole_set(
+    names: Sequence[str], sizes: Sequence[int], stored: StoredSplit | None, notes: list[str]
+) -> dict[str, np.ndarray]:
+    """Return all images as one split, `all`. Raises UserError if a checkpoint's split has some as training images."""
+    known, _ = (None, False) if stored is None else stored_lists(stored, names, sizes, notes)
+    trained = set(known["train"]).intersection(names) if known else set()
+    if trained:
+        raise UserError(
+            f"--split all: the model was trained on {len(trained)} of the {len(names)} images ({few(trained)}): a score on "
+            "them says nothing. Leave the flag out, or give a folder without these images"
+        )
+    return {"all": np.arange(len(names))}
+
+
 def match_names(entries: Sequence[str], names: Sequence[str]) -> list[str]:
     """Return the images that the entries of a list mean, which may have a folder or no ending; others as they are."""
     known = set(names)
@@ -155,9 +169,9 @@ def equal_files(folder: Path, names: Sequence[str], sizes: Sequence[int]) -> lis
 
 
 def require_splits(splits: Mapping[str, np.ndarray], source: str) -> None:
-    """Raise UserError if no image trains or validates."""
+    """Raise UserError if no image trains or validates, where there are such splits."""
     for split in ("train", "val"):
-        if len(splits[split]) == 0:
+        if split in splits and not len(splits[split]):
             raise UserError(f"the {split} split has no images ({source}): training needs at least one")
 
 

@@ -95,12 +95,10 @@ def run(context: DecodingContext, images: np.ndarray, checkpoints: Mapping[Path,
 
     references = [data.references(image) for image in images]
     notes = add_meteor([(each.captions, each.scores) for each in results], references)
-    if training is None:
-        notes.append(f"% in training is left out: the captions that {path} was trained on are not found")
     person = person_scores(references)
     for result in results:  # for the report, which has no references to score
         result.scores |= {f"person_{key}": value for key, value in person.items()}
-    notes += [*describe_confidence(results[-1], args.split), *weak_evidence(args, len(images))]
+    notes += [*describe_confidence(results[-1], args.split), *reservations(args, len(images), training)]
     for result in results:
         save_row(rows_file, result)
     print_scores([(each.name, each.scores) for each in results], person, len(images), args.split, notes)
@@ -117,10 +115,11 @@ def score_predictions(data: CaptionSet, args: argparse.Namespace) -> None:
     """Score captions of this data set's images from any other program (`--predictions`)."""
     images = np.concatenate([data.splits[split] for split in args.split.split("+")])
     captions = read_predictions(args.predictions, data, images)
-    training = set(map(data.tokens.text, captions_of(data, data.splits["train"])))
+    train = data.splits.get("train")
+    training = None if train is None else set(map(data.tokens.text, captions_of(data, train)))
     scores, _ = score_test(data, images, captions, training)
     references = [data.references(image) for image in images]
-    notes = add_meteor([(captions, scores)], references) + weak_evidence(args, len(images))
+    notes = add_meteor([(captions, scores)], references) + reservations(args, len(images), training)
     columns = [(printable(args.predictions.stem), scores)]
     print_scores(columns, person_scores(references), len(images), args.split, notes)
 
@@ -222,12 +221,14 @@ def add_meteor(
     return []
 
 
-def weak_evidence(args: argparse.Namespace, images: int) -> list[str]:
-    """Return a line where scores say little: those of a dry run, or of few images."""
+def reservations(args: argparse.Namespace, images: int, training: set[str] | None) -> list[str]:
+    """Return lines that say what is not in the table, and where scores say little."""
+    lines = [] if training is not None else ["% in training is left out: the training captions are not found"]
     if args.dry_run:
-        return ["A dry run: these scores mean nothing"]
-    few = f"Only {images} images: scores of fewer than {FEW_IMAGES} images vary widely from one choice of images to another"
-    return [few] if images < FEW_IMAGES else []
+        lines.append("A dry run: these scores mean nothing")
+    elif images < FEW_IMAGES:
+        lines.append(f"Only {images} images: scores of fewer than {FEW_IMAGES} depend much on which images they are")
+    return lines
 
 
 def describe_confidence(result: Result, split: str) -> list[str]:
