@@ -158,6 +158,30 @@ def test_a_model_is_not_scored_on_what_it_or_its_parent_was_trained_on():
     refuse_trained_images(STORED, np.arange(10), NAMES, others, "m.pt")
 
 
+@pytest.mark.parametrize(
+    "trained, scored, leaks",
+    [
+        ("1000268201.jpg", "1000268201_693b08cb0e.jpg", True),
+        ("1000268201_693b08cb0e.jpg", "1000268201.jpg", True),
+        ("36979.jpg", "36979_0123456789.jpg", True),
+        ("1000268201.jpg", "1000268201.jpg", True),
+        ("20240131.jpg", "20240131.jpg", False),
+        ("0000268201.jpg", "0000268201.jpg", False),
+        ("1000268201.png", "1000268201.png", False),
+        ("1000268201_b.jpg", "1000268201.jpg", False),
+        ("IMG_1.jpg", "IMG_1.jpg", False),
+    ],
+)
+def test_a_photo_of_flickr_is_known_by_its_number(trained, scored, leaks):
+    """929 of Flickr8k's 1,000 test images are in Flickr30k, as other files; elsewhere equal names say nothing."""
+    stored = store_split({**SPLITS, "train": np.array([0])}, [trained, *NAMES[1:]], VERSIONS, parent=None)
+    if leaks:
+        with pytest.raises(UserError, match="was trained on 1 of the 1 images to score"):
+            refuse_trained_images(stored, np.array([0]), [scored], np.array([[1, 1]]), "m.pt")
+    else:
+        refuse_trained_images(stored, np.array([0]), [scored], np.array([[1, 1]]), "m.pt")
+
+
 def test_scores_are_compared_on_the_same_held_out_images_only():
     other = STORED | {"val": STORED["test"]}
     more = store_split({**SPLITS, "train": np.arange(5)}, NAMES, VERSIONS, parent=None)

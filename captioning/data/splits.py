@@ -10,6 +10,7 @@ one was trained on from.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -24,6 +25,9 @@ COCO_HELD_OUT = 5000  # validation and test images of COCO, as many as Karpathy'
 # Shares of names in common from which on two sets of other files are one data set, encoded anew: see `same_names`.
 SAME_SET, LEAST_SHARE = 0.9, 0.5
 MOST_COPIES = 0.02  # of the images to score, that may be training images under other names
+# 1000268201_693b08cb0e.jpg of Flickr8k is 1000268201.jpg of Flickr30k: the number is the photo's on Flickr. Of names that
+# are a number alone those of 9 digits count, which are no dates and no counts.
+FLICKR_NAME, FLICKR_DIGITS = re.compile(r"^([1-9]\d{4,})(_[0-9a-f]{10})?\.jpg$"), 9
 Part = dict[str, Any]
 StoredSplit = dict[str, Part]
 
@@ -306,13 +310,23 @@ def seen_in_training(
 ) -> tuple[list[int], list[int]]:
     """Return which of the images (n,) a model was trained on, and which are copies of such under other names.
 
+    An image is known by name, size and CRC-32, or by its Flickr number, whatever its size.
+
     Args:
         versions: int64 (all images, 2), as `Features.versions`.
     """
     trained = set(trained_on(stored))
     contents = {key[1:] for key in trained}
     found = {i: (names[i], *version) for i, version in zip(images.tolist(), versions[images].tolist(), strict=True)}
-    seen = [i for i, key in found.items() if key in trained]
+    photos = dict(photo for name, *_ in trained for photo in FLICKR_NAME.findall(name))  # ending by number
+
+    def is_known_photo(name: str) -> bool:
+        return any(
+            number in photos and (ending or photos[number] or len(number) >= FLICKR_DIGITS)
+            for number, ending in FLICKR_NAME.findall(name)
+        )
+
+    seen = [i for i, key in found.items() if key in trained or is_known_photo(key[0])]
     return seen, [i for i in sorted(found.keys() - set(seen)) if found[i][1:] in contents]
 
 
