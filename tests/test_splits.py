@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from captioning.data.splits import drawn_split, equal_files, find_splits, refuse_trained_images, same_split, store_split
+from captioning.data.dataset import load_caption_set
+from captioning.data.splits import (
+    drawn_split,
+    equal_files,
+    find_splits,
+    listed_split,
+    refuse_trained_images,
+    same_split,
+    store_split,
+)
 from captioning.io import UserError
 
 NAMES = [f"IMG_{n}.jpg" for n in range(10)]
@@ -63,28 +72,23 @@ def test_entries_with_a_folder_or_without_an_ending_match(tmp_path):
     assert (lists["train"], lists["val"], lists["test"]) == (NAMES[:6], NAMES[6:8], NAMES[8:])
 
 
-def test_a_column_of_a_captions_file_is_used_as_lists_are(tmp_path):
+def test_a_column_of_a_captions_file_is_used_as_lists_are(tiny):
     """It was passed over without a word, and its test images were trained on."""
-    parts = {
-        name: part for part, names in (("train", NAMES[:6]), ("dev", NAMES[6:8]), ("Test", NAMES[8:])) for name in names
-    }
-    file = tmp_path / "captions.csv"
-    file.write_text("image,split,caption\n" + "".join(f"{n},{p},a dog, or two\n" for n, p in parts.items()) * 2)
-    splits, source = find_splits([tmp_path, file], NAMES, SIZES, 0, None, [])
-    assert {split: images.tolist() for split, images in splits.items()} == {
-        "train": [*range(6)], "val": [6, 7], "test": [8, 9],
-    }  # fmt: skip
-    assert source == f"the column split of {file}"
-    (tmp_path / "train.txt").write_text(
-        "\n".join([*NAMES[:6], "Images/absent_1.jpg"])
-    )  # lists rule, and what they name in vain is named
-    notes: list[str] = []
-    splits, source = find_splits([tmp_path, file], NAMES, SIZES, 0, None, notes)
-    assert source == f"train.txt in {tmp_path}" and any("absent_1.jpg" in note for note in notes)
-    (tmp_path / "train.txt").unlink()
-    file.write_text(f"image,caption,split\n{NAMES[0]},a dog,fold 3\n")
+    parts = ["train"] * 16 + ["dev", "dev", " Test", " Test"]
+    rows = [f"p{number:02d}.jpg,{part},a dog, or two" for number, part in enumerate(parts)]
+    file = tiny / "captions.txt"
+    file.write_text("\n".join(["image,split,caption", *rows, *rows]))
+    data = load_caption_set(tiny)
+    assert [data.splits[split].tolist() for split in ("train", "val", "test")] == [[*range(16)], [16, 17], [18, 19]]
+    assert data.split_source == f"the column split of {file}"
+    (tiny / "train.txt").write_text("p00.jpg\np01.jpg\np02.jpg\nImages/absent.jpg")
+    data = load_caption_set(tiny)
+    assert data.split_source == f"train.txt in {tiny}", "lists rule over it"
+    assert any("not in the data set, left out: Images/absent.jpg" in note for note in data.notes)
+    (tiny / "train.txt").unlink()
+    file.write_text("image,caption,split\np00.jpg,a dog,fold 3\n")
     with pytest.raises(UserError, match="line 2: the column split has 'fold 3': expected train, val, test"):
-        find_splits([tmp_path, file], NAMES, SIZES, 0, None, [])
+        listed_split([file])
 
 
 def test_known_images_do_not_shrink_another_set_to_themselves(tmp_path):

@@ -180,11 +180,8 @@ def require_splits(splits: Mapping[str, np.ndarray], source: str) -> None:
 
 
 def listed_split(places: Sequence[Path]) -> tuple[dict[str, list[str]], str] | None:
-    for place in places:
-        found = split_lists(place) or karpathy_split(place) or column_split(place)
-        if found:
-            return found
-    return None
+    kinds = (split_lists, karpathy_split, column_split)
+    return next((found for place in places for kind in kinds if (found := kind(place))), None)
 
 
 def drawn_split(
