@@ -269,7 +269,7 @@ def test_a_folder_of_nothing_but_test_images_is_scored_whole(trained, others, ca
     assert score("--data_dir", str(folder), "--split", "all", "--beam_size", "1", model=[lstm]) == 0
     row, out = rows(lstm)[-1], capsys.readouterr().out
     assert (row["split"], row["images"], row["captions_file"]) == ("all", 20, "all_captions_greedy.json")
-    assert "Only 20 images: scores of fewer than 50" in out
+    assert "Scores on 20 images (" in out and "Only 20 images: scores of fewer than 50" in out
     where = ["--mode", "test", "--dataset_type", "custom", "--data_dir", str(folder), "--split", "all"]
     assert trainer.main([*where, "--predictions", str(lstm / row["captions_file"])]) == 0
     assert f"{100 * row['rouge_l']:.2f}" in capsys.readouterr().out

@@ -176,7 +176,10 @@ def require_splits(splits: Mapping[str, np.ndarray], source: str) -> None:
     """Raise UserError if no image trains or validates, where there are such splits."""
     for split in ("train", "val"):
         if split in splits and not len(splits[split]):
-            raise UserError(f"the {split} split has no images ({source}): training needs at least one")
+            raise UserError(
+                f"the {split} split has no images ({source}): training needs at least one; --mode test --split all scores a "
+                "folder without lists"
+            )
 
 
 def listed_split(places: Sequence[Path]) -> tuple[dict[str, list[str]], str] | None:

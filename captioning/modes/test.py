@@ -307,7 +307,9 @@ def print_scores(
     def line(name: str, cells: Sequence[str]) -> str:
         return f"  {name:<26}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=False))
 
-    print(f"\nScores on {images} {split} images (x100; lower case, no punctuation; CIDEr's word weights from")
+    print(
+        f"\nScores on {images} {'' if split == 'all' else f'{split} '}images (x100; lower case, no punctuation; CIDEr's word weights from"
+    )
     print("these images; a person: one caption against the image's others, which are one fewer; unsupported")
     print("words: the share of content words that no reference of the image has):")
     print(line("", [name for name, _ in shown]))
