@@ -276,18 +276,13 @@ def store_split(
         versions: int64 (n, 2), the size and CRC-32 of every image, as `Features.versions`.
         parent: the split of the checkpoint that training went on from.
     """
-    stored: StoredSplit = {}
-    for split in SPLITS:
-        sizes, hashes = versions[splits[split]].T.tolist()
-        stored[split] = {"names": [names[i] for i in splits[split]], "sizes": sizes, "hashes": hashes}
-    own = set(keys(stored["train"]))
-    inherited = [key for key in trained_on(parent) if key not in own] if parent else []
-    stored["inherited"] = {
-        "names": [name for name, _, _ in inherited],
-        "sizes": [size for _, size, _ in inherited],
-        "hashes": [crc for _, _, crc in inherited],
+    known = {split: [(names[i], *versions[i].tolist()) for i in splits[split]] for split in SPLITS}
+    own = set(known["train"])
+    known["inherited"] = [key for key in trained_on(parent) if key not in own] if parent else []
+    return {
+        part: {column: [key[n] for key in each] for n, column in enumerate(("names", "sizes", "hashes"))}
+        for part, each in known.items()
     }
-    return stored
 
 
 def same_split(first: StoredSplit, second: StoredSplit) -> bool:
