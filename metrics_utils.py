@@ -101,13 +101,15 @@ def person_scores(references: Sequence[Sequence[str]]) -> dict[str, float]:
     return {name: statistics.fmean(scores[name] for scores in turns) for name in turns[0]} if turns else {}
 
 
-def variety(hypotheses: Sequence[str], training_captions: set[str]) -> dict[str, float]:
-    """Return `distinct_words` of all captions, `mean_length` in words, and the share `in_training` of the captions."""
-    return {
+def variety(hypotheses: Sequence[str], training_captions: set[str] | None) -> dict[str, float]:
+    """Return `distinct_words` of all captions, `mean_length` in words, and the share `in_training` if that is known."""
+    found = {
         "distinct_words": float(len({word for text in hypotheses for word in text.split()})),
         "mean_length": statistics.fmean(len(text.split()) for text in hypotheses),
-        "in_training": statistics.fmean(text in training_captions for text in hypotheses),
     }
+    if training_captions is not None:
+        found["in_training"] = statistics.fmean(text in training_captions for text in hypotheses)
+    return found
 
 
 # --------------------------------------------------------------------------------------------------

@@ -270,10 +270,11 @@ def make_optimizer(decoder: Decoder, settings: Settings) -> torch.optim.AdamW:
 
 
 def set_rates(optimizer: torch.optim.Optimizer, rate: float, epoch: int, settings: Settings) -> None:
-    """Set the decoder's learning rate, and in proportion that of trained stages, which rest while it is all random."""
+    """Set the decoder's learning rate, and in proportion that of trained stages, which rest while it is random."""
     asked = settings.fine_tune_learning_rate
     factor = FINE_TUNE_RATE if asked is None else asked / settings.learning_rate
-    for group, share in zip(optimizer.param_groups, (1.0, factor if epoch else 0.0), strict=False):
+    learning = epoch > 0 or settings.init_from is not None
+    for group, share in zip(optimizer.param_groups, (1.0, factor if learning else 0.0), strict=False):
         group["lr"] = rate * share
 
 

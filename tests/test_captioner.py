@@ -152,6 +152,10 @@ def sixteen_bit(path: Path) -> None:
     Image.fromarray(grey).save(path)
 
 
+def floats(path: Path, largest: float) -> None:
+    Image.fromarray(np.asarray(picture().convert("L")).astype(np.float32) * (largest / 255)).save(path)
+
+
 COLOUR = [(220, 30, 30), (30, 30, 220)]
 GREY = [(87, 87, 87), (52, 52, 52)]
 KINDS = {
@@ -163,6 +167,8 @@ KINDS = {
     "palette.png": (lambda path: picture().quantize(8).save(path), COLOUR),
     "sixteen.png": (sixteen_bit, GREY),
     "sixteen.tiff": (sixteen_bit, GREY),
+    "floats_to_1.tiff": (lambda path: floats(path, 1), GREY),
+    "floats_to_255.tiff": (lambda path: floats(path, 255), GREY),
     "one_bit.png": (lambda path: picture().convert("L").point(lambda v: 255 * (v > 70)).convert("1").save(path),
                     [(255, 255, 255), (0, 0, 0)]),
     "animated.gif": (lambda path: picture().save(path, save_all=True, append_images=[Image.new("RGB", (120, 80))]), COLOUR),

@@ -45,6 +45,14 @@ def test_the_command_in_a_recipe_is_accepted(path, monkeypatch):
     trainer.parse_flags(flags)
 
 
+def test_fewer_epochs_than_a_recipe_has_shorten_its_warm_up(capsys):
+    recipe = ["--config", str(CONFIGS / "flickr8k_attention_cpu.yaml")]
+    assert trainer.parse_flags([*recipe, "--epochs", "1"]).warmup_epochs == 0
+    assert "Note: --warmup_epochs 0 instead of 1, by --epochs" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        trainer.parse_flags([*recipe, "--epochs", "1", "--warmup_epochs", "1"])
+
+
 def test_the_recipe_for_own_photos_trains_captions_and_needs_no_more_flags(tiny, monkeypatch, capsys):
     monkeypatch.chdir(tiny.parent)
     skip_pictures(monkeypatch)
@@ -67,4 +75,4 @@ def test_a_recipe_trains(tiny, monkeypatch, capsys):
     tiny_set = ["--dataset_type", "custom", "--data_dir", str(tiny), "--freq_threshold", "1", "--views", "whole"]
     assert trainer.main(["--config", str(recipe), *tiny_set, "--dry_run"]) == 0
     said = capsys.readouterr().out
-    assert "Report: " in said
+    assert "Report: " in said and "A dry run: these scores mean nothing" in said

@@ -9,12 +9,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import draw_tiny
+from PIL import Image
 from run_files import skip_pictures
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
+from captioning.data.dataset import load_caption_set
 from captioning.data.images import VIEWS, load_views
-from captioning.modes.test import Result, save_result
-from captioning.runs.checkpoints import load_checkpoint
+from captioning.modes.test import Result, save_result, training_captions
+from captioning.runs.checkpoints import load_checkpoint, save_checkpoint
 from captioning.runs.directories import TEST_KEYS, read_run, read_scores
 from captioning.scoring.scores import ImageScores
 
@@ -215,8 +218,6 @@ def test_anybodys_captions_get_the_scores_that_ours_get(trained, capsys):
 
 
 def test_views_show_the_parts_that_their_names_say(tmp_path):
-    from PIL import Image
-
     pixels = np.zeros((100, 200, 3), np.uint8)
     pixels[:50, :100, 0] = 255  # red in the top left quarter alone
     Image.fromarray(pixels).save(tmp_path / "corner.png")
@@ -231,3 +232,54 @@ def test_views_show_the_parts_that_their_names_say(tmp_path):
     assert red["top_right"] == red["bottom_left_mirror"] == pytest.approx(part * 0.35 / 0.85, abs=0.03)
     mirrored = load_views(tmp_path / "corner.png", 64, ["top_left_mirror"])[0, ..., 0]
     assert mirrored[5, 60] > 200 and mirrored[5, 5] < 50
+
+
+@pytest.fixture(scope="module")
+def others(trained) -> Path:
+    """Other pictures, whose captions the model was not trained on: a folder without lists."""
+    folder = draw_tiny(trained[0] / "others")
+    for path in sorted((folder / "Images").iterdir()):
+        Image.open(path).transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(path.with_name("new_" + path.name))
+        path.unlink()
+    captions = (folder / "captions.txt").read_text()
+    (folder / "captions.txt").write_text(captions.replace("\np", "\nnew_p").replace("picture", "painting"))
+    return folder
+
+
+def test_captions_are_looked_for_among_those_that_the_model_was_trained_on(trained, others, capsys):
+    """Tested on other data, the share of training captions was that of the other data's."""
+    _, tiny, lstm, _ = trained
+    checkpoint, settings = load_checkpoint(lstm / "best.pt"), SimpleNamespace(feature_cache="off")
+    own, other = (SimpleNamespace(data=load_caption_set(place), settings=settings) for place in (tiny, others))
+    train = [own.data.names.index(name) for name in checkpoint["split"]["train"]["names"]]
+    expected = {text for image in train for text in own.data.references(image)}
+    assert training_captions(own, checkpoint) == expected == training_captions(other, checkpoint)
+    assert all("painting" in text for text in other.data.references(0)), "which are other captions"
+    save_checkpoint(Path("moved.pt"), checkpoint | {"flags": checkpoint["flags"] | {"data_dir": "gone"}})
+    assert score("--data_dir", str(others), "--beam_size", "1", model=["moved.pt"]) == 0
+    assert "% in training is left out" in capsys.readouterr().out
+    assert "in_training" not in rows(Path())[-1]
+
+
+def test_a_folder_of_nothing_but_test_images_is_scored_whole(trained, others, capsys):
+    """Its lists put nothing into training, and a split that is drawn needs three images."""
+    _, tiny, lstm, _ = trained
+    folder = shutil.copytree(others, Path("whole"))
+    (folder / "test.txt").write_text("\n".join(path.name for path in (folder / "Images").iterdir()))
+    assert score("--data_dir", str(folder), "--split", "all", "--beam_size", "1", model=[lstm]) == 0
+    row, out = rows(lstm)[-1], capsys.readouterr().out
+    assert (row["split"], row["images"], row["captions_file"]) == ("all", 20, "all_captions_greedy.json")
+    assert "Scores on 20 images (" in out and "Only 20 images: scores of fewer than 50" in out
+    where = ["--mode", "test", "--dataset_type", "custom", "--data_dir", str(folder), "--split", "all"]
+    assert trainer.main([*where, "--predictions", str(lstm / row["captions_file"])]) == 0
+    assert f"{100 * row['rouge_l']:.2f}" in capsys.readouterr().out
+    larger = shutil.copytree(
+        tiny, Path("larger")
+    )  # the model's own images in another size, then one of them among others
+    for path in (larger / "Images").iterdir():
+        Image.open(path).resize((90, 90)).save(path)
+    name = load_checkpoint(lstm / "best.pt")["split"]["train"]["names"][0]
+    shutil.copy(tiny / "Images" / name, folder / "Images" / "new_p00.jpg")
+    for place in (tiny, larger, folder):
+        assert score("--data_dir", str(place), "--split", "all", model=[lstm]) == 2
+        assert "was trained on" in capsys.readouterr().err

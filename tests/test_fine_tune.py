@@ -86,5 +86,10 @@ def test_the_stages_learn_from_the_second_epoch_on(tiny, monkeypatch, capsys):
     assert trainer.main([*more, "--fine_tune_learning_rate", "0.001", "--model_save_dir", "more"]) == 0
     (last,) = Path("more").rglob("last.pt")
     assert load_checkpoint(last)["flags"]["fine_tune_learning_rate"] == 0.001
+    adapted = ["--init_from", str(folder), "--data_dir", "tiny", "--epochs", "1", "--model_save_dir", "adapted"]
+    assert trainer.main(adapted) == 0
+    before, after = stages_of(folder / "best.pt"), stages_of(only_run("adapted") / "last.pt")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if "running" not in name}, "with a trained decoder they learn at once"
     assert trainer.main([*more, "--fine_tune", "2"]) == 2
     assert "--fine_tune 2 contradicts" in capsys.readouterr().err

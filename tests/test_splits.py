@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from captioning.data.splits import drawn_split, equal_files, find_splits, refuse_trained_images, same_split, store_split
+from captioning.data.dataset import load_caption_set
+from captioning.data.splits import (
+    drawn_split,
+    equal_files,
+    find_splits,
+    listed_split,
+    refuse_trained_images,
+    same_split,
+    store_split,
+)
 from captioning.io import UserError
 
 NAMES = [f"IMG_{n}.jpg" for n in range(10)]
@@ -61,6 +70,25 @@ def test_entries_with_a_folder_or_without_an_ending_match(tmp_path):
         (tmp_path / f"{name}.txt").write_text("\n".join(f"Images/{n}" if name == "val" else n[:-4] for n in images))
     lists, _ = found(NAMES, SIZES, None, tmp_path)
     assert (lists["train"], lists["val"], lists["test"]) == (NAMES[:6], NAMES[6:8], NAMES[8:])
+
+
+def test_a_column_of_a_captions_file_is_used_as_lists_are(tiny):
+    """It was passed over without a word, and its test images were trained on."""
+    parts = ["train"] * 16 + ["dev", "dev", " Test", " Test"]
+    rows = [f"p{number:02d}.jpg,{part},a dog, or two" for number, part in enumerate(parts)]
+    file = tiny / "captions.txt"
+    file.write_text("\n".join(["image,split,caption", *rows, *rows]))
+    data = load_caption_set(tiny)
+    assert [data.splits[split].tolist() for split in ("train", "val", "test")] == [[*range(16)], [16, 17], [18, 19]]
+    assert data.split_source == f"the column split of {file}"
+    (tiny / "train.txt").write_text("p00.jpg\np01.jpg\np02.jpg\nImages/absent.jpg")
+    data = load_caption_set(tiny)
+    assert data.split_source == f"train.txt in {tiny}", "lists rule over it"
+    assert any("not in the data set, left out: Images/absent.jpg" in note for note in data.notes)
+    (tiny / "train.txt").unlink()
+    file.write_text("image,caption,split\np00.jpg,a dog,fold 3\n")
+    with pytest.raises(UserError, match="line 2: the column split has 'fold 3': expected train, val, test"):
+        listed_split([file])
 
 
 def test_known_images_do_not_shrink_another_set_to_themselves(tmp_path):
@@ -132,6 +160,30 @@ def test_a_model_is_not_scored_on_what_it_or_its_parent_was_trained_on():
         refuse_trained_images(stored, np.array([6, 7]), NAMES, VERSIONS, "m.pt")
     others = VERSIONS + 1  # other images that have the same names
     refuse_trained_images(STORED, np.arange(10), NAMES, others, "m.pt")
+
+
+@pytest.mark.parametrize(
+    "trained, scored, leaks",
+    [
+        ("1000268201.jpg", "1000268201_693b08cb0e.jpg", True),
+        ("1000268201_693b08cb0e.jpg", "1000268201.jpg", True),
+        ("36979.jpg", "36979_0123456789.jpg", True),
+        ("1000268201.jpg", "1000268201.jpg", True),
+        ("20240131.jpg", "20240131.jpg", False),
+        ("0000268201.jpg", "0000268201.jpg", False),
+        ("1000268201.png", "1000268201.png", False),
+        ("1000268201_b.jpg", "1000268201.jpg", False),
+        ("IMG_1.jpg", "IMG_1.jpg", False),
+    ],
+)
+def test_a_photo_of_flickr_is_known_by_its_number(trained, scored, leaks):
+    """929 of Flickr8k's 1,000 test images are in Flickr30k, as other files; elsewhere equal names say nothing."""
+    stored = store_split({**SPLITS, "train": np.array([0])}, [trained, *NAMES[1:]], VERSIONS, parent=None)
+    if leaks:
+        with pytest.raises(UserError, match="was trained on 1 of the 1 images to score"):
+            refuse_trained_images(stored, np.array([0]), [scored], np.array([[1, 1]]), "m.pt")
+    else:
+        refuse_trained_images(stored, np.array([0]), [scored], np.array([[1, 1]]), "m.pt")
 
 
 def test_scores_are_compared_on_the_same_held_out_images_only():

@@ -183,7 +183,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("fine_tune", "train the encoder's last N stages with the decoder; 0 leaves all of it frozen",
             number(int, 0, LIMITS["fine_tune"]), 0, modes=DATA_MODES, checkpoint="fixed", metavar="N"),
         Flag("fine_tune_learning_rate", "peak rate of these stages; it follows the schedule of --learning_rate (default: "
-            "0.3 of it); in the first epoch they are not trained", positive, modes=("train",), needs="fine_tune", checkpoint="train"),
+            "0.3 of it); without --init_from they are not trained in the first epoch", positive, modes=("train",), needs="fine_tune", checkpoint="train"),
         Flag("resnet_weights", "file of the encoder's weights, or 'random'; by default looked for, then downloaded",
             as_text, resume=True),
         Flag("embed_size", "size of word and image embeddings", as_size("embed_size"), 512, modes=DATA_MODES,
@@ -259,7 +259,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("consensus", "take, of a beam of 20 unless --beam_size is given, the caption that agrees best with the others and with "
             "what the checkpoint expects of the image; has no effect where it expects nothing (--mode tune adds it to older runs)",
             str, "on", ("on", "off"), modes=("test", "caption", "serve")),
-        Flag("split", "which images are scored", str, "test", ("test", "val", "val+test"), modes=("test",),
+        Flag("split", "which images are scored; all needs no lists", str, "test", ("test", "val", "val+test", "all"), modes=("test",),
             parameter=False),
     ),
     "captioning and the page": (

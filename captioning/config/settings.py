@@ -235,6 +235,9 @@ def parse_flags(argv: list[str]) -> Settings:
         if (config | typed).get("scst_epochs"):
             defaults["early_stopping"] = 0
     values = defaults | config | typed
+    if "epochs" in typed and "warmup_epochs" not in typed and warmup_too_long(values):  # that of a recipe
+        was, values["warmup_epochs"] = values["warmup_epochs"], values["epochs"] - 1
+        print(f"Note: --warmup_epochs {values['warmup_epochs']} instead of {was}, by --epochs", file=sys.stderr)
     if values["quiet"] and values["verbose"] and len({"quiet", "verbose"} & set(typed)) == 1:  # it wins over a file
         values |= {"quiet": "quiet" in typed, "verbose": "verbose" in typed}
     settings = Settings(values, explicit)
@@ -475,12 +478,17 @@ def check_training(args: Settings, error: Callable[[str], Any]) -> None:
     """Cross-flag validation of training."""
     if args.init_from is not None and args.model_path is not None:
         error("--init_from starts a new run on other data, --model_path trains a run further: leave one of them out")
-    if args.use_scheduler and args.scheduler_type == "one_cycle" and args.warmup_epochs >= args.epochs > 0:
+    if warmup_too_long(args.values()):
         error(f"--warmup_epochs {args.warmup_epochs} leaves nothing of the {args.epochs} epochs to come down in")
     if not args.epochs + args.scst_epochs:
         error("--epochs 0 leaves nothing to do: add --scst_epochs N, or train at least one epoch")
     if args.scst_epochs and args.early_stopping:
         error("--early_stopping has no effect with --scst_epochs: best.pt is the best epoch of all of them")
+
+
+def warmup_too_long(values: Mapping[str, Any]) -> bool:
+    one_cycle = values["use_scheduler"] and values["scheduler_type"] == "one_cycle"
+    return bool(one_cycle and values["warmup_epochs"] >= values["epochs"] > 0)
 
 
 def check_decoding(args: Settings, error: Callable[[str], Any]) -> None:

@@ -23,13 +23,12 @@ import numpy as np
 
 from captioning.data.images import IMAGE_ENDINGS
 from captioning.data.layouts import (
-    SPLITS,
     files_in,
     find_captions_file,
     find_image_directory,
     read_captions,
 )
-from captioning.data.splits import StoredSplit, equal_files, find_splits, require_splits
+from captioning.data.splits import StoredSplit, equal_files, find_splits, require_splits, whole_set
 from captioning.io import UserError, write_atomic
 
 PAD, SOS, EOS, UNK = range(4)
@@ -159,7 +158,7 @@ class CaptionSet:
     def facts(self) -> dict[str, Any]:
         """Return what has to be the same in all processes that train on this set, as plain values by name."""
         words, ids, offsets = self.tokens
-        arrays = (ids, offsets, self.first_caption, *(self.splits[split] for split in SPLITS))
+        arrays = (ids, offsets, self.first_caption, *self.splits.values())
         crc = zlib.crc32("\n".join([*self.names, *words]).encode("utf-8", "surrogatepass"))
         for array in arrays:
             crc = zlib.crc32(array.tobytes(), crc)
@@ -253,6 +252,7 @@ def load_caption_set(
     seed: int = 0,
     stored: StoredSplit | None = None,
     token_cache: Path | None = None,
+    whole: bool = False,
 ) -> CaptionSet:
     """Find and read a data set in any of the layouts of docs/data.md.
 
@@ -261,6 +261,7 @@ def load_caption_set(
         seed: of the random split of a data set without split lists.
         stored: the split in a checkpoint, which rules wherever it knows an image: see captioning/data/splits.py.
         token_cache: a directory for tokenized captions, or None.
+        whole: whether all images are one split, `all`, whatever lists there are.
 
     Raises:
         UserError: no usable data set; the message says what was looked for and how to get it.
@@ -304,8 +305,11 @@ def load_caption_set(
     long = int((np.diff(tokens.offsets) > LONG_CAPTION).sum())
     if long:
         notes.append(f"{long} caption(s) of more than {LONG_CAPTION} words: training reads --max_length words of each")
-    search = [place for place in (data_dir, captions_path.parent) if place is not None]
+    search = [place for place in (data_dir, captions_path.parent, captions_path) if place is not None]
     sizes = [(directory / name).stat().st_size for name in names]
     copies = functools.cache(lambda: equal_files(directory, names, sizes))
-    splits, source = find_splits(search, names, sizes, seed, stored, notes, copies)
+    if whole:
+        splits, source = whole_set(names, sizes, stored, notes), "--split all"
+    else:
+        splits, source = find_splits(search, names, sizes, seed, stored, notes, copies)
     return CaptionSet(directory, names, first_caption, tokens, splits, source, captions_path, notes)

@@ -150,6 +150,8 @@ def rgb(image: Image.Image) -> Image.Image:
     if upright.mode.startswith("I;16") or upright.mode == "I":  # 16 bits a channel
         scaled = np.asarray(upright, dtype=np.float64) / 257
         upright = Image.fromarray(scaled.clip(0, 255).astype(np.uint8))
+    elif upright.mode == "F" and np.asarray(upright).max() <= 1:  # floats of 0 to 1, else of 0 to 255
+        upright = upright.point(lambda value: value * 255)
     if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
         upright = upright.convert("RGBA")
         upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)

@@ -41,6 +41,9 @@ SPLIT_LISTS = (
 TOKEN_ROW = r"^(?P<image>[^\t]+)#\d+\t(?P<caption>.*)$"
 # `image_name| comment_number| comment`, Kaggle's Flickr30k, one row of which lacks its second bar.
 BAR_ROW = r"^(?P<image>[^|]*)\|\s*\d+\s*(?:\|\s*|\s+)(?P<caption>.*)$"
+IMAGE_COLUMNS, CAPTION_COLUMNS = ("image", "image_name", "filename", "file_name"), ("caption", "comment", "text")
+# Other names of a split, in Karpathy's files and in CSV columns.
+SPLIT_NAMES = {"restval": "train", "dev": "val", "valid": "val", "validation": "val"}
 KARPATHY_FILES = ("dataset_flickr8k.json", "dataset_flickr30k.json", "dataset_coco.json", "dataset.json")
 
 
@@ -127,7 +130,7 @@ def read_captions(path: Path) -> tuple[pd.DataFrame, list[str]]:
             table = lines_table(path, text, BAR_ROW, "image| number| caption", first=2)
             table["image"] = table["image"].str.strip()
         else:
-            table = rows_table(csv_rows(path, text))
+            table = rows_table(row[:3] for row in csv_rows(path, text))
     names = table["image"].unique()
     for name in names:
         if reason := name_fault(name):
@@ -272,16 +275,19 @@ def coco_rows(path: Path, content: Any) -> Iterator[tuple[int, str, str]]:
         ) from error
 
 
-def csv_rows(path: Path, text: str) -> Iterator[tuple[int, str, str]]:
-    """Read `image,caption` with a header, or the columns image_name, comment_number, comment."""
+def csv_rows(path: Path, text: str) -> Iterator[tuple[int, str, str, str]]:
+    """Read `image,caption` with a header, or the columns image_name, comment_number, comment.
+
+    Yields:
+        line, image, caption, and the column `split` ("" where there is none).
+    """
     reader = csv.reader(io.StringIO(text), strict=True)
     line = 1  # where a row begins: a quoted caption may go over several lines
     try:
         header = [name.strip().lower() for name in next(reader, [])]
-        image = next(
-            (header.index(name) for name in ("image", "image_name", "filename", "file_name") if name in header), None
-        )
-        caption = next((header.index(name) for name in ("caption", "comment", "text") if name in header), None)
+        image = next((header.index(name) for name in IMAGE_COLUMNS if name in header), None)
+        caption = next((header.index(name) for name in CAPTION_COLUMNS if name in header), None)
+        split = header.index("split") if "split" in header else None
         if image is None or caption is None:
             raise UserError(
                 f"{path}, line 1: expected the header `image,caption`, found {','.join(header)[:60]!r} "
@@ -298,7 +304,8 @@ def csv_rows(path: Path, text: str) -> Iterator[tuple[int, str, str]]:
                     f"({','.join(header)[:60]!r}), found {len(row)}: {','.join(row)[:60]!r}"
                 )
             if not blank:
-                yield line, row[image].strip(), ",".join(row[caption:]) if last else row[caption]
+                part = "" if split is None else row[split].strip().lower()
+                yield line, row[image].strip(), ",".join(row[caption:]) if last else row[caption], part
             line = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f'{path}, line {line}: {error}; quote captions as in "a ""big"" dog"') from error
@@ -328,11 +335,32 @@ def karpathy_split(place: Path) -> tuple[dict[str, list[str]], str] | None:
             lists: dict[str, list[str]] = {split: [] for split in SPLITS}
             try:
                 for image in read_json(place / file)["images"]:
-                    split = "train" if image["split"] == "restval" else image["split"]
-                    lists[split].append(karpathy_name(image))
+                    lists[SPLIT_NAMES.get(image["split"], image["split"])].append(karpathy_name(image))
             except (KeyError, TypeError) as error:
                 raise UserError(
                     f"{place / file} is not a Karpathy caption file: no images, split or filename"
                 ) from error
             return lists, f"Karpathy's {file} in {place}"
     return None
+
+
+def column_split(path: Path) -> tuple[dict[str, list[str]], str] | None:
+    """Return the image names of each split in the column `split` of a captions file, and their source; None without one.
+
+    Raises:
+        UserError: a row has another word there.
+    """
+    text = read_text(path) if path.is_file() and path.suffix != ".json" else ""
+    header = {name.strip(' "').lower() for name in text.partition("\n")[0].split(",")}
+    if "split" not in header or not header.intersection(IMAGE_COLUMNS):
+        return None
+    lists: dict[str, dict[str, None]] = {}
+    for line, name, _, word in csv_rows(path, text):
+        part = SPLIT_NAMES.get(word, word)
+        if part in SPLITS:
+            lists.setdefault(part, {})[name] = None
+        elif part:  # an image without a part is one that no list has
+            raise UserError(
+                f"{path}, line {line}: the column split has {word[:40]!r}: expected {', '.join(SPLITS)}, or another header"
+            )
+    return {part: [*names] for part, names in lists.items()}, f"the column split of {path}"

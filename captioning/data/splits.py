@@ -10,6 +10,7 @@ one was trained on from.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -17,13 +18,16 @@ from typing import Any
 
 import numpy as np
 
-from captioning.data.layouts import SPLITS, karpathy_split, split_lists
+from captioning.data.layouts import SPLITS, column_split, karpathy_split, split_lists
 from captioning.io import CONTROL_CHARACTERS, UserError, log, printable, sha256
 
 COCO_HELD_OUT = 5000  # validation and test images of COCO, as many as Karpathy's split has
 # Shares of names in common from which on two sets of other files are one data set, encoded anew: see `same_names`.
 SAME_SET, LEAST_SHARE = 0.9, 0.5
 MOST_COPIES = 0.02  # of the images to score, that may be training images under other names
+# 1000268201_693b08cb0e.jpg of Flickr8k is 1000268201.jpg of Flickr30k: the number is the photo's on Flickr. Of names that
+# are a number alone those of 9 digits count, which are no dates and no counts.
+FLICKR_NAME, FLICKR_DIGITS = re.compile(r"^([1-9]\d{4,})(_[0-9a-f]{10})?\.jpg$"), 9
 Part = dict[str, Any]
 StoredSplit = dict[str, Part]
 
@@ -35,7 +39,7 @@ def find_splits(
     """Split images: as a checkpoint has them, else by the data set's own lists, else at random.
 
     Args:
-        places: folders that may hold split lists.
+        places: folders that may hold split lists, and the captions file, which may have a column `split`.
         names, sizes: of all captioned images; bytes of their files.
         stored: the split in a checkpoint. It rules wherever it knows an image.
         notes: receives what was left out and why.
@@ -93,6 +97,20 @@ def find_splits(
         notes.append(f"{len(unused)} image(s) in no split, left out: {few(unused)}")
     require_splits(splits, source)
     return splits, source
+
+
+def whole_set(
+    names: Sequence[str], sizes: Sequence[int], stored: StoredSplit | None, notes: list[str]
+) -> dict[str, np.ndarray]:
+    """Return all images as one split, `all`. Raises UserError if a checkpoint's split has some as training images."""
+    known, _ = (None, False) if stored is None else stored_lists(stored, names, sizes, notes)
+    trained = set(known["train"]).intersection(names) if known else set()
+    if trained:
+        raise UserError(
+            f"--split all: the model was trained on {len(trained)} of the {len(names)} images ({few(trained)}): a score on "
+            "them says nothing. Leave the flag out, or give a folder without these images"
+        )
+    return {"all": np.arange(len(names))}
 
 
 def match_names(entries: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -155,18 +173,18 @@ def equal_files(folder: Path, names: Sequence[str], sizes: Sequence[int]) -> lis
 
 
 def require_splits(splits: Mapping[str, np.ndarray], source: str) -> None:
-    """Raise UserError if no image trains or validates."""
+    """Raise UserError if no image trains or validates, where there are such splits."""
     for split in ("train", "val"):
-        if len(splits[split]) == 0:
-            raise UserError(f"the {split} split has no images ({source}): training needs at least one")
+        if split in splits and not len(splits[split]):
+            raise UserError(
+                f"the {split} split has no images ({source}): training needs at least one; --mode test --split all scores a "
+                "folder without lists"
+            )
 
 
 def listed_split(places: Sequence[Path]) -> tuple[dict[str, list[str]], str] | None:
-    for place in places:
-        found = split_lists(place) or karpathy_split(place)
-        if found:
-            return found
-    return None
+    kinds = (split_lists, karpathy_split, column_split)
+    return next((found for place in places for kind in kinds if (found := kind(place))), None)
 
 
 def drawn_split(
@@ -258,18 +276,13 @@ def store_split(
         versions: int64 (n, 2), the size and CRC-32 of every image, as `Features.versions`.
         parent: the split of the checkpoint that training went on from.
     """
-    stored: StoredSplit = {}
-    for split in SPLITS:
-        sizes, hashes = versions[splits[split]].T.tolist()
-        stored[split] = {"names": [names[i] for i in splits[split]], "sizes": sizes, "hashes": hashes}
-    own = set(keys(stored["train"]))
-    inherited = [key for key in trained_on(parent) if key not in own] if parent else []
-    stored["inherited"] = {
-        "names": [name for name, _, _ in inherited],
-        "sizes": [size for _, size, _ in inherited],
-        "hashes": [crc for _, _, crc in inherited],
+    known = {split: [(names[i], *versions[i].tolist()) for i in splits[split]] for split in SPLITS}
+    own = set(known["train"])
+    known["inherited"] = [key for key in trained_on(parent) if key not in own] if parent else []
+    return {
+        part: {column: [key[n] for key in each] for n, column in enumerate(("names", "sizes", "hashes"))}
+        for part, each in known.items()
     }
-    return stored
 
 
 def same_split(first: StoredSplit, second: StoredSplit) -> bool:
@@ -292,13 +305,23 @@ def seen_in_training(
 ) -> tuple[list[int], list[int]]:
     """Return which of the images (n,) a model was trained on, and which are copies of such under other names.
 
+    An image is known by name, size and CRC-32, or by its Flickr number, whatever its size.
+
     Args:
         versions: int64 (all images, 2), as `Features.versions`.
     """
     trained = set(trained_on(stored))
     contents = {key[1:] for key in trained}
     found = {i: (names[i], *version) for i, version in zip(images.tolist(), versions[images].tolist(), strict=True)}
-    seen = [i for i, key in found.items() if key in trained]
+    photos = dict(photo for name, *_ in trained for photo in FLICKR_NAME.findall(name))  # ending by number
+
+    def is_known_photo(name: str) -> bool:
+        return any(
+            number in photos and (ending or photos[number] or len(number) >= FLICKR_DIGITS)
+            for number, ending in FLICKR_NAME.findall(name)
+        )
+
+    seen = [i for i, key in found.items() if key in trained or is_known_photo(key[0])]
     return seen, [i for i in sorted(found.keys() - set(seen)) if found[i][1:] in contents]
 
 

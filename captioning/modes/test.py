@@ -15,8 +15,11 @@ from filelock import FileLock
 
 from attention_visualization import save_attention_pictures
 from captioning import distributed
-from captioning.data.dataset import CaptionSet, captions_of, tokenize
+from captioning.config.settings import cache_folder
+from captioning.data.dataset import CaptionSet, captions_of, tokenize, tokenize_cached
 from captioning.data.images import UnreadableImage, open_image
+from captioning.data.layouts import default_folder, find_captions_file, read_captions
+from captioning.data.splits import LEAST_SHARE, SAME_SET
 from captioning.decoding.beam_search import Hypothesis
 from captioning.decoding.confidence import calibration_error, confidence_of, reliability, supported_shares, table_of
 from captioning.io import UserError, make_directory, printable, read_json, write_json
@@ -28,6 +31,7 @@ from captioning.training.caption_set import DecodingContext, caption, images_to_
 from experiment_utils import save_numbered
 from metrics_utils import MetricFailed, meteor_scores, person_scores, score_images, summarize, variety
 
+FEW_IMAGES = 50  # to score
 INTERVALS = {"cider": "CIDEr", "bleu4": "BLEU-4", "rouge_l": "ROUGE-L", "wer": "WER"}
 
 
@@ -76,10 +80,11 @@ def run(context: DecodingContext, images: np.ndarray, checkpoints: Mapping[Path,
         "no_repeat_ngram": args.no_repeat_ngram or None,
         "images_hash": images_hash(data, images, context.members[0][1].versions),
     }  # fmt: skip
+    training = training_captions(context, checkpoints[path]) if distributed.is_first() else None
     results = []
     for way in ways_to_decode(context, images):
         if distributed.is_first():
-            result = score_way(context, images, way, header)
+            result = score_way(context, images, way, header, training)
             save_result(rows_file, f"{ensemble}{args.split.replace('+', '_')}", data, images, result)
             results.append(result)
     if args.save_attention_viz:
@@ -93,7 +98,7 @@ def run(context: DecodingContext, images: np.ndarray, checkpoints: Mapping[Path,
     person = person_scores(references)
     for result in results:  # for the report, which has no references to score
         result.scores |= {f"person_{key}": value for key, value in person.items()}
-    notes += describe_confidence(results[-1], args.split)
+    notes += [*describe_confidence(results[-1], args.split), *reservations(args, len(images), training)]
     for result in results:
         save_row(rows_file, result)
     print_scores([(each.name, each.scores) for each in results], person, len(images), args.split, notes)
@@ -110,9 +115,11 @@ def score_predictions(data: CaptionSet, args: argparse.Namespace) -> None:
     """Score captions of this data set's images from any other program (`--predictions`)."""
     images = np.concatenate([data.splits[split] for split in args.split.split("+")])
     captions = read_predictions(args.predictions, data, images)
-    scores, _ = score_test(data, images, captions)
+    train = data.splits.get("train")
+    training = None if train is None else set(map(data.tokens.text, captions_of(data, train)))
+    scores, _ = score_test(data, images, captions, training)
     references = [data.references(image) for image in images]
-    notes = add_meteor([(captions, scores)], references)
+    notes = add_meteor([(captions, scores)], references) + reservations(args, len(images), training)
     columns = [(printable(args.predictions.stem), scores)]
     print_scores(columns, person_scores(references), len(images), args.split, notes)
 
@@ -150,10 +157,36 @@ def ways_to_decode(context: DecodingContext, images: np.ndarray) -> Iterator[Way
 # Scores
 
 
-def score_way(context: DecodingContext, images: np.ndarray, way: Way, header: Mapping[str, Any]) -> Result:
+def training_captions(context: DecodingContext, checkpoint: Mapping[str, Any]) -> set[str] | None:
+    """Return the captions of the images that a model was trained on, None if they are not found.
+
+    They are in the data set that is tested, if that is the model's own, or where the model was trained.
+    """
+    data, flags, trained = context.data, checkpoint["flags"], set(checkpoint["split"]["train"]["names"])
+    here = np.flatnonzero([name in trained for name in data.names])
+    if len(here) >= max(SAME_SET * len(trained), LEAST_SHARE * len(data.names)):
+        return set(map(data.tokens.text, captions_of(data, here)))
+    data_dir, image_dir, captions_file = (
+        Path(flags[name]) if flags[name] else None for name in ("data_dir", "image_dir", "captions_file")
+    )
+    try:
+        folder = default_folder(data_dir, image_dir, captions_file, flags["dataset_type"])
+        table, _ = read_captions(captions_file or find_captions_file(folder))
+    except (UserError, OSError):
+        return None
+    table = table[table["image"].isin(trained)]
+    if table["image"].nunique() < SAME_SET * len(trained):
+        return None
+    tokens = tokenize_cached(table["caption"].tolist(), cache_folder(context.settings.feature_cache))
+    return set(map(tokens.text, range(len(table))))
+
+
+def score_way(
+    context: DecodingContext, images: np.ndarray, way: Way, header: Mapping[str, Any], training: set[str] | None
+) -> Result:
     """Return the scores of one way of decoding that need no Java."""
     captions = [context.text(hypothesis) for hypothesis in way.found]
-    scores, by_image = score_test(context.data, images, captions)
+    scores, by_image = score_test(context.data, images, captions, training)
     full = {**header, **way.settings, "tokenizer": "spacy.blank('en'), lower case, without punctuation"}
     result = Result(way.name, full, captions, way.more | scores, by_image)
     if table := table_of(context.calibration, way.settings["consensus"] is not None):
@@ -163,12 +196,13 @@ def score_way(context: DecodingContext, images: np.ndarray, way: Way, header: Ma
     return result
 
 
-def score_test(data: CaptionSet, images: np.ndarray, captions: Sequence[str]) -> tuple[dict[str, Any], ImageScores]:
+def score_test(
+    data: CaptionSet, images: np.ndarray, captions: Sequence[str], training: set[str] | None
+) -> tuple[dict[str, Any], ImageScores]:
     """Return scores, intervals of 95 % and variety of a set of captions; and the scores by image."""
     references = [data.references(image) for image in images]
     by_image = score_images(captions, references)
     scores: dict[str, Any] = {**summarize(by_image)}
-    training = set(map(data.tokens.text, captions_of(data, data.splits["train"])))
     scores |= variety(captions, training)
     scores |= {f"{name}_interval": list(bounds) for name, bounds in bootstrap_intervals(by_image).items()}
     return scores, by_image
@@ -185,6 +219,16 @@ def add_meteor(
     for (_, scores), value in zip(systems, values, strict=True):
         scores["meteor"] = value
     return []
+
+
+def reservations(args: argparse.Namespace, images: int, training: set[str] | None) -> list[str]:
+    """Return lines that say what is not in the table, and where scores say little."""
+    lines = [] if training is not None else ["% in training is left out: the training captions are not found"]
+    if args.dry_run:
+        lines.append("A dry run: these scores mean nothing")
+    elif images < FEW_IMAGES:
+        lines.append(f"Only {images} images: scores of fewer than {FEW_IMAGES} depend much on which images they are")
+    return lines
 
 
 def describe_confidence(result: Result, split: str) -> list[str]:
@@ -263,7 +307,9 @@ def print_scores(
     def line(name: str, cells: Sequence[str]) -> str:
         return f"  {name:<26}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=False))
 
-    print(f"\nScores on {images} {split} images (x100; lower case, no punctuation; CIDEr's word weights from")
+    print(
+        f"\nScores on {images} {'' if split == 'all' else f'{split} '}images (x100; lower case, no punctuation; CIDEr's word weights from"
+    )
     print("these images; a person: one caption against the image's others, which are one fewer; unsupported")
     print("words: the share of content words that no reference of the image has):")
     print(line("", [name for name, _ in shown]))
@@ -275,7 +321,8 @@ def print_scores(
         ("mean_length", "words a caption", 1, 1),
         ("in_training", "% in training", 100, 1),
     ):
-        print(line(name, [f"{scale * scores[key]:.{digits}f}" for _, scores in columns]))
+        if key in columns[0][1]:
+            print(line(name, [f"{scale * scores[key]:.{digits}f}" for _, scores in columns]))
     name, scores = columns[-1]
     bounds = (
         f"{label} {100 * scores[f'{key}_interval'][0]:.1f} to {100 * scores[f'{key}_interval'][1]:.1f}"

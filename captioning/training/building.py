@@ -42,9 +42,11 @@ def build_data(settings: Settings, stored: StoredSplit | None) -> CaptionSet:
     """
     data_dir = default_folder(settings.data_dir, settings.image_dir, settings.captions_file, settings.dataset_type)
     cache = cache_folder(settings.feature_cache)
-    data = load_caption_set(data_dir, settings.image_dir, settings.captions_file, settings.seed, stored, cache)
+    data = load_caption_set(
+        data_dir, settings.image_dir, settings.captions_file, settings.seed, stored, cache, settings.split == "all"
+    )
     if settings.dry_run:
-        data.splits = {split: images[:n] for (split, images), n in zip(data.splits.items(), (8, 4, 4), strict=True)}
+        data.splits = {split: images[:n] for (split, images), n in zip(data.splits.items(), (8, 4, 4), strict=False)}
     sizes = ", ".join(f"{split} {len(images)}" for split, images in data.splits.items())
     log.info(f"Data: {len(data.names)} images and {data.first_caption[-1]} captions in {data.captions_file}")
     log.info(f"Split by image: {sizes} (from {data.split_source})")
