@@ -4,14 +4,41 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from captioning.io import DATA_SCRIPT, install_command, program
 from captioning.runs.directories import reproducing_command
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def by_name(lines: list[str]) -> dict[str, Requirement]:
+    return {need.name.lower().replace("_", "-"): need for need in map(Requirement, lines)}
+
+
+def pins(extra: str) -> dict[str, Requirement]:
+    """What an extra's requirements file names."""
+    text = (ROOT / f"requirements{extra and '-'}{extra}.txt").read_text("utf-8")
+    return by_name([line.partition("  #")[0] for line in text.splitlines() if not line.startswith("#")])
+
+
+def test_ranges_have_bounds_that_hold_the_pins() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    light, extras, everything = project["dependencies"], project["optional-dependencies"], pins("")
+    assert by_name([*light, *extras["train"]]).keys() == everything.keys() and "torch" not in by_name(light)
+    for extra, lines in {"": light, **extras}.items():
+        pinned = everything if extra in ("", "train") else everything | pins(extra)
+        assert extra in ("", "train") or pins(extra).keys() <= by_name(lines).keys()
+        for name, need in by_name(lines).items():
+            (pin,) = (Version(each.version) for each in pinned[name].specifier)
+            assert pinned[name].marker == need.marker and need.specifier.contains(pin), f"{need}, but {pin} is pinned"
+            assert {(each.operator, each.version) for each in need.specifier} >= {("<", str(pin.major + 1))}
+            assert {each.operator for each in need.specifier} == {">=", "<"}, need
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +60,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(installed: Path, place: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run an installed command, or a module with -m, in a folder."""
+    """Run an installed command, or Python with these words, in a folder."""
     command = [shutil.which(words[0], path=installed / "bin") or words[0], *words[1:]]
-    if words[0] == "-m":
+    if words[0].startswith("-"):
         command = [sys.executable, *words]
     environment = os.environ | {"PYTHONPATH": str(installed)} | environment
     return subprocess.run(command, cwd=place, env=environment, capture_output=True, encoding="utf-8")
@@ -68,6 +95,12 @@ def test_it_captions_with_the_included_captioner(installed: Path, tmp_path: Path
     assert done.stdout.startswith(f"{photo}\ta ") and "Using flickr8k_attention" in done.stderr
 
 
+def test_a_light_installation_says_which_extra_trains(installed: Path, tmp_path: Path) -> None:
+    done = run(installed, tmp_path, "-S", "-m", "captioning", "--dataset_type", "demo")  # -S: without site-packages
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "has no package torch. Training and" in done.stderr
+    assert 'the extra `train`: python -m pip install "flickr-caption[train]"' in done.stderr
+
+
 def test_messages_print_what_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["--resume", "a run"]
     for started, train, data in (
@@ -81,8 +114,8 @@ def test_messages_print_what_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
         assert reproducing_command(words) == f"{train} --resume 'a run'" and program(DATA_SCRIPT) == data
     monkeypatch.setattr("captioning.io.__file__", "/site-packages/captioning/io.py")
     assert program() == "flickr-caption"
-    assert install_command("hub") == 'python -m pip install "image-captioning-trainer[hub]"'
-    assert install_command() == 'python -m pip install "image-captioning-trainer"'
+    assert install_command("hub") == 'python -m pip install "flickr-caption[hub]"'
+    assert install_command() == 'python -m pip install "flickr-caption[train]"'
 
 
 @pytest.mark.parametrize(

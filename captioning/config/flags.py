@@ -138,7 +138,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             modes=("test",), parameter=False),
         Flag("output", "--mode export: a new folder; --mode caption: a new .csv or .jsonl, instead of printing", as_path,
             modes=("caption", "export"), parameter=False),
-        Flag("onnx", "write encoder and decoder as ONNX too (requirements-export.txt)", modes=("export",), parameter=False),
+        Flag("onnx", "write encoder and decoder as ONNX too", modes=("export",), parameter=False),
         Flag("resume", "continue an interrupted run in its own directory", as_path, modes=("train",), resume=True,
             parameter=False, metavar="RUN_DIR"),
         Flag("config", "YAML or JSON file of flags, e.g. a run's run_config.json; the command line wins", as_path,
