@@ -11,6 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from captioning import __version__
 from captioning.io import DATA_SCRIPT, install_command, program
 from captioning.runs.directories import reproducing_command
 
@@ -47,8 +48,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("package")
     # Built from a copy, as `pip wheel` leaves its work in the folder that it builds.
     source, ignore = folder / "source", shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "captioning", source / "captioning", ignore=ignore)
-    for pattern in ("*.py", "requirements*.txt", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("captioning", "configs"):
+        shutil.copytree(ROOT / name, source / name, ignore=ignore)
+    for pattern in ("*.py", "pyproject.toml", "README.md", "LICENSE"):
         for file in ROOT.glob(pattern):
             shutil.copy(file, source)
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
@@ -71,6 +73,7 @@ def run(installed: Path, place: Path, *words: str, **environment: str) -> subpro
 def test_every_file_of_the_package_is_in_the_wheel(installed: Path) -> None:
     ours = {path.relative_to(ROOT) for path in (ROOT / "captioning").rglob("*") if path.is_file()}
     there = {path.relative_to(installed) for path in (installed / "captioning").rglob("*")}
+    ours |= {Path("captioning", "recipes", path.name) for path in (ROOT / "configs").iterdir()}
     assert {path for path in ours if path.suffix != ".pyc"} - there == set()
 
 
@@ -84,15 +87,44 @@ def test_commands_answer_before_pytorch_is_imported(installed: Path, tmp_path: P
         assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(f"usage: {name} [")
         done = run(installed, tmp_path, *words, "--decodr", "lstm", PYTHONPATH=broken)
         assert done.returncode == 2 and f"{name}: error: " in done.stderr and "Traceback" not in done.stderr
+    done = run(installed, tmp_path, "flickr-caption", PYTHONPATH=broken)
+    assert done.returncode == 0 and done.stdout.startswith("usage: flickr-caption PHOTO") and done.stderr == ""
+    done = run(installed, tmp_path, "flickr-caption", "--version", PYTHONPATH=broken)
+    assert done.stdout == f"flickr-caption {__version__}\n"
+    done = run(installed, tmp_path, "flickr-caption", "--config", "own_photos", "--top_p", "1", PYTHONPATH=broken)
+    assert "--top_p has no effect with --mode train" in done.stderr  # the recipe is found
+    done = run(installed, tmp_path, "flickr-caption", "--config", "own_photo", PYTHONPATH=broken)
+    assert done.returncode == 2 and "the name of a recipe: flickr30k_attention_cpu, " in done.stderr
     done = run(installed, tmp_path, "flickr-caption-data", "--dataset", "demo", "--verify-only", PYTHONPATH=broken)
     assert done.returncode == 1 and "`flickr-caption-data --dataset demo --data_dir data` gets" in done.stdout
 
 
 def test_it_captions_with_the_included_captioner(installed: Path, tmp_path: Path, tiny: Path) -> None:
     photo = str(tiny / "Images" / "p03.jpg")
-    done = run(installed, tmp_path, "flickr-caption", "--mode", "caption", "--images", photo, "--device", "cpu")
+    done = run(installed, tmp_path, "flickr-caption", photo, "--device", "cpu")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{photo}\ta ") and "Using flickr8k_attention" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "module", "function", "images"),
+    [
+        ("a.jpg folder --json", "caption", "caption_images", ["a.jpg", "folder"]),
+        ("- --quiet", "caption", "caption_images", ["-"]),
+        ("--mode caption --images a.jpg", "caption", "caption_images", ["a.jpg"]),
+        ("serve --port 7861", "serve", "serve_page", None),
+    ],
+)
+def test_captions_and_the_page_start_without_pytorch(words, module, function, images):
+    code = f"""
+import sys, types
+module = sys.modules["captioning.modes.{module}"] = types.ModuleType("{module}")
+module.{function} = lambda settings: print(settings.images, "torch" in sys.modules) or 7
+sys.argv[0] = "flickr-caption"
+from captioning.__main__ import main
+main()"""
+    done = subprocess.run([sys.executable, "-c", code, *words.split()], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (7, f"{images} False\n"), done.stderr
 
 
 def test_a_light_installation_says_which_extra_trains(installed: Path, tmp_path: Path) -> None:
@@ -122,6 +154,8 @@ def test_messages_print_what_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
     ("command", "package"),
     [
         ("flickr_image_caption_with_pytorch_resnet_lstm.py --dry_run", "torch"),
+        ("flickr_image_caption_with_pytorch_resnet_lstm.py --encoder list", "torch"),
+        ("flickr_image_caption_with_pytorch_resnet_lstm.py --config own_photos", "yaml"),
         ("download_datasets.py --dataset demo", "filelock"),
     ],
 )
