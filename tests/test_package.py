@@ -1,6 +1,7 @@
 """The project as pip installs it: a wheel, built and unpacked without a network, and run from an empty folder."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,9 @@ def pins(extra: str) -> dict[str, Requirement]:
     """What an extra's requirements file names."""
     text = (ROOT / f"requirements{extra and '-'}{extra}.txt").read_text("utf-8")
     return by_name([line.partition("  #")[0] for line in text.splitlines() if not line.startswith("#")])
+
+
+TORCH, TORCHVISION = (str(pins("")[name].specifier).removeprefix("==") for name in ("torch", "torchvision"))
 
 
 def test_ranges_have_bounds_that_hold_the_pins() -> None:
@@ -166,3 +170,42 @@ def test_a_python_without_the_packages_says_how_to_get_them(tmp_path, command, p
     assert ended.returncode == 2
     assert ended.stderr.startswith("error: ") and f"has no package {package}" in ended.stderr
     assert "python -m pip install -r requirements.txt" in ended.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PyPI's PyTorch brings CUDA on Linux alone")
+@pytest.mark.parametrize(("gpu", "reachable"), [(False, True), (False, False), (True, True)])
+def test_setup_installs_cuda_only_where_there_is_a_gpu(tmp_path, gpu, reachable):
+    shutil.copy(ROOT / "setup.sh", tmp_path)
+    shutil.copy(ROOT / "requirements.txt", tmp_path)
+    tools, pip_calls = tmp_path / "tools", tmp_path / "pip_calls"
+    tools.mkdir()
+    for name in ("bash", "env", "dirname", "uname", "cat", "cksum", "rm", "awk", "sed", "grep"):
+        (tools / name).symlink_to(str(shutil.which(name)))
+    scripts = {
+        "tools/df": "#!/bin/sh\nprintf 'head\\n- - - 99999999\\n'",
+        ".venv/pyvenv.cfg": "",
+        ".venv/bin/python": f"""#!/bin/sh
+            case "$*" in
+                *version_info*) echo 3.12 ;;
+                *find_spec*) exit 1 ;;
+                *"pip install"*) echo "$@" >>{pip_calls}; case "$*" in *--index-url*) exit {int(not reachable)} ;; esac ;;
+            esac""",
+    }
+    for name, text in (scripts | ({"tools/nvidia-smi": "#!/bin/sh"} if gpu else {})).items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run([tmp_path / "setup.sh"], env={"PATH": str(tools)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *torch, rest = pip_calls.read_text().splitlines()
+    assert rest.endswith("-r requirements.txt")
+    assert [line.partition("--index-url ")[2] for line in torch] == (
+        [] if gpu else [f"https://download.pytorch.org/whl/cpu torch=={TORCH}+cpu torchvision=={TORCHVISION}+cpu"]
+    )
+    assert ("about 6.7 GB, with CUDA" if gpu else "about 1.9 GB") in done.stdout.splitlines()[0]
+    assert ("installing PyPI's PyTorch with CUDA instead, about 6.7 GB" in done.stdout) == (not reachable)
+
+
+def test_documents_name_the_pytorch_that_is_pinned() -> None:
+    pages = "".join(page.read_text("utf-8") for page in (ROOT / "README.md", ROOT / "docs" / "troubleshooting.md"))
+    assert set(re.findall(r"\btorch(?:vision)?==[\d.]+", pages)) == {f"torch=={TORCH}", f"torchvision=={TORCHVISION}"}
