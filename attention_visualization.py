@@ -238,7 +238,9 @@ def _new_page(
 
     axes = plots.place_axes(figure, MARGIN, height - 0.74, 2.6, 0.2, label="scale")
     axes.set_facecolor("#666666")  # stands for the dimmed photo behind the map
-    bar = figure.colorbar(ScalarMappable(Normalize(0, 1), ListedColormap(colours())), cax=axes, orientation="horizontal")
+    bar = figure.colorbar(
+        ScalarMappable(Normalize(0, 1), ListedColormap(colours())), cax=axes, orientation="horizontal"
+    )
     bar.set_ticks([0, 0.5, 1], labels=["0", "half", "peak"], fontsize=11)
     axes.set_title("attention weight", fontsize=11, loc="left", pad=4)
     text = (

@@ -24,7 +24,6 @@ From flags to captions: images, captions and split -> vocabulary -> features, on
 from __future__ import annotations
 
 import contextlib
-import logging
 import shutil
 import sys
 import time
@@ -32,12 +31,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from captioning.config.flags import LIGHT_MODES
 from captioning.config.settings import Settings, answer_flags, parse_flags
 from captioning.io import UserError, bars_off, duration, format_bytes, log, prepare_process, run_command, steady_streams
+from captioning.modes import run_light_mode
 
-if __name__ == "__main__":  # --help and a mistyped flag are answered before PyTorch's seconds of importing
+STOPPED = (
+    "Stopped. What is saved stays. Run the same command again; or, where a run directory is named above, continue "
+    "with --resume."
+)
+if __name__ == "__main__":  # --help, a mistyped flag and captions do without PyTorch's seconds of importing
     prepare_process()
     SETTINGS = answer_flags(sys.argv[1:])
+    if SETTINGS.mode in LIGHT_MODES:
+        sys.exit(run_command(lambda: run_light_mode(SETTINGS), STOPPED))
 
 import numpy as np
 import torch
@@ -378,15 +385,9 @@ def finish(state: TrainState, run: Run, minutes: float) -> None:
 @distributed.one_error
 def dispatch(settings: Settings, argv: list[str]) -> int:
     """Do what the flags ask for; return the exit code."""
-    log.setLevel(logging.WARNING if settings.quiet else logging.DEBUG if settings.verbose else logging.INFO)
-    if settings.mode == "caption":
-        from captioning.modes.caption import caption_images
-
-        return caption_images(settings)
-    if settings.mode == "serve":
-        from captioning.modes.serve import serve_page
-
-        return serve_page(settings)
+    if settings.mode in LIGHT_MODES:
+        return run_light_mode(settings)
+    settings.set_log_level()
     if settings.mode == "export":
         from captioning.modes.export import export
 
@@ -431,11 +432,7 @@ def test_dry_run(directory: Path, settings: Settings) -> None:
 def main(argv: list[str] | None = None, settings: Settings | None = None) -> int:
     """Run the program; return the exit code (2 for a user's mistake, 130 or 143 after SIGINT or SIGTERM)."""
     argv = sys.argv[1:] if argv is None else argv
-    stopped = (
-        "Stopped. What is saved stays. Run the same command again; or, where a run directory is named above, continue "
-        "with --resume."
-    )
-    return run_command(lambda: dispatch(settings or parse_flags(argv), argv), stopped)
+    return run_command(lambda: dispatch(settings or parse_flags(argv), argv), STOPPED)
 
 
 if __name__ == "__main__":

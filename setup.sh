@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs what the project needs into .venv, beside this script. Runs on Linux and macOS (bash 3.2 and newer).
 # What it does in plain pip:  python3 -m venv .venv && .venv/bin/pip install -r requirements.txt
+# On Linux without an NVIDIA GPU, PyTorch comes from its own index, without CUDA.
 set -euo pipefail
 
 usage() {
@@ -20,6 +21,7 @@ END
 }
 
 TRAINER=flickr_image_caption_with_pytorch_resnet_lstm.py
+CPU_INDEX=https://download.pytorch.org/whl/cpu
 DEMO_RUNS=saved_models/demo/efficientnet_lite0_attention
 
 # The demo's commands, to be changed to taste.
@@ -41,8 +43,7 @@ test_demo() { # the run's directory
 # are CC0. The captioner comes with the project.
 caption_photos() {
     local photos=.venv/photos
-    if ! [ -d "$photos/skimage/data" ] && ! PIP_USER=0 .venv/bin/python -m pip install --quiet --no-input --no-deps \
-        --disable-pip-version-check --target "$photos" scikit-image==0.26.0 >.venv/pip.log 2>&1 </dev/null; then
+    if ! [ -d "$photos/skimage/data" ] && ! pip_install --no-deps --target "$photos" scikit-image==0.26.0; then
         say "note: pip could not install scikit-image, whose photographs come first in the demo (see .venv/pip.log)"
         return
     fi
@@ -51,6 +52,11 @@ caption_photos() {
 
 say() { printf '%s\n' "$*"; }
 fail() { printf 'error: %s\n' "$*" >&2; exit 2; }
+
+pip_install() {
+    PIP_USER=0 .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-input "$@" \
+        >.venv/pip.log 2>&1 </dev/null
+}
 
 # Runs a Python script of the project, and shows the command as one would type it.
 run() {
@@ -123,18 +129,25 @@ make_venv() {
 }
 
 require_disk_space() {
-    local need=8 free_kb
-    if [ "$(uname -s)" = Darwin ]; then need=3; fi # torch without CUDA
+    local need=3 free_kb
+    if [ "$cuda" = yes ]; then need=8; fi
     free_kb=$(df -Pk . | awk 'NR == 2 { print $4 }')
     [ "$free_kb" -ge $((need * 1024 * 1024)) ] ||
         fail "$((free_kb / 1024 / 1024)) GB are free in $PWD; installing needs $need GB"
+}
+
+# From PyTorch's own index alone: nobody else's versions end in +cpu.
+install_cpu_torch() {
+    # shellcheck disable=SC2046 # two words
+    pip_install --no-deps --timeout 5 --retries 0 --index-url "$CPU_INDEX" \
+        $(sed -nE 's/^(torch(vision)?==[0-9.]+).*/\1+cpu/p' requirements.txt)
 }
 
 checksum() { cat requirements*.txt | cksum; } # they include one another
 
 # Installs a requirements file unless the stamp in .venv says that this was done with these very files.
 install() { # requirements file
-    local file=$1 stamp=.venv/installed-$1 log=.venv/pip.log sum
+    local file=$1 stamp=.venv/installed-$1 log=.venv/pip.log sum size='about 1.9 GB'
     sum=$(checksum)
     if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$sum" ]; then return; fi
     rm -f .venv/installed-* # so that an interrupted install is done again
@@ -142,10 +155,15 @@ install() { # requirements file
         say "Installing what has changed in $file ..."
     else
         require_disk_space
-        say "Installing the packages of $file (about 6 GB on Linux, once; this takes minutes) ..."
+        if [ "$cuda" = yes ]; then size='about 6.7 GB, with CUDA'; fi
+        say "Installing the packages of $file ($size, once; this takes minutes) ..."
+        if [ "$(uname -s)" = Linux ] && [ "$cuda" = no ] && ! install_cpu_torch; then
+            cuda=yes
+            say "$CPU_INDEX cannot be used: installing PyPI's PyTorch with CUDA instead, about 6.7 GB in all."
+            require_disk_space
+        fi
     fi
-    if ! PIP_USER=0 .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-input \
-        -r "$file" >"$log" 2>&1 </dev/null; then
+    if ! pip_install -r "$file"; then
         cat "$log" >&2
         if grep -q 'No matching distribution' "$log"; then
             say "hint: no network, or a package is not made for Python $(version_of .venv/bin/python); to try another: rm -r .venv; ./setup.sh --python PATH" >&2
@@ -216,6 +234,8 @@ again=no
 wanted_python=${PYTHON:-}
 python_typed=no
 python=
+cuda=no
+if [ "$(uname -s)" = Linux ] && command -v nvidia-smi >/dev/null; then cuda=yes; fi
 while [ $# -gt 0 ]; do
     case $1 in
         demo | test)

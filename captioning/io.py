@@ -62,11 +62,11 @@ def program(script: str = SCRIPT) -> str:
     return STARTS[script][ways[0] if ways else 0 if in_checkout() else 2]
 
 
-def install_command(extra: str = "") -> str:
-    """Return the command that installs what requirements.txt names, or with an extra requirements-EXTRA.txt."""
+def install_command(extra: str = "train") -> str:
+    """Return the command that installs an extra of pyproject.toml: in a checkout, its requirements file."""
     if in_checkout():
-        return f"python -m pip install -r requirements{extra and '-'}{extra}.txt"
-    return f'python -m pip install "image-captioning-trainer{extra and f"[{extra}]"}"'
+        return f"python -m pip install -r requirements{'' if extra == 'train' else f'-{extra}'}.txt"
+    return f'python -m pip install "flickr-caption[{extra}]"'
 
 
 def in_checkout() -> bool:
@@ -222,11 +222,14 @@ def run_command(command: Callable[[], int], stopped: str) -> int:
 
 
 def not_installed(package: str | None) -> UserError:
-    """Return the complaint over a package that requirements.txt names and this Python has not."""
-    return UserError(
-        f"{sys.executable} has no package {package}. Install what is needed ({install_command()}; in a checkout "
-        "./setup.sh puts it into .venv), or run the Python that has it (.venv/bin/python)"
-    )
+    """Return the complaint over a package of requirements.txt, or of the extra `train`, that this Python has not."""
+    advice = f"Training and testing need the extra `train`: {install_command()}"
+    if in_checkout():
+        advice = (
+            f"Install what is needed ({install_command()}; ./setup.sh puts it into .venv), or run the Python that has "
+            "it (.venv/bin/python)"
+        )
+    return UserError(f"{sys.executable} has no package {package}. {advice}")
 
 
 # --------------------------------------------------------------------------------------------------

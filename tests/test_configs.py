@@ -10,6 +10,7 @@ from run_files import skip_pictures
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from captioning.config.flags import ADAPTATION
 from captioning.config.registry import DECODERS
+from captioning.io import UserError
 
 CONFIGS = Path(trainer.__file__).parent / "configs"
 RECIPES = sorted(CONFIGS.glob("flickr*.yaml"))
@@ -34,6 +35,15 @@ def test_a_recipe_is_what_its_name_says(path):
     assert (args.dataset_type, args.decoder) == (data, decoder)
     assert args.encoder == ("efficientnet_lite0" if place == "cpu" else "resnet50")
     assert args.warmup_epochs < args.epochs and args.views == "all"
+
+
+def test_a_recipe_is_found_by_its_name_and_a_file_of_that_name_wins(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert trainer.parse_flags(["--config", "own_photos"]).init_from == Path("flickr8k_attention")
+    (tmp_path / "own_photos").write_text("epochs: 7")
+    assert trainer.parse_flags(["--config", "own_photos"]).epochs == 7
+    with pytest.raises(UserError, match=r"Give a file of flags, or the name of a recipe: .*, own_photos, "):
+        trainer.parse_flags(["--config", "configs/own_photos"])
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

@@ -14,6 +14,7 @@ import torch.distributed.run
 
 import download_datasets
 import experiment_utils
+from captioning.__main__ import as_flags
 from captioning.config.flags import FLAGS, GROUPS, MODES, Flag
 from captioning.config.settings import default_text, parse_flags
 from captioning.io import DATA_SCRIPT, SCRIPT
@@ -22,7 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 WITHOUT_COMMANDS = {"architecture.md", "data_licences.md", "log.md", "python.md"}  # test_python.py runs the last
 PARSERS = {
-    **dict.fromkeys((SCRIPT, "captioning", "flickr-caption"), parse_flags),
+    SCRIPT: parse_flags,
+    **dict.fromkeys(("captioning", "flickr-caption"), lambda words: parse_flags(as_flags(words))),
     **dict.fromkeys((DATA_SCRIPT, "flickr-caption-data"), download_datasets.get_parser().parse_args),
     **dict.fromkeys(("experiment_utils.py", "experiment_utils"), experiment_utils.get_parser().parse_args),
 }

@@ -84,7 +84,7 @@ def test_captions_by_consensus_from_a_checkpoint_and_an_export(model, tmp_path, 
             )
 
 
-@pytest.mark.skipif(not ONNX, reason="requirements-export.txt is not installed")
+@pytest.mark.skipif(not ONNX, reason="ONNX is not installed")
 @pytest.mark.parametrize("name, stages", [("lstm", 1)])
 def test_trained_stages_are_a_part_of_the_decoders_network(model, tmp_path, name):
     export(load_checkpoint(model), model, tmp_path / "model", True, None)

@@ -216,7 +216,7 @@ def onnx_checkpoint(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) ->
     return folder / "run" / "best.pt"
 
 
-@pytest.mark.skipif(not ONNX, reason="requirements-export.txt is not installed")
+@pytest.mark.skipif(not ONNX, reason="ONNX is not installed")
 @pytest.mark.parametrize("name", sorted(registry.DECODERS.keys() - {"lstm"}))  # tests/test_every_decoder.py has that
 def test_onnx_of_the_decoder_says_what_pytorch_says(tmp_path, monkeypatch, encoder_onnx, name):
     import onnxruntime
@@ -257,7 +257,7 @@ def test_onnx_of_the_decoder_says_what_pytorch_says(tmp_path, monkeypatch, encod
         export_model.export(load_checkpoint(path), path, tmp_path / "other", True, "other")
 
 
-@pytest.mark.skipif(not ONNX, reason="requirements-export.txt is not installed")
+@pytest.mark.skipif(not ONNX, reason="ONNX is not installed")
 def test_a_network_for_one_number_of_rows_is_refused(tmp_path):
     """The exporter makes `len(tensor)` a constant: the network would take three rows only."""
 

@@ -139,7 +139,7 @@ def test_a_small_data_set_is_told_with_figures(tiny, capsys):
     warn_of_small_data(data, collator, steps=1, parameters=26_000_000)
     out = capsys.readouterr().out
     assert "32 training captions for 26,000,000 weights, 1 step(s) an epoch, " in out and "% of the training" in out
-    assert "--init_from" in out and "--config configs/own_photos_from_nothing.yaml" in out
+    assert "--init_from" in out and "--config own_photos_from_nothing" in out
     warn_of_small_data(data, Collator(data, build_vocabulary(data, 1), 40), steps=50, parameters=50_000)
     assert not capsys.readouterr().out
 

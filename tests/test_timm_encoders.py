@@ -137,7 +137,7 @@ def test_train_test_caption_export(folders, tiny, monkeypatch, capsys):
     run(*words)
 
 
-@pytest.mark.skipif(not ONNX, reason="requirements-export.txt is not installed")
+@pytest.mark.skipif(not ONNX, reason="ONNX is not installed")
 @pytest.mark.parametrize("name, grid", [("vit", 3), ("resnet", 4)])
 def test_onnx_of_the_encoder_says_what_pytorch_says(folders, tmp_path, name, grid):
     """With these grids the averaged cells overlap."""

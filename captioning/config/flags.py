@@ -20,6 +20,7 @@ from captioning.io import CONTROL_CHARACTERS
 
 MODES = ("train", "test", "tune", "caption", "serve", "export")
 DATA_MODES = ("train", "test", "tune")  # modes that read a data set
+LIGHT_MODES = ("caption", "serve")  # modes that need no PyTorch, unless the model does
 SCHEDULERS = ("reduce_lr_on_plateau", "step", "cosine", "exponential", "one_cycle")
 
 
@@ -140,8 +141,8 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             modes=("caption", "export"), parameter=False),
         Flag("resume", "continue an interrupted run in its own directory", as_path, modes=("train",), resume=True,
             parameter=False, metavar="RUN_DIR"),
-        Flag("config", "YAML or JSON file of flags, e.g. a run's run_config.json; the command line wins", as_path,
-            parameter=False),
+        Flag("config", "YAML or JSON file of flags, e.g. a run's run_config.json, or a recipe's name, e.g. "
+            "flickr8k_attention_cpu; the command line wins", as_path, parameter=False),
         Flag("dry_run", "go through everything on a handful of images in seconds", modes=DATA_MODES, parameter=False),
     ),
     "basic": (

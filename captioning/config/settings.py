@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import difflib
 import importlib.util
+import logging
 import os
 import re
 import sys
@@ -25,6 +26,7 @@ from captioning.config.flags import (
     FACTS,
     FLAGS,
     GROUPS,
+    LIGHT_MODES,
     NOT_INHERITED,
     TASK,
     Flag,
@@ -33,7 +35,7 @@ from captioning.config.flags import (
     chosen_beam,
 )
 from captioning.config.registry import DECODERS, ENCODERS, LIBRARIES, folder_name, idle_flags, library_of, size_problem
-from captioning.io import UserError, first_line, not_installed, read_json, unreadable
+from captioning.io import UserError, first_line, in_checkout, log, not_installed, read_json, unreadable
 
 
 class Settings(argparse.Namespace):
@@ -64,6 +66,9 @@ class Settings(argparse.Namespace):
     def by_consensus(self) -> bool:
         """Whether captions are chosen by consensus, where the checkpoint has what that needs."""
         return self.consensus == "on" and self.mode != "tune"
+
+    def set_log_level(self) -> None:
+        log.setLevel(logging.WARNING if self.quiet else logging.DEBUG if self.verbose else logging.INFO)
 
     def with_values(self, **changes: Any) -> Settings:
         return Settings(self.values() | changes, self.explicit)
@@ -145,6 +150,8 @@ def cache_folder(text: str) -> Path | None:
 
 LARGEST_CONFIG = 100_000  # bytes of a YAML file of flags
 PLACES = {"data_dir", "image_dir", "captions_file"}
+PACKAGE = Path(__file__).parents[1]
+RECIPES = PACKAGE.with_name("configs") if in_checkout() else PACKAGE / "recipes"
 KINDS = {"decoder": DECODERS, "encoder": ChainMap(ENCODERS, LIBRARIES)}
 
 
@@ -201,7 +208,7 @@ def parse_flags(argv: list[str]) -> Settings:
     if unknown:
         refuse_unknown(parser, unknown[0])
     typed = vars(namespace)
-    config, given = config_flags(parser, typed["config"]) if "config" in typed else ({}, set())
+    config, given = config_flags(parser, find_config(typed["config"])) if "config" in typed else ({}, set())
     # A file may say what to do, as the command line does.
     typed = {name: config.pop(name) for name in TASK if name in config} | typed
     defaults = dict(DEFAULTS)
@@ -260,7 +267,7 @@ def list_pattern(argv: list[str]) -> str | None:
 
 
 def answer_flags(argv: list[str]) -> Settings:
-    """Parse the command line of a process that is about to import PyTorch; answer `--help` and mistakes, and exit.
+    """Parse the command line of a process that may be about to import PyTorch; answer `--help` and mistakes, and exit.
 
     Of several processes of one machine the first prints the answer.
     """
@@ -270,11 +277,12 @@ def answer_flags(argv: list[str]) -> Settings:
             streams.enter_context(contextlib.redirect_stdout(nowhere))
             streams.enter_context(contextlib.redirect_stderr(nowhere))
         try:
-            if list_pattern(argv) is not None and not importlib.util.find_spec("torch"):
-                raise not_installed("torch")
             settings = parse_flags(argv)
-            if not importlib.util.find_spec("torch"):
+            if settings.mode not in LIGHT_MODES and not importlib.util.find_spec("torch"):
                 raise not_installed("torch")
+        except ModuleNotFoundError as missing:
+            print(f"error: {not_installed(missing.name)}", file=sys.stderr)
+            sys.exit(2)
         except (UserError, OSError) as problem:
             print(f"error: {unreadable(problem) if isinstance(problem, OSError) else problem}", file=sys.stderr)
             sys.exit(2)
@@ -367,6 +375,12 @@ def config_value(parser: argparse.ArgumentParser, file: Path, flag: Flag, value:
     return parsed if flag.many else parsed[0]
 
 
+def find_config(path: Path) -> Path:
+    """Return the file that `--config` names: by its path, which wins, or as a recipe, by its name."""
+    recipe = RECIPES / f"{path.name}.yaml"
+    return recipe if str(path) == path.name and not path.exists() and recipe.is_file() else path
+
+
 def read_config(file: Path) -> dict[Any, Any]:
     """Read a YAML or JSON mapping.
 
@@ -406,7 +420,8 @@ def read_config(file: Path) -> dict[Any, Any]:
             values = yaml.load(file.read_text(encoding="utf-8-sig"), PlainLoader)
         except OSError as error:
             raise UserError(
-                f"cannot read --config {file}: {error.strerror}. Give a file of flags; recipes are in the repository's configs/"
+                f"cannot read --config {file}: {error.strerror}. Give a file of flags, or the name of a recipe: "
+                + ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
             ) from error
         except Exception as error:  # yaml's constructors raise what they meet: `!!bool x` is a KeyError
             raise UserError(f"cannot read --config {file} as YAML: {first_line(error)}") from error

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import StrictUndefined, Template
 from PIL import Image
 
 from attention_visualization import colours
@@ -45,6 +44,7 @@ try:
     from fastapi import FastAPI, HTTPException, Query, Request
     from fastapi.responses import HTMLResponse
     from fastapi.telemetry import TelemetryConfig
+    from jinja2 import StrictUndefined, Template
     from starlette.datastructures import UploadFile
     from starlette.formparsers import MultiPartException, MultiPartParser
     from starlette.middleware.trustedhost import TrustedHostMiddleware

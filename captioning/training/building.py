@@ -144,7 +144,7 @@ def warn_of_small_data(data: CaptionSet, collator: Collator, steps: int, paramet
     if problems:
         log.warning(
             f"Warning: {', '.join(problems)}: the captions will be poor. A trained captioner that learns these photos "
-            "too (--init_from) gives better ones; without any, --config configs/own_photos_from_nothing.yaml suits small data "
+            "too (--init_from) gives better ones; without any, --config own_photos_from_nothing suits small data "
             "sets. See docs/data.md, in the repository"
         )
 
