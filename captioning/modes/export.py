@@ -178,7 +178,7 @@ def model_card(checkpoint: dict[str, Any], scores: Sequence[Mapping[str, Any]]) 
         f"{spec.grid} x {spec.grid} regions of {spec.channels} numbers; {trained}{find_decoder(flags['decoder']).description} "
         f"({parameters:,} parameters, {len(checkpoint['vocabulary']):,} words) writes the caption. Trained for "
         f"{checkpoint['epoch']} epochs, {begun}; `config.json` has all settings.", "",
-        "## Use", "", "With the program that trained it, image-captioning-trainer, from this folder or from the hub:", "",
+        "## Use", "", "With the program that trained it, `flickr-caption`, from this folder or from the hub:", "",
         "```bash", "flickr-caption --mode caption --model_path THIS_FOLDER --images photo.jpg",
         "flickr-caption --mode caption --model_path hf-hub:OWNER/NAME --images photo.jpg",
         "flickr-caption --mode test --model_path THIS_FOLDER --data_dir DATA", "```", "",
