@@ -40,9 +40,12 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
+from captioning import Captioner
 from captioning.config.settings import parse_flags
 from captioning.data.dataset import load_caption_set
+from captioning.decoding.consensus import NgramHead
 from captioning.encoders.base import find_encoder
+from captioning.runs.forms import read_exported
 from captioning.training.building import build_data, build_features
 from captioning.training.caption_set import caption
 
@@ -167,9 +170,9 @@ def operations(call: Callable[[], object]) -> float:
     return float(counter.get_total_flops())
 
 
-def run_program(*command: object) -> None:
+def run_program(*command: object, python: Path | str = sys.executable, folder: Path = ROOT) -> None:
     """Run Python in a process of its own."""
-    subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+    subprocess.run([python, *map(str, command)], cwd=folder, stdout=subprocess.DEVNULL, check=True)
 
 
 def peak_memory(*command: object) -> float:
@@ -458,6 +461,53 @@ def measure_startup(bench: Bench) -> Iterator[Figure]:
         yield Figure(name, seconds[name], "s", seconds["imports"], "the original's imports", seconds[limit], limit)
 
 
+def measure_light(bench: Bench) -> Iterator[Figure]:
+    """Measure captions without PyTorch, in a fresh environment of the light installation."""
+    light = bench.folder / "light"
+    run_program("-m", "venv", light)
+    fresh = partial(run_program, python=light / ("Scripts" if os.name == "nt" else "bin") / "python", folder=light)
+    fresh("-m", "pip", "install", "--quiet", ROOT)
+    size, full = (sum(path.lstat().st_size for path in folder.rglob("*")) / 1e6 for folder in (light, Path(sys.prefix)))
+    yield Figure("environment", size, "MB", full, "this one, with PyTorch", size, "itself")
+
+    photos = sorted((data_set(bench, bench.scale.images) / "Images").iterdir())[: 4 * PICTURES]
+    seconds = interleaved({
+        "light": partial(fresh, "-m", "captioning", photos[0]), "imports": partial(fresh, "-c", "import numpy, onnxruntime, PIL"),
+        "full": partial(run_program, "-m", "captioning", photos[0]), "torch": partial(run_program, "-c", "import torch"),
+    }, bench.scale.repeats)  # fmt: skip
+    for name in ("light", "full"):
+        yield Figure(
+            f"a caption, {name}",
+            seconds[name],
+            "s",
+            seconds["torch"],
+            "import torch",
+            seconds["imports"],
+            "its imports",
+        )
+
+    captioner = Captioner.load()
+    stored = read_exported(captioner.path)
+    prepared = interleaved(
+        {"consensus": partial(NgramHead, len(captioner.vocabulary), stored["consensus"])}, bench.scale.repeats
+    )
+    yield Figure("consensus prepared", prepared["consensus"], "s", 0.2, "at most", prepared["consensus"], "itself")
+    pixels = np.stack([captioner.model.load_views(photo) for photo in photos[:8]])
+    rates = interleaved({
+        "many": partial(captioner, photos), "one": lambda: [captioner(photo) for photo in photos[:8]],
+        "views": partial(captioner.model.read, pixels),
+    }, bench.scale.repeats)  # fmt: skip
+    yield Figure(
+        "photos, all together",
+        len(photos) / rates["many"],
+        "images/s",
+        8 / rates["one"],
+        "one at a time",
+        8 / rates["views"],
+        "encoding alone",
+    )
+
+
 def measure_memory(bench: Bench) -> Iterator[Figure]:
     """Measure the peak memory of whole trainings of one epoch: the first encodes, the later one reads the cache."""
     if not Path("/proc/self/status").is_file():
@@ -479,7 +529,7 @@ def measure_memory(bench: Bench) -> Iterator[Figure]:
 
 PARTS = {
     "encoding": measure_encoding, "training": measure_training, "decoding": measure_decoding,
-    "startup": measure_startup, "memory": measure_memory,
+    "startup": measure_startup, "light": measure_light, "memory": measure_memory,
 }  # fmt: skip
 
 

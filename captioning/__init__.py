@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # what type checkers and editors know of the names below
     from captioning.data.dataset import load_caption_set as load_caption_set
     from captioning.data.images import UnreadableImage as UnreadableImage
     from captioning.decoders.base import build_decoder as build_decoder
+    from captioning.decoders.ensemble import Ensemble as Ensemble
     from captioning.decoding.beam_search import beam_search as beam_search
     from captioning.decoding.beam_search import sample as sample
     from captioning.encoders.base import find_encoder as find_encoder
@@ -31,6 +32,7 @@ _MODULE_OF = {
     **dict.fromkeys(("Caption", "Captioned", "Captioner", "Word"), "captioner"),
     **dict.fromkeys(("CaptionSet", "Vocabulary", "load_caption_set"), "data.dataset"),
     **dict.fromkeys(("beam_search", "sample"), "decoding.beam_search"),
+    "Ensemble": "decoders.ensemble",
     "UnreadableImage": "data.images",
     "UserError": "io",
     "build_decoder": "decoders.base",
