@@ -23,7 +23,7 @@ import numpy as np
 from captioning.io import printable
 from captioning.scoring.cider import cider_of_each
 from captioning.scoring.scores import ImageScores, corpus_bleu
-from captioning.scoring.words import leave_one_out, unsupported_counts
+from captioning.scoring.words import leave_one_out, sparcs, unsupported_counts
 
 JAVA_SECONDS = 60.0  # for Java to start and to read its tables: about 5 on a laptop
 METEOR_SECONDS = 0.1  # ... and for each caption: about 0.01
@@ -65,6 +65,7 @@ def score_images(hypotheses: Sequence[str], references: Sequence[Sequence[str]])
     closest = [min((abs(length - c["testlen"]), length) for length in c["reflen"])[1] for c in counts]
     return ImageScores(
         cider=cider_of_each(hypotheses, references),
+        sparcs=np.array(list(map(sparcs, hypotheses, references))),
         rouge_l=np.array(rouge_l),
         rouge=np.array(rouge_f1),
         wer=np.array(wer),
@@ -84,9 +85,9 @@ def score_captions(hypotheses: Sequence[str], references: Sequence[Sequence[str]
 
 
 def summarize(scores: ImageScores) -> dict[str, float]:
-    """Return `bleu1` .. `bleu4`, `bleu` (the original's name of `bleu4`), `rouge_l`, `cider`, `rouge`, `wer`, `unsupported`."""
+    """Return `bleu1` .. `bleu4`, `bleu` (the original's name of `bleu4`), `rouge_l`, `cider`, `sparcs`, `rouge`, `wer`, `unsupported`."""
     bleu = corpus_bleu(scores.bleu_counts().sum(0))
-    means = {name: float(getattr(scores, name).mean()) for name in ("rouge_l", "cider", "rouge", "wer")}
+    means = {name: float(getattr(scores, name).mean()) for name in ("rouge_l", "cider", "sparcs", "rouge", "wer")}
     means["unsupported"] = float(scores.unsupported.sum() / max(1, scores.content.sum()))
     return {"bleu": float(bleu[3]), **{f"bleu{n}": float(bleu[n - 1]) for n in (1, 2, 3, 4)}, **means}
 

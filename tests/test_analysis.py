@@ -3,7 +3,7 @@
 import pytest
 from spacy.lang.en.stop_words import STOP_WORDS
 
-from captioning.scoring.words import find_errors, stop_words, unsupported_share, unsupported_words
+from captioning.scoring.words import find_errors, sparcs, stop_words, unsupported_share, unsupported_words
 from metrics_utils import person_scores
 
 # The first caption invents a colour and a place, the second misses the number and says "running" for "run".
@@ -21,6 +21,14 @@ def test_a_word_that_no_reference_has_is_unsupported_as_it_is_written():
     assert unsupported_words("two dogs and two cats", ["a dog"]) == ["dogs", "cats"]  # numbers are stop words
     assert unsupported_share(CAPTIONS, REFERENCES) == 3 / 6
     assert unsupported_share([""], [["a dog"]]) == unsupported_share(["it is"], [["a dog"]]) == 0
+
+
+def test_sparcs_weighs_concepts_by_the_references_that_have_them():
+    known = ["a dog runs on the beach", "two dogs running"]  # dog 1, run 1, beach 1/2
+    assert sparcs("the dog runs", known) == pytest.approx(2 * 2 / (2 + 2.5))
+    assert sparcs("a dog on the beach", known) == pytest.approx(2 * 1.5 / (1.5 + 2.5))
+    assert sparcs("a cat runs", known) == pytest.approx(2 * 1 / (2 + 2.5))  # what nobody says weighs 1
+    assert sparcs("a cat", known) == sparcs("", known) == sparcs("a dog", ["it is"]) == 0
 
 
 def test_a_persons_unsupported_words_are_against_the_others():

@@ -108,10 +108,10 @@ def random_scores(images: int, seed: int) -> ImageScores:
     random = np.random.default_rng(seed)
     length = random.integers(1, 20, images)
     guess = np.maximum(length[:, None] - np.arange(4), 0)
-    means = random.random((5, images))
+    means = random.random((6, images))
     counts = guess, (guess * random.random((images, 4))).astype(int), length, random.integers(5, 15, images)
     content = random.integers(1, 9, images)
-    return ImageScores(*means[:4], *counts, means[4], (content * random.random(images)).astype(int), content)
+    return ImageScores(*means[:5], *counts, means[5], (content * random.random(images)).astype(int), content)
 
 
 def test_intervals_are_those_of_resampled_images():
@@ -131,7 +131,7 @@ def test_of_several_trainings_the_mean_is_compared_on_the_same_resampled_images(
     drawn = np.random.default_rng(7).integers(50, size=(300, 50))
 
     def scores(side: list[ImageScores], images: np.ndarray) -> np.ndarray:
-        each = [[*(values[images].mean() for values in (s.cider, s.rouge_l, s.wer)),
+        each = [[*(values[images].mean() for values in (s.cider, s.sparcs, s.rouge_l, s.wer)),
                  corpus_bleu(s.bleu_counts()[images].sum(0))[3],
                  s.unsupported[images].sum() / s.content[images].sum()] for s in side]  # fmt: skip
         return np.mean(each, 0)

@@ -29,7 +29,7 @@ from captioning.io import (
     read_json,
     remove_stale_files,
 )
-from captioning.scoring.scores import METRIC_NAMES, ImageScores
+from captioning.scoring.scores import BY_IMAGE, METRIC_NAMES, ImageScores
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -265,10 +265,7 @@ def read_scores(run: StoredRun, row: Mapping[str, Any]) -> ByImage:
             raise ValueError("image_id is not a list of different names")
         counts = {name: column(content["bleu"], name, 4) for name in ("guess", "correct")}
         counts |= {name: column(content["bleu"], name) for name in ("length", "reference_length")}
-        means = {
-            name: column(content, name)
-            for name in ("cider", "rouge_l", "wer", "sentence_bleu4", "unsupported", "content")
-        }
+        means = {name: column(content, name) for name in BY_IMAGE}
         calibrated = {name: column(content, name) for name in ("confidence", "supported") if name in content}
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path} is not a file of scores by image ({first_line(error)}): test again") from None

@@ -30,7 +30,7 @@ from captioning.runs.directories import (
 from captioning.scoring.scores import METRIC_NAMES, Difference, paired_bootstrap
 
 LOW_IS_GOOD = ("wer", "unsupported", "val_loss")
-SHOWN_SCORES = ("cider", "bleu4", "rouge_l", "meteor", "wer", "unsupported", "val_cider", "val_loss")
+SHOWN_SCORES = ("cider", "sparcs", "bleu4", "rouge_l", "meteor", "wer", "unsupported", "val_cider", "val_loss")
 Row = Mapping[str, Any]  # of test_metrics.json
 
 

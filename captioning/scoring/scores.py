@@ -15,12 +15,14 @@ METRIC_NAMES = {
     "bleu4": "BLEU-4",
     "rouge_l": "ROUGE-L",
     "cider": "CIDEr",
+    "sparcs": "SPARCS",
     "meteor": "METEOR",
     "rouge": "rouge-score F1",
     "wer": "WER (min. over references)",
     "unsupported": "unsupported words",
 }
-MEANS = ("cider", "rouge_l", "wer")  # means over images; the others are made of summed counts
+MEANS = ("cider", "sparcs", "rouge_l", "wer")  # means over images; the others are made of summed counts
+BY_IMAGE = (*MEANS, "sentence_bleu4", "unsupported", "content")  # beside BLEU's counts, in a test's files of scores
 WITH_INTERVAL = (*MEANS, "bleu4", "unsupported")
 BLOCK = 1_000_000  # elements of a block of resampled images: 8 MB, a few such arrays at a time
 
@@ -29,6 +31,7 @@ class ImageScores(NamedTuple):
     """The scores of a set of captions, by image: those whose mean is the score, and BLEU's counts."""
 
     cider: np.ndarray  # (n,)
+    sparcs: np.ndarray  # (n,)
     rouge_l: np.ndarray  # (n,)
     rouge: np.ndarray  # (n,)
     wer: np.ndarray  # (n,)
@@ -45,7 +48,7 @@ class ImageScores(NamedTuple):
         return np.column_stack([self.correct, self.guess, self.length, self.reference_length])
 
     def summands(self) -> np.ndarray:
-        """Return what `scores_of_sums` sums over images: (n, 16)."""
+        """Return what `scores_of_sums` sums over images: (n, 17)."""
         means = [getattr(self, name) for name in MEANS]
         counts = (np.ones(len(self.cider)), self.unsupported, self.content)
         return np.column_stack([*means, *counts, self.bleu_counts()])
@@ -100,7 +103,7 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def scores_of_sums(sums: np.ndarray) -> np.ndarray:
-    """Return the scores of `WITH_INTERVAL` (..., 5) of sets of images, from the sums of `ImageScores.summands`."""
+    """Return the scores of `WITH_INTERVAL` (..., 6) of sets of images, from the sums of `ImageScores.summands`."""
     number = len(MEANS)
     images, unsupported, content = np.moveaxis(sums[..., number : number + 3], -1, 0)
     bleu4 = corpus_bleu(sums[..., number + 3 :])[3]
@@ -110,7 +113,7 @@ def scores_of_sums(sums: np.ndarray) -> np.ndarray:
 
 def bootstrap_intervals(scores: ImageScores, samples: int = 2000, seed: int = 0) -> dict[str, tuple[float, float]]:
     """Return intervals of 95 % over the choice of images, of the scores of `WITH_INTERVAL`."""
-    drawn = scores_of_sums(resampled_sums(scores.summands(), samples, seed))  # (samples, 5)
+    drawn = scores_of_sums(resampled_sums(scores.summands(), samples, seed))  # (samples, 6)
     return {name: interval(values) for name, values in zip(WITH_INTERVAL, drawn.T, strict=True)}
 
 
@@ -146,7 +149,7 @@ def paired_bootstrap(
     tables = np.stack([*first, *second], 1)  # (n, trainings, c)
 
     def difference(sums: np.ndarray) -> np.ndarray:
-        found = scores_of_sums(sums.reshape(-1, *tables.shape[1:]))  # (samples, trainings, 5)
+        found = scores_of_sums(sums.reshape(-1, *tables.shape[1:]))  # (samples, trainings, 6)
         return np.asarray(found[:, len(first) :].mean(1) - found[:, : len(first)].mean(1))
 
     values = tables.reshape(len(tables), -1)

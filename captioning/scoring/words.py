@@ -11,7 +11,7 @@ import importlib.util
 import runpy
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +66,33 @@ def unsupported_share(captions: Sequence[str], references: Sequence[Sequence[str
     """Return the share of all content words of the captions that no reference of their image has; 0 without any."""
     unsupported, content = unsupported_counts(captions, references).sum(0).tolist()
     return unsupported / max(1, content)
+
+
+@functools.cache
+def stemmer() -> Callable[[str], str]:
+    """Return Porter's stemmer (1980), as nltk has it, which remembers its words."""
+    from nltk.stem import PorterStemmer
+
+    return functools.cache(PorterStemmer().stem)
+
+
+def concepts(text: str) -> set[str]:
+    """Return the stems of a text's content words."""
+    return set(map(stemmer(), content_words(text)))
+
+
+def sparcs(caption: str, references: Sequence[str]) -> float:
+    """Return SPARCS (Feinglass and Yang, 2021): how well a caption says what the references of its image agree on.
+
+    A concept weighs as much as the share of references that have it; one that none has weighs 1 in the caption. The
+    score is the F1 of the weights, 0 to 1. Their stop words are nltk's, ours spaCy's.
+    """
+    said = Counter(concept for text in references for concept in concepts(text))
+    weights = {concept: times / len(references) for concept, times in said.items()}
+    own = concepts(caption)
+    right = sum(weights.get(concept, 0.0) for concept in own)
+    total = sum(weights.get(concept, 1.0) for concept in own) + sum(weights.values())  # F1 = 2 right / total
+    return 2 * right / total if right else 0.0
 
 
 def leave_one_out(references: Sequence[Sequence[str]]) -> list[tuple[list[str], list[list[str]]]]:
