@@ -255,7 +255,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("beam_size", "hypotheses kept by the search (unless given: 20 with consensus, else what --mode tune found)",
             as_size("beam_size"), 3),
         Flag("length_penalty", "exponent of the length; more makes captions longer", number(float, 0, LIMITS["length_penalty"]), 0.7),
-        Flag("no_repeat_ngram", "no caption has the same N words twice; 0 for no such rule", number(int, 0, 10), 0,
+        Flag("no_repeat_ngram", "no caption has the same N words twice; 0 for no such rule", number(int, 0, 10), 3,
             modes=("test", "tune", "caption", "serve")),
         Flag("consensus", "take, of a beam of 20 unless --beam_size is given, the caption that agrees best with the others and with "
             "what the checkpoint expects of the image; has no effect where it expects nothing (--mode tune adds it to older runs)",
