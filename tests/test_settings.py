@@ -55,7 +55,7 @@ def test_a_new_flag_is_a_decision():
         features_on_device fine_tune fine_tune_learning_rate freq_threshold grad_clip grid hidden_size host
         image_dir images init_from json keep_checkpoints label_smoothing learning_rate length_penalty max_length
         min_confidence min_lr mode model_path model_save_dir no_repeat_ngram num_captions num_heads num_layers
-        num_workers onnx output port precision predictions quiet replay replay_data_dir resnet_weights resume
+        num_workers output port precision predictions quiet replay replay_data_dir resnet_weights resume
         save_attention_viz scheduler_factor scheduler_gamma scheduler_patience scheduler_step_size scheduler_t_max
         scheduler_type scst_ce_weight scst_epochs scst_learning_rate scst_samples seed split tensorboard top_p
         use_scheduler verbose views warmup_epochs weight_decay
@@ -107,7 +107,6 @@ def test_the_table_is_sound():
         (["--mode", "tune"], "needs --model_path"),
         (["--mode", "export", "--model_path", "x"], "--mode export needs --output"),
         ([*TEST, "--init_from", "a"], "no effect with --mode test"),
-        ([*TEST, "--onnx"], "--onnx has no effect with --mode test, only with export"),
         ([*TEST, "--consensus", "on", "--beam_size", "1"], "above 1"),
         (["--mode", "test", "--predictions", "a.csv", "--consensus", "on"], "captions already"),
         (["--mode", "caption"], "needs --images"),
