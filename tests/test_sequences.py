@@ -48,7 +48,6 @@ TASK = ("mode", "model_path", "init_from", "resume", "output")  # flags that say
 IN_FILE = st.sampled_from(["nothing", "task", "all"])  # which flags a hand-written --config gives
 SIGNALS = st.none() | st.integers(1, 5)  # the step after which SIGTERM comes
 STARTS = st.fixed_dictionaries({
-    "way": st.sampled_from(["new", "model_path", "init_from", "config"]),
     "last": st.booleans(),  # start from last.pt rather than best.pt
     "data": st.sampled_from("abc"),
     # Which lists lie beside the captions from now on, and the seed of their order; None for those of before.
@@ -180,16 +179,27 @@ class Commands(RuleBasedStateMachine):
         return {part: path.read_text().split() for part, path in paths.items() if path.exists()}
 
     @initialize(target=runs, start=STARTS)
-    def first(self, start):
-        return self.begin(None, start | {"way": "new"})
+    def new(self, start):
+        return self.begin("new", None, **start)
 
     @rule(target=runs, parent=runs, start=STARTS)
-    def begin(self, parent, start):
+    def continue_run(self, parent, start):
+        return self.begin("model_path", parent, **start)
+
+    @rule(target=runs, parent=runs, start=STARTS)
+    def from_config(self, parent, start):
+        return self.begin("config", parent, **start)
+
+    @rule(target=runs, parent=runs, start=STARTS)
+    def start_from(self, parent, start):
+        return self.begin("init_from", parent, **start)
+
+    def begin(self, way, parent, last, data, lists, file, stop, told) -> Any:
         """Start a run, and compare its split with the lists; nothing is returned where it is refused."""
-        way, data, file, source, known = start["way"], start["data"], start["file"], None, set()
-        goes_on, is_own = way == "model_path", way == "model_path" and parent.data == start["data"]
+        source, known = None, set()
+        goes_on, is_own = way == "model_path", way == "model_path" and parent.data == data
         places = {"data_dir": data, "feature_cache": "cache", "model_save_dir": self.saved.name}
-        flags = asked = start["told"] | {name: str(self.place / folder) for name, folder in places.items()}
+        flags = asked = told | {name: str(self.place / folder) for name, folder in places.items()}
         if way == "new":
             flags = asked = MODEL | flags
         elif way == "config":  # a file that a run wrote has its settings, but not what the run was told to do
@@ -199,13 +209,13 @@ class Commands(RuleBasedStateMachine):
             flags = {name: value for name, value in config.items() if name not in NOT_CONFIGURABLE}
             asked = {"config": str(parent.directory / "run_config.json")}
         else:
-            model, known = parent.model(start["last"]), parent.trained
+            model, known = parent.model(last), parent.trained
             asked = {way: [model] if goes_on else model} | flags
             source = find_checkpoint(Path(model))
             old = load_checkpoint(source)
             flags = {name: old["flags"][name] for name in (*MODEL, "best_metric", "seed") if goes_on} | flags
-        listed = self.write_lists(data, start["lists"])
-        code, changed = self.command(file, start["stop"], **asked)
+        listed = self.write_lists(data, lists)
+        code, changed = self.command(file, stop, **asked)
         if code == 2:
             assert known & contents(data, SETS[data]) and not is_own, f"refused without need: {self.told}"
             return multiple()
@@ -274,9 +284,13 @@ class Commands(RuleBasedStateMachine):
         self.check(run, code, changed)
         return multiple()
 
-    @rule(target=runs, run=runs, last=st.booleans(), data=st.sampled_from("abc"), part=st.sampled_from(SPLITS[1:]), file=IN_FILE)
-    def test(self, run, last, data, part, file):
-        model, split = run.model(last), run.split()
+    @rule(
+        target=runs, run=runs, last=st.booleans(), data=st.sampled_from("abc"), part=st.sampled_from(SPLITS[1:]),
+        file=IN_FILE, mistake=st.integers(0, 4),
+    )  # fmt: skip
+    def use(self, run, last, data, part, file, mistake):
+        """Test a model on its own data and perhaps on others, export it, and make a mistake."""
+        model, split, output = run.model(last), run.split(), Path(tempfile.mkdtemp(dir=self.saved)) / "exported"
         flags = {"mode": "test", "model_path": [model], "split": part, "beam_size": 1, "consensus": "off"}
         for place in sorted({run.data, data}):
             code, changed = self.command(file, **flags, data_dir=str(self.place / place))
@@ -289,20 +303,15 @@ class Commands(RuleBasedStateMachine):
                 header = (checkpoint.name, load_checkpoint(checkpoint)["epoch"], part, len(names))
                 assert tuple(row[key] for key in ("checkpoint", "epoch", "split", "images")) == header, self.told
                 assert all(path.parent == run.directory for path in changed), changed
-        return multiple()
-
-    @rule(target=runs, run=runs, last=st.booleans(), file=IN_FILE)
-    def export(self, run, last, file):
-        """Export a model; then refuse flags that contradict each other or the model."""
-        output, model = Path(tempfile.mkdtemp(dir=self.saved)) / "exported", [run.model(last)]
-        code, _ = self.command(file, mode="export", model_path=model, output=str(output))
+        code, changed = self.command(file, mode="export", model_path=[model], output=str(output))
+        assert code == 0 and {path.parent for path in changed} == {output}, self.told
         stored = json.loads((output / "split.json").read_text())
-        assert code == 0 and all(stored[part]["names"] == [*names] for part, names in run.split().items()), self.told
-        for flags in (
-            {"resume": str(run.directory), "epochs": 3}, {"model_path": model, "init_from": model[0]},
-            {"mode": "test"}, {"mode": "export", "model_path": model}, {"model_path": model, "hidden_size": 9},
-        ):  # fmt: skip
-            assert self.command(file, **flags)[0] == 2, self.told
+        assert all(stored[part]["names"] == [*names] for part, names in split.items()), self.told
+        mistakes = [
+            {"resume": str(run.directory), "epochs": 3}, {"model_path": [model], "init_from": model}, {"mode": "test"},
+            {"mode": "export", "model_path": [model]}, {"model_path": [model], "hidden_size": 9},
+        ]  # fmt: skip
+        assert self.command(file, **mistakes[mistake])[0] == 2, self.told
         return multiple()
 
 
