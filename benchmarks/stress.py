@@ -24,6 +24,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import logging
 import math
 import os
 import random
@@ -514,17 +515,24 @@ def sequences(args: argparse.Namespace, counts: Counts) -> None:
     sys.path.append(str(ROOT / "tests"))
     from test_sequences import draw_sets, try_sequences
 
+    def attempt(first: str) -> None:
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+            try_sequences(Path(folder), 1, 25, first)
+
+    logging.disable()
     with tempfile.TemporaryDirectory(prefix="stress-") as folder:
         draw_sets(Path(folder))
         for number in range(args.count or 100):
-            counts.attempt("sequences", partial(try_sequences, Path(folder), 1, 25, f"{args.seed} {number}"))
+            counts.attempt("sequences", partial(attempt, f"{args.seed} {number}"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(KINDS), help="kinds, with commas (default: %(default)s)")
     parser.add_argument("--match", default="", metavar="TEXT", help="what has this text in its name")
-    parser.add_argument("--count", type=int, help="of kills (default: 200), odd files for each reader (2000), sequences (100)")
+    parser.add_argument(
+        "--count", type=int, help="of kills (default: 200), odd files for each reader (2000), sequences (100)"
+    )
     parser.add_argument("--minutes", type=float, default=math.inf, help="start nothing new after these")
     parser.add_argument("--seed", type=int, default=0, help="other moments and files (default: 0)")
     args = parser.parse_args(argv)
