@@ -516,11 +516,11 @@ def sequences(args: argparse.Namespace, counts: Counts) -> None:
     from test_sequences import draw_sets, try_sequences
 
     def attempt(first: str) -> None:
-        with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+        with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
             try_sequences(Path(folder), 1, 25, first)
 
     logging.disable()
-    with tempfile.TemporaryDirectory(prefix="stress-") as folder:
+    with tempfile.TemporaryDirectory(prefix="stress-") as folder, open(os.devnull, "w", encoding="utf-8") as nowhere:
         draw_sets(Path(folder))
         for number in range(args.count or 100):
             counts.attempt("sequences", partial(attempt, f"{args.seed} {number}"))

@@ -215,8 +215,7 @@ class Commands(RuleBasedStateMachine):
 
     new = initialize(target=runs, way=st.just("new"), parent=st.none(), start=STARTS)(begin)
     go_on = rule(target=runs, way=st.just("model_path"), parent=runs, start=STARTS)(begin)
-    adapt = rule(target=runs, way=st.just("init_from"), parent=runs, start=STARTS)(begin)
-    again = rule(target=runs, way=st.just("config"), parent=runs, start=STARTS)(begin)
+    anew = rule(target=runs, way=st.sampled_from(["init_from", "config"]), parent=runs, start=STARTS)(begin)
 
     def check(self, run: Run, code: int, changed: set[Path]) -> None:
         """Compare a run's files with what the hooks saw, after it was begun or resumed."""
@@ -253,10 +252,15 @@ class Commands(RuleBasedStateMachine):
         self.check(run, code, changed)
         return multiple()
 
-    @rule(target=runs, run=runs, how=st.tuples(st.booleans(), st.sampled_from("abc"), st.sampled_from(SPLITS), IN_FILE))
-    def use(self, run, how):
+    @rule(
+        target=runs,
+        run=runs,
+        part=st.sampled_from(SPLITS),
+        how=st.tuples(st.booleans(), st.sampled_from("abc"), IN_FILE),
+    )
+    def use(self, run, part, how):
         """Test a model on its own data and on others, and export it; there is no `--split train`."""
-        last, other, part, file = how
+        last, other, file = how
         model, split, output = run.model(last), run.split(), Path(tempfile.mkdtemp(dir=self.saved)) / "exported"
         flags = {"mode": "test", "model_path": str(model), "split": part, "beam_size": 1, "consensus": "off"}
         for data in dict.fromkeys([run.data, other]):
@@ -286,4 +290,4 @@ def try_sequences(place: Path, examples: int, steps: int, first: str | None = No
 
 def test_what_runs_is_what_was_asked(tmp_path):
     draw_sets(tmp_path)
-    try_sequences(tmp_path, 8, 10)
+    try_sequences(tmp_path, 10, 10)
