@@ -1,9 +1,10 @@
 """Disturb the program in the ways that the docs promise to survive, and count what was lost.
 
-    python benchmarks/stress.py                             # 200 kills, each fault once, 2,000 odd files for each reader
+    python benchmarks/stress.py        # 200 kills, each fault once, 2,000 odd files for each reader, 100 sequences
     python benchmarks/stress.py --only kills --minutes 60
     python benchmarks/stress.py --only faults --match user  # the faults with this text in their name
     python benchmarks/stress.py --only fuzz --count 20000 --seed 7
+    python benchmarks/stress.py --only sequences --count 500
 
 kills: SIGKILL at a random moment of a command on a small demo set. The same command (or --resume) then runs to its end.
 Weights, histories, scores and files must be those of an undisturbed run, bit for bit; nothing that existed before may
@@ -11,6 +12,7 @@ be lost, and no half-written file may stay.
 faults: full disks, missing permissions, signals, broken streams, two processes at once. A command must end like an
 undisturbed one, or with exit code 2 and one line that says what is wrong.
 fuzz: the odd files of tests/fuzz_targets.py, more of them than the tests try.
+sequences: the sequences of commands of tests/test_sequences.py, more and longer ones than the tests try.
 
 The exit code is 1 if anything was lost or crashed. Linux; some faults need root and are skipped otherwise.
 """
@@ -22,6 +24,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import logging
 import math
 import os
 import random
@@ -60,7 +63,7 @@ FLAGS = [
 SELF_CRITICAL = ["--epochs", "0", "--scst_epochs", "2", *OFTEN]
 TRAINING = ("train", "encode", "self-critical")
 MODES = (*TRAINING, "test", "tune", "export")  # killed in turn
-KINDS = ("kills", "faults", "fuzz")
+KINDS = ("kills", "faults", "fuzz", "sequences")
 ROUND = 100  # odd files for a reader before the next one has its turn
 LIMIT = 300  # seconds; what takes longer hangs
 NOBODY = 65534
@@ -507,11 +510,29 @@ def fuzz(args: argparse.Namespace, counts: Counts) -> None:
                 feed(name, min(ROUND, inputs - first), f"{args.seed} {first}")
 
 
+def sequences(args: argparse.Namespace, counts: Counts) -> None:
+    """Draw sequences of training, interruption, resuming, adaptation and tests: what runs is what was asked."""
+    sys.path.append(str(ROOT / "tests"))
+    from test_sequences import draw_sets, try_sequences
+
+    def attempt(first: str) -> None:
+        with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            try_sequences(Path(folder), 1, 25, first)
+
+    logging.disable()
+    with tempfile.TemporaryDirectory(prefix="stress-") as folder, open(os.devnull, "w", encoding="utf-8") as nowhere:
+        draw_sets(Path(folder))
+        for number in range(args.count or 100):
+            counts.attempt("sequences", partial(attempt, f"{args.seed} {number}"))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(KINDS), help="kinds, with commas (default: %(default)s)")
     parser.add_argument("--match", default="", metavar="TEXT", help="what has this text in its name")
-    parser.add_argument("--count", type=int, help="of kills (default: 200), and of odd files for each reader (2000)")
+    parser.add_argument(
+        "--count", type=int, help="of kills (default: 200), odd files for each reader (2000), sequences (100)"
+    )
     parser.add_argument("--minutes", type=float, default=math.inf, help="start nothing new after these")
     parser.add_argument("--seed", type=int, default=0, help="other moments and files (default: 0)")
     args = parser.parse_args(argv)
@@ -525,6 +546,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         disturb(args, counts)
     if "fuzz" in args.only:
         fuzz(args, counts)
+    if "sequences" in args.only:
+        sequences(args, counts)
     code = counts.print()
     print(f"{(time.monotonic() - started) / 60:.1f} minutes, seed {args.seed}")
     return code

@@ -143,9 +143,12 @@ def test_a_hand_written_config_says_what_to_do(tmp_path, capsys):
         parse_flags(["--config", str(file)])
     file.write_text("resume: nowhere\nepochs: 3\n")
     assert "--epochs has no effect with --resume" in refused(capsys, "--config", str(file))
+    run = tmp_path / "run_config.json"
+    run.write_text(json.dumps({"data_dir": "old", "timestamp": "t"}))
+    file.write_text(f"resume: {tmp_path}\ndata_dir: other\n")  # the run went on with its old data
+    assert "data_dir" in parse_flags(["--config", str(file)]).explicit
     file.write_text("config: other.yaml\n")
     assert "cannot name another" in refused(capsys, "--config", str(file))
-    run = tmp_path / "run_config.json"
     run.write_text(json.dumps({"mode": "train", "model_path": "old/best.pt", "epochs": 3, "timestamp": "t"}))
     assert parse_flags(["--config", str(run)]).model_path is None
     assert "not taken from it: model_path" in capsys.readouterr().err

@@ -215,6 +215,7 @@ def parse_flags(argv: list[str]) -> Settings:
     explicit = set(typed)
     if "resume" in typed:
         typed = config | {name: value for name, value in typed.items() if name != "config"}
+        explicit |= given
         fixed = next((name for name in typed if not FLAGS[name].resume), None)
         if fixed:
             parser.error(
