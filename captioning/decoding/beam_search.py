@@ -69,7 +69,8 @@ def beam_search(
     """Caption a whole batch of images at once; beam size 1 is greedy decoding.
 
     Starts from `<SOS>`, as training does, ends at `<EOS>` and never gives `<PAD>`, `<SOS>` or `<UNK>`. An image is
-    finished when no live hypothesis can still beat its `num_hypotheses` best ended ones, whatever the other images
+    finished when no live hypothesis, as probable as it is now, would beat its `num_hypotheses` best ended ones with one
+    word more: longer ones could in theory, and hardly ever do (docs/lab/log.md). That is so whatever the other images
     of the batch do, so that results do not depend on which images share a batch. Where nothing ended after `max_length`
     words, the live hypotheses of so many words are returned, with the score of these words.
 
@@ -92,7 +93,6 @@ def beam_search(
     score_history = np.zeros((images, 1, 0), np.float32)  # (I, K, t) the log-probabilities of these words
     attention_history = np.zeros((images, 1, 0, 0), np.float32)  # (I, K, t, 49) their alphas
     ended_scores = np.full((images, num_hypotheses), -np.inf, np.float32)  # the best, best first
-    longest = float(max_length + 1) ** length_penalty
 
     def keep(image: np.ndarray, row: np.ndarray, log_probability: np.ndarray, each: np.ndarray) -> None:
         """Keep live hypotheses (n,) as they stand. Args: each: (n, length) of their words, and `<EOS>` where they ended."""
@@ -132,7 +132,7 @@ def beam_search(
         scores = np.take_along_axis(np.where(ends, -np.inf, best), order, 1)
         ended_scores = np.concatenate([ended_scores, ended / (time + 1) ** length_penalty], 1)
         ended_scores = -np.sort(-ended_scores, 1)[:, :num_hypotheses]
-        can_win = scores[:, 0] / longest > ended_scores[:, -1]  # however long it grows
+        can_win = scores[:, 0] / (time + 2) ** length_penalty > ended_scores[:, -1]
         if beam_size == 1:
             can_win &= ~ends[:, 0]  # greedy decoding ends with its first <EOS>
         going = np.flatnonzero(can_win)
