@@ -38,9 +38,11 @@ def round_to_float16(path: Path) -> None:
     from captioning.runs.checkpoints import load_checkpoint, save_checkpoint
 
     def rounded(values: dict) -> dict:
-        return {
-            name: each.half().float() if torch.is_tensor(each) and each.is_floating_point() else each
-            for name, each in values.items()
+        kinds = (torch.float32, np.float32)  # decoders are tensors, what consensus needs are arrays
+        floats = {name: each for name, each in values.items() if getattr(each, "dtype", None) in kinds}
+        return values | {
+            name: each.astype(np.float16).astype(np.float32) if isinstance(each, np.ndarray) else each.half().float()
+            for name, each in floats.items()
         }
 
     checkpoint = load_checkpoint(path)
