@@ -155,7 +155,7 @@ def open_graph(path: Path, tensors: Mapping[tuple[int, int], Stored]) -> onnxrun
     options.intra_op_num_threads = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what fails is raised: nothing is printed beside it
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent.resolve()))
     try:
         return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
