@@ -123,3 +123,23 @@ def model(tiny_runs: dict[str, Path]):
 @pytest.fixture(scope="session")
 def photo(tiny_runs: dict[str, Path]) -> Path:
     return tiny_runs["data"] / "Images" / "p03.jpg"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def exported_once() -> Iterator[None]:
+    """Networks of the same weights are exported to ONNX once: an export takes seconds."""
+    from captioning.modes import export
+
+    write_graph, known = export.to_onnx, {}
+
+    def to_onnx(module: torch.nn.Module, example: dict, axes: list, outputs: list):
+        tensors = [*module.state_dict().items(), *((name, torch.tensor(each.shape)) for name, each in example.items())]
+        weights = [(name, zlib.crc32(tensor.contiguous().numpy().tobytes())) for name, tensor in tensors]
+        key = f"{module} {weights} {axes} {outputs}"
+        if key not in known:
+            known[key] = write_graph(module, example, axes, outputs)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "to_onnx", to_onnx)
+        yield
