@@ -63,8 +63,11 @@ class ExportedModel:
             entry.name: entry.shape.index("I") for entry in self.advance.get_inputs()[1:] if "I" in entry.shape
         }
         self.has_rows = {entry.name: "S" in entry.shape for entry in self.advance.get_inputs()}
+        read = [[entry.name for entry in each.get_inputs()] for each in (self.encoder, self.begin)]
         if (
-            made != ["pooled", *names]
+            read != [["pixels"], ["features"]]
+            or self.advance.get_outputs()[0].shape != ["I", "S", self.vocabulary_size]
+            or made != ["pooled", *names]
             or given != expected
             or set(self.axes) != set(names)
             or not set(names) >= set(self.changing)
