@@ -115,7 +115,7 @@ def test_damaged_protocol_buffers_are_refused(sound, monkeypatch):
         (content[:-1], ""), (content[: len(content) // 2], "ends too early"), (b"", "KeyError"),
         (content + content, "twice"), (content + b"\x08\x0a", "ir_version twice"), (content + field(7, b""), "graph twice"),
         (content + b"\x08" + b"\xff" * 11, "a number that is too long"), (content + b"\x0b", "damaged"),
-        (content + field(20, b"x"), "not expected (20)"), (b"\x08\x0a\x38\x07", ""),
+        (content + field(15, b"x"), "not expected (15)"), (b"\x08\x0a\x38\x07", ""),
         (content + b"\x41" + bytes(8), "damaged"),  # eight bytes, which no field here has
     ):  # fmt: skip
         refused(damaged, sound, message)
@@ -147,7 +147,7 @@ def swap(folder: Path, other: Path, name: str, where: str = "") -> None:
 
 
 @pytest.mark.parametrize("name", GRAPHS)
-def test_graphs_of_two_exports_do_not_mix(sound, tmp_path, capsys, name):
+def test_graphs_of_two_exports_do_not_mix(sound, photo, tmp_path, capsys, name):
     other, folder = tmp_path / "other", Path(shutil.copytree(sound, tmp_path / "folder"))
     other.mkdir()
     for file, content in exported_files("lstm").items():
@@ -157,6 +157,16 @@ def test_graphs_of_two_exports_do_not_mix(sound, tmp_path, capsys, name):
         with pytest.raises(UserError, match="no graph that --mode export writes|do not belong together"):
             ExportedModel(read_exported(folder / "model.safetensors"), folder / "model.safetensors")
     swap(folder, sound, name, "begin.onnx" if name == "step.onnx" else "step.onnx")
-    assert trainer.main(["--mode", "caption", "--model_path", str(folder), "--images", "x.jpg"]) == 2
+    assert trainer.main(["--mode", "caption", "--model_path", str(folder), "--images", str(photo)]) == 2
     error = capsys.readouterr().err
     assert "do not belong together" in error and "Traceback" not in error
+
+
+def test_a_vocabulary_of_another_export_is_refused(sound, tmp_path):
+    folder = Path(shutil.copytree(sound, tmp_path / "folder"))
+    words = json.loads((sound / "vocabulary.json").read_text())
+    for changed in (words[:-1], [*words, "cat"]):
+        (tmp_path / "vocabulary.json").write_text(json.dumps(changed))
+        swap(folder, tmp_path, "vocabulary.json")
+        with pytest.raises(UserError, match="do not belong together"):
+            ExportedModel(read_exported(folder / "model.safetensors"), folder / "model.safetensors")
