@@ -38,9 +38,11 @@ def round_to_float16(path: Path) -> None:
     from captioning.runs.checkpoints import load_checkpoint, save_checkpoint
 
     def rounded(values: dict) -> dict:
-        return {
-            name: each.half().float() if torch.is_tensor(each) and each.is_floating_point() else each
-            for name, each in values.items()
+        kinds = (torch.float32, np.float32)  # decoders are tensors, what consensus needs are arrays
+        floats = {name: each for name, each in values.items() if getattr(each, "dtype", None) in kinds}
+        return values | {
+            name: each.astype(np.float16).astype(np.float32) if isinstance(each, np.ndarray) else each.half().float()
+            for name, each in floats.items()
         }
 
     checkpoint = load_checkpoint(path)
@@ -121,3 +123,23 @@ def model(tiny_runs: dict[str, Path]):
 @pytest.fixture(scope="session")
 def photo(tiny_runs: dict[str, Path]) -> Path:
     return tiny_runs["data"] / "Images" / "p03.jpg"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def exported_once() -> Iterator[None]:
+    """Networks of the same weights are exported to ONNX once: an export takes seconds."""
+    from captioning.modes import export
+
+    write_graph, known = export.to_onnx, {}
+
+    def to_onnx(module: torch.nn.Module, example: dict, axes: list, outputs: list):
+        tensors = [*module.state_dict().items(), *((name, torch.tensor(each.shape)) for name, each in example.items())]
+        weights = [(name, zlib.crc32(tensor.contiguous().numpy().tobytes())) for name, tensor in tensors]
+        key = f"{module} {weights} {axes} {outputs}"
+        if key not in known:
+            known[key] = write_graph(module, example, axes, outputs)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "to_onnx", to_onnx)
+        yield

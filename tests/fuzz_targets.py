@@ -19,12 +19,14 @@ import zipfile
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from fuzz_inputs import ENCODINGS, ODD_CAPTIONS, Target, altered, mostly_sound, mutated, names, refuses, values
 from hypothesis import strategies as st
 from PIL import Image
+from tiny_encoder import SPEC, in_place_of_resnet50
 
 from captioning.config.flags import FLAGS
 from captioning.config.settings import config_flags, get_parser, parse_flags
@@ -35,8 +37,10 @@ from captioning.data.splits import find_splits, is_stored
 from captioning.decoders.base import build_decoder
 from captioning.encoders import base as encoders
 from captioning.encoders.base import find_encoder
-from captioning.io import CONTROL_CHARACTERS, UserError
-from captioning.modes.export import model_card, write_model
+from captioning.io import CONTROL_CHARACTERS, EXPORTED_WEIGHTS, UserError
+from captioning.models.exported import ExportedModel, open_graph
+from captioning.models.graphs import check_graph, stored_tensors
+from captioning.modes import export
 from captioning.runs.checkpoints import (
     SCHEMA,
     load_checkpoint,
@@ -45,6 +49,7 @@ from captioning.runs.checkpoints import (
     save_checkpoint,
 )
 from captioning.runs.directories import find_checkpoint
+from captioning.runs.forms import GRAPHS, read_exported
 from captioning.training.schedules import Schedule, ScheduleSettings
 
 with contextlib.suppress(UserError):  # where FastAPI is not installed, the page's reader is not tried
@@ -284,11 +289,21 @@ def encoder_weights(value: bytes, folder: Path) -> bool:
 
 
 @cache
-def exported_files() -> dict[str, bytes]:
-    """A small exported model as `--mode export` writes it."""
-    with tempfile.TemporaryDirectory() as folder:
-        write_model(sound_checkpoint(), Path(folder))
+def exported_files(name: str = "attention") -> dict[str, bytes]:
+    """A small exported model as `--mode export` writes it, most of whose weights lie in `model.safetensors`."""
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(export, "SMALL", 16):
+        checkpoint, graphs = exported_parts(name)
+        export.write_model(checkpoint, Path(folder), graphs)
         return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+@cache
+def exported_parts(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A small checkpoint on the small encoder, and its graphs."""
+    with in_place_of_resnet50():
+        checkpoint = sound_checkpoint.__wrapped__(name)
+        checkpoint["encoder"]["transform"] = SPEC.transform
+        return checkpoint, export.make_graphs(checkpoint, None, Path("best.pt"))
 
 
 @st.composite
@@ -312,19 +327,50 @@ def exported_model(value: dict[str, bytes], folder: Path) -> bool:
         (folder / name).write_bytes(content)
     with contextlib.redirect_stdout(io.StringIO()):
         path = find_checkpoint(folder)
-    checkpoint = refuses(lambda: load_checkpoint(path))
-    if checkpoint is None:
-        return False
-    refuses(lambda: require_trainable(checkpoint, path))
-    split_names(["a.jpg", "b.jpg", "c.jpg"], [], checkpoint["split"])
-    if refuses(lambda: fill_decoder(checkpoint, path)) is None:
-        return False
-    (folder / "again").mkdir()
-    write_model(checkpoint, folder / "again")
-    assert (
-        model_card(checkpoint, [], []) and load_checkpoint(folder / "again" / path.name)["flags"] == checkpoint["flags"]
-    )
+    facts = refuses(lambda: read_exported(path))
+    if facts is not None:
+        refuses(lambda: ExportedModel(facts, path))
+    with in_place_of_resnet50():
+        checkpoint = refuses(lambda: load_checkpoint(path))
+        if checkpoint is None:
+            return False
+        assert facts is not None
+        refuses(lambda: require_trainable(checkpoint, path))
+        split_names(["a.jpg", "b.jpg", "c.jpg"], [], checkpoint["split"])
+        if refuses(lambda: fill_decoder(checkpoint, path)) is None:
+            return False
+        (folder / "again").mkdir()
+        export.write_model(checkpoint, folder / "again", exported_parts("attention")[1])
+        assert export.model_card(checkpoint, [])
+        assert load_checkpoint(folder / "again" / path.name)["flags"] == checkpoint["flags"]
     return True
+
+
+@st.composite
+def graphs(draw: st.DrawFn) -> bytes:
+    """Any bytes, or a graph with bytes changed, or with another number, size or name in one of its messages."""
+    content = exported_files()[draw(st.sampled_from(GRAPHS))]
+    match draw(st.sampled_from(["bytes", "mutated", "mutated", "swapped"])):
+        case "bytes":
+            return draw(st.binary(max_size=40))
+        case "swapped":  # two names of the same length, so that all sizes stay right
+            names = [each for each in (b"Mul", b"Add", b"Sub", b"Div", b"Exp", b"Pow", b"Max", b"Log") if each in content]
+            parts = content.split(old := draw(st.sampled_from(names or [b"e"])))
+            at = draw(st.integers(1, max(1, len(parts) - 1)))
+            new = draw(st.sampled_from([b"Mod", b"Not", b"Cos", b"Sum", b"XXX"]) if names else st.just(b"e"))
+            return old.join(parts[:at]) + new + old.join(parts[at:])
+    return draw(mutated(content, 2))
+
+
+def graph(value: bytes, folder: Path) -> bool:
+    """Whether a graph is let pass; ONNX Runtime loads one that is, or we say that it cannot."""
+    (folder / "step.onnx").write_bytes(value)
+    (folder / EXPORTED_WEIGHTS).write_bytes(exported_files()[EXPORTED_WEIGHTS])
+    tensors = stored_tensors(folder / EXPORTED_WEIGHTS)
+    passes = refuses(lambda: check_graph(value, folder / "step.onnx", tensors) or True) is not None
+    loaded = refuses(lambda: open_graph(folder / "step.onnx", tensors))
+    assert passes or loaded is None
+    return passes
 
 
 def fill_decoder(checkpoint: dict[str, Any], path: Path) -> torch.nn.Module:
@@ -439,6 +485,7 @@ TARGETS = {
     "checkpoint fields": Target(st.builds(sound_checkpoint).flatmap(altered), checkpoint_fields),
     "encoder weights": Target(st.booleans().flatmap(lambda old: mutated(tensor_file(old), 3)), encoder_weights),
     "exported model": Target(exported_models(), exported_model),
+    "graph": Target(graphs(), graph),
     "file of flags": Target(config_files(), config),
 }
 if "serve" in globals():

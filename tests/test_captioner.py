@@ -16,6 +16,7 @@ from run_files import png_of
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from captioning.captioner import Captioner
 from captioning.data.images import images_below, load_views
+from captioning.decoders.ensemble import Ensemble
 from captioning.decoding.beam_search import beam_search
 from captioning.encoders import base as encoders
 from captioning.io import UserError
@@ -216,7 +217,7 @@ def test_a_folder_that_leads_back_to_itself_ends(photos):
 
 def test_images_are_read_a_batch_ahead_and_no_more(tiny_runs, monkeypatch):
     read = []
-    monkeypatch.setattr("captioning.captioner.ENCODE_BATCH", 4)
+    monkeypatch.setattr("captioning.captioner.IMAGES_TOGETHER", 4)
     monkeypatch.setattr(encoders, "load_views", lambda path, *how: read.append(path) or load_views(path, *how))
     results = Captioner.load(tiny_runs["attention"]).caption(list(images_below(tiny_runs["data"], [])), beam_size=1)
     next(results)
@@ -240,8 +241,8 @@ def test_a_tuned_checkpoint_is_decoded_as_it_was_tuned(tiny_runs):
 def test_asking_for_more_captions_changes_nothing_about_the_best(tiny_runs):
     model = Captioner.load(tiny_runs["attention"])
     features = torch.from_numpy(np.random.default_rng(0).normal(size=(6, 49, 1280)).astype(np.float32))
-    one = beam_search([(model.decoder, features)], 5, 12)
-    five = beam_search([(model.decoder, features)], 5, 12, num_hypotheses=5)
+    one = beam_search(Ensemble([(model.model.decoder, features)]), 5, 12)
+    five = beam_search(Ensemble([(model.model.decoder, features)]), 5, 12, num_hypotheses=5)
     for few, many in zip(one, five, strict=True):
         assert few[0].ids == many[0].ids and len(many) > 1
         assert [h.score for h in many] == sorted((h.score for h in many), reverse=True)

@@ -27,8 +27,9 @@ def data() -> CaptionSet:
     return random_set(train=50, val=5, test=5)
 
 
-def pooled(images: np.ndarray) -> torch.Tensor:
-    return torch.randn(60, 7, generator=torch.Generator().manual_seed(1))[images] + 5  # which centring takes away
+def pooled(images: np.ndarray) -> np.ndarray:
+    """The features are float32; a mean of 5 is what centring takes away."""
+    return np.random.default_rng(1).normal(5, 1, (60, 7)).astype(np.float32)[images]
 
 
 def tfidf(table, text: list[int]) -> np.ndarray:
@@ -71,7 +72,7 @@ def test_the_table_has_the_frequent_ngrams_with_the_rewards_weights(data, monkey
     assert all(np.allclose(np.sort(ours), np.sort(its)) for ours, its in zip(idf, reward.idf, strict=True))
     ngrams = sum(map(len, keys))
     targets = np.bincount(pairs, weights, len(train) * ngrams).reshape(len(train), ngrams)
-    head = NgramHead(len(vocabulary), tensors(keys, idf, np.log(len(train))))
+    head = NgramHead(len(vocabulary), stored(keys, idf, np.log(len(train))))
     for image in (0, 7, 31):
         texts = [[vocabulary.id_of[word] for word in text.split()] for text in data.references(image)]
         assert np.allclose(targets[image], np.mean([tfidf(head.table, text) for text in texts], 0), atol=1e-6)
@@ -84,12 +85,12 @@ def test_the_table_has_the_frequent_ngrams_with_the_rewards_weights(data, monkey
     assert fewer[0].tolist() == [*expected, len(small)]  # the end of a caption is a word too
 
 
-def tensors(keys, idf, log_images: float, channels: int = 7, rank: int = 2) -> dict:
+def stored(keys, idf, log_images: float, channels: int = 7, rank: int = 2) -> dict:
     ngrams = sum(map(len, keys))
     return {
-        "keys": torch.from_numpy(np.concatenate(keys)), "idf": torch.from_numpy(np.concatenate(idf)).float(),
-        "sizes": torch.tensor([len(each) for each in keys]), "centre": torch.zeros(channels),
-        "project": torch.zeros(channels + 1, rank), "expect": torch.zeros(rank, ngrams),
+        "keys": np.concatenate(keys), "idf": np.concatenate(idf).astype(np.float32),
+        "sizes": np.array([len(each) for each in keys]), "centre": np.zeros(channels, np.float32),
+        "project": np.zeros((channels + 1, rank), np.float32), "expect": np.zeros((rank, ngrams), np.float32),
         "log_images": float(log_images), "weight": 0.0,
     }  # fmt: skip
 
@@ -102,18 +103,18 @@ def test_the_regression_is_reduced_rank_ridge_regression(data, monkeypatch):
     keys, _, pairs, weights = frequent_ngrams(data, vocabulary, train)
     ngrams = sum(map(len, keys))
     targets = np.bincount(pairs, weights, len(train) * ngrams).reshape(len(train), ngrams)
-    x = direction(pooled(train), pooled(train).double().mean(0).float()).double().numpy()
-    queries = direction(pooled(np.arange(50, 60)), pooled(train).double().mean(0).float()).double().numpy()
+    centre = pooled(train).mean(0, dtype=np.float64).astype(np.float32)
+    x, queries = (direction(pooled(images), centre).astype(np.float64) for images in (train, np.arange(50, 60)))
     ridge = np.linalg.solve(x.T @ x + consensus.RIDGE * np.eye(8), x.T @ targets)
     full = fit_head(data, vocabulary, pooled).expected(pooled(np.arange(50, 60)))
-    assert np.abs(full.numpy() - queries @ ridge).max() < 1e-5
+    assert np.abs(full - queries @ ridge).max() < 1e-5
     monkeypatch.setattr(consensus, "RANK", 3)
     head = fit_head(data, vocabulary, pooled)
     assert head.stored["expect"].shape == (3, ngrams)
     predicted = np.vstack([x, np.sqrt(consensus.RIDGE) * np.eye(8)]) @ ridge  # the ridge as eight more images
     _, _, directions = np.linalg.svd(predicted, full_matrices=False)
     expected = queries @ ridge @ directions[:3].T @ directions[:3]
-    assert np.abs(head.expected(pooled(np.arange(50, 60))).numpy() - expected).max() < 1e-5
+    assert np.abs(head.expected(pooled(np.arange(50, 60))) - expected).max() < 1e-5
 
 
 def hypothesis(vocabulary: Vocabulary, text: str, log_probability: float) -> Hypothesis:
@@ -130,7 +131,7 @@ def test_the_evidence_is_the_beams_agreement_and_what_is_expected(data, monkeypa
     assert by_beam.argmax() == 1  # two that agree outweigh the likeliest
     certain = [[found[0][0]._replace(log_probability=0.0), *found[0][1:]]]
     assert head.evidence(certain, pooled(np.array([50])))[0][0].argmax() == 0  # but not one that has nearly all
-    vector = head.expected(pooled(np.array([50])))[0].double().numpy()
+    vector = head.expected(pooled(np.array([50])))[0].astype(np.float64)
     for each, value in zip(found[0], by_regression, strict=True):
         assert value == pytest.approx(10 / 4 * vector @ tfidf(head.table, each.ids), abs=1e-5)
 
@@ -204,15 +205,15 @@ def test_an_ensemble_of_which_one_has_no_consensus_is_a_plain_one(run, tiny_runs
 @pytest.mark.parametrize(
     "damage",
     [
-        {"sizes": torch.tensor([1, 1, 1, 1])}, {"keys": None}, {"centre": torch.zeros(3)}, {"log_images": "x"},
-        {"expect": torch.full((2, 2), float("inf"))}, {"weight": float("nan")},
+        {"sizes": np.array([1, 1, 1, 1])}, {"keys": None}, {"centre": np.zeros(3, np.float32)}, {"log_images": "x"},
+        {"expect": np.full((2, 2), np.inf, np.float32)}, {"idf": torch.zeros(2)}, {"weight": float("nan")},
     ],
 )  # fmt: skip
 def test_a_damaged_table_is_refused(run, tmp_path, damage):
     checkpoint = load_checkpoint(run / "best.pt")
     stored = dict(checkpoint["consensus"])
     if damage == {"keys": None}:
-        damage = {"keys": stored["keys"].flip(0)}
+        damage = {"keys": stored["keys"][::-1].copy()}
     save_checkpoint(tmp_path / "best.pt", checkpoint | {"consensus": stored | damage})
     with pytest.raises(UserError, match="consensus"):
         load_checkpoint(tmp_path / "best.pt")

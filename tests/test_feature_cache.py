@@ -95,7 +95,7 @@ def test_only_what_is_asked_for_is_stored(tmp_path, paths):
 @pytest.mark.parametrize("values", [[0.0, 0.0, 0.0], [-3.0, 5.0, 5.0], [60000.0, 1.0, -60000.0], [2e-7, 1e-7, 0.0]])
 def test_quantization_rounds_to_half_a_step(values):
     grids = np.array([[values]], np.float16)
-    found = dequantize(torch.from_numpy(quantize(grids))).numpy()
+    found = dequantize(quantize(grids))
     assert np.abs(found - grids.astype(np.float32)).max() <= 0.51 * np.ptp(grids.astype(np.float32)) / 255 + 1e-6
 
 

@@ -17,6 +17,7 @@ from captioning.config import registry
 from captioning.data.batches import Collator
 from captioning.data.dataset import build_vocabulary, load_caption_set
 from captioning.decoders.base import Decoder, DecoderOutput, build_decoder, count_parameters, find_decoder
+from captioning.decoders.ensemble import Ensemble
 from captioning.decoders.lstm import LSTMState
 from captioning.decoding.beam_search import beam_search
 from captioning.encoders import torchvision as torchvision_encoders
@@ -100,7 +101,7 @@ def test_thirty_two_memorised_captions_all_come_back(kind, tmp_path):
             break
     assert least > 0.9, "it did not learn"
     for beam in (1, 3):
-        found = beam_search([(decoder, features[images])], beam, 40)
+        found = beam_search(Ensemble([(decoder, features[images])]), beam, 40)
         said = [" ".join(vocabulary.decode(hypotheses[0].ids)) for hypotheses in found]
         assert said == [data.references(image)[0] for image in images]
 
@@ -225,7 +226,7 @@ def test_a_caption_may_be_longer_than_in_training(kind):
     """In an ensemble, `--max_length` is the first member's."""
     decoder, features = tiny_decoder(kind), features_for(kind, 2)
     decoder.output_bias.data[2] = -100.0  # <EOS>
-    for found in beam_search([(decoder, features)], 1, 50):
+    for found in beam_search(Ensemble([(decoder, features)]), 1, 50):
         assert len(found[0].ids) == 50
 
 
@@ -233,15 +234,15 @@ def test_a_caption_may_be_longer_than_in_training(kind):
 @pytest.mark.parametrize("beam", (1, 3))
 def test_a_batch_is_captioned_as_one_by_one(kind, beam):
     decoder, features = exact(kind, 9)
-    batched = beam_search([(decoder, features)], beam, 12)
-    single = [beam_search([(decoder, features[i : i + 1])], beam, 12)[0] for i in range(9)]
+    batched = beam_search(Ensemble([(decoder, features)]), beam, 12)
+    single = [beam_search(Ensemble([(decoder, features[i : i + 1])]), beam, 12)[0] for i in range(9)]
     assert [[h.ids for h in found] for found in batched] == [[h.ids for h in found] for found in single]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_beam_one_is_greedy_and_never_says_a_special_token(kind):
     decoder, features = exact(kind, 6)
-    for found, feature in zip(beam_search([(decoder, features)], 1, 12), features, strict=True):
+    for found, feature in zip(beam_search(Ensemble([(decoder, features)]), 1, 12), features, strict=True):
         state, word, said = decoder.eval().begin(feature.unsqueeze(0)), 1, []
         for _ in range(12):
             state, output = decoder.step(state, torch.tensor([word]))
@@ -256,6 +257,8 @@ def test_beam_one_is_greedy_and_never_says_a_special_token(kind):
 
 class Endless(Decoder):
     """Never ends; which of two words is likelier depends on the last one, and the first word is a trap."""
+
+    vocabulary_size = 6
 
     def begin(self, features):
         blank = torch.zeros(1, len(features), 1)
@@ -284,14 +287,14 @@ def test_a_longer_more_probable_caption_beats_those_that_ended_before_it():
                 logits[row, 2 if goes_on else 4] = 0.0
             return state._replace(hidden=state.hidden + 1), DecoderOutput(logits, None)
 
-    (found,) = beam_search([(Scripted(), torch.zeros(1, 1))], 3, 12, length_penalty=0.0)
+    (found,) = beam_search(Ensemble([(Scripted(), torch.zeros(1, 1))]), 3, 12, length_penalty=0.0)
     assert found[0].ids == [4] * 6 and len(found) > 3
 
 
 @pytest.mark.parametrize("beam", (1, 2, 4))
 def test_a_caption_cut_at_its_longest_has_the_score_of_its_words(beam):
     """The word that was cut off does not count, and no caption is found twice."""
-    (found,) = beam_search([(Endless(), torch.zeros(1, 1))], beam, 2, length_penalty=0.7, num_hypotheses=beam)
+    (found,) = beam_search(Ensemble([(Endless(), torch.zeros(1, 1))]), beam, 2, length_penalty=0.7, num_hypotheses=beam)
     chances = {(4, 4): 0.33, (4, 5): 0.27, (5, 4): 0.04, (5, 5): 0.36}
     assert len({tuple(each.ids) for each in found}) == len(found) == beam
     for each in found:
@@ -303,8 +306,8 @@ def test_a_caption_cut_at_its_longest_has_the_score_of_its_words(beam):
 @pytest.mark.parametrize("beam", (1, 2, 4))
 def test_no_phrase_comes_twice_where_that_is_forbidden(beam):
     """Endless() repeats [5, 5] for ever if it may."""
-    (free,) = beam_search([(Endless(), torch.zeros(1, 1))], beam, 12)
-    (found,) = beam_search([(Endless(), torch.zeros(1, 1))], beam, 5, num_hypotheses=beam, no_repeat_ngram=2)
+    (free,) = beam_search(Ensemble([(Endless(), torch.zeros(1, 1))]), beam, 12)
+    (found,) = beam_search(Ensemble([(Endless(), torch.zeros(1, 1))]), beam, 5, num_hypotheses=beam, no_repeat_ngram=2)
 
     def repeats(ids):
         pairs = list(zip(ids, ids[1:], strict=False))
@@ -324,7 +327,7 @@ def test_each_word_has_the_members_mean_probability_and_the_firsts_attention(kin
     members = [(decoders[kind], features_for(kind, 2).roll(view, 0)) for view, kind in enumerate(kinds)]  # views differ
     for decoder in decoders.values():
         decoder.output_bias.data[2] = end
-    for image, hypotheses in enumerate(beam_search(members, 3, 5, attention=True, num_hypotheses=3)):
+    for image, hypotheses in enumerate(beam_search(Ensemble(members), 3, 5, attention=True, num_hypotheses=3)):
         for found in hypotheses:
             states = [decoder.begin(features[image : image + 1]) for decoder, features in members]
             expected, alphas = [], []

@@ -160,7 +160,7 @@ def test_threads_share_a_captioner(tiny_runs):
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(work, range(4)))
     assert results == [[said(captioner(path)) for path in paths]] * 4
-    assert not captioner.decoder.training  # nor was it while one of them drew: `sample` leaves the mode that it found
+    assert not captioner.model.decoder.training  # nor was it while one of them drew: `sample` leaves the mode that it found
 
 
 def test_several_threads_may_read_one_open_image():
@@ -198,4 +198,4 @@ def test_the_captioner_of_the_package_captions_photos_unless_another_is_named(ph
     assert list(Path("captions_viz").glob("attention_viz_sample_1.png"))
     folder = runs.PRETRAINED / runs.PRETRAINED_MODEL
     files = {path.name: path.stat().st_size for path in folder.iterdir()}
-    assert files.keys() >= {"LICENSE", "README.md"} and sum(files.values()) < 16_000_000
+    assert files.keys() >= {"LICENSE", "README.md"} and sum(files.values()) < 32_000_000

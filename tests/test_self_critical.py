@@ -12,10 +12,12 @@ from random_captions import WORDS, random_set
 from captioning.config.registry import DECODERS
 from captioning.data.dataset import EOS, PAD, SOS, UNK, CaptionSet, Vocabulary, build_vocabulary
 from captioning.decoders.base import Decoder, build_decoder
-from captioning.decoding.beam_search import Ensemble, beam_search, sample
+from captioning.decoders.ensemble import Ensemble
+from captioning.decoding import beam_search as searching
+from captioning.decoding.beam_search import beam_search
 from captioning.encoders.base import EncoderSpec
 from captioning.scoring.cider import CiderReward
-from captioning.training.self_critical import SelfCritic
+from captioning.training.self_critical import SelfCritic, sample
 
 
 @pytest.fixture(scope="module")
@@ -108,24 +110,41 @@ def test_samples_follow_the_decoders_distribution(kind):
     features = torch.randn(1, *((49, 8) if decoder.uses_grid else (8,)))
     torch.manual_seed(1)
     drawn = sample(decoder, features, 4000, 3)
-    expected, _ = Ensemble([(decoder, features)]).step(torch.tensor([SOS]))
-    share = np.bincount(drawn.words[:, 0], minlength=7) / 4000
-    assert share[[PAD, SOS, UNK]].sum() == 0
-    allowed = expected[0].detach().exp() / expected[0].detach().exp().sum()
-    assert np.abs(share - allowed.numpy()).max() < 0.03
+    expected = Ensemble([(decoder, features)]).step(np.array([SOS]), 7)
+    share = np.bincount(drawn.words[:, 0], minlength=7)[expected.ids[0]] / 4000
+    allowed = np.exp(expected.log_probabilities[0])  # none of <PAD>, <SOS> and <UNK>
+    assert sorted(expected.ids[0][allowed == 0]) == [PAD, SOS, UNK] and share[allowed == 0].sum() == 0
+    assert np.abs(share - allowed / allowed.sum()).max() < 0.03
 
 
 def test_the_nucleus_keeps_the_likeliest_words():
     decoder = small("lstm", 40)
-    drawn = sample(decoder, torch.randn(5, 8), 3, 6, top_p=1e-6)
-    rows = drawn.words.reshape(5, 3, -1)
-    assert (rows == rows[:, :1]).all()  # one word has it all: the three samples are the greedy caption
+    reading, again = (Ensemble([(decoder, torch.randn(5, 8, generator=torch.manual_seed(1)))]) for _ in range(2))
+    drawn = searching.sample(reading, 3, 6, 1e-6, np.random.default_rng(0))
+    greedy = beam_search(again, 1, 6)  # one word has it all: the three samples are the greedy caption
+    assert [[each.ids for each in found] for found in drawn] == [[found[0].ids] for found in greedy]
+
+
+def test_the_words_of_a_nucleus_are_drawn_by_their_probability():
+    decoder = small("lstm", 9)
+    features = torch.randn(1, 8)
+    following = Ensemble([(decoder, features)]).step(np.array([SOS]), 9)
+    chances = np.exp(following.log_probabilities[0])
+    kept = np.cumsum(chances) - chances < 0.5  # the word that reaches the half is the last
+    drawn = [
+        searching.sample(Ensemble([(decoder, features)]), 1, 1, 0.5, np.random.default_rng(seed))[0][0]
+        for seed in range(1000)
+    ]
+    first = [each.ids[0] if each.ids else EOS for each in drawn]
+    share = np.bincount(first, minlength=9)[following.ids[0]] / 1000
+    assert 1 < kept.sum() < 6 and not share[~kept].any()
+    assert np.abs(share[kept] - chances[kept] / chances[kept].sum()).max() < 0.05
 
 
 def test_samples_end_and_say_so():
     decoder = small("attention", 9)
     drawn = sample(decoder, torch.randn(6, 49, 8), 5, 12)
-    for words, length, ended, _ in zip(*drawn, strict=True):
+    for words, length, ended in zip(*drawn, strict=True):
         assert (words[length:] == EOS).all() and EOS not in words[:length] and ended == (length < 12)
 
 
@@ -133,15 +152,16 @@ def test_samples_end_and_say_so():
 def test_samples_know_their_log_probability(kind):
     decoder = small(kind, 9)
     features = torch.randn(2, *((49, 8) if decoder.uses_grid else (8,)))
-    drawn = sample(decoder, features, 2, 12, top_p=0.8)
-    decoder.eval()
-    for row, (words, length, ended, log_probabilities) in enumerate(zip(*drawn, strict=True)):
-        ensemble, word, expected = Ensemble([(decoder, features[row // 2 : row // 2 + 1])]), torch.tensor([SOS]), []
-        for target in [*words[:length].tolist(), *([EOS] if ended else [])]:
-            known, _ = ensemble.step(word)
-            expected, word = [*expected, known[0, target].item()], torch.tensor([target])
-        assert log_probabilities[: len(expected)] == pytest.approx(expected, abs=1e-4)
-        assert not log_probabilities[len(expected) :].any()
+    drawn = searching.sample(Ensemble([(decoder, features)]), 2, 12, 0.8, np.random.default_rng(0))
+    for image, found in enumerate(drawn):
+        assert len({tuple(each.ids) for each in found}) == len(found) <= 2
+        for each in found:
+            ensemble, word, expected = Ensemble([(decoder, features[image : image + 1])]), SOS, []
+            for target in [*each.ids, *([EOS] if len(each.ids) < 12 else [])]:
+                known = ensemble.step(np.array([word]), 9)
+                expected, word = [*expected, known.log_probabilities[known.ids == target][0]], target
+            assert each.log_probabilities == pytest.approx(expected, abs=1e-4)
+            assert each.score == each.log_probability == pytest.approx(sum(expected), abs=1e-3)
 
 
 @pytest.mark.parametrize("kind", DECODERS)
@@ -187,9 +207,9 @@ def test_views_of_one_decoder_say_what_several_decoders_of_the_same_weights_say(
     decoder.output_bias.data[EOS] = 1
     decoder.embed.weight.data *= 6
     means = (other, 5 * views[0].mean(1))
-    shared = beam_search([*((decoder, view) for view in views), means], 4, 12, attention=True, num_hypotheses=4)
+    shared = beam_search(Ensemble([*((decoder, view) for view in views), means]), 4, 12, attention=True, num_hypotheses=4)
     copies = [(copy.deepcopy(decoder), view) for view in views]
-    alone = beam_search([*copies, means], 4, 12, attention=True, num_hypotheses=4)
+    alone = beam_search(Ensemble([*copies, means]), 4, 12, attention=True, num_hypotheses=4)
     for one, two in zip(shared, alone, strict=True):
         assert [h.ids for h in one] == [h.ids for h in two]
         for first, second in zip(one, two, strict=True):

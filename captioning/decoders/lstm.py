@@ -126,7 +126,7 @@ class LSTMDecoder(Decoder):
         """Combine the LSTM's output (N, H), the embedded last words (N, E) and the image. Args: batch: None in decoding."""
         image = state.regions[:, 0]  # (I, E)
         if batch is None:  # the rows of an image lie together
-            image = image.repeat_interleave(hidden.shape[0] // image.shape[0], 0)
+            image = image.unsqueeze(1).expand(-1, hidden.shape[0] // image.shape[0], -1).flatten(0, 1)
         else:
             image = image[batch.row_image[batch.token_row]]
         return DecoderOutput(self.output_layer(self.output(self.dropout(hidden)) + words + image), None)

@@ -73,7 +73,7 @@ class ShowAttendTellDecoder(Decoder):
         embedded = self.embed(words)  # (rows, E)
         rows, images = words.shape[0], state.regions.shape[0]
         slots = torch.arange(rows, device=words.device)  # the rows of an image lie together
-        image = torch.arange(images, device=words.device).repeat_interleave(rows // images)
+        image = slots // (rows // images)
         hidden, cell, context, alphas = self.advance(
             embedded, state.hidden[0], state.cell[0], state, image, slots, rows // images
         )

@@ -63,8 +63,11 @@ class ExportedModel:
             entry.name: entry.shape.index("I") for entry in self.advance.get_inputs()[1:] if "I" in entry.shape
         }
         self.has_rows = {entry.name: "S" in entry.shape for entry in self.advance.get_inputs()}
+        read = [[entry.name for entry in each.get_inputs()] for each in (self.encoder, self.begin)]
         if (
-            made != ["pooled", *names]
+            read != [["pixels"], ["features"]]
+            or self.advance.get_outputs()[0].shape != ["I", "S", self.vocabulary_size]
+            or made != ["pooled", *names]
             or given != expected
             or set(self.axes) != set(names)
             or not set(names) >= set(self.changing)
@@ -155,7 +158,7 @@ def open_graph(path: Path, tensors: Mapping[tuple[int, int], Stored]) -> onnxrun
     options.intra_op_num_threads = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what fails is raised: nothing is printed beside it
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent.resolve()))
     try:
         return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])

@@ -432,9 +432,11 @@ def further_weights(
 
 
 def fingerprint(array: np.ndarray) -> tuple[tuple[int, ...], bytes]:
-    """Return what equal arrays have in common once they are stored in float16."""
-    short = np.ascontiguousarray(array.astype(np.float16))
-    return short.shape, hashlib.sha256(short.tobytes()).digest()
+    """Return what equal arrays have in common once they are stored as `shortened` does."""
+    with np.errstate(over="ignore"):
+        short = array.astype(np.float16)
+    stored = np.ascontiguousarray(short if np.isfinite(short).all() else array)
+    return stored.shape, hashlib.sha256(stored.tobytes()).digest()
 
 
 def refer_to_weights(model: onnx.ModelProto, path: Path) -> bytes:
