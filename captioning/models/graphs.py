@@ -134,6 +134,8 @@ TENSOR: Fields = {
     1: "*dims", 2: "data_type", 8: "name", 9: "raw_data", 13: "*external_data", 14: "data_location",
 }  # fmt: skip
 ENTRY: Fields = {1: "key", 2: "value"}
+# Those that are whole numbers; all others are bytes.
+NUMBERS = {"ir_version", "version", "*dims", "data_type", "data_location", "i", "*ints", "type"}
 
 
 class Stored(NamedTuple):
@@ -245,14 +247,16 @@ def read(content: bytes | memoryview, fields: Fields) -> dict[str, Any]:
         name = fields.get(number)
         if name is None:
             raise Malformed(f"it has a field that is not expected ({number})")
-        if name[0] != "*":
-            if name in found:
-                raise Malformed(f"it has the field {name} twice")
-            found[name] = value
-        elif name == "*dims" and not isinstance(value, int):
+        if name == "*dims" and not isinstance(value, int):
             found["dims"] += packed(value)
-        else:
+        elif isinstance(value, int) != (name in NUMBERS):
+            raise Malformed(f"its field {name.lstrip('*')} is of another type")
+        elif name[0] == "*":
             found[name[1:]].append(value)
+        elif name in found:
+            raise Malformed(f"it has the field {name} twice")
+        else:
+            found[name] = value
     return found
 
 
