@@ -6,14 +6,14 @@ import threading
 import pytest
 import requests
 
-import flickr_image_caption_with_pytorch_resnet_lstm as trainer
+from captioning.config.settings import parse_flags
 from captioning.io import UserError
 
 serve = pytest.importorskip("captioning.modes.serve", reason="fastapi is not installed", exc_type=UserError)
 
 
 def flags(tiny_runs, *more: str):
-    return trainer.parse_flags(["--mode", "serve", "--model_path", str(tiny_runs["attention"]), *more])
+    return parse_flags(["--mode", "serve", "--model_path", str(tiny_runs["attention"]), *more])
 
 
 @contextlib.contextmanager

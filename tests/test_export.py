@@ -1,39 +1,45 @@
-"""A model that is exported, read back, tampered with, and run as ONNX."""
+"""A model that is exported, read back and tampered with; tests/test_every_decoder.py runs it."""
 
 import hashlib
-import importlib.util
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from fuzz_targets import sound_checkpoint
+from fuzz_targets import exported_parts
 from run_files import skip_pictures
 from safetensors.torch import load_file, save_file
+from tiny_encoder import in_place_of_resnet50
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from captioning.config import registry
-from captioning.encoders import base as encoders
 from captioning.io import UserError
 from captioning.modes import export as export_model
 from captioning.runs.checkpoints import load_checkpoint, save_checkpoint
 from captioning.runs.directories import TEST_KEYS
+from captioning.runs.forms import GRAPHS
 
-ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
+
+
+@pytest.fixture(autouse=True)
+def small_encoder() -> Iterator[None]:
+    with in_place_of_resnet50():
+        yield
 
 
 def checkpoint_file(folder: Path, name: str = "attention") -> Path:
     folder.mkdir()
-    save_checkpoint(folder / "best.pt", sound_checkpoint(name))
+    save_checkpoint(folder / "best.pt", exported_parts(name)[0])
     return folder / "best.pt"
 
 
 def exported(folder: Path, name: str = "attention") -> Path:
     """A small model in `folder`/model, exported from `folder`/run."""
     path = checkpoint_file(folder / "run", name)
-    export_model.export(load_checkpoint(path), path, folder / "model", False, None)
+    export_model.export(load_checkpoint(path), path, folder / "model", None)
     return folder / "model"
 
 
@@ -41,7 +47,7 @@ def exported(folder: Path, name: str = "attention") -> Path:
 def test_what_is_read_back_is_what_was_exported(tmp_path, name):
     model = exported(tmp_path, name)
     assert {file.name for file in model.iterdir()} == {
-        "README.md", "config.json", "model.safetensors", "split.json", "vocabulary.json",
+        "README.md", "config.json", "model.safetensors", "split.json", "vocabulary.json", *GRAPHS,
     }  # fmt: skip
     before, after = load_checkpoint(tmp_path / "run" / "best.pt"), load_checkpoint(model / "model.safetensors")
     assert before["decoder"].keys() == after["decoder"].keys()
@@ -64,9 +70,9 @@ def test_nothing_is_overwritten(tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("full", "file", "link"):
         with pytest.raises(UserError, match="is there already, and nothing is overwritten"):
-            export_model.export(checkpoint, path, tmp_path / name, False, None)
-    export_model.export(checkpoint, path, tmp_path / "empty", False, None)
-    export_model.export(checkpoint, path, tmp_path / "new" / "below", False, None)
+            export_model.export(checkpoint, path, tmp_path / name, None)
+    export_model.export(checkpoint, path, tmp_path / "empty", None)
+    export_model.export(checkpoint, path, tmp_path / "new" / "below", None)
     assert (tmp_path / "file").read_text() == (tmp_path / "full" / "mine.txt").read_text() == "mine"
 
 
@@ -78,7 +84,7 @@ def test_a_broken_export_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(export_model, "model_card", full)
     with pytest.raises(UserError, match="No space left"):
-        export_model.export(load_checkpoint(path), path, tmp_path / "model", False, None)
+        export_model.export(load_checkpoint(path), path, tmp_path / "model", None)
     assert [each.name for each in tmp_path.iterdir()] == ["run"]
 
 
@@ -153,13 +159,13 @@ def test_the_card_has_this_checkpoints_scores_and_the_terms(tmp_path):
     entry = {"checkpoint": "best.pt", "epoch": 1, "split": "test|`<b>", "images": 10, "beam_size": 3, "cider": 0.512}
     entry = dict.fromkeys(TEST_KEYS) | entry
     (tmp_path / "run" / "test_metrics.json").write_text(json.dumps([entry, entry | {"epoch": 2, "cider": 0.9}]))
-    export_model.export(load_checkpoint(path), path, tmp_path / "model", False, None)
+    export_model.export(load_checkpoint(path), path, tmp_path / "model", None)
     card = (tmp_path / "model" / "README.md").read_text()
     assert "| split | images | decoding | CIDEr |" in card and "| test\\|'&lt;b> | 10 | beam 3 | 51.2 |" in card
     assert "90.0" not in card and "non-commercial research" in card and "`0676ba61`" in card
     (tmp_path / "run" / "test_metrics.json").write_text('{"cider": 3}')
     with pytest.raises(UserError, match="expected a list"):
-        export_model.export(load_checkpoint(path), path, tmp_path / "other", False, None)
+        export_model.export(load_checkpoint(path), path, tmp_path / "other", None)
 
 
 def test_from_training_to_scores_of_the_exported_model(tiny_runs, tmp_path, monkeypatch, capsys):
@@ -182,88 +188,23 @@ def test_from_training_to_scores_of_the_exported_model(tiny_runs, tmp_path, monk
     assert "no optimizer state" in capsys.readouterr().err
 
 
-class TinySpec(encoders.EncoderSpec):
-    """A small encoder, since a real one takes half a minute to write."""
-
-    def locate_weights(self, named, expected):
-        return None, {"other": "ffffffff"}.get(named, "0676ba61")
-
-    def load_stages(self, weights):
-        torch.manual_seed(0)
-        return [torch.nn.Conv2d(3, 4, 8, 8)]
-
-
-TINY = TinySpec("resnet50", 4, (0.0,) * 3, (255.0,) * 3, image_size=56)
-
-
-@pytest.fixture(scope="module")
-def encoder_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small encoder as ONNX, which is the same for each decoder."""
-    path = tmp_path_factory.mktemp("onnx") / "encoder.onnx"
-    with torch.no_grad():
-        pixels = torch.zeros(3, 3, 56, 56, dtype=torch.uint8)
-        export_model.to_onnx(TINY.build(None), {"pixels": pixels}, {"pixels": {0: "R"}}, ["features"], path)
-    return path
-
-
-def onnx_checkpoint(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> Path:
-    """A checkpoint on the small encoder, in `folder`/run."""
-    monkeypatch.setitem(registry.ENCODERS, "resnet50", registry.Entry("test_export:TINY"))
-    checkpoint = sound_checkpoint.__wrapped__(name)
-    checkpoint["encoder"]["transform"] = TINY.transform
-    (folder / "run").mkdir()
-    save_checkpoint(folder / "run" / "best.pt", checkpoint)
-    return folder / "run" / "best.pt"
-
-
-@pytest.mark.skipif(not ONNX, reason="ONNX is not installed")
-@pytest.mark.parametrize("name", sorted(registry.DECODERS.keys() - {"lstm"}))  # tests/test_every_decoder.py has that
-def test_onnx_of_the_decoder_says_what_pytorch_says(tmp_path, monkeypatch, encoder_onnx, name):
-    import onnxruntime
-
-    path = onnx_checkpoint(tmp_path, monkeypatch, name)
-    plain = export_model.to_onnx
-
-    def to_onnx(module, example, axes, outputs, file):
-        if file.name != "encoder.onnx":
-            return plain(module, example, axes, outputs, file)
-        shutil.copy(encoder_onnx, file)
-        return onnxruntime.InferenceSession(file)
-
-    monkeypatch.setattr(export_model, "to_onnx", to_onnx)
-    assert (
-        trainer.main(["--mode", "export", "--model_path", str(path), "--output", str(tmp_path / "model"), "--onnx"])
-        == 0
-    )
-    card = (tmp_path / "model" / "README.md").read_text()
-    assert "| `encoder.onnx` | `pixels` uint8 (R, 3, 56, 56) | `features` (R, 49, 4) |" in card
-    if name == "transformer":
-        assert "`words` int64 (R), `past` (1, R, T, 6), `regions` (1, R, 49, 6)" in card
-        assert "`log_probabilities` (R, 6), `next_past` (1, R, T + 1, 6)" in card
-    else:
-        assert "`words` int64 (R), `hidden` (1, R, 2), `cell` (1, R, 2), `regions` (R, " in card
-        assert "`log_probabilities` (R, 6), `next_hidden` (1, R, 2), `next_cell` (1, R, 2)" in card
-        assert "`keys` (R, 49, 2)" in card
-    assert "`attention` (R, 49)" in card
-
-    step = onnxruntime.InferenceSession(tmp_path / "model" / "decoder_step.onnx")
-    begin = onnxruntime.InferenceSession(tmp_path / "model" / "decoder_begin.onnx")
-    state = begin.run(None, {"features": np.ones((5, 49, 4), np.float32)})  # traced with another number of rows
-    names = [each.name for each in step.get_inputs()]
-    outcome = step.run(None, dict(zip(names, [np.ones(5, np.int64), *state], strict=True)))
-    np.testing.assert_allclose(np.exp(outcome[0]).sum(1), 1, rtol=1e-5)
-    assert load_checkpoint(tmp_path / "model" / "model.safetensors")["epoch"] == 1
+def test_other_weights_of_the_encoder_are_refused(tmp_path):
+    path = checkpoint_file(tmp_path / "run")
     with pytest.raises(UserError, match="trained on resnet50 weights 0676ba61, but those here are ffffffff"):
-        export_model.export(load_checkpoint(path), path, tmp_path / "other", True, "other")
+        export_model.export(load_checkpoint(path), path, tmp_path / "other", "other")
 
 
-@pytest.mark.skipif(not ONNX, reason="ONNX is not installed")
-def test_a_network_for_one_number_of_rows_is_refused(tmp_path):
-    """The exporter makes `len(tensor)` a constant: the network would take three rows only."""
-
+def test_a_network_for_one_number_of_rows_is_refused():
     class Fixed(torch.nn.Module):
         def forward(self, features: torch.Tensor) -> torch.Tensor:
-            return features.view(len(features), 2, 2)
+            return features.view(3, 2, 2)
 
-    with pytest.raises(UserError, match="fixed.onnx takes one number of rows or words only"):
-        export_model.to_onnx(Fixed(), {"x": torch.zeros(3, 4)}, {"x": {0: "R"}}, ["y"], tmp_path / "fixed.onnx")
+    with pytest.raises(UserError, match=r"Fixed cannot be exported: .* tensor.shape\[axis\]"):
+        export_model.to_onnx(Fixed(), {"x": torch.zeros(3, 4)}, [{0: "B"}], ["y"])
+
+
+def test_weights_that_are_alike_in_float16_only_are_stored_apart():
+    """Those of the encoder are stored in float32, and what float16 does not hold is too."""
+    alike = [np.full((2, 2), value, np.float32) for value in (1e5, 2e5)]
+    assert export_model.fingerprint(alike[0]) != export_model.fingerprint(alike[1])
+    assert export_model.fingerprint(alike[0] / 1e5) == export_model.fingerprint(alike[0] / 1e5 + 1e-6)

@@ -18,11 +18,12 @@ from captioning.io import UserError
 from captioning.modes import export as export_model
 from captioning.runs.checkpoints import load_checkpoint
 from captioning.runs.directories import find_checkpoint
+from captioning.runs.forms import GRAPHS
 from captioning.runs.hub import LARGEST, NAME
 
 huggingface_hub = pytest.importorskip("huggingface_hub", reason="requirements-hub.txt is not installed")
 MODEL = "hf-hub:someone/tiny"
-FILES = ("config.json", "vocabulary.json", "split.json", "model.safetensors")
+FILES = ("config.json", "vocabulary.json", "split.json", "model.safetensors", *GRAPHS)
 
 
 def publish(server: Server, folder: Path, commit: str) -> None:
@@ -49,7 +50,7 @@ def refuse(status: int, code: str) -> Callable[[BaseHTTPRequestHandler], None]:
 def shared(tiny_runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An exported model, with a file beside it that nobody asked for."""
     folder, path = tmp_path_factory.mktemp("hub") / "shared", tiny_runs["attention"] / "best.pt"
-    export_model.export(load_checkpoint(path), path, folder, False, None)
+    export_model.export(load_checkpoint(path), path, folder, None)
     (folder / "modeling_tiny.py").write_text("raise SystemExit('executed')")
     return folder
 
@@ -160,7 +161,7 @@ def test_a_name_survives_windows_paths():
 
 
 def test_the_hub_reads_the_cards_metadata():
-    card = huggingface_hub.ModelCard(export_model.model_card(sound_checkpoint("attention"), [], []))
+    card = huggingface_hub.ModelCard(export_model.model_card(sound_checkpoint("attention"), []))
     data = card.data
     assert (data.pipeline_tag, data.library_name, data.license) == ("image-to-text", "pytorch", "other")
     assert (data.datasets, data.tags) == (["flickr30k"], ["image-captioning"])

@@ -21,12 +21,13 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+from safetensors import safe_open
 
 from captioning.data.dataset import PAD, SOS, UNK
 from captioning.data.images import VIEW_SETS, ImageSource, load_views
 from captioning.decoding.beam_search import Banned, NextWords
 from captioning.encoders.feature_store import dequantize, stored_form
-from captioning.io import UserError, first_line
+from captioning.io import EXPORTED_WEIGHTS, UserError, first_line
 from captioning.models.graphs import Stored, check_graph, stored_tensors
 from captioning.runs.forms import GRAPHS
 
@@ -153,14 +154,17 @@ def open_graph(path: Path, tensors: Mapping[tuple[int, int], Stored]) -> onnxrun
         UserError: it is not one that `--mode export` writes.
     """
     content = path.read_bytes()
-    check_graph(content, path, tensors)
+    weights = check_graph(content, path, tensors)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
     options.log_severity_level = 4  # what fails is raised: nothing is printed beside it
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent.resolve()))
     try:
+        # Not by their path, which ONNX Runtime refuses where the file is a link, as in the hub's cache.
+        with safe_open(path.with_name(EXPORTED_WEIGHTS), "numpy") as file:
+            values = [onnxruntime.OrtValue.ortvalue_from_numpy(file.get_tensor(name)) for name in weights.values()]
+        options.add_external_initializers(list(weights), values)
         return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime raises its own, of no common base
         raise UserError(f"{path} cannot be loaded: {first_line(error)[:200]}. Export it again") from error

@@ -134,6 +134,8 @@ TENSOR: Fields = {
     1: "*dims", 2: "data_type", 8: "name", 9: "raw_data", 13: "*external_data", 14: "data_location",
 }  # fmt: skip
 ENTRY: Fields = {1: "key", 2: "value"}
+# Those that are whole numbers; all others are bytes.
+NUMBERS = {"ir_version", "version", "*dims", "data_type", "data_location", "i", "*ints", "type"}
 
 
 class Stored(NamedTuple):
@@ -148,12 +150,15 @@ class Malformed(Exception):
     """A graph that this program did not write; says why."""
 
 
-def check_graph(content: bytes, path: Path, tensors: Mapping[tuple[int, int], Stored]) -> None:
+def check_graph(content: bytes, path: Path, tensors: Mapping[tuple[int, int], Stored]) -> dict[str, str]:
     """Check a graph. Nothing of it is executed.
 
     Args:
         content: of the file `path`.
         tensors: what `stored_tensors` returned.
+
+    Returns:
+        the names of its weights that lie in `model.safetensors`, each with its name there.
 
     Raises:
         UserError: it has something that `--mode export` does not write.
@@ -163,13 +168,19 @@ def check_graph(content: bytes, path: Path, tensors: Mapping[tuple[int, int], St
             raise Malformed(f"it is larger than {LARGEST_GRAPH} bytes")
         model = read(content, MODEL)
         for opset in model["opset_import"]:
-            found = read(opset, OPSET)
-            if found.get("domain", b"") or found.get("version") not in OPSETS:
+            operators = read(opset, OPSET)
+            if operators.get("domain", b"") or operators.get("version") not in OPSETS:
                 raise Malformed("its operators are of another domain or version")
         graph = read(model["graph"], GRAPH)
         if len(graph["node"]) > MOST_NODES:
             raise Malformed(f"it has more than {MOST_NODES} operators")
-        inline = sum(check_tensor(read(each, TENSOR), tensors) for each in graph["initializer"])
+        inline, outside = 0, {}
+        for tensor in (read(each, TENSOR) for each in graph["initializer"]):
+            found = check_tensor(tensor, tensors)
+            if isinstance(found, Stored):
+                outside[bytes(tensor["name"]).decode()] = found.name
+            else:
+                inline += found
         for each in graph["node"]:
             node = read(each, NODE)
             kind = bytes(node["op_type"]).decode()
@@ -177,16 +188,17 @@ def check_graph(content: bytes, path: Path, tensors: Mapping[tuple[int, int], St
                 raise Malformed(f"it has the operator {kind[:40]!r}")
             for attribute in node["attribute"]:
                 value = read(attribute, ATTRIBUTE)
-                inline += check_tensor(read(value["t"], TENSOR), tensors) if "t" in value else 0
+                inline += check_tensor(read(value["t"], TENSOR), {}) if "t" in value else 0  # type: ignore[operator]
         if inline > MOST_INLINE:
             raise Malformed(f"the weights inside of it have more than {MOST_INLINE} bytes")
+        return outside
     except (Malformed, KeyError, UnicodeDecodeError) as error:
         problem = error if isinstance(error, Malformed) else f"it is damaged ({type(error).__name__})"
         raise UserError(f"{path} is no graph that --mode export writes: {problem}. Export it again") from error
 
 
-def check_tensor(tensor: Mapping[str, Any], tensors: Mapping[tuple[int, int], Stored]) -> int:
-    """Check a constant; return how many bytes of it lie in the graph."""
+def check_tensor(tensor: Mapping[str, Any], tensors: Mapping[tuple[int, int], Stored]) -> int | Stored:
+    """Check a constant; return how many bytes of it lie in the graph, or where else it lies."""
     kind, shape = tensor["data_type"], tuple(tensor["dims"])
     if kind not in ITEM_SIZES:
         raise Malformed("it has a constant of a type that is not a number's")
@@ -207,7 +219,7 @@ def check_tensor(tensor: Mapping[str, Any], tensors: Mapping[tuple[int, int], St
     stored = tensors.get((int(place[0]), int(place[1])))
     if stored is None or (stored.kind, stored.shape) != (kind, shape):
         raise Malformed(f"it has weights that are none of {EXPORTED_WEIGHTS}'s")
-    return 0
+    return stored
 
 
 def stored_tensors(path: Path) -> dict[tuple[int, int], Stored]:
@@ -245,14 +257,16 @@ def read(content: bytes | memoryview, fields: Fields) -> dict[str, Any]:
         name = fields.get(number)
         if name is None:
             raise Malformed(f"it has a field that is not expected ({number})")
-        if name[0] != "*":
-            if name in found:
-                raise Malformed(f"it has the field {name} twice")
-            found[name] = value
-        elif name == "*dims" and not isinstance(value, int):
+        if name == "*dims" and not isinstance(value, int):
             found["dims"] += packed(value)
-        else:
+        elif isinstance(value, int) != (name in NUMBERS):
+            raise Malformed(f"its field {name.lstrip('*')} is of another type")
+        elif name[0] == "*":
             found[name[1:]].append(value)
+        elif name in found:
+            raise Malformed(f"it has the field {name} twice")
+        else:
+            found[name] = value
     return found
 
 

@@ -100,7 +100,9 @@ def load_exported(path: Path) -> dict[str, Any]:
     model = read_exported(path)
     try:
         tensors = {
-            name: each.float() for name, each in load_file(path).items() if not name.startswith((HEAD, ENCODER_WEIGHTS))
+            name: each.float() if each.is_floating_point() else each
+            for name, each in load_file(path).items()
+            if not name.startswith((HEAD, ENCODER_WEIGHTS))
         }
     except Exception as error:  # safetensors and torch each raise their own
         raise UserError(f"{path} cannot be read as safetensors: {first_line(error)}. Export it again") from error
