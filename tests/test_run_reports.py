@@ -37,7 +37,9 @@ def listed(capsys) -> list[str]:
 def test_the_table_shows_scores_and_only_the_parameters_that_differ(runs, capsys):
     assert command("list", runs) == 0
     head, *lines = capsys.readouterr().out.splitlines()
-    columns = "run cider sparcs bleu4 rouge_l wer unsupported val_cider val_loss tested on best epoch decoder learning_rate"
+    columns = (
+        "run cider sparcs bleu4 rouge_l wer unsupported val_cider val_loss tested on best epoch decoder learning_rate"
+    )
     assert head.split() == columns.split()
     assert [line.split()[:2] for line in lines[:3]] == [["1", "one"], ["2", "two"], ["3", "three"]] and lines[3] == ""
     assert lines[0].split()[2].endswith("*") and not lines[1].split()[2].endswith("*")
