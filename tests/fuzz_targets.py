@@ -354,7 +354,9 @@ def graphs(draw: st.DrawFn) -> bytes:
         case "bytes":
             return draw(st.binary(max_size=40))
         case "swapped":  # two names of the same length, so that all sizes stay right
-            names = [each for each in (b"Mul", b"Add", b"Sub", b"Div", b"Exp", b"Pow", b"Max", b"Log") if each in content]
+            names = [
+                each for each in (b"Mul", b"Add", b"Sub", b"Div", b"Exp", b"Pow", b"Max", b"Log") if each in content
+            ]
             parts = content.split(old := draw(st.sampled_from(names or [b"e"])))
             at = draw(st.integers(1, max(1, len(parts) - 1)))
             new = draw(st.sampled_from([b"Mod", b"Not", b"Cos", b"Sum", b"XXX"]) if names else st.just(b"e"))

@@ -232,7 +232,7 @@ def test_a_tuned_checkpoint_is_decoded_as_it_was_tuned(tiny_runs):
         typed = trainer.parse_flags(["--mode", "caption", "--model_path", "x", "--images", "y", *flags])
         return model.decoding(**given_options(typed))
 
-    assert decoding() == (3, 0.7, 1, 0, None, "on") == decoding("--beam_size", "3")
+    assert decoding() == (3, 0.7, 1, 3, None, "on") == decoding("--beam_size", "3")
     assert decoding("--num_captions", "4", "--no_repeat_ngram", "2") == (4, 0.7, 4, 2, None, "on")
     model.tuned = {"beam_size": 5, "length_penalty": 1.1, "cider": 0.5, "images": 3}
     assert decoding()[:2] == (5, 1.1) and decoding("--beam_size", "2")[:2] == (2, 1.1)

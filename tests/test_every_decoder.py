@@ -82,7 +82,9 @@ def likeness(text: str) -> float:
     """The cosine of a caption to the regression's "dog", in its n-grams of one word; other words and the end are rare."""
     counts = Counter(text.split())
     known = counts.pop("dog", 0), counts.pop("a", 0)
-    return known[0] / math.sqrt(sum(n**2 for n in known) + math.log(100) ** 2 * sum(n**2 for n in (1, *counts.values())))
+    return known[0] / math.sqrt(
+        sum(n**2 for n in known) + math.log(100) ** 2 * sum(n**2 for n in (1, *counts.values()))
+    )
 
 
 def photos() -> list[np.ndarray]:

@@ -81,7 +81,7 @@ def test_the_stages_learn_from_the_second_epoch_on(tiny, monkeypatch, capsys):
         captions.append(capsys.readouterr().out)
     assert captions[0] == captions[1] and len(captions[0].splitlines()) == 3
     card = Path("shared/README.md").read_text()
-    assert "Trained copies of a part of them" in card
+    assert "of its last stages one that was trained" in card
     more = ["--model_path", str(folder), "--epochs", "1"]
     assert trainer.main([*more, "--fine_tune_learning_rate", "0.001", "--model_save_dir", "more"]) == 0
     (last,) = Path("more").rglob("last.pt")

@@ -129,7 +129,9 @@ def test_damaged_protocol_buffers_are_refused(sound, monkeypatch):
 
 
 def test_weights_of_another_header_are_refused(tmp_path):
-    for number, header in enumerate((b"[]", b'{"a": 3}', b'{"a": {"dtype": "F32", "data_offsets": 3, "shape": []}}', b"{")):
+    for number, header in enumerate(
+        (b"[]", b'{"a": 3}', b'{"a": {"dtype": "F32", "data_offsets": 3, "shape": []}}', b"{")
+    ):
         path = tmp_path / str(number)
         path.write_bytes(struct.pack("<Q", len(header)) + header)
         with pytest.raises(UserError, match="cannot be read as safetensors"):
@@ -159,7 +161,9 @@ def test_graphs_of_two_exports_do_not_mix(sound, tmp_path, capsys, name):
             ExportedModel(read_exported(folder / "model.safetensors"), folder / "model.safetensors")
     Image.new("RGB", (60, 60)).save(tmp_path / "photo.png")
     swap(folder, sound, name, "begin.onnx" if name == "step.onnx" else "step.onnx")
-    assert trainer.main(["--mode", "caption", "--model_path", str(folder), "--images", str(tmp_path / "photo.png")]) == 2
+    assert (
+        trainer.main(["--mode", "caption", "--model_path", str(folder), "--images", str(tmp_path / "photo.png")]) == 2
+    )
     error = capsys.readouterr().err
     assert "do not belong together" in error and "Traceback" not in error
 

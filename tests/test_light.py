@@ -85,8 +85,10 @@ import captioning.captioner
 loaded = {name.partition(".")[0] for name in sys.modules}
 print(*sorted(loaded & set(sys.argv[1:])))
 """
-HEAVY = ("torch torchvision pandas spacy nltk matplotlib jiwer rouge_score openvino scipy onnx onnxscript fastapi "
-         "uvicorn huggingface_hub timm tqdm safetensors.torch").split()  # fmt: skip
+HEAVY = [
+    "torch", "torchvision", "pandas", "spacy", "nltk", "matplotlib", "jiwer", "rouge_score", "openvino", "scipy", "onnx",
+    "onnxscript", "fastapi", "uvicorn", "huggingface_hub", "timm", "tqdm",
+]  # fmt: skip
 
 
 def run(script: str, folder: Path, *words: str) -> str:

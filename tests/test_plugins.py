@@ -92,6 +92,7 @@ from captioning.config import registry
 registry.ENCODERS["tiny"] = registry.Entry("plugin:TINY")
 registry.DECODERS["gru"] = registry.Entry("plugin:GRUDecoder", ("save_attention_viz", "attention_reg"))
 
+import numpy as np
 import torch
 
 import pytest
@@ -99,6 +100,7 @@ from run_files import skip_pictures
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from captioning.captioner import Captioner
+from captioning.models.pytorch import PyTorchModel
 from captioning.runs.checkpoints import load_checkpoint
 
 skip_pictures(pytest.MonkeyPatch())  # no plug-in has a part in them
@@ -131,8 +133,18 @@ run("--mode", "export", "--model_path", folder, "--output", "shared")
 card = Path("shared/README.md").read_text()
 assert "3 x 3 regions of 12 numbers; a GRU that attends to them" in card and "no weights worth a licence" in card
 assert torch.equal(weights(folder / "best.pt").half().float(), weights(Path("shared/model.safetensors")))
-captioner = Captioner.load("shared")
+captioner, path = Captioner.load("shared"), Path("shared/model.safetensors")
 result = captioner("tiny/Images/p03.jpg", num_captions=2)
+facts = load_checkpoint(path)  # the same weights, by PyTorch
+for options in ({"beam_size": 4, "num_captions": 4}, {"top_p": 0.9, "num_captions": 3}):
+    said = []
+    for each in (captioner, Captioner(PyTorchModel(facts, path, "cpu", None), facts, path, 1)):
+        each.generator = np.random.default_rng(3)
+        said.append([caption for photo in sorted(Path("tiny/Images").iterdir())[:5] for caption in each(photo, **options).captions])
+    assert [caption.text for caption in said[0]] == [caption.text for caption in said[1]]
+    for one, other in zip(*said, strict=True):
+        assert one.log_probability == pytest.approx(other.log_probability, abs=1e-3)
+        assert one.attention is other.attention is None or np.abs(one.attention - other.attention).max() < 1e-3
 assert any(word.attention.shape == (3, 3) for caption in result.captions for word in caption.words)
 if importlib.util.find_spec("fastapi"):  # of requirements-serve.txt
     from page_server import ask, serving

@@ -160,7 +160,9 @@ def test_threads_share_a_captioner(tiny_runs):
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(work, range(4)))
     assert results == [[said(captioner(path)) for path in paths]] * 4
-    assert not captioner.model.decoder.training  # nor was it while one of them drew: `sample` leaves the mode that it found
+    assert (
+        not captioner.model.decoder.training
+    )  # nor was it while one of them drew: `sample` leaves the mode that it found
 
 
 def test_several_threads_may_read_one_open_image():

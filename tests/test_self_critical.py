@@ -207,7 +207,9 @@ def test_views_of_one_decoder_say_what_several_decoders_of_the_same_weights_say(
     decoder.output_bias.data[EOS] = 1
     decoder.embed.weight.data *= 6
     means = (other, 5 * views[0].mean(1))
-    shared = beam_search(Ensemble([*((decoder, view) for view in views), means]), 4, 12, attention=True, num_hypotheses=4)
+    shared = beam_search(
+        Ensemble([*((decoder, view) for view in views), means]), 4, 12, attention=True, num_hypotheses=4
+    )
     copies = [(copy.deepcopy(decoder), view) for view in views]
     alone = beam_search(Ensemble([*copies, means]), 4, 12, attention=True, num_hypotheses=4)
     for one, two in zip(shared, alone, strict=True):

@@ -402,12 +402,16 @@ def to_onnx(
                 module.eval(), tuple(example.values()), dynamo=True, input_names=list(example), output_names=outputs,
                 dynamic_shapes=shapes, external_data=False, verbose=False,
             )  # fmt: skip
+            assert program is not None
+            for entry, names in zip(program.model_proto.graph.input, axes, strict=True):
+                for axis, name in names.items():  # the exporter makes a constant of a number that the network fixes
+                    if entry.type.tensor_type.shape.dim[axis].dim_param != name:
+                        raise ValueError(f"it takes one size only in axis {axis} of {entry.name}")
         except Exception as error:
             raise UserError(
                 f"{type(module).__name__} cannot be exported: {first_line(error)[:200]}. A network that is exported reads "
                 "sizes with tensor.shape[axis], since len(tensor) is a constant to the exporter"
             ) from error
-    assert program is not None
     return program.model_proto
 
 
