@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from captioning.config.registry import without_path
-from captioning.data.dataset import SOS
+from captioning.data.dataset import EOS, SOS, UNK
 from captioning.decoders.base import Decoder, build_decoder, find_decoder
 from captioning.encoders.base import encoder_of
 from captioning.io import (
@@ -47,7 +47,8 @@ from captioning.io import (
 )
 from captioning.models.exported import ExportedModel
 from captioning.models.graphs import stored_tensors
-from captioning.runs.checkpoints import load_decoder_weights
+from captioning.models.pytorch import PyTorchModel
+from captioning.runs.checkpoints import load_decoder_weights, load_exported
 from captioning.runs.directories import decoding, is_number, read_test_rows, results_directory
 from captioning.runs.forms import ENCODER_WEIGHTS, EXPORT_SCHEMA, EXPORTED, HEAD, read_exported
 from captioning.scoring.scores import METRIC_NAMES
@@ -55,6 +56,7 @@ from captioning.scoring.scores import METRIC_NAMES
 if TYPE_CHECKING:
     import onnx
 
+MOST_DIFFERENCE = 0.01  # between PyTorch and the graphs, of a word's probability
 SMALL = 32_768  # bytes of a weight that stays inside of its graph
 
 RESEARCH_ONLY = (
@@ -101,7 +103,7 @@ def export(checkpoint: dict[str, Any], path: Path, output: Path, resnet_weights:
         tests = [row for row in tests if (row["checkpoint"], row["epoch"]) == (path.name, checkpoint["epoch"])]
         card = model_card(checkpoint, tests)
         write_atomic(fresh / "README.md", lambda file: file.write(card.encode()))
-        ExportedModel(read_exported(fresh / EXPORTED_WEIGHTS), fresh / EXPORTED_WEIGHTS)  # it can be read
+        require_agreement(fresh / EXPORTED_WEIGHTS, resnet_weights)
         if target.exists():
             target.rmdir()  # empty, and Windows renames nothing over it
         os.replace(fresh, target)
@@ -113,6 +115,30 @@ def export(checkpoint: dict[str, Any], path: Path, output: Path, resnet_weights:
     for file in sorted(output.iterdir()):
         print(f"  {file.name:<20} {format_bytes(file.stat().st_size):>9}")
     print(f"Use it: --model_path {output}")
+
+
+def require_agreement(path: Path, resnet_weights: str | None) -> None:
+    """Compare what the graphs of a folder say of some noise with what PyTorch says.
+
+    Raises:
+        UserError: they differ: the exporter translated something wrongly.
+    """
+    facts = read_exported(path)
+    models = PyTorchModel(load_exported(path), path, "cpu", resnet_weights), ExportedModel(facts, path)
+    size, views = facts["input"]["image_size"], len(models[1].views)
+    noise = np.random.default_rng(0).integers(0, 256, (2, views, size, size, 3), dtype=np.uint8)
+    readings = [model.read(noise) for model in models]
+    for ids in ([SOS, SOS], [EOS, UNK], [UNK, EOS, EOS, UNK, EOS, UNK]):
+        if len(ids) > readings[0].rows:  # several rows of each image
+            for reading in readings:
+                reading.select(np.arange(6) // 3)
+        found = [reading.step(np.array(ids), len(facts["vocabulary"])) for reading in readings]
+        ours, theirs = (np.exp(np.take_along_axis(each.log_probabilities, each.ids.argsort(1), 1)) for each in found)
+        if not np.abs(ours - theirs).max() <= MOST_DIFFERENCE:
+            raise UserError(
+                f"the exported graphs differ from PyTorch by {np.abs(ours - theirs).max():.2g} in the probability of a "
+                "word: nothing was kept. Write the decoder's step with other operators"
+            )
 
 
 def write_model(checkpoint: dict[str, Any], folder: Path, graphs: Mapping[str, onnx.ModelProto]) -> None:
