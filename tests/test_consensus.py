@@ -90,7 +90,8 @@ def stored(keys, idf, log_images: float, channels: int = 7, rank: int = 2) -> di
     return {
         "keys": np.concatenate(keys), "idf": np.concatenate(idf).astype(np.float32),
         "sizes": np.array([len(each) for each in keys]), "centre": np.zeros(channels, np.float32),
-        "project": np.zeros((channels + 1, rank), np.float32), "expect": np.zeros((rank, ngrams), np.float32),
+        "project": np.zeros((channels + 1, rank), np.float32), "expect": np.zeros((rank, ngrams), np.int8),
+        "units": np.ones(rank, np.float32),
         "log_images": float(log_images), "weight": 0.0,
     }  # fmt: skip
 
@@ -107,14 +108,15 @@ def test_the_regression_is_reduced_rank_ridge_regression(data, monkeypatch):
     x, queries = (direction(pooled(images), centre).astype(np.float64) for images in (train, np.arange(50, 60)))
     ridge = np.linalg.solve(x.T @ x + consensus.RIDGE * np.eye(8), x.T @ targets)
     full = fit_head(data, vocabulary, pooled).expected(pooled(np.arange(50, 60)))
-    assert np.abs(full - queries @ ridge).max() < 1e-5
+    near = np.abs(queries @ ridge).max() / 100  # it is stored in eight bits
+    assert np.abs(full - queries @ ridge).max() < near
     monkeypatch.setattr(consensus, "RANK", 3)
     head = fit_head(data, vocabulary, pooled)
     assert head.stored["expect"].shape == (3, ngrams)
     predicted = np.vstack([x, np.sqrt(consensus.RIDGE) * np.eye(8)]) @ ridge  # the ridge as eight more images
     _, _, directions = np.linalg.svd(predicted, full_matrices=False)
     expected = queries @ ridge @ directions[:3].T @ directions[:3]
-    assert np.abs(head.expected(pooled(np.arange(50, 60))) - expected).max() < 1e-5
+    assert np.abs(head.expected(pooled(np.arange(50, 60))) - expected).max() < near
 
 
 def hypothesis(vocabulary: Vocabulary, text: str, log_probability: float) -> Hypothesis:
@@ -136,9 +138,9 @@ def test_the_evidence_is_the_beams_agreement_and_what_is_expected(data, monkeypa
         assert value == pytest.approx(10 / 4 * vector @ tfidf(head.table, each.ids), abs=1e-5)
 
 
-@pytest.mark.parametrize("right, expected", [("first", 0.0), ("second", 4.0), ("never", 0.0)])
+@pytest.mark.parametrize("right, expected", [("first", 0.0), ("second", 10.0), ("never", 0.0)])
 def test_the_weight_is_what_helps_on_the_validation_images(data, monkeypatch, right, expected):
-    """Of two equally good weights the smaller."""
+    """One image hardly moves it from what it is without any; a regression that gains nothing gets none."""
     vocabulary = build_vocabulary(data, 1)
     head = fit_head(data, vocabulary, pooled)
     found = [[hypothesis(vocabulary, "w1", -4.0), hypothesis(vocabulary, "w2", -4.2)]]
@@ -146,7 +148,7 @@ def test_the_weight_is_what_helps_on_the_validation_images(data, monkeypatch, ri
     chosen = {"first": "w1", "second": "w2", "never": "w3"}[right]
     monkeypatch.setattr(consensus, "cider_of_each", lambda captions, _: np.array([captions == [chosen]], dtype=float))
     text = lambda each: " ".join(vocabulary.decode(each.ids))  # noqa: E731
-    assert settle_weight(head, found, pooled(np.array([50])), text, [["w1"]])[0].weight == expected
+    assert settle_weight(head, found, pooled(np.array([50])), text, [["w1"]])[0].weight == pytest.approx(expected, rel=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +160,8 @@ def run(tiny_runs, tmp_path_factory) -> Path:
         patch.setattr(validation, "FEWEST_TRAINING_IMAGES", 1)
         patch.setattr(validation, "FEWEST_VALIDATION_IMAGES", 1)
         patch.setattr(consensus, "FEWEST_IMAGES", 2)
-        patch.setattr(consensus, "WEIGHTS", (4.0,))
+        patch.setattr(consensus, "WEIGHTS", np.array([4.0]))
+        patch.setattr(consensus, "PRIOR_IMAGES", 0)
         patch.setattr("captioning.modes.tune.BEAMS", (1, 2))
         assert load_checkpoint(folder / "best.pt")["consensus"] is None
         assert trainer.main(["--mode", "tune", "--model_path", str(folder)]) == 0
@@ -206,7 +209,7 @@ def test_an_ensemble_of_which_one_has_no_consensus_is_a_plain_one(run, tiny_runs
     "damage",
     [
         {"sizes": np.array([1, 1, 1, 1])}, {"keys": None}, {"centre": np.zeros(3, np.float32)}, {"log_images": "x"},
-        {"expect": np.full((2, 2), np.inf, np.float32)}, {"idf": torch.zeros(2)}, {"weight": float("nan")},
+        {"expect": np.zeros((2, 2), np.float32)}, {"units": np.full(2, np.inf, np.float32)}, {"idf": torch.zeros(2)}, {"weight": float("nan")},
     ],
 )  # fmt: skip
 def test_a_damaged_table_is_refused(run, tmp_path, damage):

@@ -32,11 +32,12 @@ class Pair(NamedTuple):
 
 def head_for_dogs() -> dict:
     """A regression that expects the word "dog" of every image, and leaves the beam no say."""
-    project, expect = np.zeros((5, 1), np.float32), np.zeros((1, 2), np.float32)
-    project[-1] = expect[0, 1] = 1.0  # the last entry of what the regression reads is a one
+    project, expect = np.zeros((5, 1), np.float32), np.zeros((1, 2), np.int8)
+    project[-1] = expect[0, 1] = 1  # the last entry of what the regression reads is a one
     return {
         "keys": np.array([4, DOG]), "idf": np.ones(2, np.float32), "sizes": np.array([2, 0, 0, 0]),
-        "centre": np.zeros(4, np.float32), "project": project, "expect": expect, "log_images": math.log(100), "weight": 128.0,
+        "centre": np.zeros(4, np.float32), "project": project, "units": np.ones(1, np.float32),
+        "expect": expect, "log_images": math.log(100), "weight": 128.0,
     }  # fmt: skip
 
 

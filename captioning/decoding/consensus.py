@@ -22,11 +22,12 @@ from captioning.scoring.cider import NgramTable, caption_words, cider_of_each, w
 CANDIDATES = 100  # captions of an image at most, best first; a beam of 20 ends with about as many
 # Tuned on the validation images of Flickr8k by consensus_settings.py, in the history (docs/lab/log.md).
 TEMPERATURE = 3.0  # divides the beam's log-probabilities: a beam is overconfident of its first captions
-RIDGE, RANK = 0.3, 160  # of the regression
+RIDGE, RANK = 0.3, 400  # of the regression
 FEWEST_TRAINING_IMAGES = 100  # of which a regression can learn
 FEWEST_VALIDATION_IMAGES = 50  # on which its weight can be settled
-FEWEST_IMAGES = 10  # of them that have an n-gram of the table, or one of 300
-WEIGHTS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)  # of the regression: the last leaves the beam no say
+FEWEST_IMAGES = 5  # of them that have an n-gram of the table, or one of 1,200
+WEIGHTS = 2.0 ** np.arange(0, 6.5, 0.5)  # of the regression that are tried, beside none: 1 to 64
+PRIOR_WEIGHT, PRIOR_IMAGES = 10.0, 250  # what the weight is without validation images, and how many outweigh that
 MOST_IMAGES = 40_000  # training images that the regression is fitted to
 FIT_BATCH = 256  # images
 
@@ -44,19 +45,19 @@ class NgramHead:
         """Args:
         stored: what a checkpoint keeps: `keys` int64 (G,) and `idf` (G,) of the n-grams, those of one word first;
             `sizes` int64 (4,), how many there are of each length; `centre` (C,) of the features, `project` (C + 1, R),
-            `expect` (R, G); `log_images`, as in `NgramTable`; `weight` of the regression, against 1 for all the beam's
-            captions together.
+            `expect` int8 (R, G), in `units` (R,); `log_images`, as in `NgramTable`; `weight` of
+            the regression, against 1 for all the beam's captions together.
         """
         self.stored, self.weight = stored, float(stored["weight"])
         ends = stored["sizes"].cumsum()[:-1]
         keys, idf = (np.split(stored[name], ends) for name in ("keys", "idf"))
         idf = [each.astype(np.float64) for each in idf]
         self.table = NgramTable(keys, idf, vocabulary_size + 1, stored["log_images"])
+        self.expect = stored["expect"].astype(np.float32) * stored["units"][:, None]
 
     def expected(self, pooled: np.ndarray) -> np.ndarray:
         """Return the weights (I, G) that the captions of images are expected to have. Args: pooled: features (I, C)."""
-        stored = self.stored
-        expected: np.ndarray = direction(pooled, stored["centre"]) @ stored["project"] @ stored["expect"]
+        expected: np.ndarray = direction(pooled, self.stored["centre"]) @ self.stored["project"] @ self.expect
         return expected
 
     def evidence(self, found: Sequence[list[Hypothesis]], pooled: np.ndarray) -> list[Evidence]:
@@ -147,13 +148,16 @@ def fit_head(data: CaptionSet, vocabulary: Vocabulary, pooled: Callable[[np.ndar
     factor = np.linalg.cholesky(squares)
     scaled = np.linalg.solve(factor, products)  # (C + 1, G)
     directions = np.linalg.eigh(scaled @ scaled.T).eigenvectors[:, -RANK:]  # (C + 1, R)
+    expect = directions.T @ scaled  # (R, G)
+    units = np.abs(expect).max(1).clip(1e-3) / 127
     stored = {
         "keys": np.concatenate(keys),
         "idf": np.concatenate(idf).astype(np.float32),
         "sizes": np.array(list(map(len, keys))),
         "centre": centre,
         "project": np.linalg.solve(factor.T, directions).astype(np.float32),
-        "expect": (directions.T @ scaled).astype(np.float32),
+        "units": units.astype(np.float32),
+        "expect": (expect / units[:, None]).round().astype(np.int8),
         "log_images": float(np.log(len(train))),
         "weight": 0.0,
     }
@@ -163,7 +167,7 @@ def fit_head(data: CaptionSet, vocabulary: Vocabulary, pooled: Callable[[np.ndar
 def frequent_ngrams(
     data: CaptionSet, vocabulary: Vocabulary, train: np.ndarray
 ) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray, np.ndarray]:
-    """Return the n-grams that at least FEWEST_IMAGES images, or one of 300, have, without those with unknown words.
+    """Return the n-grams that at least FEWEST_IMAGES images, or one of 1,200, have, without those with unknown words.
 
     Args:
         train: positions (T,) of the images.
@@ -178,7 +182,7 @@ def frequent_ngrams(
     image = np.repeat(np.arange(len(train)), counts)
     keys, idf, images, places, weights = [], [], [], [], []
     place, first = np.zeros(1, dtype=np.int64), 0  # of each (n - 1)-gram in the table
-    fewest = np.log(max(FEWEST_IMAGES, len(train) / 300)) - 1e-9
+    fewest = np.log(max(FEWEST_IMAGES, len(train) / 1200)) - 1e-9
     for grams, each, entry_weights, norms in weigh_references(ids, offsets, counts, words):
         before, word = np.divmod(grams.keys, words)
         frequent = np.log(len(train)) - each >= fewest
@@ -200,10 +204,11 @@ def settle_weight(
     head: NgramHead, found: Sequence[list[Hypothesis]], pooled: np.ndarray, texts: Callable[[Hypothesis], str],
     references: Sequence[Sequence[str]],
 ) -> tuple[NgramHead, list[Hypothesis]]:  # fmt: skip
-    """Return the head with the weight of the best CIDEr on validation images, and what it then takes of each.
+    """Return the head with the weight that suits validation images, and what it then takes of each.
 
-    A regression fitted to few images, or to features that tell little, deserves little weight, or none; of two that are
-    equally good the smaller.
+    The CIDEr of so few captions jumps from weight to weight: of each weight the mean with its neighbours counts, and
+    the best is drawn to PRIOR_WEIGHT, on a scale of ratios, as if PRIOR_IMAGES more images had settled on that. A
+    regression that gains nothing gets none: it was fitted to few images, or to features that tell little.
 
     Args:
         found, pooled: as for `NgramHead.evidence`.
@@ -218,8 +223,15 @@ def settle_weight(
             for hypotheses, (by_beam, by_regression) in zip(found, evidence, strict=True)
         ]
 
-    scores = {weight: float(cider_of_each(list(map(texts, choose(weight))), references).mean()) for weight in WEIGHTS}
-    best = max(scores, key=lambda weight: (scores[weight], -weight))
-    tried = ", ".join(f"{weight:g}: {100 * value:.1f}" for weight, value in scores.items())
-    log.info(f"Weight of the regression: {best:g}, by CIDEr on {len(found)} validation images ({tried})")
+    def score(weight: float) -> float:
+        return float(cider_of_each(list(map(texts, choose(weight))), references).mean())
+
+    none, scores = score(0.0), np.array([score(weight) for weight in WEIGHTS])
+    smooth = np.convolve(np.pad(scores, 2, "edge"), np.array([1, 2, 3, 2, 1]) / 9, "valid")
+    trust = len(found) / (len(found) + PRIOR_IMAGES)
+    best = float(WEIGHTS[smooth.argmax()] ** trust * PRIOR_WEIGHT ** (1 - trust)) if smooth.max() > none else 0.0
+    tried = ", ".join(
+        f"{weight:.3g}: {100 * value:.1f}" for weight, value in zip((0, *WEIGHTS), (none, *scores), strict=True)
+    )
+    log.info(f"Weight of the regression: {best:.3g}, by CIDEr on {len(found)} validation images ({tried})")
     return NgramHead(head.table.words - 1, {**head.stored, "weight": best}), choose(best)

@@ -40,7 +40,7 @@ from captioning.runs.forms import (
     with_defaults,
 )
 
-SCHEMA = 5  # of the checkpoint; a reader refuses any other
+SCHEMA = 6  # of the checkpoint; a reader refuses any other
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:

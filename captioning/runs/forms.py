@@ -89,11 +89,9 @@ def is_scalar(value: Any) -> bool:
     return value is None or type(value) in (bool, int, float) or is_text(value)
 
 
-def is_array(value: Any, kind: str) -> bool:
-    """An array of whole numbers (kind `i`) or of finite float32 (`f`)."""
-    if type(value) is not np.ndarray or value.dtype != {"i": np.int64, "f": np.float32}[kind]:
-        return False
-    return kind == "i" or bool(np.isfinite(value).all())
+def is_array(value: Any, kind: type) -> bool:
+    """An array of this type, of finite numbers."""
+    return type(value) is np.ndarray and value.dtype == kind and bool(np.isfinite(value).all())
 
 
 def is_vocabulary(value: Any) -> bool:
@@ -106,11 +104,12 @@ TEXT = Rule(is_text, "a text of one line")
 NUMBERS = Rule(lambda value: is_list(value, real().fits), "a list of numbers")
 ENCODER = Rule(lambda value: type(value) is str and registry.is_encoder(value), "an encoder of this program")
 CONSENSUS: dict[str, Any] = {  # what `consensus.NgramHead` takes; `check_consensus` looks further
-    **dict.fromkeys(("keys", "sizes"), Rule(lambda value: is_array(value, "i"), "an array of whole numbers")),
+    **dict.fromkeys(("keys", "sizes"), Rule(lambda value: is_array(value, np.int64), "an array of whole numbers")),
     **dict.fromkeys(
-        ("idf", "centre", "project", "expect"),
-        Rule(lambda value: is_array(value, "f"), "a float32 array of finite numbers"),
+        ("idf", "centre", "project", "units"),
+        Rule(lambda value: is_array(value, np.float32), "an array of finite numbers"),
     ),
+    "expect": Rule(lambda value: is_array(value, np.int8), "an array of eight-bit numbers"),
     "log_images": real(0, 100),
     "weight": real(0, 1e6),
 }
@@ -199,7 +198,7 @@ def check_consensus(stored: dict[str, Any], words: int, channels: int, path: Pat
     keys, rank = stored["keys"], len(stored["expect"]) if stored["expect"].ndim else 0
     ngrams = keys.size
     shapes = {"keys": (ngrams,), "sizes": (4,), "idf": (ngrams,), "centre": (channels,), "project": (channels + 1, rank),
-              "expect": (rank, ngrams)}  # fmt: skip
+              "units": (rank,), "expect": (rank, ngrams)}  # fmt: skip
     if any(stored[name].shape != shape for name, shape in shapes.items()):
         raise malformed(path, "the tensors of consensus have sizes that do not belong together")
     sizes = stored["sizes"]
