@@ -171,7 +171,7 @@ def build_run(settings: Settings, argv: list[str]) -> tuple[Run, TrainState]:
     constants = {
         "vocabulary": vocabulary.words, "split": split, "flags": source.flags(settings, state.schedule),
         "encoder": {"name": spec.name, "weights_hash": weights_hash, "transform": spec.transform},
-        "decoding": None, "consensus": None, "confidence": source.calibration(data),
+        "decoding": None, "consensus": source.consensus(data, len(vocabulary)), "confidence": source.calibration(data),
     }  # fmt: skip
     directory, lock = source.open_directory(settings)
     run = Run(
@@ -356,7 +356,7 @@ def train(settings: Settings, argv: list[str]) -> Path:
             log.info(f"Stopped early: no better {settings.best_metric} in {settings.early_stopping} epochs")
         distributed.wait_for_all()  # until the first has written all
         load_decoder_weights(state.decoder, load_checkpoint(run.saver.best)["decoder"], run.saver.best)
-        complete_checkpoint(run.saver.best, context, run.views)
+        complete_checkpoint(run.saver.best, context, run.views, run.constants["consensus"])
         gain = report_gain(context, run.views, directory) if settings.init_from else []
         if settings.save_attention_viz:
             images = images_to_draw(settings, context.data, context.data.splits["test"])

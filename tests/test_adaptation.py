@@ -23,10 +23,12 @@ from captioning.config.settings import parse_flags
 from captioning.data.batches import Collator
 from captioning.data.dataset import Vocabulary, frequent_words, join_sets, load_caption_set
 from captioning.decoders.base import build_decoder
+from captioning.decoding import consensus
+from captioning.decoding.consensus import fit_head, grow_head
 from captioning.encoders.base import encoder_of
 from captioning.runs.checkpoints import load_checkpoint, save_checkpoint
 from captioning.runs.directories import read_run
-from captioning.training import gain
+from captioning.training import calibrate, gain
 from captioning.training.adaptation import grow_weights, train_on_seen_images
 from training_utils import BatchSampler
 
@@ -161,10 +163,10 @@ def test_the_model_as_it_comes_is_best_until_something_beats_it(photos, tiny_run
     "few, losses, gained, said",
     [
         (1, [3.0, 2.99], [0.01, 0.09], "CIDEr 40.0 as it came, 45.0 now (+5.0, 95 % interval +1.0 to +9.0)"),
-        (1, [3.0, 2.0], [0.11, -0.01], "Nothing shows that anything was gained"),
+        (1, [3.0, 2.0], [0.11, -0.01], "By the test images nothing was gained"),
         (1, [3.0, 2.0], [-0.09, -0.01], "The model as it came is better here: --model_path a"),
-        (3, [3.0, 2.9], [-0.09, -0.01], "too few images to tell, so the validation loss decides"),
-        (3, [3.0, 2.99], [0.01, 0.09], "Nothing shows that anything was gained"),
+        (3, [3.0, 2.9], [-0.09, -0.01], "(too few images to tell) By the validation loss it got better"),
+        (3, [3.0, 2.99], [0.01, 0.09], "By the validation loss nothing was gained"),
     ],
 )
 def test_the_end_says_what_was_gained(tmp_path, monkeypatch, few, losses, gained, said):
@@ -180,6 +182,44 @@ def test_the_end_says_what_was_gained(tmp_path, monkeypatch, few, losses, gained
     lines = gain.report_gain(context, [], tmp_path)
     assert lines[0] == f"Validation loss: {losses[0]:.3f} as it came, {losses[1]:.3f} now" and said in " ".join(lines)
     assert (min(gained) > 0 if few == 1 else losses[1] < 2.95) == ("What helps: more captions" not in lines[-1])
+
+
+def test_few_photos_keep_the_consensus_and_many_fit_another(photos, tiny_runs, monkeypatch, capsys):
+    """Its n-grams are numbered anew for the larger vocabulary; also when resumed, tuned, and trained further."""
+    monkeypatch.setattr(consensus, "FEWEST_IMAGES", 2)
+    monkeypatch.setattr(consensus, "WEIGHTS", (4.0,))
+    source = load_checkpoint(tiny_runs["attention"] / "best.pt")
+    pooled = lambda images: np.random.default_rng(1).normal(5, 1, (20, 1280)).astype(np.float32)[images]  # noqa: E731
+    head = fit_head(load_caption_set(tiny_runs["data"]), Vocabulary(source["vocabulary"]), pooled).stored
+    save_checkpoint(Path("source.pt"), source | {"consensus": head | {"weight": 0.5}})
+    larger = grow_head(head, len(source["vocabulary"]), len(source["vocabulary"]) + 1)
+
+    def assert_kept(path: Path) -> None:
+        found = load_checkpoint(path)["consensus"]
+        assert found["weight"] == 0.5 and all(np.array_equal(found[name], larger[name]) for name in ("keys", "expect"))
+
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert adapt(Path("source.pt"), photos, "few", "--epochs", "1") == 143
+    run = only_run("few")
+    assert_kept(run / "last.pt")
+    assert trainer.main(["--resume", str(run)]) == 0
+    assert_kept(run / "best.pt")
+    assert "Consensus: kept as it was, with 16 training and 2 validation images, of 1000" in capsys.readouterr().out
+    assert trainer.main(["--mode", "test", "--model_path", str(run)]) == 0
+    assert json.loads((run / "test_metrics.json").read_text())[-1]["consensus"] == "regression"
+    assert trainer.main(["--model_path", str(run), "--epochs", "1", "--model_save_dir", "more"]) == 0
+    assert_kept(only_run("more") / "last.pt")
+    monkeypatch.setattr("captioning.modes.tune.BEAMS", (1,))
+    assert trainer.main(["--mode", "tune", "--model_path", str(run)]) == 0
+    assert_kept(run / "best.pt")
+
+    for name in ("FEWEST_ANEW", "FEWEST_TRAINING_IMAGES", "FEWEST_VALIDATION_IMAGES"):
+        monkeypatch.setattr(calibrate, name, 1)
+    assert adapt(Path("source.pt"), photos, "many", "--epochs", "1") == 0
+    assert_kept(only_run("many") / "model_epoch_0.pt")
+    found = load_checkpoint(only_run("many") / "best.pt")["consensus"]
+    assert found["weight"] == 4.0 and not np.array_equal(found["expect"], larger["expect"])
 
 
 def test_an_exported_folder_and_what_is_not_there(photos, tiny_runs, capsys):

@@ -42,7 +42,7 @@ def report_gain(context: DecodingContext, views: Sequence[Features], directory: 
         return ["Nothing was gained: no epoch is better than the model as it came, and best.pt has its weights", advice]
     if not start.is_file():
         return [f"Not compared with the model as it came: {start} is gone"]
-    losses = checkpoint["loss_curve"]["validation_losses"]
+    losses, decided = checkpoint["loss_curve"]["validation_losses"], "the validation loss"
     lines, verdict = [f"Validation loss: {losses[0]:.3f} as it came, {losses[-1]:.3f} now"], 0
     if losses[-1] < (1 - LEAST_FALL) * losses[0]:
         verdict = 1
@@ -53,17 +53,19 @@ def report_gain(context: DecodingContext, views: Sequence[Features], directory: 
         before, after = (100 * cider_of(context, views, path, images) for path in (start, best))
         line = f"{name}, {len(images)} images: CIDEr {before.mean():.1f} as it came, {after.mean():.1f} now"
         if len(images) < FEW_IMAGES:
-            lines.append(f"{line}; too few images to tell, so the validation loss decides")
+            lines.append(f"{line} (too few images to tell)")
             continue
         gained = after - before
         low, high = interval(resampled_sums(gained[:, None], SAMPLES, seed=0)[:, 0] / len(gained))  # paired bootstrap
         lines.append(f"{line} ({gained.mean():+.1f}, 95 % interval {low:+.1f} to {high:+.1f})")
-        verdict = int(low > 0) - int(high < 0)
+        verdict, decided = int(low > 0) - int(high < 0), f"the {name.lower()} images"
     if verdict < 0:
         lines.append(f"The model as it came is better here: --model_path {context.settings.init_from}")
     elif not verdict:
-        lines.append("Nothing shows that anything was gained")
-    return lines if verdict > 0 else [*lines, advice]
+        lines.append(f"By {decided} nothing was gained")
+    else:
+        return [*lines, f"By {decided} it got better"]
+    return [*lines, advice]
 
 
 def cider_of(context: DecodingContext, views: Sequence[Features], path: Path, images: np.ndarray) -> np.ndarray:
