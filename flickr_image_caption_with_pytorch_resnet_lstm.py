@@ -324,8 +324,7 @@ def train(settings: Settings, argv: list[str]) -> Path:
         tensorboard.require_tensorboard()
     run, state = build_run(settings, argv)
     settings, context, directory = run.settings, run.context, run.directory
-    size, epochs_left = count_parameters(state.decoder), run.last_epoch - state.epoch
-    distributed.from_first(lambda: require_room(directory, size, epochs_left, settings.keep_checkpoints))
+    distributed.from_first(lambda: require_room(directory, state, context, run.last_epoch - state.epoch))
     distributed.check_file(directory / "last.pt")
     log.debug(f"Reading data, encoding images and building the model: {time.time() - started:.1f} s")
     with contextlib.ExitStack() as held:
