@@ -163,10 +163,10 @@ def test_the_model_as_it_comes_is_best_until_something_beats_it(photos, tiny_run
     "few, losses, gained, said",
     [
         (1, [3.0, 2.99], [0.01, 0.09], "CIDEr 40.0 as it came, 45.0 now (+5.0, 95 % interval +1.0 to +9.0)"),
-        (1, [3.0, 2.0], [0.11, -0.01], "By the test images nothing was gained"),
+        (1, [3.0, 2.0], [0.11, -0.01], "By the test images no gain can be told"),
         (1, [3.0, 2.0], [-0.09, -0.01], "The model as it came is better here: --model_path a"),
         (3, [3.0, 2.9], [-0.09, -0.01], "(too few images to tell) By the validation loss it got better"),
-        (3, [3.0, 2.99], [0.01, 0.09], "By the validation loss nothing was gained"),
+        (3, [3.0, 2.99], [0.01, 0.09], "By the validation loss no gain can be told"),
     ],
 )
 def test_the_end_says_what_was_gained(tmp_path, monkeypatch, few, losses, gained, said):

@@ -45,14 +45,12 @@ def pooled_features(context: DecodingContext, images: np.ndarray) -> np.ndarray:
     return np.concatenate(batches)
 
 
-def keeps_head(stored: Mapping[str, Any] | None, train: int, val: int) -> bool:
+def keeps_head(stored: Mapping[str, Any], train: int, val: int) -> bool:
     """Whether a checkpoint's regression stays, since there are too few images for another, or fewer than it learned from.
 
     Args:
         train, val: numbers of training and validation images.
     """
-    if not stored:
-        return False
     enough = min(FEWEST_ANEW, round(math.exp(stored["log_images"])))
     return train < max(FEWEST_TRAINING_IMAGES, enough) or val < FEWEST_VALIDATION_IMAGES
 

@@ -34,6 +34,7 @@ def report_gain(context: DecodingContext, views: Sequence[Features], directory: 
     """
     if context.settings.dry_run:
         return []
+    distributed.wait_for_all()  # until the first has written all
     start, best = directory / "model_epoch_0.pt", directory / "best.pt"
     checkpoint = load_checkpoint(best)
     replay = "" if context.settings.replay else ", --replay 0.9"
@@ -43,9 +44,8 @@ def report_gain(context: DecodingContext, views: Sequence[Features], directory: 
     if not start.is_file():
         return [f"Not compared with the model as it came: {start} is gone"]
     losses, decided = checkpoint["loss_curve"]["validation_losses"], "the validation loss"
-    lines, verdict = [f"Validation loss: {losses[0]:.3f} as it came, {losses[-1]:.3f} now"], 0
-    if losses[-1] < (1 - LEAST_FALL) * losses[0]:
-        verdict = 1
+    lines = [f"Validation loss: {losses[0]:.3f} as it came, {losses[-1]:.3f} now"]
+    verdict = int(losses[-1] < (1 - LEAST_FALL) * losses[0])  # 1: better, -1: worse, 0: it cannot be told
     for split, name in (("val", "Validation"), ("test", "Test")):
         images = np.random.default_rng(0).permutation(context.data.splits[split])[:MOST_IMAGES]
         if not len(images):
@@ -62,7 +62,7 @@ def report_gain(context: DecodingContext, views: Sequence[Features], directory: 
     if verdict < 0:
         lines.append(f"The model as it came is better here: --model_path {context.settings.init_from}")
     elif not verdict:
-        lines.append(f"By {decided} nothing was gained")
+        lines.append(f"By {decided} no gain can be told")
     else:
         return [*lines, f"By {decided} it got better"]
     return [*lines, advice]
