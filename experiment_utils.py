@@ -46,6 +46,10 @@ from captioning.runs.directories import (
 if TYPE_CHECKING:
     from captioning.data.dataset import CaptionSet
     from captioning.runs.directories import StoredRun
+    from captioning.training.caption_set import DecodingContext
+    from training_utils import TrainState
+
+PICTURES, ATTENTION_PICTURES = 400_000, 2_000_000  # bytes: of curves, lists and report; of an image's attention
 
 
 def rate_text(rate: float) -> str:
@@ -107,20 +111,27 @@ def write_run_config(directory: Path, flags: dict[str, Any], explicit: Iterable[
     write_json(directory / "run_config.json", config | facts)
 
 
-def require_room(directory: Path, parameters: int, epochs: int, keep: int) -> None:
-    """Print where the run is and what it takes of the disk.
+def require_room(directory: Path, state: TrainState, context: DecodingContext, epochs: int) -> None:
+    """Print where the run is and what it takes of the disk, by the size of the `last.pt` that it begins with.
 
     Args:
-        parameters: of the decoder.
         epochs: still to be trained.
-        keep: how many epoch files stay, 0 for all.
 
     Raises:
         UserError: the disk has not enough room.
     """
-    files = min(epochs, keep + 1) if keep else epochs
-    space = (files + 2) * 3 * 4 * parameters + 20_000_000  # weights and Adam's two moments, last.pt twice; pictures
-    free = require_free_space(directory, space, "this run")
+    from captioning.decoding.consensus import FEWEST_VALIDATION_IMAGES
+
+    settings, learns = context.settings, len(context.data.splits["val"]) >= FEWEST_VALIDATION_IMAGES
+    moments = 2 * 4 * sum(parameter.numel() for parameter in state.decoder.parameters())  # of AdamW
+    weights = (directory / "last.pt").stat().st_size - (moments if state.optimizer.state else 0)
+    files = min(epochs, settings.keep_checkpoints or epochs)
+    # last.pt is one of them, and best.pt too, unless it is older or gets consensus in the end.
+    files += learns or epochs > files
+    space = files * (weights + moments) + (weights if settings.init_from else 0) + PICTURES
+    if settings.save_attention_viz:
+        space += ATTENTION_PICTURES * settings.attention_viz_samples
+    free = require_free_space(directory, space + weights + moments, "this run")  # the oldest goes after the newest came
     log.info(f"Run directory: {directory} (will take up to {format_bytes(space)}; {format_bytes(free)} are free)")
 
 

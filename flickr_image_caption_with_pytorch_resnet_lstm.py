@@ -70,6 +70,7 @@ from captioning.training.building import (
 )
 from captioning.training.calibrate import complete_checkpoint
 from captioning.training.caption_set import DecodingContext, caption_texts, images_to_draw
+from captioning.training.gain import report_gain
 from captioning.training.schedules import cosine
 from captioning.training.self_critical import SelfCritic
 from captioning.training.source import Source
@@ -170,7 +171,7 @@ def build_run(settings: Settings, argv: list[str]) -> tuple[Run, TrainState]:
     constants = {
         "vocabulary": vocabulary.words, "split": split, "flags": source.flags(settings, state.schedule),
         "encoder": {"name": spec.name, "weights_hash": weights_hash, "transform": spec.transform},
-        "decoding": None, "consensus": None, "confidence": source.calibration(data),
+        "decoding": None, "consensus": source.consensus(data, len(vocabulary)), "confidence": source.calibration(data),
     }  # fmt: skip
     directory, lock = source.open_directory(settings)
     run = Run(
@@ -218,7 +219,7 @@ def train_one_epoch(state: TrainState, run: Run) -> float:
     for captions in plan[state.step :]:
         seed_step(settings.seed, state.epoch, state.step)
         rate = run.learning_rate(state, state.step)
-        set_rates(state.optimizer, rate, state.epoch, settings)
+        set_rates(state.optimizer, rate, not state.curve["epochs"], settings)
         batch = run.sampler.rank_batch(captions, state.epoch, state.step)
         clock.lap("making batches")
         loss, token_loss, reward = run.step_loss(batch, self_critical)
@@ -266,6 +267,10 @@ def log_epoch(state: TrainState, run: Run, is_best: bool, seconds: float) -> Non
     """Print an epoch as the original does, and one line with the mean seconds of an epoch, which `--quiet` keeps."""
     training, validation, rate = (state.curve[key][-1] for key in list(state.curve)[1:])
     scores, last = state.history[-1], run.last_epoch
+    found = f"validation {validation:.3f}, CIDEr {100 * scores['cider']:.1f}{' *' if is_best else ''}"
+    if training is None:
+        print(f"[0/{last}] as it comes, {found}", flush=True)
+        return
     log.info(f"\nEpoch {state.epoch} completed ({state.epoch}/{last}):")
     log.info(f"  Training Loss: {training:.5f}")
     log.info(f"  Validation Loss: {validation:.5f}")
@@ -278,10 +283,9 @@ def log_epoch(state: TrainState, run: Run, is_best: bool, seconds: float) -> Non
     log.info("  Greedy captions: " + ", ".join(f"{name} {100 * scores[key]:.1f}" for key, name in shown))
     log.info(f"  Model checkpoint saved (best: {is_best})")
     log.debug(f"  Time: {run.clock.report()}")
-    star = " *" if is_best else ""
     print(
-        f"[{state.epoch}/{last}] loss {training:.3f}, validation {validation:.3f}, CIDEr {100 * scores['cider']:.1f}{star}, "
-        f"{duration(seconds)} an epoch, {duration(seconds * (last - state.epoch))} left", flush=True,
+        f"[{state.epoch}/{last}] loss {training:.3f}, {found}, {duration(seconds)} an epoch, "
+        f"{duration(seconds * (last - state.epoch))} left", flush=True,
     )  # fmt: skip
 
 
@@ -320,8 +324,7 @@ def train(settings: Settings, argv: list[str]) -> Path:
         tensorboard.require_tensorboard()
     run, state = build_run(settings, argv)
     settings, context, directory = run.settings, run.context, run.directory
-    size, epochs_left = count_parameters(state.decoder), run.last_epoch - state.epoch
-    distributed.from_first(lambda: require_room(directory, size, epochs_left, settings.keep_checkpoints))
+    distributed.from_first(lambda: require_room(directory, state, context, run.last_epoch - state.epoch))
     distributed.check_file(directory / "last.pt")
     log.debug(f"Reading data, encoding images and building the model: {time.time() - started:.1f} s")
     with contextlib.ExitStack() as held:
@@ -329,10 +332,13 @@ def train(settings: Settings, argv: list[str]) -> Path:
             held.callback(run.lock.release)  # also after an error
         training_started, first = time.time(), state.epoch
         with run.monitor.stop:
-            while state.epoch < run.last_epoch and not run.stopped_early(state):
-                rate, self_critical = run.learning_rate(state, 0), run.is_self_critical(state)
+            while (start := state.is_start(settings)) or (
+                state.epoch < run.last_epoch and not run.stopped_early(state)
+            ):
+                rate = None if start else run.learning_rate(state, 0)
+                self_critical = not start and run.is_self_critical(state)
                 try:
-                    training = train_one_epoch(state, run)
+                    training = None if start else train_one_epoch(state, run)
                     validation, scores = evaluate(state, run)
                 except torch.OutOfMemoryError as error:
                     raise UserError(
@@ -341,23 +347,26 @@ def train(settings: Settings, argv: list[str]) -> Path:
                 is_best = state.end_epoch(training, validation, rate, scores, settings.best_metric, self_critical)
                 save_epoch(state, run, is_best)
                 write_outputs(state, run)
-                log_epoch(state, run, is_best, (time.time() - training_started) / (state.epoch - first))
+                log_epoch(state, run, is_best, (time.time() - training_started) / max(1, state.epoch - first))
+                if start:
+                    training_started = time.time()
                 run.monitor.stop.check(directory)
         if run.stopped_early(state):
             log.info(f"Stopped early: no better {settings.best_metric} in {settings.early_stopping} epochs")
         distributed.wait_for_all()  # until the first has written all
         load_decoder_weights(state.decoder, load_checkpoint(run.saver.best)["decoder"], run.saver.best)
-        complete_checkpoint(run.saver.best, context, run.views)
+        complete_checkpoint(run.saver.best, context, run.views, run.constants["consensus"])
+        gain = report_gain(context, run.views, directory) if settings.init_from else []
         if settings.save_attention_viz:
             images = images_to_draw(settings, context.data, context.data.splits["test"])
             save_attention_pictures(context, images, directory)
         if distributed.is_first():
-            finish(state, run, (time.time() - started) / 60)
+            finish(state, run, (time.time() - started) / 60, gain)
     return directory
 
 
-def finish(state: TrainState, run: Run, minutes: float) -> None:
-    """Write the files that a finished run ends with, and print the next command."""
+def finish(state: TrainState, run: Run, minutes: float, gain: list[str]) -> None:
+    """Write the files that a finished run ends with, and print the next command. Args: gain: lines to print."""
     directory, data, flags = run.directory, run.context.data, run.constants["flags"]
     plots.draw_curves(directory, state.curve, state.history, state.best["epoch"])
     facts = {
@@ -369,11 +378,12 @@ def finish(state: TrainState, run: Run, minutes: float) -> None:
         "Processes": distributed.size(),
         "Device": distributed.device_name(run.context.device),
     }
+    facts |= {"Gain": "; ".join(gain)} if gain else {}
     if run.context.device.type == "cuda":
         facts["Peak GPU Memory"] = format_bytes(torch.cuda.max_memory_allocated())
     write_summary(directory, flags, start_command(directory), facts)
     print(f"\nBest epoch: {state.best['epoch']} by {state.best['metric']}. Everything is in {directory}")
-    print(f"Report: {report.write_report(directory, data).name}")
+    print("\n".join([*gain, f"Report: {report.write_report(directory, data).name}"]))
     if not run.settings.dry_run and len(data.splits["test"]):
         print(f"Score it on the test images: {reproducing_command(['--mode', 'test', '--model_path', str(directory)])}")
 

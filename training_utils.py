@@ -189,12 +189,18 @@ class TrainState:
         best = {"score": -math.inf, "epoch": 0, "metric": settings.best_metric}
         return cls(decoder, optimizer, precision, None, loss_sum, best)
 
+    def is_start(self, settings: Settings) -> bool:
+        """Return whether the model of `--init_from` is to be scored as it comes, as epoch 0."""
+        return settings.init_from is not None and not (self.curve["epochs"] or self.step)
+
     def end_epoch(
-        self, training: float, validation: float, rate: float, scores: dict[str, Any], metric: str, self_critical: bool
-    ) -> bool:
+        self, training: float | None, validation: float, rate: float | None, scores: dict[str, Any], metric: str,
+        self_critical: bool,
+    ) -> bool:  # fmt: skip
         """Record an epoch: its losses, its learning rate and its scores; return whether it is the best so far.
 
         Args:
+            training, rate: None for epoch 0, which is the model of `--init_from` as it comes.
             metric: of `--best_metric`. From the first self-critical epoch on it is CIDEr, the reward, also of the best
                 epoch before: the loss is not what these epochs lower.
         """
@@ -203,12 +209,13 @@ class TrainState:
             if self.best["metric"] != "cider":
                 known = [row["cider"] for row in self.history if row["epoch"] == self.best["epoch"]]
                 self.best |= {"score": known[-1] if known else -math.inf, "metric": "cider"}
-        if self.schedule is not None:
+        if self.schedule is not None and training is not None:
             if self_critical:
                 self.schedule.rest()
             else:
                 self.schedule.epoch_ended(validation)
-        self.epoch, self.step, self.tokens, self.reward_sum = self.epoch + 1, 0, 0, 0.0
+        self.epoch += training is not None
+        self.step, self.tokens, self.reward_sum = 0, 0, 0.0
         self.loss_sum.zero_()
         for key, value in zip(self.curve, (self.epoch, training, validation, rate), strict=True):
             self.curve[key].append(value)
@@ -269,12 +276,11 @@ def make_optimizer(decoder: Decoder, settings: Settings) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
 
 
-def set_rates(optimizer: torch.optim.Optimizer, rate: float, epoch: int, settings: Settings) -> None:
+def set_rates(optimizer: torch.optim.Optimizer, rate: float, is_random: bool, settings: Settings) -> None:
     """Set the decoder's learning rate, and in proportion that of trained stages, which rest while it is random."""
     asked = settings.fine_tune_learning_rate
     factor = FINE_TUNE_RATE if asked is None else asked / settings.learning_rate
-    learning = epoch > 0 or settings.init_from is not None
-    for group, share in zip(optimizer.param_groups, (1.0, factor if learning else 0.0), strict=False):
+    for group, share in zip(optimizer.param_groups, (1.0, 0.0 if is_random else factor), strict=False):
         group["lr"] = rate * share
 
 

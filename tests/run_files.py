@@ -3,6 +3,7 @@
 import html.parser
 import json
 import os
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -119,6 +120,14 @@ def skip_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("captioning.runs.plots.draw_curves", lambda *_: None)
     for module in ("captioning.runs.report", "captioning.modes.test"):
         monkeypatch.setattr(f"{module}.write_report", lambda directory, *_: directory / "report.html")
+
+
+def assert_room(out: str, directory: Path) -> None:
+    """The room that a run printed is within a tenth of what it wrote; of hard links one counts."""
+    number, unit = re.findall(r"will take up to ([\d.]+) (\w+);", out)[-1]
+    written = sum({path.stat().st_ino: path.stat().st_size for path in directory.rglob("*")}.values())
+    printed = float(number) * {"kB": 1e3, "MB": 1e6}[unit]
+    assert printed == pytest.approx(written, rel=0.1), f"{printed} printed, {written} written"
 
 
 def only_run(place: str | Path = "saved_models") -> Path:

@@ -5,12 +5,14 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import draw_tiny
 from PIL import Image
+from run_files import command as command_line
 from run_files import only_run, skip_pictures
 from test_resume import assert_same, at_step
 
@@ -21,8 +23,12 @@ from captioning.config.settings import parse_flags
 from captioning.data.batches import Collator
 from captioning.data.dataset import Vocabulary, frequent_words, join_sets, load_caption_set
 from captioning.decoders.base import build_decoder
+from captioning.decoding import consensus
+from captioning.decoding.consensus import fit_head, grow_head
 from captioning.encoders.base import encoder_of
 from captioning.runs.checkpoints import load_checkpoint, save_checkpoint
+from captioning.runs.directories import read_run
+from captioning.training import calibrate, gain
 from captioning.training.adaptation import grow_weights, train_on_seen_images
 from training_utils import BatchSampler
 
@@ -93,12 +99,19 @@ def test_a_run_on_own_photos_and_resumed(photos, tiny_runs, monkeypatch, capsys)
     kept = ("decoder", "hidden_size", "encoder", "views", "max_length", "drop_prob")
     assert [saved["flags"][name] for name in kept] == [source["flags"][name] for name in kept]
     assert saved["flags"]["learning_rate"] == ADAPTATION["learning_rate"]
-    assert load_checkpoint(run / "model_epoch_1.pt")["loss_curve"]["epochs"] == [1]
+    curve = load_checkpoint(run / "model_epoch_3.pt")["loss_curve"]
+    assert curve["epochs"] == [0, 1, 2, 3] and curve["training_losses"][0] is curve["learning_rates"][0] is None
     assert saved["split"]["inherited"] == source["split"]["train"]
     assert all(name.startswith("my_") for name in saved["split"]["val"]["names"] + saved["split"]["test"]["names"])
     config = json.loads((run / "run_config.json").read_text())
     assert config["init_from"] == str(tiny_runs["attention"] / "best.pt") and config["replay"] == 0.4
     assert f"--init_from {tiny_runs['attention']}" in config["command"]
+
+    assert "[0/3] as it comes, validation " in out and "Validation loss: " in out
+    assert "Validation, 2 images: CIDEr" in out and "too few images to tell" in out and "Test, 2 images" in out
+    summary = read_run(run)
+    assert summary.facts["Gain"].startswith("Validation loss: ") and summary.last_epoch == 3
+    assert (run / "training_log.csv").read_text().splitlines()[1].startswith("0,,")
 
     with monkeypatch.context() as patch:
         at_step(patch, 10, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -116,6 +129,97 @@ def test_a_run_on_own_photos_and_resumed(photos, tiny_runs, monkeypatch, capsys)
     assert "give the folder of these with --replay_data_dir, or --replay 0" in capsys.readouterr().err
     assert trainer.main([*more, "--replay", "0"]) == 0
     assert "Replay:" not in capsys.readouterr().out
+
+
+def test_the_model_as_it_comes_is_best_until_something_beats_it(photos, tiny_runs, monkeypatch, capsys):
+    """Also after a crash before it was scored, and where the run is trained further."""
+    source = load_checkpoint(tiny_runs["attention"] / "best.pt")
+    worse = ["--learning_rate", "3", "--early_stopping", "2"]
+    assert adapt(tiny_runs["attention"], photos, "whole", *worse) == 0
+    whole, out = only_run("whole"), capsys.readouterr().out
+    best = load_checkpoint(whole / "best.pt")
+    assert best["epoch"] == best["best"]["epoch"] == 0 and best["vocabulary"] == [*source["vocabulary"], "painting"]
+    for name, tensor in source["decoder"].items():
+        assert torch.equal(best["decoder"][name][: len(tensor)] if tensor.dim() else best["decoder"][name], tensor)
+    assert "Best epoch: 0 by val_loss" in out and "Nothing was gained" in out and "--replay 0.9" in out
+    assert load_checkpoint(whole / "last.pt")["epoch"] == 2  # stopped early
+    rows = json.loads((whole / "metrics_history.json").read_text())
+    assert [(row["epoch"], row["is_best"]) for row in rows] == [(0, True), (1, False), (2, False)]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "evaluate", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            adapt(tiny_runs["attention"], photos, "parts", *worse)
+    assert trainer.main(["--resume", str(only_run("parts"))]) == 0
+    assert (only_run("parts") / "loss_curve.json").read_text() == (whole / "loss_curve.json").read_text()
+    assert load_checkpoint(only_run("parts") / "best.pt")["epoch"] == 0
+
+    assert trainer.main(["--model_path", str(whole), "--epochs", "1", "--model_save_dir", "more"]) == 0
+    assert load_checkpoint(only_run("more") / "last.pt")["loss_curve"]["epochs"] == [0, 1]
+    assert command_line("list", "more") == 0 and " 0 of 1\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "few, losses, gained, said",
+    [
+        (1, [3.0, 2.99], [0.01, 0.09], "CIDEr 40.0 as it came, 45.0 now (+5.0, 95 % interval +1.0 to +9.0)"),
+        (1, [3.0, 2.0], [0.11, -0.01], "By the test images no gain can be told"),
+        (1, [3.0, 2.0], [-0.09, -0.01], "The model as it came is better here: --model_path a"),
+        (3, [3.0, 2.9], [-0.09, -0.01], "(too few images to tell) By the validation loss it got better"),
+        (3, [3.0, 2.99], [0.01, 0.09], "By the validation loss no gain can be told"),
+    ],
+)
+def test_the_end_says_what_was_gained(tmp_path, monkeypatch, few, losses, gained, said):
+    """By the test images, or the loss where these and the validation images are too few."""
+    checkpoint = {"epoch": 1, "loss_curve": {"validation_losses": losses}}
+    monkeypatch.setattr(gain, "load_checkpoint", lambda _: checkpoint)
+    cider = {"model_epoch_0.pt": np.array([0.1, 0.7]), "best.pt": np.array([0.1, 0.7]) + gained}
+    monkeypatch.setattr(gain, "cider_of", lambda _, __, path, ___: cider[path.name])
+    monkeypatch.setattr(gain, "FEW_IMAGES", few)
+    (tmp_path / "model_epoch_0.pt").touch()
+    splits = {"val": np.arange(0), "test": np.arange(2)}
+    context = SimpleNamespace(settings=parse_flags(["--init_from", "a"]), data=SimpleNamespace(splits=splits))
+    lines = gain.report_gain(context, [], tmp_path)
+    assert lines[0] == f"Validation loss: {losses[0]:.3f} as it came, {losses[1]:.3f} now" and said in " ".join(lines)
+    assert (min(gained) > 0 if few == 1 else losses[1] < 2.95) == ("What helps: more captions" not in lines[-1])
+
+
+def test_few_photos_keep_the_consensus_and_many_fit_another(photos, tiny_runs, monkeypatch, capsys):
+    """Its n-grams are numbered anew for the larger vocabulary; also when resumed, tuned, and trained further."""
+    monkeypatch.setattr(consensus, "FEWEST_IMAGES", 2)
+    monkeypatch.setattr(consensus, "WEIGHTS", (4.0,))
+    source = load_checkpoint(tiny_runs["attention"] / "best.pt")
+    pooled = lambda images: np.random.default_rng(1).normal(5, 1, (20, 1280)).astype(np.float32)[images]  # noqa: E731
+    head = fit_head(load_caption_set(tiny_runs["data"]), Vocabulary(source["vocabulary"]), pooled).stored
+    save_checkpoint(Path("source.pt"), source | {"consensus": head | {"weight": 0.5}})
+    larger = grow_head(head, len(source["vocabulary"]), len(source["vocabulary"]) + 1)
+
+    def assert_kept(path: Path) -> None:
+        found = load_checkpoint(path)["consensus"]
+        assert found["weight"] == 0.5 and all(np.array_equal(found[name], larger[name]) for name in ("keys", "expect"))
+
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert adapt(Path("source.pt"), photos, "few", "--epochs", "1") == 143
+    run = only_run("few")
+    assert_kept(run / "last.pt")
+    assert trainer.main(["--resume", str(run)]) == 0
+    assert_kept(run / "best.pt")
+    assert "Consensus: kept as it was, with 16 training and 2 validation images, of 1000" in capsys.readouterr().out
+    assert trainer.main(["--mode", "test", "--model_path", str(run)]) == 0
+    assert json.loads((run / "test_metrics.json").read_text())[-1]["consensus"] == "regression"
+    assert trainer.main(["--model_path", str(run), "--epochs", "1", "--model_save_dir", "more"]) == 0
+    assert_kept(only_run("more") / "last.pt")
+    monkeypatch.setattr("captioning.modes.tune.BEAMS", (1,))
+    assert trainer.main(["--mode", "tune", "--model_path", str(run)]) == 0
+    assert_kept(run / "best.pt")
+
+    for name in ("FEWEST_ANEW", "FEWEST_TRAINING_IMAGES", "FEWEST_VALIDATION_IMAGES"):
+        monkeypatch.setattr(calibrate, name, 1)
+    assert adapt(Path("source.pt"), photos, "many", "--epochs", "1") == 0
+    assert_kept(only_run("many") / "model_epoch_0.pt")
+    found = load_checkpoint(only_run("many") / "best.pt")["consensus"]
+    assert found["weight"] == 4.0 and not np.array_equal(found["expect"], larger["expect"])
 
 
 def test_an_exported_folder_and_what_is_not_there(photos, tiny_runs, capsys):

@@ -15,9 +15,10 @@ import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from captioning.data.dataset import CaptionSet, Vocabulary, build_vocabulary
 from captioning.decoding import consensus
 from captioning.decoding.beam_search import Hypothesis
-from captioning.decoding.consensus import NgramHead, direction, fit_head, frequent_ngrams, settle_weight
+from captioning.decoding.consensus import NgramHead, direction, fit_head, frequent_ngrams, grow_head, settle_weight
 from captioning.io import UserError
 from captioning.runs.checkpoints import load_checkpoint, save_checkpoint
+from captioning.runs.forms import check_consensus
 from captioning.scoring.cider import CiderReward
 from captioning.training import calibrate as validation
 
@@ -136,6 +137,18 @@ def test_the_evidence_is_the_beams_agreement_and_what_is_expected(data, monkeypa
     vector = head.expected(pooled(np.array([50])))[0].astype(np.float64)
     for each, value in zip(found[0], by_regression, strict=True):
         assert value == pytest.approx(10 / 4 * vector @ tfidf(head.table, each.ids), abs=1e-5)
+
+
+def test_a_head_says_the_same_with_more_words(data, monkeypatch):
+    monkeypatch.setattr(consensus, "FEWEST_IMAGES", 1)
+    vocabulary = build_vocabulary(data, 1)
+    head, known = fit_head(data, vocabulary, pooled), len(vocabulary)
+    grown = grow_head(head.stored, known, known + 3)
+    check_consensus(grown, known + 4, 7, Path("grown.pt"))
+    found = [[hypothesis(vocabulary, text, -len(text)) for text in ("w9 w3 w4", "w1 w2 w5", "w9 w3 w4 w6", "w1")]]
+    before, after = (each.evidence(found, pooled(np.array([50]))) for each in (head, NgramHead(known + 3, grown)))
+    assert all(np.allclose(a, b, atol=1e-12) for a, b in zip(before[0], after[0], strict=True))
+    assert before[0][1].any()
 
 
 @pytest.mark.parametrize("right, expected", [("first", 0.0), ("second", 10.0), ("never", 0.0)])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import round_to_float16
-from run_files import only_run, skip_pictures
+from run_files import assert_room, only_run, skip_pictures
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from captioning.config import registry
@@ -64,6 +64,7 @@ def test_the_stages_learn_from_the_second_epoch_on(tiny, monkeypatch, capsys):
     assert trainer.main(flags.split()) == 0
     folder = only_run()
     assert "_ft1_" in folder.name
+    assert_room(capsys.readouterr().out, folder)
     spec = find_encoder("efficientnet_lite0")
     pretrained = TrainableStages(spec.without_last(1), spec.find_weights()[0]).state_dict()
     first, second, third = (stages_of(folder / f"model_epoch_{epoch}.pt") for epoch in (1, 2, 3))
@@ -88,6 +89,7 @@ def test_the_stages_learn_from_the_second_epoch_on(tiny, monkeypatch, capsys):
     assert load_checkpoint(last)["flags"]["fine_tune_learning_rate"] == 0.001
     adapted = ["--init_from", str(folder), "--data_dir", "tiny", "--epochs", "1", "--model_save_dir", "adapted"]
     assert trainer.main(adapted) == 0
+    assert_room(capsys.readouterr().out, only_run("adapted"))
     before, after = stages_of(folder / "best.pt"), stages_of(only_run("adapted") / "last.pt")
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == {name for name in before if "running" not in name}, "with a trained decoder they learn at once"

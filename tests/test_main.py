@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import draw_tiny
-from run_files import only_run, skip_pictures
+from run_files import assert_room, only_run, skip_pictures
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from captioning.data.batches import Collator
@@ -123,6 +123,18 @@ def test_early_stopping_and_keep_checkpoints_keep_best_and_last(here, capsys):
     last = load_checkpoint(only_run() / "last.pt")["epoch"]
     assert 2 <= last < 9
     assert {path.name for path in only_run().glob("*.pt")} == {"best.pt", "last.pt", f"model_epoch_{last}.pt"}
+
+
+@pytest.mark.parametrize("flags", [["--keep_checkpoints", "1"], ["--epochs", "2"]])
+def test_the_room_that_is_printed_is_what_is_written(here, monkeypatch, capsys, flags):
+    """Here of a frozen encoder, where the first epoch is the best."""
+    losses = iter((1.0, 2.0, 3.0))
+    monkeypatch.setattr(
+        trainer, "evaluate", lambda *_: (next(losses), {"cider": 0.0, "bleu4": 0.0, "rouge": 0.0, "wer": 0.0})
+    )
+    sizes = ["--embed_size", "128", "--hidden_size", "512", "--best_metric", "val_loss", "--epochs", "3"]
+    assert run(here, *sizes, *flags) == 0
+    assert_room(capsys.readouterr().out, only_run())
 
 
 def test_an_unreadable_image_is_named(tiny, capsys):

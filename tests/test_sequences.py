@@ -83,7 +83,7 @@ class Run:
     flags: dict[str, Any]  # that run_config.json has to have
     trained: set[int]  # contents of the training images of it and of its ancestors
     first: int = 0  # epochs before its own
-    since: int = 0  # epochs before those whose scores are compared with its own
+    since: int = 0  # the last epoch before those whose scores are compared with its own
     images: set[str] = field(default_factory=set)  # names of those of its own steps
     epochs: int = 0  # finished ones of its own
 
@@ -120,7 +120,8 @@ class Commands(RuleBasedStateMachine):
 
         def watch_epoch(state, run):
             data = run.context.data
-            self.validated.append((data.image_dir.parent, {data.names[i] for i in data.splits["val"]}))
+            if not state.is_start(run.settings):
+                self.validated.append((data.image_dir.parent, {data.names[i] for i in data.splits["val"]}))
             return evaluate(state, run)
 
         self.patch.setattr(BatchSampler, "rank_batch", watch_step)
@@ -191,7 +192,7 @@ class Commands(RuleBasedStateMachine):
             return multiple()
         (directory,) = {path.parent for path in changed if path.name == "run_config.json"}
         flags |= {"model_path": None, "init_from": None} | ({way: str(source)} if source else {})
-        run = Run(directory, data, flags, known.copy())
+        run = Run(directory, data, flags, known.copy(), since=-1 if way == "init_from" else 0)
         split = run.split()
         named = set().union(*split.values())
         assert len(named) == sum(map(len, split.values())) and split["train"] and split["val"]
@@ -233,12 +234,17 @@ class Commands(RuleBasedStateMachine):
             return
         rows, curve = run.json("metrics_history.json"), run.json("loss_curve.json")
         assert run.epochs == config["epochs"] and run.images == split["train"].keys()
-        assert all(len(values) == last["epoch"] for values in (rows, *curve.values()))
-        assert curve["learning_rates"][run.first :] == [config["learning_rate"]] * run.epochs
+        start = curve["epochs"][0]  # 0 with --init_from, and where that run was trained further
+        assert all(
+            values == [*range(start, last["epoch"] + 1)] for values in (curve["epochs"], [r["epoch"] for r in rows])
+        )
+        assert start == 0 or config["init_from"] is None
+        assert curve["learning_rates"][run.first + 1 - start :] == [config["learning_rate"]] * run.epochs
         scores = [row["cider"] for row in rows]
         if config["best_metric"] == "val_loss":
             scores = [-loss for loss in curve["validation_losses"]]
-        better = [n + 1 for n in range(run.since, len(rows)) if scores[n] > max(scores[run.since : n], default=-1e9)]
+        since = run.since + 1 - start
+        better = [n + start for n in range(since, len(rows)) if scores[n] > max(scores[since:n], default=-1e9)]
         named = read_run(run.directory).best["epoch"], load_checkpoint(run.directory / "best.pt")["epoch"]
         assert {*named, last["best"]["epoch"]} == {better[-1]}, f"not the best epoch: {named}"
 

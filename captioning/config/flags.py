@@ -116,7 +116,7 @@ class Flag:
 # What a run with --init_from has unless it is given: for some tens to a thousand images (benchmarks/adaptation.py).
 ADAPTATION: dict[str, Any] = {
     "dataset_type": "custom", "epochs": 20, "early_stopping": 3, "batch_size": 32, "learning_rate": 0.0003,
-    "best_metric": "val_loss", "freq_threshold": 2,
+    "best_metric": "val_loss", "freq_threshold": 2, "keep_checkpoints": 2,
 }  # fmt: skip
 # What --init_from does not take from the other model, although a checkpoint decides it elsewhere.
 NOT_INHERITED = {

@@ -83,6 +83,16 @@ class NgramHead:
         return evidence
 
 
+def grow_head(stored: Mapping[str, Any], known: int, words: int) -> dict[str, Any]:
+    """Return what a checkpoint keeps of a head, for a vocabulary whose new words come after the known ones.
+
+    Args:
+        known, words: how many there were, and are now; the end of a caption comes after them.
+    """
+    before, word = np.divmod(stored["keys"], known + 1)
+    return {**stored, "keys": before * (words + 1) + np.where(word == known, words, word)}
+
+
 def search_by_consensus(
     reading: Reading, heads: Sequence[NgramHead], beam_size: int, max_length: int, length_penalty: float, attention: bool,
     no_repeat_ngram: int,

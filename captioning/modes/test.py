@@ -26,12 +26,11 @@ from captioning.io import UserError, make_directory, printable, read_json, write
 from captioning.runs import plots
 from captioning.runs.directories import read_test_rows, results_directory
 from captioning.runs.report import write_report
-from captioning.scoring.scores import BY_IMAGE, METRIC_NAMES, ImageScores, bootstrap_intervals, by_rank
+from captioning.scoring.scores import BY_IMAGE, FEW_IMAGES, METRIC_NAMES, ImageScores, bootstrap_intervals, by_rank
 from captioning.training.caption_set import DecodingContext, caption, images_to_draw, search
 from experiment_utils import save_numbered
 from metrics_utils import MetricFailed, meteor_scores, person_scores, score_images, summarize, variety
 
-FEW_IMAGES = 50  # to score
 INTERVALS = {"cider": "CIDEr", "sparcs": "SPARCS", "bleu4": "BLEU-4", "rouge_l": "ROUGE-L", "wer": "WER"}
 
 

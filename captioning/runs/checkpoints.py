@@ -20,6 +20,7 @@ from captioning.encoders.base import encoder_of, read_tensors
 from captioning.io import UserError, first_line, link_or_copy, log, write_atomic
 from captioning.runs.forms import (
     ENCODER_WEIGHTS,
+    GAPS,
     HEAD,
     MODEL,
     NUMBERS,
@@ -167,7 +168,7 @@ CHECKPOINT: dict[str, Any] = MODEL | {
     "progress": {"first_epoch": whole(), "step": whole(), "loss_sum": real(-1e300, 1e300), "reward_sum": real(0, 1e300),
                  "tokens": whole()},
     "schedule": OrNone(SCHEDULE),
-    "loss_curve": dict.fromkeys(("epochs", "training_losses", "validation_losses", "learning_rates"), NUMBERS),
+    "loss_curve": {"epochs": NUMBERS, "training_losses": GAPS, "validation_losses": NUMBERS, "learning_rates": GAPS},
     "metrics_history": Rule(
         lambda value: is_list(value, lambda entry: is_table(entry, is_scalar)), "a list of tables of scores"
     ),

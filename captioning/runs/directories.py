@@ -86,6 +86,10 @@ class StoredRun:
         return next((row for row in reversed(self.epochs) if row.get("is_best") is True), None)
 
     @property
+    def last_epoch(self) -> int:
+        return int(self.epochs[-1]["epoch"]) if self.epochs else 0
+
+    @property
     def latest(self) -> dict[str, Any]:
         """The row of the latest test, empty before the first."""
         return self.tests[-1] if self.tests else {}

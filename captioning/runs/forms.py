@@ -102,6 +102,7 @@ def is_vocabulary(value: Any) -> bool:
 
 TEXT = Rule(is_text, "a text of one line")
 NUMBERS = Rule(lambda value: is_list(value, real().fits), "a list of numbers")
+GAPS = Rule(lambda value: is_list(value, lambda entry: entry is None or real().fits(entry)), "a list of numbers")
 ENCODER = Rule(lambda value: type(value) is str and registry.is_encoder(value), "an encoder of this program")
 CONSENSUS: dict[str, Any] = {  # what `consensus.NgramHead` takes; `check_consensus` looks further
     **dict.fromkeys(("keys", "sizes"), Rule(lambda value: is_array(value, np.int64), "an array of whole numbers")),

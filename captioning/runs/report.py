@@ -150,7 +150,7 @@ def facts(run: StoredRun) -> list[tuple[str, Any]]:
     names = {"dataset_type": "Data set", "encoder": "Encoder", "decoder": "Decoder"}
     found = [(name, run.flags[key]) for key, name in names.items() if run.flags.get(key)]
     if run.best:
-        found.append(("Best epoch", f"{run.best['epoch']} of {len(run.epochs)}"))
+        found.append(("Best epoch", f"{run.best['epoch']} of {run.last_epoch}"))
     return found + [(name, run.facts[name]) for name in FACTS if name in run.facts]
 
 
@@ -215,7 +215,8 @@ def interval_text(key: str, row: Mapping[str, Any]) -> str:
 def training(run: StoredRun) -> dict[str, Any]:
     """Return the pictures of the curves as training drew them, and the figures by epoch as a table."""
     curves = [(name, data_uri(run.directory / name)) for name in CURVES if (run.directory / name).is_file()]
-    columns = list(dict.fromkeys(name for row in run.epochs for name, value in row.items() if is_number(value)))
+    names = dict.fromkeys(name for row in run.epochs for name in row)
+    columns = [name for name in names if any(is_number(row.get(name)) for row in run.epochs)]
     rows = [[f"{row[name]:.4g}" if is_number(row.get(name)) else "" for name in columns] for row in run.epochs]
     return {"curves": curves, "columns": columns, "rows": rows}
 

@@ -120,7 +120,7 @@ def runs_table(runs: Sequence[StoredRun], folder: Path) -> str:
         table[key] = ["- " if np.isnan(score) else score_text(key, score) + " *"[star] for score, star in cells]
     rows = [run.latest for run in runs]
     table["tested on"] = [f"{plain(r['split'])} {plain(r['images'])}, {decoding(r)}" if r else "-" for r in rows]
-    table["best epoch"] = [f"{(run.best or {}).get('epoch', 0)} of {len(run.epochs)}" for run in runs]
+    table["best epoch"] = [f"{(run.best or {}).get('epoch', 0)} of {run.last_epoch}" for run in runs]
     table = table.join(parameters[values.index[values > 1]].fillna("-"))
     table.index += 1
 
@@ -140,7 +140,7 @@ def runs_csv(runs: Sequence[StoredRun]) -> str:
     about = ("split", "images", "views", "beam_size", "length_penalty", "consensus")
     return csv_text(
         [
-            {"run": run.directory, "epochs": len(run.epochs), "best_epoch": (run.best or {}).get("epoch")}
+            {"run": run.directory, "epochs": run.last_epoch, "best_epoch": (run.best or {}).get("epoch")}
             | {key: row.get(key) for row in run.tests[-1:] for key in about}
             | run.scores()
             | {f"flag_{name}": value for name, value in run.flags.items() if name != "command"}

@@ -24,6 +24,7 @@ METRIC_NAMES = {
 MEANS = ("cider", "sparcs", "rouge_l", "wer")  # means over images; the others are made of summed counts
 BY_IMAGE = (*MEANS, "sentence_bleu4", "unsupported", "content")  # beside BLEU's counts, in a test's files of scores
 WITH_INTERVAL = (*MEANS, "bleu4", "unsupported")
+FEW_IMAGES = 50  # with fewer, scores depend much on which images they are
 BLOCK = 1_000_000  # elements of a block of resampled images: 8 MB, a few such arrays at a time
 
 

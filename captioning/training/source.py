@@ -26,12 +26,14 @@ from captioning.data.dataset import CaptionSet, Vocabulary, build_vocabulary
 from captioning.data.splits import SAME_SET, StoredSplit, few, refuse_trained_images, same_split
 from captioning.decoders.base import Decoder
 from captioning.decoding.confidence import FEWEST
+from captioning.decoding.consensus import grow_head
 from captioning.encoders.base import encoder_of
 from captioning.io import UserError, log
 from captioning.runs.checkpoints import carry_best, load_checkpoint, load_decoder_weights, require_trainable
 from captioning.runs.directories import find_checkpoint, lock_run_directory, start_command
 from captioning.training.adaptation import grow_vocabulary, grow_weights, settle_adaptation, train_on_seen_images
 from captioning.training.building import check_settings, note_unused_gpu
+from captioning.training.calibrate import keeps_head
 from captioning.training.schedules import Schedule, choose_schedule
 from experiment_utils import create_run_directory
 from training_utils import Precision, TrainState
@@ -181,6 +183,14 @@ class Source:
             return
         saved = self.checkpoint["schedule"] if self.checkpoint and self.goes_on else None
         state.schedule = choose_schedule(settings, Schedule.from_state(saved) if saved else None, state.epoch, steps)
+
+    def consensus(self, data: CaptionSet, words: int) -> dict[str, Any] | None:
+        """Return the consensus that a run keeps until it learns its own, for a vocabulary of so many words."""
+        if self.checkpoint is None or not (stored := self.checkpoint["consensus"]):
+            return None
+        train, val = (len(data.splits[name]) for name in ("train", "val"))
+        kept = self.way != "continue" or keeps_head(stored, train, val)
+        return grow_head(stored, len(self.checkpoint["vocabulary"]), words) if kept else None
 
     def calibration(self, data: CaptionSet) -> Any:
         """Return the confidence that a run keeps: the checkpoint's where there are too few images for another."""
