@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from run_files import png_of
 
@@ -20,7 +22,7 @@ from captioning.decoders.ensemble import Ensemble
 from captioning.decoding.beam_search import beam_search
 from captioning.encoders import base as encoders
 from captioning.io import UserError
-from captioning.modes.caption import find_photos, given_options
+from captioning.modes.caption import Table, find_photos, given_options
 
 
 @pytest.fixture
@@ -32,6 +34,13 @@ def photos(tiny_runs, tmp_path, monkeypatch) -> Path:
     (tmp_path / "photos" / "notes.txt").write_text("no picture")
     monkeypatch.chdir(tmp_path)
     return tmp_path / "photos"
+
+
+@pytest.fixture
+def twos(monkeypatch):
+    """Batches of two images."""
+    for module in ("captioner", "modes.caption"):
+        monkeypatch.setattr(f"captioning.{module}.IMAGES_TOGETHER", 2)
 
 
 def caption(run: Path, *flags: str) -> int:
@@ -92,6 +101,74 @@ def test_files_are_written_once_and_whole(tiny_runs, photos, capsys):
     assert caption(tiny_runs["attention"], *flags, "out.csv") == 2
     assert "is there already" in capsys.readouterr().err and Path("out.csv").read_bytes() == text
     assert sorted(path.name for path in Path().iterdir()) == ["out.csv", "out.jsonl", "photos"]
+
+
+@pytest.mark.parametrize("ending, flags", [("csv", ["--num_captions", "2"]), ("jsonl", ["--top_p", "0.9"])])
+def test_a_table_goes_on_where_it_stopped(tiny_runs, photos, twos, monkeypatch, capsys, ending, flags):
+    shutil.copytree(tiny_runs["data"] / "Images", "photos", dirs_exist_ok=True)
+    (photos / "p02.jpg").write_text("no picture")
+    flags = ["--images", "photos", *flags, "--output"]
+    assert caption(tiny_runs["attention"], *flags, f"whole.{ending}") == 1
+    table, write = Path(f"out.{ending}"), Table.write
+    beside = Path(f"out.{ending}.progress")
+
+    def dying(half: Path, after: int):
+        """`Table.write` that ends as kill -9 does, within the write to one of its two files."""
+        left = [after]
+
+        def dies(self) -> None:
+            before = {path: path.stat().st_size for path in (beside, table)}
+            write(self)
+            left[0] -= 1
+            if left[0] < 0:
+                if half == beside:
+                    os.truncate(table, before[table])
+                os.truncate(half, (before[half] + half.stat().st_size) // 2)
+                raise SystemExit(9)
+
+        return dies
+
+    for half, after in ((beside, 0), (table, 1), (beside, 2), (table, 0), (table, 2)):
+        monkeypatch.setattr(Table, "write", dying(half, after))
+        with pytest.raises(SystemExit):
+            caption(tiny_runs["attention"], *flags, table.name)
+    assert len(table.read_bytes()) < len(Path(f"whole.{ending}").read_bytes())
+    monkeypatch.setattr(Table, "write", write)
+    capsys.readouterr()
+    assert caption(tiny_runs["attention"], *flags, table.name) == 1
+    assert f"{table}: 15 of 21 images are done already" in capsys.readouterr().err
+    assert table.read_bytes() == Path(f"whole.{ending}").read_bytes()
+    assert sorted(path.name for path in Path().iterdir()) == [table.name, "photos", f"whole.{ending}"]
+
+
+def test_a_table_goes_on_as_it_was_begun_only(tiny_runs, photos, twos, monkeypatch, capsys):
+    flags = ["--images", "photos", "--output", "out.csv"]
+    write = Table.write
+    monkeypatch.setattr(Table, "write", lambda self: (write(self), exec("raise SystemExit(9)")))
+    with pytest.raises(SystemExit):
+        caption(tiny_runs["attention"], *flags)
+    monkeypatch.undo()
+    monkeypatch.chdir(photos.parent)
+    begun = Path("out.csv").read_text()
+    assert len(begun.splitlines()) == 3  # the first two photos
+    for model, others, message in (
+        ("attention", ["--beam_size", "2"], "begun with beam_size 3, now 2"),
+        ("lstm", [], "begun with model "),
+    ):
+        assert caption(tiny_runs[model], *flags, *others) == 2
+        assert message in (error := capsys.readouterr().err) and "move out.csv and out.csv.progress away" in error
+    with FileLock(".out.csv.lock"):
+        assert caption(tiny_runs["attention"], *flags) == 2
+    assert "another process is writing out.csv" in capsys.readouterr().err
+    Path("out.csv").write_text(begun + "photos/p09.jpg,1,mine,0,\n")
+    assert caption(tiny_runs["attention"], *flags) == 2
+    assert "was changed while it was not finished" in capsys.readouterr().err
+    Path("out.csv").unlink()
+    shutil.copy(photos / "below" / "p03.jpg", photos / "p01.jpg")  # it has changed since
+    assert caption(tiny_runs["attention"], *flags) == 0
+    rows = list(csv.DictReader(io.StringIO(Path("out.csv").read_text())))
+    assert [row["path"] for row in rows] == ["photos/p02.jpg", "photos/p01.jpg", "photos/below/p03.jpg"]
+    assert rows[1]["caption"] == rows[2]["caption"]
 
 
 def test_attention_pictures_overwrite_nothing(tiny_runs, photos):
