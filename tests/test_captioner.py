@@ -17,7 +17,8 @@ from run_files import png_of
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from captioning.captioner import Captioner
-from captioning.data.images import images_below, load_views
+from captioning.data import images
+from captioning.data.images import UnreadableImage, images_below, load_views
 from captioning.decoders.ensemble import Ensemble
 from captioning.decoding.beam_search import beam_search
 from captioning.encoders import base as encoders
@@ -251,6 +252,7 @@ KINDS = {
                     [(255, 255, 255), (0, 0, 0)]),
     "animated.gif": (lambda path: picture().save(path, save_all=True, append_images=[Image.new("RGB", (120, 80))]), COLOUR),
     "animated.webp": (lambda path: picture().save(path, save_all=True, append_images=[Image.new("RGB", (120, 80))], quality=95), COLOUR),
+    "still.avif": (lambda path: picture().save(path, quality=95), COLOUR),
     "plain.bmp": (lambda path: picture().save(path), COLOUR),
     "cmyk.tiff": (lambda path: picture().convert("CMYK").save(path), COLOUR),
     "jpeg_called.png": (lambda path: picture().save(path, "JPEG", quality=95), COLOUR),
@@ -266,6 +268,27 @@ def test_every_kind_of_image(tmp_path, name):
     assert np.abs(pixels[60, 50] - left).max() <= 12 and np.abs(pixels[60, 170] - right).max() <= 12
 
 
+def test_a_photo_of_an_iphone(tmp_path):
+    heif = pytest.importorskip("pillow_heif", reason="requirements-heic.txt is not installed")
+    heif.from_pillow(picture()).save(tmp_path / "beach.heic", quality=95)
+    (pixels,) = load_views(tmp_path / "beach.heic", 224).astype(int)
+    assert np.abs(pixels[60, 50] - COLOUR[0]).max() <= 12 and np.abs(pixels[60, 170] - COLOUR[1]).max() <= 12
+
+
+def test_what_a_photo_needs_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "IMAGE_FORMATS", ("JPEG", "PNG"))
+    for name, advice in (("beach.heic", "requirements-heic.txt"), ("beach.avif", "newer Pillow")):
+        path = tmp_path / name
+        path.write_bytes(b"\0\0\0\x18ftyp" + path.suffix[1:].encode() + bytes(12))
+        for source in (path, io.BytesIO(path.read_bytes())):
+            with pytest.raises(UnreadableImage, match=f"{path.suffix[1:].upper()} needs a.*{advice}"):
+                load_views(source, 224)
+    assert [path.name for path in images_below(tmp_path, [])] == ["beach.avif", "beach.heic"]
+    (tmp_path / "text.heic").write_text("no picture at all")
+    with pytest.raises(UnreadableImage, match="cannot identify"):
+        load_views(tmp_path / "text.heic", 224)
+
+
 def test_what_images_means(photos, monkeypatch):
     def names(*entries: str) -> list[str]:
         return [path.as_posix() for path in find_photos(entries)[0]]
@@ -278,8 +301,8 @@ def test_what_images_means(photos, monkeypatch):
     assert names("photos/[1].jpg") == ["photos/[1].jpg"]
     listed = "photos/p02.jpg\nabsent.jpg\n\nphotos/below\n"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(listed.encode())))
-    images, problems = find_photos(["-"])
-    assert [path.name for path in images] == ["p02.jpg", "p03.jpg"]
+    found, problems = find_photos(["-"])
+    assert [path.name for path in found] == ["p02.jpg", "p03.jpg"]
     assert problems == ["absent.jpg: no such file or folder"]
     with pytest.raises(UserError, match="absent.jpg is not there"):
         find_photos(["absent.jpg"])
