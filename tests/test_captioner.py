@@ -59,7 +59,7 @@ def test_captions_are_those_of_test_mode(tiny_runs, tmp_path, monkeypatch, capsy
     capsys.readouterr()
     assert expected and caption(model, "--images", *(str(images / name) for name in expected)) == 0
     captured = capsys.readouterr()
-    assert captured.out.splitlines() == [f"{images / name}\t{text}" for name, text in expected.items()]
+    assert captured.out.splitlines() == [f"{images / name}\t{text}\t" for name, text in expected.items()]
     assert "Model: " in captured.err and "Model: " not in captured.out
 
 

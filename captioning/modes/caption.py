@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -22,7 +23,7 @@ from captioning import __version__
 from captioning.captioner import IMAGES_TOGETHER, MANY, Caption, Captioned, Captioner, Decoding, DecodingOptions, Word
 from captioning.config.settings import Settings
 from captioning.data.images import cell_middles, images_below
-from captioning.decoding.confidence import FEWEST
+from captioning.decoding.confidence import FEWEST, confidence_text
 from captioning.io import UserError, csv_cell, log, make_directory, printable, progress_bar, write_atomic, write_text
 from captioning.runs.directories import command_to_tune, given_model
 
@@ -97,18 +98,21 @@ def write_captions(args: Settings, out: TextIO) -> int:
             f"--save_attention_viz has no effect: the {captioner.flags['decoder']} decoder of {captioner.path} has no attention"
         )
     least = args.min_confidence or 0.0
-    if args.min_confidence is not None and not captioner.calibration_of(captioner.decoding(**given_options(args))):
+    how = captioner.decoding(**given_options(args))
+    calibration = captioner.calibration_of(how)
+    if args.min_confidence is not None and not calibration:
         raise UserError(
             f"--min_confidence: {captioner.path} knows no confidence: {command_to_tune(captioner.path)} adds it where there "
             f"are {FEWEST} validation images"
         )
     pictures = (Path() if args.output is None else args.output.parent) / "captions_viz"
     as_csv = args.output is not None and args.output.suffix.lower() == ".csv"
-    form = csv_lines if as_csv else tab_lines if args.output is None and not args.json else json_lines
+    form = csv_lines if as_csv else json_lines
+    if args.output is None and not args.json:
+        form = partial(tab_lines, calibration)
     captioner.generator = np.random.default_rng(args.seed)  # of what --top_p draws
     table = None
     if args.output is not None:
-        how = captioner.decoding(**given_options(args))
         made_with = {
             "version": __version__, "model": captioner.fingerprint(), **how._asdict(), "min_confidence": least,
             "seed": args.seed if how.top_p is not None else None,
@@ -190,14 +194,18 @@ def is_withheld(result: Captioned, least: float) -> bool:
     return result.confidence is not None and result.confidence < least
 
 
-def tab_lines(results: Iterable[Captioned], count: int, least: float) -> Iterator[str]:
-    """Yield `path<TAB>caption`, up to `count` lines per image; control characters of a path are written as escapes.
+def tab_lines(
+    calibration: Mapping[str, Any] | None, results: Iterable[Captioned], count: int, least: float
+) -> Iterator[str]:
+    """Yield `path<TAB>caption<TAB>confidence`, up to `count` lines per image; control characters of a path are escapes.
 
     An image whose captions are withheld has one line, without a caption.
     """
     for result in results:
-        captions = [""] if is_withheld(result, least) else [caption.text for caption in result.captions[:count]]
-        yield from (f"{printable(str(result.path))}\t{text}" for text in captions)
+        withheld = is_withheld(result, least)
+        for caption in result.captions[: 1 if withheld else count]:
+            sure = confidence_text(caption.confidence, calibration)
+            yield f"{printable(str(result.path))}\t{'' if withheld else caption.text}\t{sure}"
 
 
 def csv_lines(results: Iterable[Captioned], count: int, least: float) -> Iterator[str]:
