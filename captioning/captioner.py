@@ -26,7 +26,7 @@ from captioning.data.images import ImageSource, UnreadableImage, grid_side, imag
 from captioning.decoding.beam_search import Reading, beam_search, sample
 from captioning.decoding.confidence import confidence_of, table_of
 from captioning.decoding.consensus import NgramHead, search_by_consensus
-from captioning.io import UserError, not_installed
+from captioning.io import UserError, not_installed, sha256
 from captioning.runs import plots
 from captioning.runs.directories import PRETRAINED_MODEL, find_checkpoint
 from captioning.runs.forms import read_exported
@@ -243,6 +243,10 @@ class Captioner:
     def __str__(self) -> str:
         flags = self.flags
         return f"{self.path} (epoch {self.epoch}, {flags['decoder']} on {flags['encoder']}, {flags['dataset_type']})"
+
+    def fingerprint(self) -> str:
+        """Return a hash of the model; an exported folder's config.json has those of its other files."""
+        return sha256(self.path.with_name("config.json") if self.path.suffix == ".safetensors" else self.path)[:16]
 
     def decoding(self, **options: Unpack[DecodingOptions]) -> Decoding:
         """Resolve how captions are found: beam size and length penalty as given, else tuned, else the flags' defaults.

@@ -125,6 +125,13 @@ def steady_streams() -> Iterator[None]:
         yield
 
 
+class LineStream(SteadyStream):
+    """A stream that is no terminal: each state of a progress bar is a line of its own."""
+
+    def write(self, text: str) -> int:
+        return super().write(f"{text.strip()}\n" if text.strip() else "")
+
+
 def duration(seconds: float) -> str:
     """Return 8.2 -> '8 s', 150 -> '2.5 min', 9000 -> '2.5 h'."""
     if seconds < 90:
@@ -136,9 +143,11 @@ def progress_bar(total: int, what: str, unit: str) -> tqdm[NoReturn]:
     """Return a progress bar; redirected output, e.g. a job's log file, has it once a minute."""
     from tqdm import tqdm
 
-    seconds = 0.1 if getattr(sys.stderr, "isatty", bool)() else 60.0  # a closed stream has no isatty
+    terminal = getattr(sys.stderr, "isatty", bool)()  # a closed stream has no isatty
+    seconds = 0.1 if terminal else 60.0
     return tqdm(
-        total=total, desc=what, unit=unit, disable=bool(bars_off()), mininterval=seconds, maxinterval=60, delay=seconds
+        total=total, desc=what, unit=unit, disable=bool(bars_off()), mininterval=seconds, maxinterval=60, delay=seconds,
+        file=sys.stderr if terminal else LineStream(sys.stderr),
     )  # fmt: skip
 
 

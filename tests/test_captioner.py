@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -10,17 +11,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from run_files import png_of
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
 from captioning.captioner import Captioner
-from captioning.data.images import images_below, load_views
+from captioning.data import images
+from captioning.data.images import UnreadableImage, images_below, load_views
 from captioning.decoders.ensemble import Ensemble
 from captioning.decoding.beam_search import beam_search
 from captioning.encoders import base as encoders
 from captioning.io import UserError
-from captioning.modes.caption import find_photos, given_options
+from captioning.modes.caption import Table, find_photos, given_options
 
 
 @pytest.fixture
@@ -32,6 +35,13 @@ def photos(tiny_runs, tmp_path, monkeypatch) -> Path:
     (tmp_path / "photos" / "notes.txt").write_text("no picture")
     monkeypatch.chdir(tmp_path)
     return tmp_path / "photos"
+
+
+@pytest.fixture
+def twos(monkeypatch):
+    """Batches of two images."""
+    for module in ("captioner", "modes.caption"):
+        monkeypatch.setattr(f"captioning.{module}.IMAGES_TOGETHER", 2)
 
 
 def caption(run: Path, *flags: str) -> int:
@@ -49,7 +59,7 @@ def test_captions_are_those_of_test_mode(tiny_runs, tmp_path, monkeypatch, capsy
     capsys.readouterr()
     assert expected and caption(model, "--images", *(str(images / name) for name in expected)) == 0
     captured = capsys.readouterr()
-    assert captured.out.splitlines() == [f"{images / name}\t{text}" for name, text in expected.items()]
+    assert captured.out.splitlines() == [f"{images / name}\t{text}\t" for name, text in expected.items()]
     assert "Model: " in captured.err and "Model: " not in captured.out
 
 
@@ -92,6 +102,74 @@ def test_files_are_written_once_and_whole(tiny_runs, photos, capsys):
     assert caption(tiny_runs["attention"], *flags, "out.csv") == 2
     assert "is there already" in capsys.readouterr().err and Path("out.csv").read_bytes() == text
     assert sorted(path.name for path in Path().iterdir()) == ["out.csv", "out.jsonl", "photos"]
+
+
+@pytest.mark.parametrize("ending, flags", [("csv", ["--num_captions", "2"]), ("jsonl", ["--top_p", "0.9"])])
+def test_a_table_goes_on_where_it_stopped(tiny_runs, photos, twos, monkeypatch, capsys, ending, flags):
+    shutil.copytree(tiny_runs["data"] / "Images", "photos", dirs_exist_ok=True)
+    (photos / "p02.jpg").write_text("no picture")
+    flags = ["--images", "photos", *flags, "--output"]
+    assert caption(tiny_runs["attention"], *flags, f"whole.{ending}") == 1
+    table, write = Path(f"out.{ending}"), Table.write
+    beside = Path(f"out.{ending}.progress")
+
+    def dying(half: Path, after: int):
+        """`Table.write` that ends as kill -9 does, within the write to one of its two files."""
+        left = [after]
+
+        def dies(self) -> None:
+            before = {path: path.stat().st_size for path in (beside, table)}
+            write(self)
+            left[0] -= 1
+            if left[0] < 0:
+                if half == beside:
+                    os.truncate(table, before[table])
+                os.truncate(half, (before[half] + half.stat().st_size) // 2)
+                raise SystemExit(9)
+
+        return dies
+
+    for half, after in ((beside, 0), (table, 1), (beside, 2), (table, 0), (table, 2)):
+        monkeypatch.setattr(Table, "write", dying(half, after))
+        with pytest.raises(SystemExit):
+            caption(tiny_runs["attention"], *flags, table.name)
+    assert len(table.read_bytes()) < len(Path(f"whole.{ending}").read_bytes())
+    monkeypatch.setattr(Table, "write", write)
+    capsys.readouterr()
+    assert caption(tiny_runs["attention"], *flags, table.name) == 1
+    assert f"{table}: 15 of 21 images are done already" in capsys.readouterr().err
+    assert table.read_bytes() == Path(f"whole.{ending}").read_bytes()
+    assert sorted(path.name for path in Path().iterdir()) == [table.name, "photos", f"whole.{ending}"]
+
+
+def test_a_table_goes_on_as_it_was_begun_only(tiny_runs, photos, twos, monkeypatch, capsys):
+    flags = ["--images", "photos", "--output", "out.csv"]
+    write = Table.write
+    monkeypatch.setattr(Table, "write", lambda self: (write(self), exec("raise SystemExit(9)")))
+    with pytest.raises(SystemExit):
+        caption(tiny_runs["attention"], *flags)
+    monkeypatch.undo()
+    monkeypatch.chdir(photos.parent)
+    begun = Path("out.csv").read_text()
+    assert len(begun.splitlines()) == 3  # the first two photos
+    for model, others, message in (
+        ("attention", ["--beam_size", "2"], "begun with beam_size 3, now 2"),
+        ("lstm", [], "begun with model "),
+    ):
+        assert caption(tiny_runs[model], *flags, *others) == 2
+        assert message in (error := capsys.readouterr().err) and "move out.csv and out.csv.progress away" in error
+    with FileLock(".out.csv.lock"):
+        assert caption(tiny_runs["attention"], *flags) == 2
+    assert "another process is writing out.csv" in capsys.readouterr().err
+    Path("out.csv").write_text(begun + "photos/p09.jpg,1,mine,0,\n")
+    assert caption(tiny_runs["attention"], *flags) == 2
+    assert "was changed while it was not finished" in capsys.readouterr().err
+    Path("out.csv").unlink()
+    shutil.copy(photos / "below" / "p03.jpg", photos / "p01.jpg")  # it has changed since
+    assert caption(tiny_runs["attention"], *flags) == 0
+    rows = list(csv.DictReader(io.StringIO(Path("out.csv").read_text())))
+    assert [row["path"] for row in rows] == ["photos/p02.jpg", "photos/p01.jpg", "photos/below/p03.jpg"]
+    assert rows[1]["caption"] == rows[2]["caption"]
 
 
 def test_attention_pictures_overwrite_nothing(tiny_runs, photos):
@@ -174,6 +252,7 @@ KINDS = {
                     [(255, 255, 255), (0, 0, 0)]),
     "animated.gif": (lambda path: picture().save(path, save_all=True, append_images=[Image.new("RGB", (120, 80))]), COLOUR),
     "animated.webp": (lambda path: picture().save(path, save_all=True, append_images=[Image.new("RGB", (120, 80))], quality=95), COLOUR),
+    "still.avif": (lambda path: picture().save(path, quality=95), COLOUR),
     "plain.bmp": (lambda path: picture().save(path), COLOUR),
     "cmyk.tiff": (lambda path: picture().convert("CMYK").save(path), COLOUR),
     "jpeg_called.png": (lambda path: picture().save(path, "JPEG", quality=95), COLOUR),
@@ -189,6 +268,27 @@ def test_every_kind_of_image(tmp_path, name):
     assert np.abs(pixels[60, 50] - left).max() <= 12 and np.abs(pixels[60, 170] - right).max() <= 12
 
 
+def test_a_photo_of_an_iphone(tmp_path):
+    heif = pytest.importorskip("pillow_heif", reason="requirements-heic.txt is not installed")
+    heif.from_pillow(picture()).save(tmp_path / "beach.heic", quality=95)
+    (pixels,) = load_views(tmp_path / "beach.heic", 224).astype(int)
+    assert np.abs(pixels[60, 50] - COLOUR[0]).max() <= 12 and np.abs(pixels[60, 170] - COLOUR[1]).max() <= 12
+
+
+def test_what_a_photo_needs_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "IMAGE_FORMATS", ("JPEG", "PNG"))
+    for name, advice in (("beach.heic", "requirements-heic.txt"), ("beach.avif", "newer Pillow")):
+        path = tmp_path / name
+        path.write_bytes(b"\0\0\0\x18ftyp" + path.suffix[1:].encode() + bytes(12))
+        for source in (path, io.BytesIO(path.read_bytes())):
+            with pytest.raises(UnreadableImage, match=f"{path.suffix[1:].upper()} needs a.*{advice}"):
+                load_views(source, 224)
+    assert [path.name for path in images_below(tmp_path, [])] == ["beach.avif", "beach.heic"]
+    (tmp_path / "text.heic").write_text("no picture at all")
+    with pytest.raises(UnreadableImage, match="cannot identify"):
+        load_views(tmp_path / "text.heic", 224)
+
+
 def test_what_images_means(photos, monkeypatch):
     def names(*entries: str) -> list[str]:
         return [path.as_posix() for path in find_photos(entries)[0]]
@@ -201,8 +301,8 @@ def test_what_images_means(photos, monkeypatch):
     assert names("photos/[1].jpg") == ["photos/[1].jpg"]
     listed = "photos/p02.jpg\nabsent.jpg\n\nphotos/below\n"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(listed.encode())))
-    images, problems = find_photos(["-"])
-    assert [path.name for path in images] == ["p02.jpg", "p03.jpg"]
+    found, problems = find_photos(["-"])
+    assert [path.name for path in found] == ["p02.jpg", "p03.jpg"]
     assert problems == ["absent.jpg: no such file or folder"]
     with pytest.raises(UserError, match="absent.jpg is not there"):
         find_photos(["absent.jpg"])

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import shutil
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from captioning.decoding.confidence import (
     calibrate,
     calibration_error,
     confidence_of,
+    confidence_text,
     is_calibration,
     reliability,
     score_of,
@@ -51,6 +53,15 @@ def test_adjacent_violators_are_pooled(monkeypatch):
     for score, share in expected.items():
         assert confidence_of(found, [score - 1, score + 1]) == pytest.approx(share)
     assert confidence_of(None, [-1.0]) is None
+
+
+def test_the_lowest_pool_has_captions_of_which_nothing_is_right():
+    found = calibrate(np.linspace(-3, -1, 40), np.linspace(0.3, 0.8, 40))
+    assert found["scores"][0] == pytest.approx(-3 - np.linspace(-3, -1, 40).std(), abs=1e-6) and found["shares"][0] == 0
+    assert is_calibration({"beam": found}) and found["shares"][1] > 0.3
+    assert confidence_text(None, None) == "" and confidence_text(0.62, None) == "0.62"
+    assert [confidence_text(sure, SOUND) for sure in (0.25, 0.251, 0.7)] == ["under 0.3", "0.25", "0.70"]
+    assert confidence_text(0.0, found) == "0.00"
 
 
 def test_longer_captions_may_be_less_probable():
@@ -142,7 +153,9 @@ def test_captions_that_are_not_sure_enough_are_left_out(run, tiny_runs, monkeypa
     captured = capsys.readouterr()
     lines = [line.split("\t") for line in captured.out.splitlines()]
     assert count in captured.err and len(lines) == len(results) + len(sure)
-    assert {path for path, text in lines if not text} == {str(each.path) for each in results} - sure.keys()
+    first = dict(map(itemgetter(0, 2), reversed(lines)))
+    assert first == {str(each.path): f"{each.confidence:.2f}" for each in results}
+    assert {path for path, text, _ in lines if not text} == {str(each.path) for each in results} - sure.keys()
 
     assert trainer.main([*flags, "--json"]) == 0
     entries = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

@@ -111,6 +111,15 @@ def test_redirected_output_has_a_progress_bar_after_a_minute_only(capsys):
     assert not capsys.readouterr().err
 
 
+def test_where_there_is_no_terminal_progress_is_lines(capsys, monkeypatch):
+    with progress_bar(2, "Captioning", "image") as bar:
+        bar.delay = bar.mininterval = 0
+        bar.update(1)
+        bar.update(1)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line[:16] for line in lines] == ["Captioning:  50%", "Captioning: 100%", "Captioning: 100%"]
+
+
 @pytest.mark.parametrize(
     "number, message",
     [

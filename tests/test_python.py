@@ -196,7 +196,8 @@ def test_the_captioner_of_the_package_captions_photos_unless_another_is_named(ph
     drawn = ["--save_attention_viz", "--attention_viz_dpi", "50"]
     assert trainer.main(["--mode", "caption", "--images", photo, *drawn]) == 0
     out, err = capsys.readouterr()
-    assert out == f"{photo}\t{Captioner.load()(photo).text}\n" and err.count("Using flickr8k_attention") == 1
+    result = Captioner.load()(photo)
+    assert out == f"{photo}\t{result.text}\t{result.confidence:.2f}\n" and err.count("Using flickr8k_attention") == 1
     assert list(Path("captions_viz").glob("attention_viz_sample_1.png"))
     folder = runs.PRETRAINED / runs.PRETRAINED_MODEL
     files = {path.name: path.stat().st_size for path in folder.iterdir()}

@@ -272,7 +272,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             "varied than the beam's", number(float, 0, 1, above=True), modes=("caption",), parameter=False),
         Flag("min_confidence", "print no caption for an image whose best caption has a lower confidence, which is the share of its "
             "content words that is expected to be right", number(float, 0, 1), modes=("caption",), parameter=False, metavar="SHARE"),
-        Flag("json", "print JSON lines, which say more, instead of path<TAB>caption", modes=("caption",),
+        Flag("json", "print JSON lines, which say more, instead of path<TAB>caption<TAB>confidence", modes=("caption",),
             parameter=False),
         Flag("host", "address that the page listens on; 0.0.0.0 lets the whole network in", as_text, "127.0.0.1",
             modes=("serve",), parameter=False),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import math
 import os
 import threading
@@ -10,11 +12,25 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
-IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
+from captioning.io import install_command
+
+IMAGE_ENDINGS = {
+    ".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".avif", ".heic", ".heif",
+}  # fmt: skip
 # Pillow goes by the content, not by the ending, and would hand PostScript called .jpg to Ghostscript.
-IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF")
+IMAGE_FORMATS: tuple[str, ...] = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF")
+if importlib.util.find_spec("PIL.AvifImagePlugin") and features.check("avif"):
+    IMAGE_FORMATS += ("AVIF",)
+with contextlib.suppress(ImportError):
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+    IMAGE_FORMATS += ("HEIF",)
+# The brand of a file, bytes 8 to 12, after "ftyp".
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+AVIF_BRANDS = (b"avif", b"avis")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -141,7 +157,25 @@ def open_image(source: ImageSource, at_least: int | None = None) -> Image.Image:
             return rgb(image)
     except Exception as error:  # Pillow's decoders raise whatever their format's parser raised
         name = source if isinstance(source, Path) else "the image"
-        raise UnreadableImage(f"{name}: {getattr(error, 'strerror', None) or error}") from error
+        reason = missing_reader(source) if isinstance(error, UnidentifiedImageError) else None
+        raise UnreadableImage(f"{name}: {reason or getattr(error, 'strerror', None) or error}") from error
+
+
+def missing_reader(source: ImageSource) -> str | None:
+    """Return what is to be installed for the format of a file, or None."""
+    if isinstance(source, Path):
+        with open(source, "rb") as file:
+            return missing_reader(file)
+    if isinstance(source, Image.Image | np.ndarray):
+        return None
+    source.seek(0)
+    head = source.read(12)
+    brand = head[8:] if head[4:8] == b"ftyp" else b""
+    if brand in HEIF_BRANDS and "HEIF" not in IMAGE_FORMATS:
+        return f"HEIC needs a package that is not installed: {install_command('heic')}"
+    if brand in AVIF_BRANDS and "AVIF" not in IMAGE_FORMATS:
+        return 'AVIF needs a newer Pillow: python -m pip install "pillow>=11.3"'
+    return None
 
 
 def rgb(image: Image.Image) -> Image.Image:

@@ -6,6 +6,7 @@ turns it into one. Knows nothing of models; the content words are those of `capt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -48,6 +49,14 @@ def confidence_of(table: Mapping[str, Any] | None, log_probabilities: Sequence[f
     return float(np.interp(score_of(log_probabilities), table["scores"], table["shares"]))
 
 
+def confidence_text(confidence: float | None, table: Mapping[str, Any] | None) -> str:
+    """Return 0.62 -> "0.62", None -> ""; "under 0.4" where the table, whose lowest share is 0.38, knows no more."""
+    if confidence is None:
+        return ""
+    lowest = table["shares"][0] if table else 0.0
+    return f"under {math.ceil(10 * lowest) / 10:g}" if 0 < lowest >= confidence else f"{confidence:.2f}"
+
+
 def supported_shares(captions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
     """Return the share of each caption's content words that a reference of its image has (n,); 0 without any word."""
     unsupported, content = unsupported_counts(captions, references).T
@@ -57,7 +66,8 @@ def supported_shares(captions: Sequence[str], references: Sequence[Sequence[str]
 def calibrate(scores: np.ndarray, supported: np.ndarray) -> dict[str, Any]:
     """Fit the expected share, as it rises with the score, by pooling adjacent violators (Ayer et al., 1955).
 
-    Between the middles of the pools it is linear (Oron and Flournoy, 2017), beyond the outermost it is constant.
+    Between the middles of the pools it is linear (Oron and Flournoy, 2017), beyond the outermost it is constant. The
+    lowest pool has captions of which nothing is right: it lies a standard deviation below every score.
 
     Args:
         scores: (n,) `score_of` each caption.
@@ -73,6 +83,8 @@ def calibrate(scores: np.ndarray, supported: np.ndarray) -> dict[str, Any]:
         while len(pools) > 1 and supported[pools[-2]].mean() >= supported[pools[-1]].mean():
             pools[-2:] = [np.concatenate(pools[-2:])]
     middles, shares = ([round(float(values[pool].mean()), 6) for pool in pools] for values in (scores, supported))
+    if shares[0] > 0:
+        middles, shares = [round(float(scores.min() - scores.std()), 6), *middles], [0.0, *shares]
     return {"scores": middles, "shares": shares, "images": len(scores)}
 
 

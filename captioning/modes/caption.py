@@ -9,21 +9,25 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, redirect_stdout
+from functools import partial
 from pathlib import Path
-from typing import TextIO, cast
+from typing import Any, TextIO, cast
 
 import numpy as np
 from tqdm import tqdm
 
 from attention_visualization import save_pictures
-from captioning.captioner import Caption, Captioned, Captioner, Decoding, DecodingOptions, Word
+from captioning import __version__
+from captioning.captioner import IMAGES_TOGETHER, MANY, Caption, Captioned, Captioner, Decoding, DecodingOptions, Word
 from captioning.config.settings import Settings
 from captioning.data.images import cell_middles, images_below
-from captioning.decoding.confidence import FEWEST
-from captioning.io import UserError, bars_off, csv_cell, log, make_directory, printable, write_atomic
+from captioning.decoding.confidence import FEWEST, confidence_text
+from captioning.io import UserError, csv_cell, log, make_directory, printable, progress_bar, write_atomic, write_text
 from captioning.runs.directories import command_to_tune, given_model
+
+CSV_HEADER = ("path", "rank", "caption", "log_probability", "confidence")
 
 
 def find_photos(entries: Sequence[str]) -> tuple[list[Path], list[str]]:
@@ -77,7 +81,7 @@ def write_captions(args: Settings, out: TextIO) -> int:
     """Caption as the flags say, into `--output` or else `out`; return as `caption_images` does."""
     if args.output is not None and args.output.suffix.lower() not in (".csv", ".jsonl"):
         raise UserError(f"--output {args.output} should end in .csv or .jsonl, which decides its form")
-    if args.output is not None and os.path.lexists(args.output):
+    if args.output is not None and os.path.lexists(args.output) and not progress_file(args.output).is_file():
         raise UserError(f"--output {args.output} is there already: name another file, or move that one away")
     paths, problems = find_photos(args.images)
     for problem in problems:
@@ -94,42 +98,58 @@ def write_captions(args: Settings, out: TextIO) -> int:
             f"--save_attention_viz has no effect: the {captioner.flags['decoder']} decoder of {captioner.path} has no attention"
         )
     least = args.min_confidence or 0.0
-    if args.min_confidence is not None and not captioner.calibration_of(captioner.decoding(**given_options(args))):
+    how = captioner.decoding(**given_options(args))
+    calibration = captioner.calibration_of(how)
+    if args.min_confidence is not None and not calibration:
         raise UserError(
             f"--min_confidence: {captioner.path} knows no confidence: {command_to_tune(captioner.path)} adds it where there "
             f"are {FEWEST} validation images"
         )
     pictures = (Path() if args.output is None else args.output.parent) / "captions_viz"
-    form = csv_lines if args.output is not None and args.output.suffix.lower() == ".csv" else json_lines
+    as_csv = args.output is not None and args.output.suffix.lower() == ".csv"
+    form = csv_lines if as_csv else json_lines
     if args.output is None and not args.json:
-        form = tab_lines
+        form = partial(tab_lines, calibration)
     captioner.generator = np.random.default_rng(args.seed)  # of what --top_p draws
+    table = None
+    if args.output is not None:
+        made_with = {
+            "version": __version__, "model": captioner.fingerprint(), **how._asdict(), "min_confidence": least,
+            "seed": args.seed if how.top_p is not None else None,
+        }  # fmt: skip
+        table = Table(args.output, csv_row(*CSV_HEADER) if as_csv else "", made_with, captioner.generator)
+        if len(paths) >= MANY:
+            captioner.model.expect_many()  # also where few are left: the last digits depend on it
+        paths = table.remaining(paths)
     failed = withheld = 0
     number = next_number(make_directory(pictures, "the attention pictures")) if args.save_attention_viz else 0
 
-    def results() -> Iterator[Captioned]:
+    def lines() -> Iterator[str]:
         nonlocal failed, withheld, number
-        bar = tqdm(total=len(paths), desc="Captioning", unit="image", disable=bars_off(), file=sys.stderr)
-        with closing(bar):
+        with closing(progress_bar(len(paths), "Captioning", "image")) as bar:
             for result in captioner.caption(paths, **given_options(args)):
+                rows = None
                 if result.problem is None:
                     withheld += is_withheld(result, least)
                     if args.save_attention_viz and not is_withheld(result, least):
                         name, words = printable(str(result.path)), [word.text for word in result.words]
                         drawn = save_pictures(pictures, number, result.source, name, words, result.best.attention, args)
                         number += drawn
-                    yield result
+                    rows = list(form([result], args.num_captions, least))
+                    yield from rows
                 else:
                     failed += 1
                     complain(result.problem)
+                if table is not None:
+                    table.add(str(result.path), rows)
                 bar.update()
 
-    lines = form(results(), args.num_captions, least)
-    if args.output is None:
-        print_lines(lines, out)
+    if table is None:
+        print_lines(lines(), out)
     else:
-        write_atomic(args.output, lambda file: file.writelines(f"{line}\n".encode() for line in lines))
-        log.info(f"Captions of {len(paths) - failed} images: {args.output}")
+        for _ in lines():
+            pass
+        log.info(f"Captions of {table.finish()} images: {args.output}")
     if args.save_attention_viz:
         log.info(f"Attention pictures: {pictures / 'attention_viz_sample_*'}")
     if withheld:
@@ -174,29 +194,32 @@ def is_withheld(result: Captioned, least: float) -> bool:
     return result.confidence is not None and result.confidence < least
 
 
-def tab_lines(results: Iterable[Captioned], count: int, least: float) -> Iterator[str]:
-    """Yield `path<TAB>caption`, up to `count` lines per image; control characters of a path are written as escapes.
+def tab_lines(
+    calibration: Mapping[str, Any] | None, results: Iterable[Captioned], count: int, least: float
+) -> Iterator[str]:
+    """Yield `path<TAB>caption<TAB>confidence`, up to `count` lines per image; control characters of a path are escapes.
 
     An image whose captions are withheld has one line, without a caption.
     """
     for result in results:
-        captions = [""] if is_withheld(result, least) else [caption.text for caption in result.captions[:count]]
-        yield from (f"{printable(str(result.path))}\t{text}" for text in captions)
+        withheld = is_withheld(result, least)
+        for caption in result.captions[: 1 if withheld else count]:
+            sure = confidence_text(caption.confidence, calibration)
+            yield f"{printable(str(result.path))}\t{'' if withheld else caption.text}\t{sure}"
 
 
 def csv_lines(results: Iterable[Captioned], count: int, least: float) -> Iterator[str]:
-    """Yield a header, then up to `count` rows per image, best first; one, without a caption, where they are withheld."""
-
-    def row(*values: object) -> str:
-        text = io.StringIO()
-        csv.writer(text, lineterminator="").writerow(map(csv_cell, values))
-        return text.getvalue()
-
-    yield row("path", "rank", "caption", "log_probability", "confidence")
+    """Yield up to `count` rows per image, best first; one, without a caption, where they are withheld."""
     for result in results:
         withheld = is_withheld(result, least)
         for rank, caption in enumerate(result.captions[: 1 if withheld else count], 1):
-            yield row(str(result.path), rank, *(as_dict(caption) | ({"caption": ""} if withheld else {})).values())
+            yield csv_row(str(result.path), rank, *(as_dict(caption) | ({"caption": ""} if withheld else {})).values())
+
+
+def csv_row(*values: object) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="").writerow(map(csv_cell, values))
+    return text.getvalue()
 
 
 def json_lines(results: Iterable[Captioned], count: int, least: float = 0.0) -> Iterator[str]:
@@ -240,3 +263,145 @@ def next_number(folder: Path) -> int:
     """Return the first number after those of the attention pictures in a folder."""
     found = (re.match(r"(?:advanced_)?attention_viz_sample_(\d+)\.", name) for name in os.listdir(folder))
     return 1 + max((int(match[1]) for match in found if match), default=0)
+
+
+# --------------------------------------------------------------------------------------------------
+# --output
+
+
+def progress_file(output: Path) -> Path:
+    return output.with_name(f"{output.name}.progress")
+
+
+class Table:
+    """The file of `--output` while its rows are found. Whatever ends the program, the same command goes on.
+
+    The file beside it, FILE.progress, has a line of JSON with what decides the rows, then a line for each batch: its photos
+    as [path, size, time, rows], rows being null where one cannot be read, and the state of the random numbers. It is
+    written and synced first, and the table is always made from it: so a write that was cut off anywhere is repaired.
+    """
+
+    def __init__(self, path: Path, header: str, made_with: Mapping[str, Any], generator: np.random.Generator):
+        """Open a table, which may be begun already.
+
+        Args:
+            header: its first line, "" for none.
+            generator: of random numbers, which go on where they stopped.
+
+        Raises:
+            UserError: begun with something else, in use, or not writable.
+        """
+        from filelock import FileLock, Timeout
+
+        self.path, self.progress, self.generator = path, progress_file(path), generator
+        self.header = [f"{header}\n"] if header else []
+        self.batch: list[list[Any]] = []
+        self.captioned = 0  # photos that have rows
+        self.lock = FileLock(path.with_name(f".{path.name}.lock"))
+        if not path.parent.is_dir():
+            raise UserError(f"cannot write {path}: {path.parent} is not there")
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"another process is writing {path}: wait for it, or name another --output") from None
+        if not self.progress.is_file():
+            write_text(self.progress, json.dumps(made_with) + "\n")
+        self.check(made_with)
+
+    def check(self, made_with: Mapping[str, Any]) -> None:
+        """Raise UserError unless the first line of the file beside the table says that it is made with the same."""
+        away = f"move {self.path} and {self.progress} away to begin anew"
+        try:
+            with open(self.progress, "rb") as file:
+                before = json.loads(file.readline())
+            changed = [f"{name} {before[name]}, now {now}" for name, now in made_with.items() if before[name] != now]
+        except (ValueError, TypeError, KeyError):
+            raise UserError(f"{self.progress} was not written by this version of the program: {away}") from None
+        if changed:
+            raise UserError(f"{self.path} was begun with {'; '.join(changed)}. Go on with the same flags, or {away}")
+
+    def remaining(self, paths: Sequence[Path]) -> list[Path]:
+        """Bring the table up to date; return the photos that are still to be captioned, those that were unreadable last.
+
+        Raises:
+            UserError: the table has a line of somebody else's, or cannot be written.
+        """
+        first, *batches = self.progress.read_bytes().split(b"\n")
+        whole = len(first) + 1  # bytes that were written whole
+        known = {*self.header}  # all lines that the table ever had
+        done: dict[str, list[Any]] = {}  # photos by path
+        for line in batches[:-1]:
+            try:
+                photos, self.generator.bit_generator.state = json.loads(line)
+            except (ValueError, TypeError, KeyError):
+                break
+            whole += len(line) + 1
+            for photo in photos:
+                done.pop(photo[0], None)
+                done[photo[0]] = photo
+                known.update(photo[3] or ())
+        os.truncate(self.progress, whole)
+        self.stamps = {str(path): stamp(path) for path in paths}
+        changed = [name for name, now in self.stamps.items() if name in done and done[name][1:3] != now]
+        for name in changed:
+            del done[name]
+        there = self.path.read_bytes() if self.path.is_file() else None
+        text = "".join(self.header + [row for photo in done.values() for row in photo[3] or ()]).encode()
+        if there != text:
+            *lines, _ = (there or b"").decode(errors="replace").split("\n")
+            if others := [line for line in lines if f"{line}\n" not in known]:
+                raise UserError(
+                    f"{self.path} was changed while it was not finished ({others[0][:60]!r}): move it away, and the same "
+                    f"command writes it again and goes on; to begin anew, move {self.progress} away too"
+                )
+            write_atomic(self.path, lambda file: file.write(text))
+        failed = {name for name, photo in done.items() if photo[3] is None}
+        left = sorted(
+            (path for path in paths if str(path) in failed or str(path) not in done),
+            key=lambda path: str(path) in failed,
+        )
+        self.captioned = len(done) - len(failed)
+        if len(batches) > 1:
+            log.info(f"{self.path}: {len(paths) - len(left)} of {len(paths)} images are done already")
+        if changed:
+            log.info(f"Changed since, and captioned again: {len(changed)} images")
+        return left
+
+    def add(self, path: str, rows: list[str] | None) -> None:
+        """Take the rows of the next photo, None where it cannot be read; write them with the others of its batch."""
+        self.batch.append([path, *self.stamps[path], rows and [f"{row}\n" for row in rows]])
+        if len(self.batch) == IMAGES_TOGETHER:
+            self.write()
+
+    def write(self) -> None:
+        lines = [json.dumps([self.batch, self.generator.bit_generator.state]) + "\n"]
+        rows = [row for photo in self.batch for row in photo[3] or ()]
+        try:
+            for path, texts in ((self.progress, lines), (self.path, rows)):
+                with open(path, "ab") as file:
+                    file.writelines(text.encode() for text in texts)
+                    file.flush()
+                    os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.path}: {error.strerror}. Free some space; the same command goes on"
+            ) from error
+        self.captioned += sum(photo[3] is not None for photo in self.batch)
+        self.batch = []
+
+    def finish(self) -> int:
+        """Write the last rows and remove what was beside the table; return the number of photos with captions."""
+        self.write()
+        self.progress.unlink()
+        self.lock.release()
+        Path(self.lock.lock_file).unlink(missing_ok=True)
+        return self.captioned
+
+
+def stamp(path: Path) -> list[int]:
+    """Return size and time of a photo, by which it is known; zeros where it is gone."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return [0, 0]
+    return [found.st_size, found.st_mtime_ns]

@@ -31,7 +31,7 @@ from captioning import __version__
 from captioning.captioner import Captioner, Decoding, DecodingOptions
 from captioning.config.settings import Settings
 from captioning.data.dataset import load_caption_set
-from captioning.data.images import IMAGE_FORMATS, UnreadableImage, open_image, upsample
+from captioning.data.images import IMAGE_FORMATS, UnreadableImage, missing_reader, open_image, upsample
 from captioning.data.layouts import default_folder
 from captioning.io import UserError, format_bytes, install_command, log
 from captioning.modes.caption import given_options, json_lines, word_dict
@@ -115,8 +115,8 @@ def check_upload(file: io.BytesIO) -> None:
     except Image.DecompressionBombError:
         pixels = MAX_PIXELS + 1
     except Exception as error:  # Pillow's parsers raise whatever they meet
-        kinds = ", ".join(IMAGE_FORMATS[:-1])
-        raise UnreadableImage(f"This file is not an image: {kinds} and {IMAGE_FORMATS[-1]} can be read.") from error
+        kinds = f"This file is not an image: {', '.join(IMAGE_FORMATS[:-1])} and {IMAGE_FORMATS[-1]} can be read."
+        raise UnreadableImage(missing_reader(file) or kinds) from error
     if pixels > MAX_PIXELS:
         raise UnreadableImage(f"This image has more than {MAX_PIXELS // 10**6} million pixels: make it smaller.")
 
