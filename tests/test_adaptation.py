@@ -187,7 +187,8 @@ def test_the_end_says_what_was_gained(tmp_path, monkeypatch, few, losses, gained
 def test_few_photos_keep_the_consensus_and_many_fit_another(photos, tiny_runs, monkeypatch, capsys):
     """Its n-grams are numbered anew for the larger vocabulary; also when resumed, tuned, and trained further."""
     monkeypatch.setattr(consensus, "FEWEST_IMAGES", 2)
-    monkeypatch.setattr(consensus, "WEIGHTS", (4.0,))
+    monkeypatch.setattr(consensus, "WEIGHTS", np.array([4.0]))
+    monkeypatch.setattr(consensus, "PRIOR_IMAGES", 0)
     source = load_checkpoint(tiny_runs["attention"] / "best.pt")
     pooled = lambda images: np.random.default_rng(1).normal(5, 1, (20, 1280)).astype(np.float32)[images]  # noqa: E731
     head = fit_head(load_caption_set(tiny_runs["data"]), Vocabulary(source["vocabulary"]), pooled).stored
