@@ -274,6 +274,10 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             "content words that is expected to be right", number(float, 0, 1), modes=("caption",), parameter=False, metavar="SHARE"),
         Flag("json", "print JSON lines, which say more, instead of path<TAB>caption<TAB>confidence", modes=("caption",),
             parameter=False),
+        Flag("sidecar", "write each caption beside its photo: photo.txt, as LoRA trainers read it, or photo.jpg.xmp, as photo "
+            "programs do; a person's text stays", str, choices=("txt", "xmp"), modes=("caption",), parameter=False),
+        Flag("prefix", "first words of each photo.txt, e.g. a trigger word", as_text, modes=("caption",), needs="sidecar",
+            parameter=False, metavar="WORDS"),
         Flag("host", "address that the page listens on; 0.0.0.0 lets the whole network in", as_text, "127.0.0.1",
             modes=("serve",), parameter=False),
         Flag("port", "port of the page (default: the first free one from 7860 on)", number(int, 1, 65535),
