@@ -8,7 +8,10 @@ from xml.etree import ElementTree
 import pytest
 
 import flickr_image_caption_with_pytorch_resnet_lstm as trainer
+from captioning.data.dataset import load_caption_set
+from captioning.data.layouts import find_captions_file, read_captions
 from captioning.data.sidecars import DC, EMPTY, OWN, RDF, TIFF, SidecarWriter, parse_xmp, with_caption
+from captioning.io import UserError
 
 FACTS = {"caption": "a dog <runs> & jumps over Müll", "model": "tiny 0123, flickr-caption 1", "confidence": "0.7100"}
 # As darktable writes it: one rdf:Description with its edits, short and long, and a comment of nobody's.
@@ -100,6 +103,35 @@ def test_texts_of_a_person_stay(tmp_path):
     assert (tmp_path / "b.txt").read_text() == "mine"
     (tmp_path / "a.txt").write_text("ohwx, a dog that I know")
     assert "a person wrote it" in SidecarWriter("txt", None, "model").write(tmp_path / "a.jpg", "a dog", None)
+
+
+def test_a_folder_of_captions_beside_photos_is_a_data_set(tmp_path):
+    folder = tmp_path / "set"
+    (folder / "images").mkdir(parents=True)
+    for name in ("a.jpg", "b.jpg", "c.png", "d.jpg", "e.jpg"):
+        (folder / "images" / name).write_text(name)
+    (folder / "train.txt").write_text("a.jpg")  # not of a data set that lies below
+    (folder / "images" / "a.txt").write_text("a dog runs\n\nthe dog\n")
+    (folder / "images" / "c.png.xmp").write_bytes(
+        EMPTY.replace("</rdf:D", f'<d:description xmlns:d="{DC}">a cat</d:description></rdf:D').encode()
+    )
+    assert SidecarWriter("txt", None, "model").write(folder / "images" / "b.jpg", "a boat", None) is None
+    assert SidecarWriter("xmp", None, "model").write(folder / "images" / "d.jpg", "a bird", None) is None
+    assert find_captions_file(folder) == folder / "images"
+    mine = [("a.jpg", "a dog runs"), ("a.jpg", "the dog"), ("c.png", "a cat")]
+    for generated, expected in ((False, mine), (True, [*mine, ("b.jpg", "a boat"), ("d.jpg", "a bird")])):
+        table, _ = read_captions(folder / "images", generated)
+        assert sorted(table.itertuples(index=False, name=None)) == sorted(expected)
+    assert load_caption_set(folder, whole=True).names == ["a.jpg", "c.png"]
+    data = load_caption_set(folder / "images", generated=True)
+    assert data.names == ["a.jpg", "b.jpg", "c.png", "d.jpg"] and data.split_source.startswith("drawn by image")
+    (folder / "images" / "a.txt").unlink()
+    (folder / "images" / "c.png.xmp").unlink()
+    with pytest.raises(UserError, match="--generated_captions"):
+        read_captions(folder / "images")
+    (folder / "images" / "a.txt").write_bytes(b"\xff\xfea")
+    with pytest.raises(UserError, match="beside .*a.jpg cannot be read"):
+        read_captions(folder / "images")
 
 
 def test_captions_beside_photos(tiny_runs, tmp_path, monkeypatch, capsys):

@@ -164,6 +164,8 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             resume=True, checkpoint="kept"),
         Flag("captions_file", "captions file, where it is not found", as_path, modes=(*DATA_MODES, "serve"), resume=True,
             checkpoint="kept"),
+        Flag("generated_captions", "read also captions that --sidecar wrote beside the photos", modes=DATA_MODES,
+            checkpoint="kept"),
         Flag("freq_threshold", "a word seen less often in the training captions becomes <UNK>", as_size("freq_threshold"), 3,
             modes=DATA_MODES, checkpoint="fixed"),
         Flag("max_length", "most words in a caption, read or written", as_size("max_length"), 40, modes=DATA_MODES,

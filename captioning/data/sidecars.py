@@ -215,8 +215,17 @@ def with_caption(content: bytes, facts: dict[str, str]) -> bytes:
 # Reading
 
 
-def captions_beside(folder: Path, generated: bool) -> Iterator[tuple[str, str]]:
-    """Yield the name of each photo of a folder with each caption beside it: the lines of a txt, the description of an xmp.
+def photos_in(folder: Path) -> list[tuple[Path, Path, Path]]:
+    """Return the photos of a folder that have a caption beside them, each with its txt and its xmp, of which one exists."""
+    photos = (
+        sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_ENDINGS) if folder.is_dir() else []
+    )
+    files = [(photo, photo.with_suffix(".txt"), photo.with_name(f"{photo.name}.xmp")) for photo in photos]
+    return [(photo, text, xmp) for photo, text, xmp in files if text.is_file() or xmp.is_file()]
+
+
+def captions_beside(folder: Path, generated: bool) -> Iterator[tuple[int, str, str]]:
+    """Yield a number, the name and a caption of each photo in a folder: the lines of its txt, the description of its xmp.
 
     Args:
         generated: whether the program's own are among them.
@@ -225,14 +234,14 @@ def captions_beside(folder: Path, generated: bool) -> Iterator[tuple[str, str]]:
         UserError: a file that cannot be read.
     """
     known = read_manifest(folder)
-    for photo in sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_ENDINGS):
-        text, xmp = photo.with_suffix(".txt"), photo.with_name(f"{photo.name}.xmp")
+    for number, (photo, text, xmp) in enumerate(photos_in(folder), 1):
+        captions: list[str] = []
         try:
             if text.is_file() and (generated or manifest_line(text) not in known):
-                yield from ((photo.name, line) for line in text.read_text("utf-8-sig").splitlines() if line.strip())
+                captions += text.read_text("utf-8-sig").split("\n")
             if xmp.is_file():
                 found = parse_xmp(read_xmp(xmp))
-                if generated or not found.own():
-                    yield from ((photo.name, caption) for caption in dict.fromkeys(found.captions()))
+                captions += found.captions() if generated or not found.own() else []
         except ValueError as error:
             raise UserError(f"the caption beside {photo} cannot be read: {error}") from error
+        yield from ((number, photo.name, caption) for caption in dict.fromkeys(map(str.strip, captions)) if caption)
