@@ -52,12 +52,12 @@ def test_a_new_flag_is_a_decision():
         advanced_attention_viz attention_dim attention_reg attention_viz_dpi attention_viz_format attention_viz_images
         attention_viz_samples batch_size beam_size best_metric captions_file checkpoint_minutes config consensus
         data_dir dataset_type decoder device drop_prob dry_run early_stopping embed_size encoder epochs feature_cache
-        features_on_device fine_tune fine_tune_learning_rate freq_threshold grad_clip grid hidden_size host
+        features_on_device fine_tune fine_tune_learning_rate freq_threshold generated_captions grad_clip grid hidden_size host
         image_dir images init_from json keep_checkpoints label_smoothing learning_rate length_penalty max_length
         min_confidence min_lr mode model_path model_save_dir no_repeat_ngram num_captions num_heads num_layers
-        num_workers output port precision predictions quiet replay replay_data_dir resnet_weights resume
+        num_workers output port precision predictions prefix quiet replay replay_data_dir resnet_weights resume
         save_attention_viz scheduler_factor scheduler_gamma scheduler_patience scheduler_step_size scheduler_t_max
-        scheduler_type scst_ce_weight scst_epochs scst_learning_rate scst_samples seed split tensorboard top_p
+        scheduler_type scst_ce_weight scst_epochs scst_learning_rate scst_samples seed sidecar split tensorboard top_p
         use_scheduler verbose views warmup_epochs weight_decay
     """
     assert sorted(FLAGS) == flags.split()
@@ -113,6 +113,8 @@ def test_the_table_is_sound():
         (["--mode", "caption", "--images"], "expected at least one argument"),
         ([*CAPTION, "--port", "8000"], "--port has no effect with"),
         ([*CAPTION, "--num_captions", "4", "--beam_size", "3"], "needs a --beam_size of at least as many"),
+        ([*CAPTION, "--prefix", "a"], "--prefix has no effect without --sidecar"),
+        ([*CAPTION, "--sidecar", "xmp", "--prefix", "a"], "--prefix has no effect with --sidecar xmp"),
         ([*CAPTION, "--json", "--output", "y.jsonl"], "--json has no effect with --output"),
         ([*CAPTION, "--min_confidence", "0.5", "--top_p", "0.9"], "--min_confidence has no effect with --top_p"),
         ([*CAPTION, "--consensus", "on", "--top_p", "0.9"], "--consensus has no effect with --top_p"),

@@ -512,6 +512,8 @@ def check_decoding(args: Settings, error: Callable[[str], Any]) -> None:
     explicit = args.explicit
     if {"json", "output"} <= explicit:
         error("--json has no effect with --output: a FILE that ends in .jsonl has JSON lines")
+    if "prefix" in explicit and args.sidecar == "xmp":
+        error("--prefix has no effect with --sidecar xmp, only with txt")
     searching = ("beam_size", "length_penalty", "no_repeat_ngram", "save_attention_viz", "min_confidence", "consensus")
     for name in searching:
         if args.top_p is not None and name in explicit:

@@ -253,6 +253,7 @@ def load_caption_set(
     stored: StoredSplit | None = None,
     token_cache: Path | None = None,
     whole: bool = False,
+    generated: bool = False,
 ) -> CaptionSet:
     """Find and read a data set in any of the layouts of docs/data.md.
 
@@ -262,12 +263,13 @@ def load_caption_set(
         stored: the split in a checkpoint, which rules wherever it knows an image: see captioning/data/splits.py.
         token_cache: a directory for tokenized captions, or None.
         whole: whether all images are one split, `all`, whatever lists there are.
+        generated: whether captions that the program itself wrote beside photos are read.
 
     Raises:
         UserError: no usable data set; the message says what was looked for and how to get it.
     """
     captions_path = captions_file or find_captions_file(data_dir)
-    table, notes = read_captions(captions_path)
+    table, notes = read_captions(captions_path, generated)
     captioned = table["image"].unique().tolist()
     directory = find_image_directory(data_dir, image_dir, captioned)
     on_disk = files_in(directory, {name.rpartition("/")[0] for name in captioned})
@@ -305,7 +307,8 @@ def load_caption_set(
     long = int((np.diff(tokens.offsets) > LONG_CAPTION).sum())
     if long:
         notes.append(f"{long} caption(s) of more than {LONG_CAPTION} words: training reads --max_length words of each")
-    search = [place for place in (data_dir, captions_path.parent, captions_path) if place is not None]
+    beside = captions_path if captions_path.is_dir() else captions_path.parent
+    search = [place for place in (data_dir, beside, captions_path) if place is not None]
     sizes = [(directory / name).stat().st_size for name in names]
     copies = functools.cache(lambda: equal_files(directory, names, sizes))
     if whole:

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from captioning.data.sidecars import captions_beside, photos_in
 from captioning.io import CONTROL_CHARACTERS, DATA_SCRIPT, UserError, program, read_json
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def default_folder(
 
 
 def find_captions_file(data_dir: Path | None) -> Path:
-    """Return the first of CAPTION_FILES in `data_dir`.
+    """Return the first of CAPTION_FILES in `data_dir`, or else a folder there whose photos have captions beside them.
 
     Raises:
         UserError: there is none; the message says how to get or name one.
@@ -81,8 +82,12 @@ def find_captions_file(data_dir: Path | None) -> Path:
     for name in CAPTION_FILES:
         if (data_dir / name).is_file():
             return data_dir / name
+    for name in IMAGE_DIRECTORIES:
+        if photos_in(data_dir / name):
+            return data_dir / name
     raise UserError(
-        f"no captions file in {data_dir}: expected one of {', '.join(CAPTION_FILES)}, or name yours with --captions_file"
+        f"no captions file in {data_dir}: expected one of {', '.join(CAPTION_FILES)}, or a .txt or .xmp beside each photo, "
+        "or name yours with --captions_file"
     )
 
 
@@ -105,8 +110,11 @@ def find_image_directory(data_dir: Path | None, image_dir: Path | None, images: 
     )
 
 
-def read_captions(path: Path) -> tuple[pd.DataFrame, list[str]]:
-    """Read one captions file of any known form.
+def read_captions(path: Path, generated: bool = False) -> tuple[pd.DataFrame, list[str]]:
+    """Read one captions file of any known form, or the captions beside the photos of a folder.
+
+    Args:
+        generated: whether captions that the program itself wrote beside photos are read.
 
     Returns:
         a table with a row per caption in file order, columns `image` (file name) and `caption`, both str; and notes on
@@ -117,7 +125,13 @@ def read_captions(path: Path) -> tuple[pd.DataFrame, list[str]]:
     """
     import pandas as pd  # 0.2 s, and only this needs it
 
-    if path.suffix == ".json":
+    if path.is_dir():
+        table = rows_table(captions_beside(path, generated))
+        if table.empty:
+            raise UserError(
+                f"no person's caption is beside the photos of {path}: --generated_captions takes the program's own"
+            )
+    elif path.suffix == ".json":
         table = rows_table(json_rows(path))
     else:
         text = read_text(path)

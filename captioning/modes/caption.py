@@ -23,6 +23,7 @@ from captioning import __version__
 from captioning.captioner import IMAGES_TOGETHER, MANY, Caption, Captioned, Captioner, Decoding, DecodingOptions, Word
 from captioning.config.settings import Settings
 from captioning.data.images import cell_middles, images_below
+from captioning.data.sidecars import SidecarWriter
 from captioning.decoding.confidence import FEWEST, confidence_text
 from captioning.io import UserError, csv_cell, log, make_directory, printable, progress_bar, write_atomic, write_text
 from captioning.runs.directories import command_to_tune, given_model
@@ -115,12 +116,16 @@ def write_captions(args: Settings, out: TextIO) -> int:
     if args.output is not None:
         made_with = {
             "version": __version__, "model": captioner.fingerprint(), **how._asdict(), "min_confidence": least,
-            "seed": args.seed if how.top_p is not None else None,
+            "seed": args.seed if how.top_p is not None else None, "sidecar": args.sidecar, "prefix": args.prefix,
         }  # fmt: skip
         table = Table(args.output, csv_row(*CSV_HEADER) if as_csv else "", made_with, captioner.generator)
         if len(paths) >= MANY:
             captioner.model.expect_many()  # also where few are left: the last digits depend on it
         paths = table.remaining(paths)
+    sidecars = None
+    if args.sidecar is not None:
+        model = f"{captioner.path.parent.name} {captioner.fingerprint()}, flickr-caption {__version__}"
+        sidecars = SidecarWriter(args.sidecar, args.prefix, model)
     failed = withheld = 0
     number = next_number(make_directory(pictures, "the attention pictures")) if args.save_attention_viz else 0
 
@@ -135,6 +140,10 @@ def write_captions(args: Settings, out: TextIO) -> int:
                         name, words = printable(str(result.path)), [word.text for word in result.words]
                         drawn = save_pictures(pictures, number, result.source, name, words, result.best.attention, args)
                         number += drawn
+                    if sidecars is not None and not is_withheld(result, least):
+                        why_not = sidecars.write(cast(Path, result.path), result.text, result.confidence)
+                        if why_not is not None:
+                            tqdm.write(f"Not written: {printable(why_not)}", file=sys.stderr)
                     rows = list(form([result], args.num_captions, least))
                     yield from rows
                 else:

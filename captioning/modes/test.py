@@ -170,7 +170,7 @@ def training_captions(context: DecodingContext, checkpoint: Mapping[str, Any]) -
     )
     try:
         folder = default_folder(data_dir, image_dir, captions_file, flags["dataset_type"])
-        table, _ = read_captions(captions_file or find_captions_file(folder))
+        table, _ = read_captions(captions_file or find_captions_file(folder), flags["generated_captions"])
     except (UserError, OSError):
         return None
     table = table[table["image"].isin(trained)]

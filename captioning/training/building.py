@@ -43,8 +43,9 @@ def build_data(settings: Settings, stored: StoredSplit | None) -> CaptionSet:
     data_dir = default_folder(settings.data_dir, settings.image_dir, settings.captions_file, settings.dataset_type)
     cache = cache_folder(settings.feature_cache)
     data = load_caption_set(
-        data_dir, settings.image_dir, settings.captions_file, settings.seed, stored, cache, settings.split == "all"
-    )
+        data_dir, settings.image_dir, settings.captions_file, settings.seed, stored, cache, settings.split == "all",
+        settings.generated_captions,
+    )  # fmt: skip
     if settings.dry_run:
         data.splits = {split: images[:n] for (split, images), n in zip(data.splits.items(), (8, 4, 4), strict=False)}
     sizes = ", ".join(f"{split} {len(images)}" for split, images in data.splits.items())
