@@ -356,7 +356,7 @@ def train(settings: Settings, argv: list[str]) -> Path:
         distributed.wait_for_all()  # until the first has written all
         load_decoder_weights(state.decoder, load_checkpoint(run.saver.best)["decoder"], run.saver.best)
         complete_checkpoint(run.saver.best, context, run.views, run.constants["consensus"])
-        gain = report_gain(context, run.views, directory) if settings.init_from else []
+        gain = report_gain(context, directory) if settings.init_from else []
         if settings.save_attention_viz:
             images = images_to_draw(settings, context.data, context.data.splits["test"])
             save_attention_pictures(context, images, directory)

@@ -174,12 +174,12 @@ def test_the_end_says_what_was_gained(tmp_path, monkeypatch, few, losses, gained
     checkpoint = {"epoch": 1, "loss_curve": {"validation_losses": losses}}
     monkeypatch.setattr(gain, "load_checkpoint", lambda _: checkpoint)
     cider = {"model_epoch_0.pt": np.array([0.1, 0.7]), "best.pt": np.array([0.1, 0.7]) + gained}
-    monkeypatch.setattr(gain, "cider_of", lambda _, __, path, ___: cider[path.name])
+    monkeypatch.setattr(gain, "cider_of", lambda _, path, __: cider[path.name])
     monkeypatch.setattr(gain, "FEW_IMAGES", few)
     (tmp_path / "model_epoch_0.pt").touch()
     splits = {"val": np.arange(0), "test": np.arange(2)}
     context = SimpleNamespace(settings=parse_flags(["--init_from", "a"]), data=SimpleNamespace(splits=splits))
-    lines = gain.report_gain(context, [], tmp_path)
+    lines = gain.report_gain(context, tmp_path)
     assert lines[0] == f"Validation loss: {losses[0]:.3f} as it came, {losses[1]:.3f} now" and said in " ".join(lines)
     assert (min(gained) > 0 if few == 1 else losses[1] < 2.95) == ("What helps: more captions" not in lines[-1])
 
