@@ -161,7 +161,9 @@ def test_the_weight_is_what_helps_on_the_validation_images(data, monkeypatch, ri
     chosen = {"first": "w1", "second": "w2", "never": "w3"}[right]
     monkeypatch.setattr(consensus, "cider_of_each", lambda captions, _: np.array([captions == [chosen]], dtype=float))
     text = lambda each: " ".join(vocabulary.decode(each.ids))  # noqa: E731
-    assert settle_weight(head, found, pooled(np.array([50])), text, [["w1"]])[0].weight == pytest.approx(expected, rel=0.01)
+    assert settle_weight(head, found, pooled(np.array([50])), text, [["w1"]])[0].weight == pytest.approx(
+        expected, rel=0.01
+    )
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +185,8 @@ def run(tiny_runs, tmp_path_factory) -> Path:
     return folder
 
 
-def test_test_caption_and_export_choose_the_same_captions(run, tiny_runs, monkeypatch, capsys):
+def test_test_and_caption_choose_the_same_captions(run, tiny_runs, monkeypatch, capsys):
+    """An exported folder does too: tests/test_every_decoder.py."""
     monkeypatch.chdir(run.parent)
     skip_pictures(monkeypatch)
     assert trainer.main(["--mode", "test", "--model_path", str(run)]) == 0
@@ -195,16 +198,14 @@ def test_test_caption_and_export_choose_the_same_captions(run, tiny_runs, monkey
     known = {row["image_id"]: row["caption"] for row in json.loads((run / chosen["captions_file"]).read_text())}
     plain = {row["image_id"]: row["caption"] for row in json.loads((run / beam["captions_file"]).read_text())}
     assert known != plain
-    assert trainer.main(["--mode", "export", "--model_path", str(run), "--output", "shared"]) == 0
     capsys.readouterr()
     folder = tiny_runs["data"] / "Images"
     likeliest = ["--consensus", "off", "--beam_size", "20", "--length_penalty", str(beam["length_penalty"])]
     for flags, expected in (([], known), (likeliest, plain)):
-        for model in (run, Path("shared")):
-            images = [str(folder / name) for name in known]
-            assert trainer.main(["--mode", "caption", "--model_path", str(model), "--images", *images, *flags]) == 0
-            lines = dict(line.split("\t")[:2] for line in capsys.readouterr().out.splitlines())
-            assert {Path(path).name: text for path, text in lines.items()} == expected, (model, flags)
+        images = [str(folder / name) for name in known]
+        assert trainer.main(["--mode", "caption", "--model_path", str(run), "--images", *images, *flags]) == 0
+        lines = dict(line.split("\t")[:2] for line in capsys.readouterr().out.splitlines())
+        assert {Path(path).name: text for path, text in lines.items()} == expected, flags
 
 
 def test_an_ensemble_of_which_one_has_no_consensus_is_a_plain_one(run, tiny_runs, monkeypatch, capsys):

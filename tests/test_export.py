@@ -43,7 +43,7 @@ def exported(folder: Path, name: str = "attention") -> Path:
 
 
 @pytest.mark.parametrize("name", registry.DECODERS)
-def test_what_is_read_back_is_what_was_exported(tmp_path, name):
+def test_what_is_read_back_is_what_was_exported(tmp_path, name, without_graphs):
     model = exported(tmp_path, name)
     assert {file.name for file in model.iterdir()} == {
         "README.md", "config.json", "model.safetensors", "split.json", "vocabulary.json", *GRAPHS,
@@ -59,7 +59,7 @@ def test_what_is_read_back_is_what_was_exported(tmp_path, name):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "run"]
 
 
-def test_nothing_is_overwritten(tmp_path):
+def test_nothing_is_overwritten(tmp_path, without_graphs):
     path = checkpoint_file(tmp_path / "run")
     checkpoint = load_checkpoint(path)
     (tmp_path / "full").mkdir()
@@ -75,7 +75,7 @@ def test_nothing_is_overwritten(tmp_path):
     assert (tmp_path / "file").read_text() == (tmp_path / "full" / "mine.txt").read_text() == "mine"
 
 
-def test_a_broken_export_leaves_nothing(tmp_path, monkeypatch):
+def test_a_broken_export_leaves_nothing(tmp_path, monkeypatch, without_graphs):
     path = checkpoint_file(tmp_path / "run")
 
     def full(*_):

@@ -173,12 +173,9 @@ def test_several_threads_may_read_one_open_image():
 
 
 def test_models_of_the_package_have_names(tiny_runs, photos, monkeypatch, capsys):
-    exported = ["--mode", "export", "--model_path", str(tiny_runs["attention"]), "--output"]
-    assert trainer.main([*exported, str(photos / "pretrained" / "tiny_attention")]) == 0
+    shutil.copytree(runs.PRETRAINED / "flickr8k_attention", photos / "pretrained" / "tiny_attention")
     monkeypatch.setattr(runs, "PRETRAINED", photos / "pretrained")
     assert find_checkpoint(Path("tiny_attention")) == photos / "pretrained" / "tiny_attention" / "model.safetensors"
-    captions = [Captioner.load(model)("dog.jpg") for model in ("tiny_attention", tiny_runs["attention"])]
-    assert captions[0].text == captions[1].text  # the probabilities are those of weights in float16
     assert trainer.main(["--mode", "caption", "--model_path", "tiny_attention", "--images", "dog.jpg"]) == 0
     for unknown in ("tiny_atention", "absent/tiny_attention", "../tiny_attention"):
         with pytest.raises(UserError, match=rf"the model {unknown} is not there: .* package \(tiny_attention\)"):

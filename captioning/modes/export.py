@@ -48,7 +48,7 @@ from captioning.io import (
 from captioning.models.exported import ExportedModel
 from captioning.models.graphs import stored_tensors
 from captioning.models.pytorch import PyTorchModel
-from captioning.runs.checkpoints import load_decoder_weights, load_exported
+from captioning.runs.checkpoints import load_decoder_weights
 from captioning.runs.directories import decoding, is_number, read_test_rows, results_directory
 from captioning.runs.forms import ENCODER_WEIGHTS, EXPORT_SCHEMA, EXPORTED, HEAD, read_exported
 from captioning.scoring.scores import METRIC_NAMES
@@ -103,7 +103,7 @@ def export(checkpoint: dict[str, Any], path: Path, output: Path, resnet_weights:
         tests = [row for row in tests if (row["checkpoint"], row["epoch"]) == (path.name, checkpoint["epoch"])]
         card = model_card(checkpoint, tests)
         write_atomic(fresh / "README.md", lambda file: file.write(card.encode()))
-        require_agreement(fresh / EXPORTED_WEIGHTS, resnet_weights)
+        require_agreement(fresh / EXPORTED_WEIGHTS, checkpoint, resnet_weights)
         if target.exists():
             target.rmdir()  # empty, and Windows renames nothing over it
         os.replace(fresh, target)
@@ -117,14 +117,15 @@ def export(checkpoint: dict[str, Any], path: Path, output: Path, resnet_weights:
     print(f"Use it: --model_path {output}")
 
 
-def require_agreement(path: Path, resnet_weights: str | None) -> None:
-    """Compare what the graphs of a folder say of some noise with what PyTorch says.
+def require_agreement(path: Path, checkpoint: dict[str, Any], resnet_weights: str | None) -> None:
+    """Compare what the graphs of a folder say of some noise with what PyTorch says of the same weights.
 
     Raises:
         UserError: they differ: the exporter translated something wrongly.
     """
     facts = read_exported(path)
-    models = PyTorchModel(load_exported(path), path, "cpu", resnet_weights), ExportedModel(facts, path)
+    same = checkpoint | {"decoder": {name: shortened(each).float() for name, each in checkpoint["decoder"].items()}}
+    models = PyTorchModel(same, path, "cpu", resnet_weights), ExportedModel(facts, path)
     size, views = facts["input"]["image_size"], len(models[1].views)
     noise = np.random.default_rng(0).integers(0, 256, (2, views, size, size, 3), dtype=np.uint8)
     readings = [model.read(noise) for model in models]
