@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fuzz_targets import exported_parts
+from fuzz_targets import exported_checkpoint
 from run_files import skip_pictures
 from safetensors.torch import load_file, save_file
 from tiny_encoder import in_place_of_resnet50
@@ -31,7 +31,7 @@ def small_encoder() -> Iterator[None]:
 
 def checkpoint_file(folder: Path, name: str = "attention") -> Path:
     folder.mkdir()
-    save_checkpoint(folder / "best.pt", exported_parts(name)[0])
+    save_checkpoint(folder / "best.pt", exported_checkpoint(name))
     return folder / "best.pt"
 
 
