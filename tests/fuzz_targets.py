@@ -366,7 +366,7 @@ def graphs(draw: st.DrawFn) -> bytes:
             ]
             parts = content.split(old := draw(st.sampled_from(names or [b"e"])))
             at = draw(st.integers(1, max(1, len(parts) - 1)))
-            new = draw(st.sampled_from([b"Mod", b"Not", b"Cos", b"Sum", b"XXX"]) if names else st.just(b"e"))
+            new = draw(st.sampled_from([b"Mod", b"Not", b"Cos", b"Sum", b"Nop"]) if names else st.just(b"e"))
             return old.join(parts[:at]) + new + old.join(parts[at:])
     return draw(mutated(content, 2))
 

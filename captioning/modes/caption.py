@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, redirect_stdout
 from functools import partial
@@ -156,8 +157,7 @@ def write_captions(args: Settings, out: TextIO) -> int:
     if table is None:
         print_lines(lines(), out)
     else:
-        for _ in lines():
-            pass
+        deque(lines(), maxlen=0)  # runs to the end; the table has the rows
         log.info(f"Captions of {table.finish()} images: {args.output}")
     if args.save_attention_viz:
         log.info(f"Attention pictures: {pictures / 'attention_viz_sample_*'}")
